@@ -1,0 +1,11 @@
+"""catseg-fast: CAT-Seg open-vocabulary semantic segmentation for vocabularies of 1000+ classes."""
+
+from pathlib import Path
+
+from catseg_fast._version import __version__
+
+if not (Path(__file__).parent / "reference").exists():
+    # In a source checkout `kernels/` and `reference/` lie beside this folder; installed, inside it.
+    __path__.append(str(Path(__file__).parent.parent))
+
+__all__ = ["__version__"]

@@ -1,0 +1,1 @@
+"""Triton kernels of the CAT-Seg aggregator, one op a file."""

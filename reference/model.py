@@ -1,0 +1,280 @@
+"""The whole of CAT-Seg, image to probability maps; upstream `cat_seg/cat_seg_model.py` without detectron2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from catseg_fast.config import (
+    CLIP_PIXEL_MEAN,
+    CLIP_PIXEL_STD,
+    CROP_SIZE,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    Variant,
+    get_variant,
+)
+from catseg_fast.reference.aggregator import Aggregator
+from catseg_fast.reference.clip import DenseCLIP
+from catseg_fast.reference.finetune import freeze, segmentation_loss
+from catseg_fast.reference.guidance import build_guidance
+from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resize
+from catseg_fast.vocabulary import Progress, check_classes, encode_classes, get_templates, tokenize_classes
+
+
+class CATSegPredictor(nn.Module):
+    """CLIP and the aggregator, under upstream's names."""
+
+    def __init__(self, clip_model: DenseCLIP, transformer: Aggregator) -> None:
+        super().__init__()
+        self.clip_model = clip_model
+        self.transformer = transformer
+
+
+class CATSegHead(nn.Module):
+    """Holds the predictor, under upstream's name."""
+
+    def __init__(self, predictor: CATSegPredictor) -> None:
+        super().__init__()
+        self.predictor = predictor
+
+
+class CATSeg(nn.Module):
+    """CAT-Seg with upstream's call contract and state dict.
+
+    Args:
+        variant: name of a published variant (`catseg_fast.config.VARIANTS`), or a `Variant`.
+        classes: class names for inference; `set_classes` changes them.
+        train_classes: class names in training mode; those for inference where None.
+        sliding_window: whether inference looks at overlapping crops and the whole image (upstream's
+            evaluation), or at the whole image once.
+        window: sizes of the sliding window.
+        prompt_ensemble: name of an ensemble or templates, in place of the variant's own.
+        size_divisibility: multiple to which the whole image is padded in the call with upstream's contract.
+        clip_finetune: what of CLIP is trained: "attention", "full", "prompt" or "none".
+        train_backbone: whether v1's guidance backbone is trained.
+
+    Raises:
+        ValueError: from a bad name or class list.
+    """
+
+    aggregator_type: type[Aggregator] = Aggregator
+
+    def __init__(
+        self,
+        variant: str | Variant = "v2-vitl",
+        classes: Sequence[str] | None = None,
+        *,
+        train_classes: Sequence[str] | None = None,
+        sliding_window: bool = True,
+        window: SlidingWindow | None = None,
+        prompt_ensemble: str | Sequence[str] | None = None,
+        size_divisibility: int = 32,
+        clip_finetune: str = "attention",
+        train_backbone: bool = False,
+    ) -> None:
+        super().__init__()
+        self.variant = get_variant(variant)
+        self.sliding_window = sliding_window
+        self.window = window or SlidingWindow()
+        self.size_divisibility = size_divisibility
+        self.templates = get_templates(prompt_ensemble or self.variant.prompt_ensemble)
+
+        clip_model = DenseCLIP(self.variant.clip, self.variant.version)
+        transformer = self.aggregator_type(**self.variant.aggregator_arguments(len(self.templates)))
+        self.backbone = build_guidance(self.variant.backbone) if self.variant.backbone else None
+        self.sem_seg_head = CATSegHead(CATSegPredictor(clip_model, transformer))
+        if self.variant.version == "v2":
+            width, dims = self.variant.clip.vision_width, self.variant.decoder_guidance_dims
+            self.upsample1 = nn.ConvTranspose2d(width, dims[0], kernel_size=2, stride=2)
+            self.upsample2 = nn.ConvTranspose2d(width, dims[1], kernel_size=4, stride=4)
+        freeze(clip_model, self.backbone, clip_finetune, self.variant.version, train_backbone)
+
+        for name, values in (
+            ("pixel_mean", PIXEL_MEAN),
+            ("pixel_std", PIXEL_STD),
+            ("clip_pixel_mean", CLIP_PIXEL_MEAN),
+            ("clip_pixel_std", CLIP_PIXEL_STD),
+        ):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+        self._classes: dict[bool, tuple[str, ...]] = {}  # by training mode
+        self._tokens: dict[bool, list[Tensor]] = {}
+        self._text_cache: dict[bool, tuple[object, Tensor]] = {}
+        if classes is not None:
+            self.set_classes(classes)
+        if train_classes is not None:
+            self.set_classes(train_classes, training=True)
+
+    @property
+    def clip_model(self) -> DenseCLIP:
+        return self.sem_seg_head.predictor.clip_model
+
+    @property
+    def aggregator(self) -> Aggregator:
+        return self.sem_seg_head.predictor.transformer
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.aggregator.conv1.weight.dtype
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names of the present mode.
+
+        Raises:
+            ValueError: if none were set.
+        """
+        return self._classes[self._class_mode()]
+
+    def set_classes(self, classes: Sequence[str], training: bool = False) -> None:
+        """Replace the class names for inference (or training); takes effect with the next call.
+
+        Raises:
+            TypeError, ValueError: if the list is empty, a name is blank or stands twice, or is too long for
+                CLIP. The present classes then stay.
+        """
+        checked = check_classes(classes)
+        tokens = tokenize_classes(
+            checked, self.templates, self.variant.version, self.variant.clip.context_length
+        )
+        self._classes[training], self._tokens[training] = checked, tokens
+        self._text_cache.pop(training, None)
+
+    def text_features(self, progress: Progress | None = None) -> Tensor:
+        """Text features `[T, P, C]` of the present classes.
+
+        They are kept until the classes or the text tower's weights change. Training v2 trains the text tower
+        too, so there they are computed anew, with gradients.
+        """
+        mode, prompts = self._class_mode(), len(self.templates)
+        tokens = self._tokens[mode]
+        if self.training and self.variant.version == "v2":
+            return encode_classes(self.clip_model, tokens, prompts, progress=progress)
+        state = _weights_state(self.clip_model.text_parameters())
+        cached = self._text_cache.get(mode)
+        if cached is None or cached[0] != state:
+            with torch.no_grad():
+                features = encode_classes(self.clip_model, tokens, prompts, progress=progress)
+            cached = self._text_cache[mode] = (state, features)
+        return cached[1]
+
+    def _class_mode(self) -> bool:
+        """The mode whose class names count: the present one, or the other where it alone has names."""
+        if not self._classes:
+            raise ValueError("classes: none are set; call set_classes([...]) first")
+        return self.training if self.training in self._classes else not self.training
+
+    def encode_images(self, clip_images: Tensor, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """CLIP features and guidance maps.
+
+        Args:
+            clip_images: `[B, 3, H, W]`, normalised for CLIP, any size.
+            images: the same pixels normalised for v1's backbone (v2 does not look at them).
+
+        Returns:
+            Features `[B, 1 + h*w, C]`, the class token first, and guidance maps from coarse to fine.
+        """
+        size = self.variant.clip.input_size
+        clip_images = resize(clip_images, (size, size)).to(self.dtype)
+        if self.backbone is not None:
+            features, _ = self.clip_model.encode_dense(clip_images)
+            maps = self.backbone(resize(images, (CROP_SIZE, CROP_SIZE)).to(self.dtype))
+            return features, (maps["res4"], maps["res3"], maps["res2"])
+        features, (shallow, deep) = self.clip_model.encode_dense(clip_images, self.variant.guidance_layers)
+        return features, (as_map(features), self.upsample1(shallow), self.upsample2(deep))
+
+    def logits(self, clip_images: Tensor, images: Tensor) -> Tensor:
+        """Logits `[B, T, 4h, 4w]` of the present classes; arguments as in `encode_images`."""
+        features, guidance = self.encode_images(clip_images, images)
+        text = self.text_features().to(features.dtype)
+        return self.aggregator(as_map(features), text.expand(len(features), -1, -1, -1), guidance)
+
+    def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]] | dict[str, Tensor]:
+        """Segment images, or compute the loss in training mode.
+
+        Args:
+            batched_inputs: one dict an image: "image" `[3, H, W]`, RGB, 0..255, any real type; "height" and
+                "width" of the answer (by default the image's, or the sliding window's resolution); and
+                "sem_seg" `[H, W]`, class indices, in training.
+
+        Returns:
+            One dict an image with "sem_seg", probabilities `[T, height, width]`; each image's answer is as if
+            it were alone. In training mode {"loss_sem_seg": scalar}.
+
+        Raises:
+            TypeError, ValueError: if an image is not a tensor `[3, H, W]`, or no classes are set.
+        """
+        images = [self._to_device(entry, index) for index, entry in enumerate(batched_inputs)]
+        if self.training:
+            return {"loss_sem_seg": self._loss(images, batched_inputs)}
+        infer = self._infer_sliding if self.sliding_window else self._infer_whole
+        return [{"sem_seg": infer(image, entry)} for image, entry in zip(images, batched_inputs, strict=True)]
+
+    @torch.no_grad()
+    def _infer_sliding(self, image: Tensor, entry: dict[str, Any]) -> Tensor:
+        crops = self.window.crops(image)
+        probabilities = self.window.merge(self.logits(*self._normalised(crops)).float())
+        height, width = self.window.resolution
+        size = (entry.get("height", height), entry.get("width", width))
+        return resize(probabilities[None], size)[0]
+
+    def _infer_whole(self, image: Tensor, entry: dict[str, Any]) -> Tensor:
+        padded = [pad_to_multiple(x, self.size_divisibility)[None] for x in self._normalised(image)]
+        probabilities = self.logits(*padded).float().sigmoid()
+        height, width = image.shape[-2:]
+        # Upstream cuts the 96x96 map, not the padded image, to the image's size: seen below 96 pixels only.
+        probabilities = probabilities[..., :height, :width]
+        return resize(probabilities, (entry.get("height", height), entry.get("width", width)))[0]
+
+    def _loss(self, images: Sequence[Tensor], batched_inputs: Sequence[dict[str, Any]]) -> Tensor:
+        normalised = zip(*map(self._normalised, images), strict=True)
+        clip_images, guidance_images = (
+            pad_to_multiple(_stack_padded(batch), self.size_divisibility) for batch in normalised
+        )
+        labels = torch.stack([entry["sem_seg"].to(self.device) for entry in batched_inputs])
+        return segmentation_loss(self.logits(clip_images, guidance_images), labels)
+
+    def _normalised(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        clip_images = (images - self.clip_pixel_mean) / self.clip_pixel_std
+        return clip_images, (images - self.pixel_mean) / self.pixel_std
+
+    def _to_device(self, entry: dict[str, Any], index: int) -> Tensor:
+        image = entry["image"]
+        name = f"batched_inputs[{index}]['image']"
+        if not isinstance(image, Tensor):
+            raise TypeError(f"{name}: a tensor [3, H, W] is wanted, not {type(image).__name__}")
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"{name}: shape {tuple(image.shape)} is not [3, H, W]")
+        return image.to(self.device, torch.float32)
+
+
+def as_map(features: Tensor) -> Tensor:
+    """Patch features `[B, C, h, w]` of dense CLIP features `[B, 1 + h*w, C]` of square images."""
+    side = round((features.shape[1] - 1) ** 0.5)
+    return rearrange(features[:, 1:], "B (h w) C -> B C h w", h=side)
+
+
+def _stack_padded(images: Sequence[Tensor]) -> Tensor:
+    """Stack images `[3, H, W]` into `[B, 3, H, W]`, zero-padded to the largest height and width."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    stacked = images[0].new_zeros(len(images), 3, height, width)
+    for target, image in zip(stacked, images, strict=True):
+        target[:, : image.shape[1], : image.shape[2]] = image
+    return stacked
+
+
+def _weights_state(parameters: Sequence[Tensor]) -> tuple[object, ...]:
+    """Changes whenever one of the tensors is replaced, moved, cast, or written in place."""
+    return tuple(
+        (tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version)
+        for tensor in parameters
+    )

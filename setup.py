@@ -1,0 +1,9 @@
+"""Package layout: `kernels/` and `reference/` of the checkout install inside `catseg_fast`."""
+
+from setuptools import setup
+
+setup(
+    packages=["catseg_fast", "catseg_fast.kernels", "catseg_fast.reference"],
+    package_dir={"catseg_fast.kernels": "kernels", "catseg_fast.reference": "reference"},
+    package_data={"catseg_fast": ["py.typed"]},
+)
