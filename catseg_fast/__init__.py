@@ -8,4 +8,18 @@ if not (Path(__file__).parent / "reference").exists():
     # In a source checkout `kernels/` and `reference/` lie beside this folder; installed, inside it.
     __path__.append(str(Path(__file__).parent.parent))
 
-__all__ = ["__version__"]
+from catseg_fast.accelerate import Acceleration, accelerate
+from catseg_fast.aggregator import Aggregator
+from catseg_fast.config import VARIANTS, Variant
+from catseg_fast.model import CATSeg, Segmentation
+
+__all__ = [
+    "VARIANTS",
+    "Acceleration",
+    "Aggregator",
+    "CATSeg",
+    "Segmentation",
+    "Variant",
+    "__version__",
+    "accelerate",
+]

@@ -7,14 +7,11 @@ and safetensors are read as well.
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 from catseg_fast._version import __version__
 from catseg_fast.hub import WEIGHTS, resolve
 from catseg_fast.recognise import describe, recognise_variant
+from catseg_fast.unpickle import PICKLE, ZIP, NumpyArray, unpickle
 
 __all__ = ["IGNORED_KEYS", "convert", "load_into", "read_checkpoint", "recognise_variant", "resolve"]
 
@@ -32,21 +30,6 @@ IGNORED_KEYS = re.compile(
     r"(^|\.)(attn_mask|relative_position_index"
     r"|pixel_mean|pixel_std|clip_pixel_mean|clip_pixel_std|input_resolution|context_length|vocab_size)$"
 )
-
-# How a file of torch.save starts that is older than its zip format: a pickled number.
-_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-
-# What the unpickler may build besides tensors: numpy's arrays and numbers, which detectron2 stores.
-_MODULES = ("numpy.core", "numpy._core")  # of numpy 1 and 2
-_ARRAY: Any = np.empty(0).__reduce__()[0]
-_SCALAR: Any = np.float64(0).__reduce__()[0]
-_NUMPY: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
-    *((_ARRAY, f"{module}.multiarray._reconstruct") for module in _MODULES),
-    *((_SCALAR, f"{module}.multiarray.scalar") for module in _MODULES),
-]
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -65,44 +48,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{path} is empty")
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
-    if head.startswith((b"PK", _LEGACY_MAGIC)):
-        return _state_dict(_unpickle(path, is_zip=head.startswith(b"PK")), path)
-    if head.startswith(b"\x80"):
-        raise ValueError(_refusal(path, "a plain pickle"))
+    if head.startswith((ZIP, PICKLE)):
+        return _state_dict(unpickle(path), path)
     if head[8:9] != b"{":
         raise ValueError(f"{path} is neither a PyTorch nor a safetensors checkpoint")
     try:
         return _state_dict(safetensors.torch.load_file(path), path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is a truncated or damaged safetensors file: {error}") from error
-
-
-def _unpickle(path: Path, is_zip: bool) -> Any:
-    """The content of a file of `torch.save`, as far as it is data."""
-    if is_zip:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from error
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise ValueError(f"{path} is a TorchScript archive (as OpenAI's CLIP files are), no checkpoint")
-    try:
-        with torch.serialization.safe_globals(_NUMPY):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # many types, by where the file breaks
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        if forbidden:
-            raise ValueError(_refusal(path, f"it names {forbidden[1]}")) from error
-        raise ValueError(f"{path} is truncated or damaged: {str(error).partition(chr(10))[0]}") from error
-
-
-def _refusal(path: Path, why: str) -> str:
-    return (
-        f"{path} is refused: reading it could execute code ({why}). If you trust its origin, open it where "
-        "it can do no harm with torch.load(file, weights_only=False) or pickle.load, and write its tensors "
-        "with safetensors.torch.save_file"
-    )
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -115,8 +68,8 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
-        if isinstance(value, np.ndarray) and value.dtype != object:
-            value = torch.from_numpy(value)
+        if isinstance(value, NumpyArray):
+            value = torch.from_numpy(value.array)
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} holds no state dict: its entry {key!r} is a {type(value).__name__}")
         tensors[key] = value.detach()
@@ -128,7 +81,8 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "the checkpoint") -> None:
     """Copy a checkpoint into a model, all or nothing: keys and shapes must agree but for `IGNORED_KEYS`.
 
-    Values take the model's dtypes and devices. A model on the meta device gets copies of the tensors.
+    Values take the model's dtypes and devices. A model on the meta device gets copies of the tensors,
+    and of the derived buffers too.
 
     Args:
         source: what to call the checkpoint in an error.
@@ -137,15 +91,18 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = 
         ValueError: if anything disagrees; the model is as before.
     """
     expected = model.state_dict()
-    missing = [key for key in expected if key not in state_dict and not IGNORED_KEYS.search(key)]
-    unexpected = [key for key in state_dict if key not in expected and not IGNORED_KEYS.search(key)]
+    # On the meta device a derived buffer has no value to stay with.
+    meta = {key for key, value in expected.items() if value.is_meta}
+    ignored = {key for key in (*expected, *state_dict) if IGNORED_KEYS.search(key)} - meta
+    missing = [key for key in expected if key not in state_dict and key not in ignored]
+    unexpected = [key for key in state_dict if key not in expected and key not in ignored]
     taken: dict[str, Tensor] = {}
     mismatched = []
     for key in expected.keys() & state_dict.keys():
         want, found = expected[key], state_dict[key]
         if want.shape == found.shape and want.is_floating_point() == found.is_floating_point():
             taken[key] = found
-        elif not IGNORED_KEYS.search(key):
+        elif key not in ignored:
             mismatched.append(f"{key}: expected {_signature(want)}, found {_signature(found)}")
     if missing or unexpected or mismatched:
         variant = getattr(model, "variant", None)
@@ -157,10 +114,9 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = 
             *_listing("of another shape or type", sorted(mismatched)),
         ]
         raise ValueError("\n".join(lines))
-    meta = any(value.is_meta for value in expected.values())
     if meta:
         taken = {key: value.to(expected[key].dtype, copy=True) for key, value in taken.items()}
-    model.load_state_dict(taken, strict=False, assign=meta)
+    model.load_state_dict(taken, strict=False, assign=bool(meta))
 
 
 def _signature(tensor: Tensor) -> str:

@@ -1,10 +1,11 @@
-"""Where weights are: a file, a folder, upstream's published ones, or any repository of the Hugging Face Hub."""
+"""Where weights are: a file, a folder, or a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -75,32 +76,34 @@ def _pick(names: Iterable[str], where: str) -> str:
 
 
 def _download(kind: str, repository: str, filename: str | None) -> Path:
-    """The file in the hub's cache; `filename` None picks the only one of the repository."""
-    label = f"{repository}/{filename}" if filename else repository
-    try:
-        if filename is None:
+    """The file in the hub's cache; `filename` None picks the only checkpoint of the repository."""
+    if filename is None:
+        with _clear_errors(kind, repository, "<file>"):
             files = huggingface_hub.HfApi().list_repo_files(repository, repo_type=kind)
-            filename = _pick(files, f"the hub's {kind} {repository}")
-        return Path(huggingface_hub.hf_hub_download(repository, filename, repo_type=kind))
-    except ValueError as error:
-        if isinstance(error, HFValidationError):
-            raise FileNotFoundError(f"weights: {label} is neither a file nor a hub id ({error})") from error
-        raise
+        filename = _pick(files, f"the hub's {kind} {repository}")
+    with _clear_errors(kind, repository, filename):
+        path = huggingface_hub.hf_hub_download(repository, filename, repo_type=kind)
+    return Path(path)
+
+
+@contextmanager
+def _clear_errors(kind: str, repository: str, filename: str) -> Iterator[None]:
+    """Say what to do about a failed request to the hub."""
+    label = f"{repository}/{filename}"
+    try:
+        yield
     except Exception as error:  # the hub's own, requests' or httpx's, by version
-        missing = isinstance(error, (RepositoryNotFoundError, EntryNotFoundError))
-        if missing and not isinstance(error, LocalEntryNotFoundError):
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        absent = isinstance(error, (RepositoryNotFoundError, EntryNotFoundError, HFValidationError))
+        if absent and not isinstance(error, LocalEntryNotFoundError):
             raise FileNotFoundError(
-                f"weights: there is no file {label} here, and the hub has no such (public) {kind}: {error}"
+                f"weights: {label} is not on this machine, and the hub has no such public {kind}: {reason}"
             ) from error
         space = "spaces/" if kind == "space" else ""
-    offline = " HF_HUB_OFFLINE is set: unset it to allow downloads." if _offline() else ""
+        offline = " HF_HUB_OFFLINE is set: unset it to allow downloads." if constants.HF_HUB_OFFLINE else ""
         raise RuntimeError(
-            f"weights: {label} is not in the cache ({constants.HF_HUB_CACHE}) and cannot be "
-            f"fetched: {_first_line(error)}.{offline} Without network access, download "
-            f"https://huggingface.co/{space}{repository}/resolve/main/{filename or '<file>'} elsewhere, copy "
-            "it here and pass its path instead; or copy the cache of a machine that has it (HF_HOME)."
+            f"weights: {label} is neither a file nor in the cache ({constants.HF_HUB_CACHE}), "
+            f"and fetching failed: {reason}.{offline} Without network access, download "
+            f"https://huggingface.co/{space}{repository}/resolve/main/{filename} elsewhere, copy it here and "
+            "pass its path instead; or copy the cache of a machine that has it (HF_HOME)."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

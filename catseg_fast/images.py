@@ -71,7 +71,7 @@ def _read(path: Path, name: str) -> np.ndarray:
 
 
 def _decode(image: Image.Image) -> np.ndarray:
-    """An upright copy of a PIL image: uint8 [H, W, 3], or [H, W] of uint8 (16-bit grey) or floats (mode F)."""
+    """An upright copy of a PIL image: uint8 [H, W, 3] or [H, W], or floats [H, W] for mode `F`."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         return np.array(image)

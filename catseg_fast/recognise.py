@@ -78,7 +78,7 @@ def recognise_variant(state_dict: Mapping[str, Tensor]) -> Variant:
     Raises:
         ValueError: if this is not the state dict of a CAT-Seg; the message says what it looks like.
     """
-    if AGGREGATOR + "conv1.weight" not in state_dict or CLIP + "visual.conv1.weight" not in state_dict:
+    if not _is_cat_seg(state_dict):
         raise ValueError(f"not a CAT-Seg checkpoint: it looks like {_family(state_dict)}")
     visual = _Shapes(state_dict, CLIP + "visual.")
     split = "transformer.resblocks.0.attn.q_proj_weight" in visual
@@ -98,10 +98,16 @@ def recognise_variant(state_dict: Mapping[str, Tensor]) -> Variant:
 
 def describe(state_dict: Mapping[str, Tensor]) -> str:
     """What a state dict looks like, in a few words: the variant's name where it is a CAT-Seg."""
+    if not _is_cat_seg(state_dict):
+        return _family(state_dict)
     try:
         return recognise_variant(state_dict).name
     except ValueError as error:
         return str(error)
+
+
+def _is_cat_seg(state_dict: Mapping[str, Tensor]) -> bool:
+    return AGGREGATOR + "conv1.weight" in state_dict and CLIP + "visual.conv1.weight" in state_dict
 
 
 def _family(state_dict: Mapping[str, Tensor]) -> str:

@@ -108,12 +108,12 @@ def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
         ValueError: if a text has more tokens than `context_length` (CLIP would silently truncate it).
     """
     tokenizer = _tokenizer()
-    tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.long, device="cpu")
     for row, text in zip(tokens, texts, strict=True):
         ids = [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
         if len(ids) > context_length:
             raise ValueError(f"the text {text!r} has {len(ids)} tokens, more than CLIP's {context_length}")
-        row[: len(ids)] = torch.tensor(ids)
+        row[: len(ids)] = torch.tensor(ids, device="cpu")
     return tokens
 
 

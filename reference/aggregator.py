@@ -42,9 +42,7 @@ def select_classes(img_feats: Tensor, text_feats: Tensor, count: int) -> Tensor:
 
 def correlation(img_feats: Tensor, text_feats: Tensor) -> Tensor:
     """Cosine cost volume `[B, P, T, H, W]` of `img_feats [B, C, H, W]` and `text_feats [B, T, P, C]`."""
-    return torch.einsum(
-        "bchw,btpc->bpthw", F.normalize(img_feats, dim=1), F.normalize(text_feats, dim=-1)
-    )
+    return torch.einsum("bchw,btpc->bpthw", F.normalize(img_feats, dim=1), F.normalize(text_feats, dim=-1))
 
 
 class AggregatorLayer(nn.Module):
@@ -245,4 +243,6 @@ def check_shapes(aggregator: Aggregator, img_feats: Tensor, text_feats: Tensor) 
         raise ValueError(f"text_feats: its channels are not those of img_feats ({shapes})")
     if text_feats.shape[2] != aggregator.conv1.in_channels:
         prompts = aggregator.conv1.in_channels
-        raise ValueError(f"text_feats: {text_feats.shape[2]} prompts where the weights have {prompts} ({shapes})")
+        raise ValueError(
+            f"text_feats: {text_feats.shape[2]} prompts where the weights have {prompts} ({shapes})"
+        )

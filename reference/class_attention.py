@@ -100,7 +100,9 @@ class ClassTransformerLayer(nn.Module):
         pad_len: int = 256,
     ) -> None:
         super().__init__()
-        self.pool = nn.Identity() if pooling_size is None else nn.AvgPool2d(tuple(pooling_size))
+        self.pool = (
+            nn.Identity() if pooling_size is None else nn.AvgPool2d((pooling_size[0], pooling_size[1]))
+        )
         self.attention = AttentionLayer(hidden_dim, guidance_dim, nheads, attention_type)
         self.MLP = nn.Sequential(
             nn.Linear(hidden_dim, hidden_dim * 4), nn.ReLU(), nn.Linear(hidden_dim * 4, hidden_dim)

@@ -39,7 +39,7 @@ class SplitAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Attend `query [B, N, C]` to `key` and `value [B, M, C]`; as `nn.MultiheadAttention`, batch first."""
+        """Attend `query [B, N, C]` to `key` and `value [B, M, C]`, as batch-first `nn.MultiheadAttention`."""
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         q, k, v = (
             rearrange(F.linear(x, weight, bias), "B N (h d) -> B h N d", h=self.num_heads)
@@ -77,6 +77,7 @@ class DenseCLIP(CLIP):
             ),
             quick_gelu=config.quick_gelu,
         )
+        self.register_buffer("attn_mask", None)  # open_clip's; `encode_text` makes its own
         self.config = config
         self.version = version
         if version == "v2":
@@ -117,7 +118,8 @@ class DenseCLIP(CLIP):
         """
         length = text.shape[1]
         x = self.token_embedding(text) + self.positional_embedding[:length]
-        x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
+        causal = torch.full((length, length), float("-inf"), device=x.device).triu(1)
+        x = self.transformer(x, attn_mask=causal)
         end_of_text = text.argmax(dim=-1)
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end_of_text]) @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x

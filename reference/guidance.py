@@ -12,7 +12,8 @@ Sources: upstream v1 `cat_seg/modeling/backbone/swin.py` (Liu et al., Swin Trans
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ from timm.layers import FrozenBatchNormAct2d, PatchEmbed
 from timm.models.resnet import Bottleneck, ResNet
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
+
+from catseg_fast.config import BACKBONES, ResNetConfig, SwinConfig
 
 STAGES = ("res2", "res3", "res4")
 
@@ -182,18 +185,15 @@ def _to_timm_names(module: ResNetGuidance, state_dict: dict[str, Any], prefix: s
     _rename(state_dict, prefix, module._timm_names)
 
 
-BACKBONES: dict[str, Callable[[], nn.Module]] = {
-    "swin-b": SwinGuidance,
-    "resnet-101": ResNetGuidance,
-}
-
-
-def build_guidance(name: str) -> nn.Module:
-    """The guidance backbone called `name`, untrained.
+def build_guidance(backbone: str | SwinConfig | ResNetConfig) -> nn.Module:
+    """The untrained guidance backbone of a configuration, or of a name in `config.BACKBONES`.
 
     Raises:
-        ValueError: `name` is not a key of `BACKBONES`.
+        ValueError: no backbone has this name.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"unknown guidance backbone {name!r}; valid names: {', '.join(BACKBONES)}")
-    return BACKBONES[name]()
+    if isinstance(backbone, str):
+        if backbone not in BACKBONES:
+            raise ValueError(f"unknown guidance backbone {backbone!r}; valid names: {', '.join(BACKBONES)}")
+        backbone = BACKBONES[backbone]
+    build = SwinGuidance if isinstance(backbone, SwinConfig) else ResNetGuidance
+    return build(**asdict(backbone))

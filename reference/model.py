@@ -24,6 +24,7 @@ from catseg_fast.reference.finetune import freeze, segmentation_loss
 from catseg_fast.reference.guidance import build_guidance
 from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resize
 from catseg_fast.vocabulary import Progress, check_classes, encode_classes, get_templates, tokenize_classes
+from catseg_fast.weights import weights_state
 
 
 class CATSegPredictor(nn.Module):
@@ -94,14 +95,6 @@ class CATSeg(nn.Module):
             self.upsample2 = nn.ConvTranspose2d(width, dims[1], kernel_size=4, stride=4)
         freeze(clip_model, self.backbone, clip_finetune, self.variant.version, train_backbone)
 
-        for name, values in (
-            ("pixel_mean", PIXEL_MEAN),
-            ("pixel_std", PIXEL_STD),
-            ("clip_pixel_mean", CLIP_PIXEL_MEAN),
-            ("clip_pixel_std", CLIP_PIXEL_STD),
-        ):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-
         self._classes: dict[bool, tuple[str, ...]] = {}  # by training mode
         self._tokens: dict[bool, list[Tensor]] = {}
         self._text_cache: dict[bool, tuple[object, Tensor]] = {}
@@ -120,7 +113,7 @@ class CATSeg(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.pixel_mean.device
+        return self.aggregator.conv1.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,7 +152,7 @@ class CATSeg(nn.Module):
         tokens = self._tokens[mode]
         if self.training and self.variant.version == "v2":
             return encode_classes(self.clip_model, tokens, prompts, progress=progress)
-        state = _weights_state(self.clip_model.text_parameters())
+        state = weights_state(self.clip_model.text_parameters())
         cached = self._text_cache.get(mode)
         if cached is None or cached[0] != state:
             with torch.no_grad():
@@ -198,7 +191,9 @@ class CATSeg(nn.Module):
         text = self.text_features().to(features.dtype)
         return self.aggregator(as_map(features), text.expand(len(features), -1, -1, -1), guidance)
 
-    def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]] | dict[str, Tensor]:
+    def forward(
+        self, batched_inputs: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
         """Segment images, or compute the loss in training mode.
 
         Args:
@@ -222,13 +217,13 @@ class CATSeg(nn.Module):
     @torch.no_grad()
     def _infer_sliding(self, image: Tensor, entry: dict[str, Any]) -> Tensor:
         crops = self.window.crops(image)
-        probabilities = self.window.merge(self.logits(*self._normalised(crops)).float())
+        probabilities = self.window.merge(self.logits(*normalise(crops)).float())
         height, width = self.window.resolution
         size = (entry.get("height", height), entry.get("width", width))
         return resize(probabilities[None], size)[0]
 
     def _infer_whole(self, image: Tensor, entry: dict[str, Any]) -> Tensor:
-        padded = [pad_to_multiple(x, self.size_divisibility)[None] for x in self._normalised(image)]
+        padded = [pad_to_multiple(x, self.size_divisibility)[None] for x in normalise(image)]
         probabilities = self.logits(*padded).float().sigmoid()
         height, width = image.shape[-2:]
         # Upstream cuts the 96x96 map, not the padded image, to the image's size: seen below 96 pixels only.
@@ -236,16 +231,12 @@ class CATSeg(nn.Module):
         return resize(probabilities, (entry.get("height", height), entry.get("width", width)))[0]
 
     def _loss(self, images: Sequence[Tensor], batched_inputs: Sequence[dict[str, Any]]) -> Tensor:
-        normalised = zip(*map(self._normalised, images), strict=True)
+        normalised = zip(*map(normalise, images), strict=True)
         clip_images, guidance_images = (
             pad_to_multiple(_stack_padded(batch), self.size_divisibility) for batch in normalised
         )
         labels = torch.stack([entry["sem_seg"].to(self.device) for entry in batched_inputs])
         return segmentation_loss(self.logits(clip_images, guidance_images), labels)
-
-    def _normalised(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        clip_images = (images - self.clip_pixel_mean) / self.clip_pixel_std
-        return clip_images, (images - self.pixel_mean) / self.pixel_std
 
     def _to_device(self, entry: dict[str, Any], index: int) -> Tensor:
         image = entry["image"]
@@ -255,6 +246,13 @@ class CATSeg(nn.Module):
         if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(f"{name}: shape {tuple(image.shape)} is not [3, H, W]")
         return image.to(self.device, torch.float32)
+
+
+def normalise(images: Tensor) -> tuple[Tensor, Tensor]:
+    """RGB `[…, 3, H, W]` in 0..255, once as CLIP wants it and once as v1's backbones do."""
+    statistics = torch.tensor((CLIP_PIXEL_MEAN, CLIP_PIXEL_STD, PIXEL_MEAN, PIXEL_STD), device=images.device)
+    clip_mean, clip_std, mean, std = statistics[..., None, None]
+    return (images - clip_mean) / clip_std, (images - mean) / std
 
 
 def as_map(features: Tensor) -> Tensor:
@@ -270,11 +268,3 @@ def _stack_padded(images: Sequence[Tensor]) -> Tensor:
     for target, image in zip(stacked, images, strict=True):
         target[:, : image.shape[1], : image.shape[2]] = image
     return stacked
-
-
-def _weights_state(parameters: Sequence[Tensor]) -> tuple[object, ...]:
-    """Changes whenever one of the tensors is replaced, moved, cast, or written in place."""
-    return tuple(
-        (tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version)
-        for tensor in parameters
-    )

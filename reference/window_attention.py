@@ -91,7 +91,10 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map `x [B * windows, N, dim + guidance]` to `[B * windows, N, dim]`; `mask [windows, N, N]` adds."""
+        """Map `x [B * windows, N, dim + guidance]` to `[B * windows, N, dim]`.
+
+        `mask [windows, N, N]` is added to the attention scores.
+        """
         heads = self.num_heads
         q = rearrange(self.q(x), "W N (h d) -> W h N d", h=heads)
         k = rearrange(self.k(x), "W N (h d) -> W h N d", h=heads)

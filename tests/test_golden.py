@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
-from golden_rule import GOLDEN, Meta, assert_output, check_sha_weights, fill, load_case, make_inputs
 from torch import Tensor
 
 from catseg_fast import reference
-from catseg_fast.config import VARIANTS, CLIPConfig, Variant
+from catseg_fast.config import CLIP_PIXEL_MEAN, VARIANTS, CLIPConfig, ResNetConfig, SwinConfig, Variant
 from catseg_fast.reference.clip import DenseCLIP
-from catseg_fast.reference.guidance import ResNetGuidance, SwinGuidance
 from catseg_fast.reference.model import CATSeg
 from catseg_fast.vocabulary import get_templates, tokenize
+from golden_rule import GOLDEN, Meta, assert_output, check_sha_weights, fill, load_case, make_inputs
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
@@ -43,6 +42,7 @@ def clip_config(dims: dict[str, int]) -> CLIPConfig:
 def variant_of(meta: Meta) -> Variant:
     head, build = meta["cfg"], meta["build"]
     base = VARIANTS["v1-vitl-swinb" if meta["version"] == "v1" else "v2-vitl"]
+    backbone = ResNetConfig(50) if build.get("backbone") == "r50" else SwinConfig(depths=(2, 2, 2))
     return replace(
         base,
         name=meta["case"],
@@ -52,20 +52,18 @@ def variant_of(meta: Meta) -> Variant:
         guidance_layers=(3, 7) if meta["clip_name"] == "ViT-B/16" else (7, 15),
         pooling_size=tuple(head["POOLING_SIZES"]),
         pad_len=build.get("pad_len", base.pad_len),
+        backbone=backbone if meta["version"] == "v1" else None,
     )
 
 
 def build_model(meta: Meta, model_type: type[CATSeg]) -> CATSeg:
-    """The whole model of a case, with its weights; v1's backbone is upstream's shallow one."""
+    """The whole model of a case, with its weights."""
     model = model_type(
         variant_of(meta),
         meta["classes"],
         sliding_window=meta["build"].get("sliding_window", False),
         prompt_ensemble=meta["templates"],
     )
-    if meta["version"] == "v1":
-        shallow = meta["build"].get("backbone") != "r50"
-        model.backbone = SwinGuidance(depths=(2, 2, 2)) if shallow else ResNetGuidance(depth=50)
     fill(model, meta["prefix"], meta["seed"])
     check_sha_weights(model.state_dict(), meta)
     return model.eval()
@@ -109,7 +107,7 @@ def constructor_arguments(meta: Meta) -> dict[str, Any]:
     return arguments
 
 
-def golden_image(meta: Meta, inputs: dict[str, Tensor], model: CATSeg) -> dict[str, Any]:
+def golden_image(meta: Meta, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """The first image as the model's input.
 
     Upstream pads two images to a common size; here each is on its own, so that one case's first image gets
@@ -118,7 +116,7 @@ def golden_image(meta: Meta, inputs: dict[str, Tensor], model: CATSeg) -> dict[s
     image = inputs["image0"]
     if meta["case"] == "model_v2_twoimages":
         height, width = (max(x.shape[axis] for x in inputs.values()) for axis in (1, 2))
-        padded = model.clip_pixel_mean.expand(3, height, width).clone()
+        padded = torch.tensor(CLIP_PIXEL_MEAN).view(3, 1, 1).expand(3, height, width).clone()
         padded[:, : image.shape[1], : image.shape[2]] = image
         image = padded
     entry: dict[str, Any] = {"image": image}
@@ -156,7 +154,7 @@ def test_model(name: str) -> None:
     model = build_model(meta, CATSeg)
     recorded = record(model)
     with torch.no_grad():
-        out = model([golden_image(meta, make_inputs(meta), model)])[0]["sem_seg"]
+        out = model([golden_image(meta, make_inputs(meta))])[0]["sem_seg"]
     assert_output(case, "out", out, factor=0, floor=1e-4)
     if name == "model_v2_twoimages":
         case = (case[0], {**meta, "outputs": first_of_batch(case)})
@@ -189,7 +187,12 @@ def test_clip(version: Any) -> None:
     fill(clip, meta["prefix"], meta["seed"])
     check_sha_weights(clip.state_dict(), meta)
     image = make_inputs(meta)["image"]
-    texts = ["A photo of a cat in the scene", "a bad photo of a traffic light.", "x", "itap of the crt screen, screen."]
+    texts = [
+        "A photo of a cat in the scene",
+        "a bad photo of a traffic light.",
+        "x",
+        "itap of the crt screen, screen.",
+    ]
     tokens = tokenize(texts)
     with torch.no_grad():
         outputs = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from catseg_fast.config import ResNetConfig, SwinConfig
 from catseg_fast.reference.guidance import ResNetGuidance, SwinGuidance, build_guidance
 from golden_rule import assert_output, check_sha_weights, fill, load_case, make_inputs
 
@@ -57,6 +58,17 @@ def test_names_and_shapes_are_upstreams(name: str, variant: str) -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({"backbone": build_guidance(name)})
     assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == upstream_shapes(variant)
+
+
+@pytest.mark.parametrize(
+    ("config", "build"), [(SwinConfig(depths=(2, 2, 2)), tiny_swin), (ResNetConfig(50), resnet50)]
+)
+def test_builds_from_a_configuration(config: SwinConfig | ResNetConfig, build: Build) -> None:
+    with torch.device("meta"):
+        built, expected = build_guidance(config).state_dict(), build().state_dict()
+    assert {key: value.shape for key, value in built.items()} == {
+        key: value.shape for key, value in expected.items()
+    }
 
 
 @pytest.mark.parametrize("build", [tiny_swin, resnet50])

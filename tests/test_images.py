@@ -11,6 +11,7 @@ from PIL import Image
 from catseg_fast.images import load_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+RGB[0, 0], RGB[4, 6] = 0, 255
 CHW = torch.from_numpy(RGB.transpose(2, 0, 1).astype(np.float32))
 
 
@@ -141,7 +142,7 @@ def test_a_tensor_keeps_its_gradient():
         (CHW[None], ValueError, r"got shape \[1, 3, 5, 7\]"),
         (CHW[:2], ValueError, r"got shape \[2, 5, 7\]"),
         (torch.from_numpy(RGB), ValueError, r"got shape \[5, 7, 3\]; use `permute"),
-        (RGB.transpose(2, 0, 1), ValueError, r"photo: expected an array \[H, W, 3\] .* got shape \[3, 5, 7\]"),
+        (RGB.transpose(2, 0, 1), ValueError, r"photo: expected an array \[H, W, 3\] .* got .*\[3, 5, 7\]"),
         (RGB[None], ValueError, r"got shape \[1, 5, 7, 3\]"),
         (RGB[0, 0], ValueError, r"got shape \[3\]"),
         (np.dstack([RGB, RGB[:, :, :1]]), ValueError, r"got shape \[5, 7, 4\]"),
@@ -152,13 +153,13 @@ def test_a_tensor_keeps_its_gradient():
         (RGB.astype(np.int64), TypeError, r"got int64"),
         (RGB.astype(np.uint16), TypeError, r"got uint16"),
         (RGB.astype(object), TypeError, r"got object"),
-        (CHW / 255, ValueError, r"photo: expected values in 0\.\.255, got 0\.\.1 .*\[3, 5, 7\].*multiply by 255"),
+        (CHW / 255, ValueError, r"photo: expected values in 0\.\.255, got 0\.\.1 .*\[3, 5, 7\].*by 255"),
         (RGB / 255, ValueError, r"looks like 0\.\.1"),
         (CHW - 128, ValueError, r"got -128\.\.127 in the image of shape \[3, 5, 7\]"),
         (CHW * 2, ValueError, r"got 0\.\.510"),
         (RGB * 1e60, ValueError, r"\d+ of 105 values are NaN or infinite"),
-        (CHW.clone().index_fill_(2, torch.tensor([0]), torch.nan), ValueError, r"photo: 15 of 105 values are NaN"),
-        (CHW.clone().index_fill_(1, torch.tensor([2]), -torch.inf), ValueError, r"21 of 105"),
+        (CHW.where(CHW > 0, torch.nan), ValueError, r"photo: \d+ of 105 values are NaN"),
+        (CHW.where(CHW < 255, -torch.inf), ValueError, r"photo: \d+ of 105 values are NaN or infinite"),
         (torch.zeros(3, 0, 4), ValueError, r"photo: the image is empty, got shape \[3, 0, 4\]"),
         (np.zeros((0, 0), np.uint8), ValueError, r"photo: the image is empty"),
         (Image.new("RGB", (0, 3)), ValueError, r"photo: the image is empty \(0x3\)"),
@@ -204,7 +205,8 @@ def test_files_that_are_no_images(tmp_path):
 
 
 def test_lazily_opened_truncated_pil_image():
-    half = Image.open(io.BytesIO(encoded("png")[:2000]))
+    data = encoded("png")
+    half = Image.open(io.BytesIO(data[: len(data) // 2]))
     with pytest.raises(ValueError, match="photo: cannot decode the image: "):
         load_image(half, "photo")
 

@@ -1,0 +1,5 @@
+"""`python -m catseg_fast`: the command line."""
+
+from catseg_fast.cli import main
+
+main()

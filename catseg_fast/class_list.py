@@ -1,0 +1,53 @@
+"""Lists of class names as users write them: a line of text, or a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+# fmt: off
+EVERYDAY_CLASSES = (
+    "sky", "building", "road", "sidewalk", "tree", "grass", "mountain", "water", "person", "car", "bicycle",
+    "dog", "cat", "wall", "floor", "window", "door", "table", "chair", "plant", "food", "book",
+)
+# fmt: on
+
+
+def parse_classes(text: str) -> list[str]:
+    """The names of "sky; tree; person, man": semicolons separate classes, commas a class's synonyms.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    return _some([name.strip() for name in text.split(";") if name.strip()], "the class list")
+
+
+def read_classes(path: Path) -> list[str]:
+    """The class names in a .txt file, one a line, or in a .json file, a list of strings; both in UTF-8.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is of another kind, damaged, or empty.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", ".json"):
+        raise ValueError(f"{path}: expected a .txt or a .json file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if suffix == ".txt":
+        return _some([line.strip() for line in text.splitlines() if line.strip()], str(path))
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: expected a JSON list of strings")
+    return _some(names, str(path))
+
+
+def _some(names: list[str], where: str) -> list[str]:
+    if not names:
+        raise ValueError(f"{where} has no class names")
+    return names

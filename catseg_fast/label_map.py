@@ -1,0 +1,126 @@
+"""From logits to label maps, class chunk by class chunk: no tensor grows with the number of classes.
+
+Every operation before the maximum (sigmoid, resizes, averages of crops) treats each class alone, so that the
+result equals the argmax over all classes at once, ties included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from catseg_fast.reference.inference import SlidingWindow, resize
+
+Size = tuple[int, int]
+
+# Working memory for the classes that are read out at a time.
+READOUT_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How crops' logits `[B, t, h, w]` become probabilities `[t, height, width]` of a picture.
+
+    Attributes:
+        size: (height, width) of the answer.
+        window: the sliding window that cut the crops; None for one crop that is the whole image.
+        visible: rows and columns of the whole image's map that count, the others being cut off.
+    """
+
+    size: Size
+    window: SlidingWindow | None = None
+    visible: Size | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits.float()
+        if self.window is not None:
+            return resize(self.window.merge(logits)[None], self.size)[0]
+        probabilities = logits[:1].sigmoid()
+        if self.visible is not None:
+            probabilities = probabilities[..., : self.visible[0], : self.visible[1]]
+        return resize(probabilities, self.size)[0]
+
+    @property
+    def class_bytes(self) -> int:
+        """Working memory for one class: its maps at every size on the way, twice where one makes another."""
+        pixels = 3 * self.size[0] * self.size[1]
+        if self.window is not None:
+            side, (height, width) = self.window.crop_size, self.window.resolution
+            pixels += 2 * (len(self.window.corners()) + 1) * side**2 + 3 * height * width
+        return 4 * pixels
+
+
+class Target(Protocol):
+    """Takes in probabilities; nothing changes before the last step that can fail."""
+
+    def update(self, first: int, probabilities: Tensor) -> None:
+        """Take in `probabilities [t, H, W]` of classes `first`, `first + 1`, …; chunks come in order."""
+
+
+def reader(readout: Readout, target: Target) -> Callable[[slice, Tensor], None]:
+    """A consumer of `Engine.stream` that reads logits out into a target, few classes at a time."""
+    step = max(1, READOUT_BYTES // readout.class_bytes)
+
+    def consume(classes: slice, logits: Tensor) -> None:
+        for start in range(0, logits.shape[1], step):
+            target.update(classes.start + start, readout(logits[:, start : start + step]))
+
+    return consume
+
+
+class Probabilities:
+    """All probabilities `[T, H, W]`: upstream's answer."""
+
+    def __init__(self, classes: int, size: Size, device: torch.device) -> None:
+        self.maps = torch.empty(classes, *size, device=device)
+
+    def update(self, first: int, probabilities: Tensor) -> None:
+        self.maps[first : first + len(probabilities)] = probabilities
+
+
+class LabelMap:
+    """The best class of each pixel and its probability; of equal ones, the first.
+
+    Attributes:
+        scores: float32 `[H, W]`.
+        labels: int32 `[H, W]`.
+    """
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.scores = torch.full(size, -1.0, device=device)
+        self.labels = torch.zeros(size, dtype=torch.int32, device=device)
+
+    def update(self, first: int, probabilities: Tensor) -> None:
+        scores, labels = probabilities.max(dim=0)
+        # As in a maximum over all classes, NaN beats every number, and the first NaN every later one.
+        better = (scores > self.scores) | (scores.isnan() & ~self.scores.isnan())
+        labels = torch.where(better, labels.int() + first, self.labels)
+        scores = torch.where(better, scores, self.scores)
+        self.scores, self.labels = scores, labels
+
+
+class TopClasses:
+    """The k best classes of each pixel and their probabilities, best first; of equal ones, the first.
+
+    Attributes:
+        scores: float32 `[k, H, W]`.
+        labels: int32 `[k, H, W]`.
+    """
+
+    def __init__(self, count: int, size: Size, device: torch.device) -> None:
+        self.count = count
+        self.scores = torch.empty(0, *size, device=device)
+        self.labels = torch.empty(0, *size, dtype=torch.int32, device=device)
+
+    def update(self, first: int, probabilities: Tensor) -> None:
+        indices = torch.arange(
+            first, first + len(probabilities), dtype=torch.int32, device=self.labels.device
+        )
+        labels = torch.cat([self.labels, indices[:, None, None].expand(-1, *self.labels.shape[1:])])
+        scores, order = torch.cat([self.scores, probabilities]).sort(dim=0, descending=True, stable=True)
+        labels = labels.gather(0, order[: self.count])
+        self.scores, self.labels = scores[: self.count].clone(), labels

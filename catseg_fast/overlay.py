@@ -1,0 +1,177 @@
+"""Pictures of a segmentation: coloured overlay with a legend, and the label map as a 16-bit PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+_BLUE = 0.58  # the first class's hue
+_SATURATION = np.array([0.85, 0.55, 1.0])
+_VALUE = np.array([0.95, 1.0, 0.7, 0.85, 0.55])
+
+_PAPER, _INK, _FAINT = (250, 250, 250), (35, 35, 40), (120, 120, 128)
+_SMALLEST_SIDE = 360  # with a legend, smaller pictures are enlarged by a whole number
+_SMALLEST_FONT = 13
+_LONGEST_NAME = 12  # in ems
+
+
+def class_colours(count: int) -> np.ndarray:
+    """Colours of `count` classes, uint8 `[count, 3]`: those of neighbouring indices differ clearly.
+
+    Hues step by the golden ratio, so that any prefix covers the circle evenly; saturation and value cycle
+    with coprime periods. A class's colour does not depend on `count`.
+    """
+    index = np.arange(count)
+    hue = (_BLUE + index * _GOLDEN_RATIO) % 1
+    saturation, value = _SATURATION[index % len(_SATURATION)], _VALUE[index % len(_VALUE)]
+    # HSV to RGB; https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
+    ramp = (np.array([5, 3, 1]) + hue[:, None] * 6) % 6
+    dip = np.clip(np.minimum(ramp, 4 - ramp), 0, 1)
+    return (255 * value[:, None] * (1 - saturation[:, None] * dip)).round().astype(np.uint8)
+
+
+def class_shares(labels: Tensor, count: int) -> Tensor:
+    """The share of the pixels of `labels` [H, W] that each of `count` classes has: float64 `[count]`.
+
+    Raises:
+        ValueError: if a label is not in 0..count-1.
+    """
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= count:
+        raise ValueError(f"labels: expected values in 0..{count - 1} for {count} classes, got {low}..{high}")
+    return torch.bincount(labels.flatten(), minlength=count).double() / labels.numel()
+
+
+def overlay(
+    image: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    alpha: float = 0.55,
+    legend: bool = True,
+    max_legend: int = 16,
+) -> Image.Image:
+    """Blend the classes' colours over an image and list the classes present beside it.
+
+    Args:
+        image: `[3, H, W]`, RGB in 0..255.
+        labels: integers `[H, W]`, indices into `classes`.
+        classes: class names.
+        alpha: share of the colours, 0 (the image alone) to 1 (the colours alone).
+        legend: whether to add the panel; small pictures are then enlarged to go with its text.
+        max_legend: classes in the legend, those with the largest areas; the rest is summed up.
+
+    Raises:
+        ValueError: if the shapes disagree, a label has no class, or `alpha` is not in 0..1.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or labels.shape != image.shape[1:]:
+        raise ValueError(
+            f"labels: expected [H, W] of an image [3, H, W], got labels {list(labels.shape)} "
+            f"and image {list(image.shape)}"
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected a number in 0..1, got {alpha}")
+    shares = class_shares(labels, len(classes))
+    factor = max(1, round(_SMALLEST_SIDE / max(labels.shape))) if legend else 1
+    photo = _to_numpy(image.round().byte().permute(1, 2, 0), factor)
+    label_map = _to_numpy(labels, factor)
+    colours = class_colours(len(classes))
+    paint = colours[label_map]
+    paint[_contours(label_map)] = 255
+    blended = Image.blend(Image.fromarray(photo), Image.fromarray(paint), alpha)
+    return _with_legend(blended, shares, classes, colours, max_legend) if legend else blended
+
+
+def label_png(labels: Tensor) -> Image.Image:
+    """The label map `[H, W]` as a 16-bit grey image: vocabularies pass 255.
+
+    Raises:
+        ValueError: if a label does not fit 16 bits.
+    """
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high > 65535:
+        raise ValueError(f"labels: a 16-bit PNG holds 0..65535, got {low}..{high}")
+    return Image.fromarray(labels.cpu().numpy().astype(np.uint16))
+
+
+def _to_numpy(pixels: Tensor, factor: int) -> np.ndarray:
+    """Pixels `[H, W, …]`, each repeated `factor` times in both directions."""
+    if factor > 1:
+        pixels = pixels.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
+    return pixels.cpu().contiguous().numpy()
+
+
+def _contours(labels: np.ndarray) -> np.ndarray:
+    """Where lines between classes run: bool `[H, W]`, thicker on larger pictures."""
+    width = max(1, round(labels.size**0.5 / 700))
+    lines = np.zeros(labels.shape, bool)
+    lines[width:] |= labels[width:] != labels[:-width]
+    lines[:, width:] |= labels[:, width:] != labels[:, :-width]
+    return lines
+
+
+def _with_legend(
+    picture: Image.Image, shares: Tensor, classes: Sequence[str], colours: np.ndarray, max_legend: int
+) -> Image.Image:
+    """`picture` with a panel of the largest classes on its right, at a scale that suits its size."""
+    em = max(_SMALLEST_FONT, round((picture.width * picture.height) ** 0.5 / 58))
+    font = _font(em)
+    order = shares.argsort(descending=True, stable=True).tolist()
+    present = [index for index in order if shares[index] > 0]
+    shown, rest = present[:max_legend], present[max_legend:]
+    names = [_shorten(classes[index], font, _LONGEST_NAME * em) for index in shown]
+    if rest:
+        names.append(f"… and {len(rest)} more")
+    percents = [_percent(float(shares[index])) for index in shown]
+    if rest:
+        percents.append(_percent(float(shares[rest].sum())))
+
+    margin, row, swatch = em, round(1.7 * em), em
+    name_at = picture.width + margin + swatch + round(0.6 * em)
+    percent_end = round(
+        name_at
+        + max(font.getlength(name) for name in names)
+        + em
+        + max(font.getlength(percent) for percent in percents)
+    )
+    size = (percent_end + margin, max(picture.height, row * len(names) + 2 * margin))
+    canvas = Image.new("RGB", size, _PAPER)
+    canvas.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for i, (name, percent) in enumerate(zip(names, percents, strict=True)):
+        middle = margin + i * row + row // 2
+        ink = _FAINT
+        if i < len(shown):
+            ink = _INK
+            left, top = picture.width + margin, middle - swatch // 2
+            draw.rounded_rectangle(
+                (left, top, left + swatch, top + swatch),
+                radius=em // 4,
+                fill=tuple(colours[shown[i]].tolist()),
+            )
+        draw.text((name_at, middle), name, ink, font, anchor="lm")
+        draw.text((percent_end, middle), percent, _FAINT, font, anchor="rm")
+    return canvas
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.001 else "<0.1%"
+
+
+def _shorten(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+    """`name`, cut with an ellipsis where it is wider than `width` pixels."""
+    if font.getlength(name) <= width:
+        return name
+    while name and font.getlength(name + "…") > width:
+        name = name[:-1]
+    return name.rstrip(" ,") + "…"

@@ -1,0 +1,154 @@
+"""An aggregator's stages over chunks of classes, with memory that need not grow with their number.
+
+Layer by layer, a chunk passes the window-attention blocks and leaves its keys and values in the layer's class
+memory; once all classes have, the next pass applies the memory to each chunk. What a chunk is between two
+passes is either stored, or computed again from the features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from catseg_fast import stages
+from catseg_fast.class_memory import ClassMemory, new_memory
+from catseg_fast.plan import Plan
+from catseg_fast.planner import Schedule
+from catseg_fast.reference.aggregator import DROPPED_LOGIT
+from catseg_fast.state import State, new_state
+from catseg_fast.terms import ImageTerms, VocabularyTerms, chunk_text
+
+Consumer = Callable[[slice, Tensor], None]
+
+
+class Stream:
+    """One call: crops, a vocabulary, and how they go through the stages."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        image: ImageTerms,
+        vocabulary: VocabularyTerms,
+        selected: Tensor | None,
+        schedule: Schedule,
+        differentiable: bool,
+    ) -> None:
+        self.plan, self.image, self.vocabulary, self.selected = plan, image, vocabulary, selected
+        self.schedule, self.chunk = schedule, schedule.chunk
+        self.count = vocabulary.classes if selected is None else selected.shape[1]
+        self.memories: list[ClassMemory] = []
+        self.state: State | None = new_state(schedule.policy, plan, image, self.count, differentiable)
+
+    def run(self, consume: Consumer) -> None:
+        """Fill one class memory a layer, then decode."""
+        every = slice(0, self.image.crops)
+        for index, layer in enumerate(self.plan.layers):
+            memory = new_memory(layer.classes, self.count)
+
+            def fill(classes: slice, index: int = index, memory: ClassMemory = memory) -> None:
+                x = self._spatial(index, every, classes)
+                text = self._text(self.vocabulary.keys[index], every, classes)
+                attention = self.plan.layers[index].classes
+                stages.class_collect(attention, memory, x, text, self.image.resolution)
+                if self.state is not None:
+                    self.state.save(classes, x)
+
+            self._for_each_chunk(self.count, fill)
+            self.memories.append(memory)
+        selected = self.selected
+        if selected is None:
+            self._for_each_chunk(self.count, lambda classes: consume(classes, self._decode(every, classes)))
+        else:
+            total = self.vocabulary.classes
+            self._for_each_chunk(
+                total, lambda classes: consume(classes, self._decode_selected(selected, classes))
+            )
+
+    def _for_each_chunk(self, total: int, step: Callable[[slice], None]) -> None:
+        """Call `step` with slices of at most `chunk`; on running out of memory, go on with half of that."""
+        start = 0
+        while start < total:
+            stop = min(start + self.chunk, total)
+            try:
+                step(slice(start, stop))
+            except RuntimeError as error:
+                if not _out_of_memory(error) or stop - start == 1:
+                    raise
+                self.chunk = (stop - start) // 2
+                warnings.warn(
+                    f"out of memory with {stop - start} classes a step: going on with {self.chunk}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                continue
+            start = stop
+
+    def _spatial(self, index: int, crops: slice, classes: slice) -> Tensor:
+        """A chunk behind the window blocks of layer `index`: `[b, t, HW, C]`."""
+        image = self.image.of(crops)
+        x = self._embed(crops, classes) if index == 0 else self._classes(index - 1, crops, classes)
+        for block, guidance in zip(self.plan.layers[index].blocks, image.blocks[index], strict=True):
+            x = stages.window_block(block, guidance, x)
+        return x
+
+    def _classes(self, index: int, crops: slice, classes: slice) -> Tensor:
+        """A chunk behind the class attention of layer `index`: `[b, t, HW, C]`."""
+        if self.state is not None:
+            x = self.state.load(crops, classes)
+        else:
+            x = self._spatial(index, crops, classes)
+        return stages.class_apply(
+            self.plan.layers[index].classes,
+            x,
+            self._text(self.vocabulary.queries[index], crops, classes),
+            self.memories[index].of(crops),
+            self.image.resolution,
+        )
+
+    def _embed(self, crops: slice, classes: slice) -> Tensor:
+        features = self._text(self.vocabulary.features, crops, classes)
+        inverse_norm = self._text(self.vocabulary.inverse_norm, crops, classes)
+        text = chunk_text(features, inverse_norm, self.plan.embed.dtype)
+        image = self.image.features[crops]
+        return stages.embed_cost_volume(self.plan, image, text, self.image.resolution)
+
+    def _decode(self, crops: slice, classes: slice) -> Tensor:
+        layers = len(self.plan.layers)
+        x = self._classes(layers - 1, crops, classes) if layers else self._embed(crops, classes)
+        return stages.decode(self.plan, self.image.of(crops).decoder, x, self.image.resolution)
+
+    def _decode_selected(self, selected: Tensor, classes: slice) -> Tensor:
+        """Logits of `classes`, which count all classes here: each crop's selected ones, and -100."""
+        H, W = self.image.resolution
+        shape = (self.image.crops, classes.stop - classes.start, 4 * H, 4 * W)
+        logits = self.image.features.new_full(shape, DROPPED_LOGIT)
+        bounds = torch.tensor([[classes.start, classes.stop]], device=selected.device)
+        ranges = torch.searchsorted(selected, bounds.expand(shape[0], -1).contiguous()).tolist()
+        for crop, (start, stop) in enumerate(ranges):
+            if start < stop:
+                kept = selected[crop, start:stop] - classes.start
+                logits[crop, kept] = self._decode(slice(crop, crop + 1), slice(start, stop))[0]
+        return logits
+
+    def _text(self, tensor: Any, crops: slice, classes: slice) -> Any:
+        """A chunk `[b or 1, t, …]` of a vocabulary term `[B or 1, T, …]`."""
+        if tensor is None:
+            return None
+        if len(tensor) > 1:
+            tensor = tensor[crops]
+        if self.selected is None:
+            return tensor[:, classes]
+        kept = self.selected[crops, classes]
+        if len(tensor) == 1:
+            return tensor[0][kept]
+        return tensor.gather(
+            1, kept.view(*kept.shape, *[1] * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
+        )
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,254 @@
+"""Guided shifted-window attention block (CAT-Seg paper, section 3.3): window attention and MLP, each with
+residual.
+
+For x `[B, t, HW, C]` (B crops, t classes, C channels in `heads` heads of d), windows of N tokens and norm
+without affine part:
+
+    q, k, v = norm(x) W^T + (g_q, g_k, 0)                      g: the image's guidance, the same for every class
+    a = softmax(q k^T - 100 * [other region of the image]) v   within a window, by head
+    y = x + a W_p^T + b_p
+    out = y + MLP(norm(y))
+
+Three kernels: (1) norm, projection and guidance, from image order to window order; (2) attention, its result in
+the place of the queries; (3) the rest, back to image order (`mlp.py`). Cyclic shift, window partition and region
+mask are index arithmetic. Between the kernels there is one buffer `[B, t, HW, 3C]`; never materialised are the
+rolled or partitioned x, `[x ; guidance]` `[B, t, HW, C + G]`, the mask `[windows, N, N]`, the scores
+`[B * t * windows, heads, N, N]`, and what `mlp.py` names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from catseg_fast.kernels import mlp
+from catseg_fast.kernels.windows import Windows, normalise, token_position, token_region
+from catseg_fast.plan import WindowBlock
+from catseg_fast.reference.window_attention import MASKED, fit_window
+from catseg_fast.terms import BlockGuidance
+
+MAX_CHANNELS = 256
+MAX_WINDOW = 24
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOG2E = tl.constexpr(1.4426950408889634)
+PENALTY = tl.constexpr(MASKED)
+
+
+@dataclass(frozen=True)
+class QKVConfig:
+    """Launch configuration: tokens, output channels and classes a program."""
+
+    rows: int
+    columns: int
+    classes: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Launch configuration: queries a step."""
+
+    queries: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch configurations of the three kernels."""
+
+    qkv: QKVConfig
+    attention: AttentionConfig
+    mlp: mlp.MLPConfig
+
+
+@triton.jit
+def qkv_kernel(
+    x_ptr,  # [B, t, HW, C], image order, strided over B and t
+    weight_ptr,  # [3C, C]
+    guidance_ptr,  # [B or 1, HW or 1, 2C], window order, strided over the first two
+    qkv_ptr,  # [B, t, HW, 3C], window order
+    classes,  # t
+    x_stride_b,
+    x_stride_t,
+    guidance_stride_b,
+    guidance_stride_n,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    C: tl.constexpr,
+    C_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same tokens and output channels of CLASSES classes: weight and guidance are loaded once."""
+    dtype = qkv_ptr.dtype.element_ty
+    groups = tl.cdiv(classes, CLASSES)
+    b = (tl.program_id(2) // groups).to(tl.int64)
+    first = (tl.program_id(2) % groups * CLASSES).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.arange(0, C_PADDED)
+    valid, inside, kept = row < H * W, c < C, column < 3 * C
+
+    weight = tl.load(weight_ptr + column[:, None] * C + c[None, :], kept[:, None] & inside[None, :], 0.0)
+    guidance_ptr += b * guidance_stride_b + row[:, None] * guidance_stride_n + column[None, :]
+    guidance = tl.load(guidance_ptr, valid[:, None] & (column < 2 * C)[None, :], 0.0)
+
+    x_offset = token_position(row, H, W, WINDOW, SHIFT)[:, None] * C + c[None, :]
+    qkv_offset = row[:, None] * (3 * C) + column[None, :]
+    for i in range(first, tl.minimum(first + CLASSES, classes)):
+        x_start = x_ptr + b * x_stride_b + i * x_stride_t
+        x = tl.load(x_start + x_offset, valid[:, None] & inside[None, :], 0.0)
+        normalised = normalise(x.to(tl.float32), inside, C).to(dtype)
+        qkv = tl.dot(normalised, tl.trans(weight), input_precision=PRECISION) + guidance.to(tl.float32)
+        qkv_start = qkv_ptr + (b * classes + i) * (H * W * 3 * C)
+        tl.store(qkv_start + qkv_offset, qkv.to(dtype), valid[:, None] & kept[None, :])
+
+
+@triton.jit
+def attention_kernel(
+    qkv_ptr,  # [B, t, HW, 3C], window order; the attended values replace the queries
+    H: tl.constexpr,
+    W: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    REST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One window and head. Its N keys stay on the chip in two parts, KEYS and then at most REST."""
+    dtype = qkv_ptr.dtype.element_ty
+    N: tl.constexpr = WINDOW * WINDOW
+    C: tl.constexpr = HEADS * D
+    window = tl.program_id(0) // HEADS
+    qkv_ptr += window.to(tl.int64) * (N * 3 * C) + tl.program_id(0) % HEADS * D
+    down, across = window // (W // WINDOW) % (H // WINDOW), window % (W // WINDOW)
+    last_row, last_column = down == H // WINDOW - 1, across == W // WINDOW - 1
+
+    d = tl.arange(0, D_PADDED)[None, :]
+    n = tl.arange(0, KEYS)
+    r = KEYS + tl.arange(0, REST)
+    region_n = token_region(n, last_row, last_column, WINDOW, SHIFT)
+    region_r = token_region(r, last_row, last_column, WINDOW, SHIFT)
+    valid_n, valid_r = (n < N)[:, None] & (d < D), (r < N)[:, None] & (d < D)
+    key_n = tl.load(qkv_ptr + n[:, None] * (3 * C) + C + d, valid_n, 0.0)
+    key_r = tl.load(qkv_ptr + r[:, None] * (3 * C) + C + d, valid_r, 0.0)
+    value_n = tl.load(qkv_ptr + n[:, None] * (3 * C) + 2 * C + d, valid_n, 0.0)
+    value_r = tl.load(qkv_ptr + r[:, None] * (3 * C) + 2 * C + d, valid_r, 0.0)
+    for start in range(0, N, QUERIES):
+        m = start + tl.arange(0, QUERIES)
+        valid = (m < N)[:, None] & (d < D)
+        query = tl.load(qkv_ptr + m[:, None] * (3 * C) + d, valid, 0.0)
+        score_n = tl.dot(query, tl.trans(key_n), input_precision=PRECISION)
+        score_r = tl.dot(query, tl.trans(key_r), input_precision=PRECISION)
+        if SHIFT > 0:
+            region = token_region(m, last_row, last_column, WINDOW, SHIFT)
+            score_n += tl.where(region[:, None] == region_n[None, :], 0.0, PENALTY)
+            score_r += tl.where(region[:, None] == region_r[None, :], 0.0, PENALTY)
+        if KEYS > N:
+            score_n = tl.where(n[None, :] < N, score_n, float("-inf"))
+        if KEYS + REST > N:
+            score_r = tl.where(r[None, :] < N, score_r, float("-inf"))
+        highest = tl.maximum(tl.max(score_n, 1), tl.max(score_r, 1)) * LOG2E
+        score_n = tl.exp2(score_n * LOG2E - highest[:, None])
+        score_r = tl.exp2(score_r * LOG2E - highest[:, None])
+        total = tl.sum(score_n, 1) + tl.sum(score_r, 1)
+        attended = tl.dot(score_n.to(dtype), value_n, input_precision=PRECISION)
+        attended = tl.dot(score_r.to(dtype), value_r, attended, input_precision=PRECISION)
+        tl.store(qkv_ptr + m[:, None] * (3 * C) + d, (attended / total[:, None]).to(dtype), valid)
+
+
+def default_config(dtype: torch.dtype, windows: Windows, channels: int) -> Config:
+    """Launch configurations that compile on every GPU of compute capability 8.0 and newer."""
+    attention = AttentionConfig(queries=16, num_warps=1 if windows.window <= 16 else 4, num_stages=1)
+    if dtype == torch.float32:
+        return Config(QKVConfig(32, 32, 8, 4, 1), attention, mlp.DEFAULT_FP32)
+    return Config(QKVConfig(64, 128, 8, 4, 2), attention, mlp.DEFAULT_16BIT)
+
+
+def launch(
+    x: Tensor,
+    query_key: Tensor,
+    qkv: Tensor,
+    proj: Tensor,
+    proj_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    windows: Windows,
+    heads: int,
+    input_precision: str,
+    config: Config | None = None,
+) -> Tensor:
+    """`window_block` on tensors; see there for shapes. Nothing is checked."""
+    (B, t, HW, C), (H, W, window, shift) = x.shape, windows
+    config = config or default_config(x.dtype, windows, C)
+    guidance = query_key.expand(B, HW, 2 * C)
+    buffer = torch.empty((B, t, HW, 3 * C), dtype=x.dtype, device=x.device)
+    sizes = {"H": H, "W": W, "WINDOW": window, "SHIFT": shift, "PRECISION": input_precision}
+    c = config.qkv
+    grid = (triton.cdiv(3 * C, c.columns), triton.cdiv(HW, c.rows), B * triton.cdiv(t, c.classes))
+    qkv_kernel[grid](
+        x, qkv, guidance, buffer, t, x.stride(0), x.stride(1), guidance.stride(0), guidance.stride(1),
+        **sizes, C=C, C_PADDED=triton.next_power_of_2(C), ROWS=c.rows, COLUMNS=c.columns, CLASSES=c.classes,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    a = config.attention
+    keys, rest = split_keys(window * window)
+    attention_kernel[(B * t * (HW // window**2) * heads,)](
+        buffer, **sizes, HEADS=heads, D=C // heads, D_PADDED=max(16, triton.next_power_of_2(C // heads)),
+        QUERIES=a.queries, KEYS=keys, REST=rest, num_warps=a.num_warps, num_stages=a.num_stages,
+    )  # fmt: skip
+    return mlp.launch(
+        x, buffer, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, windows, input_precision, config.mlp
+    )
+
+
+def split_keys(tokens: int) -> tuple[int, int]:
+    """Two powers of two, 16 or more, that hold N tokens with little to spare: 144 = 128 + 16."""
+    keys = max(16, triton.next_power_of_2(tokens) // 2)
+    return keys, max(16, triton.next_power_of_2(tokens - keys))
+
+
+@torch.library.custom_op("catseg_fast::window_block", mutates_args=())
+def _window_block(
+    x: Tensor,
+    query_key: Tensor,
+    qkv: Tensor,
+    proj: Tensor,
+    proj_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    height: int,
+    width: int,
+    window: int,
+    shift: int,
+    heads: int,
+    input_precision: str,
+) -> Tensor:
+    windows = Windows(height, width, window, shift)
+    return launch(
+        x, query_key, qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, windows, heads, input_precision
+    )
+
+
+@_window_block.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)

@@ -1,0 +1,141 @@
+"""Overlays and label maps: what a picture of a segmentation must show."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from catseg_fast.overlay import class_colours, class_shares, label_png, overlay
+
+CLASSES = ["sky", "grass", "tree"]
+
+
+def halves(height, width):
+    """A grey image whose left half is class 0, the right half class 2."""
+    labels = torch.zeros(height, width, dtype=torch.int32)
+    labels[:, width // 2 :] = 2
+    return torch.full((3, height, width), 100.0), labels
+
+
+def test_colours_are_deterministic_distinct_and_a_prefix_of_longer_lists():
+    colours = class_colours(1000)
+    assert colours.shape == (1000, 3)
+    assert colours.dtype == np.uint8
+    assert np.array_equal(class_colours(7), colours[:7])
+    assert len(np.unique(colours, axis=0)) == 1000
+
+
+def test_neighbouring_colours_differ_clearly_for_thousands_of_classes():
+    colours = class_colours(5000).astype(int)
+    for distance in (1, 2):
+        assert np.abs(colours[distance:] - colours[:-distance]).sum(axis=1).min() > 150
+
+
+def test_shares():
+    _, labels = halves(4, 6)
+    assert class_shares(labels, 3).tolist() == [0.5, 0, 0.5]
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_a_label_without_a_class_is_refused(bad):
+    image, labels = halves(4, 6)
+    labels[0, 0] = bad
+    with pytest.raises(ValueError, match=rf"labels: expected values in 0\.\.2 for 3 classes, got .*{bad}"):
+        overlay(image, labels, CLASSES)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_colours_are_blended_by_alpha(alpha):
+    image, labels = halves(20, 30)
+    picture = np.asarray(overlay(image, labels, CLASSES, alpha, legend=False)).astype(float)
+    assert picture.shape == (20, 30, 3)
+    colours = class_colours(3).astype(float)
+    for x, label in ((3, 0), (25, 2)):
+        expected = (1 - alpha) * 100 + alpha * colours[label]
+        np.testing.assert_allclose(picture[10, x], expected, atol=1)
+    np.testing.assert_allclose(picture[10, 15], (1 - alpha) * 100 + alpha * 255, atol=1)  # the line between
+
+
+@pytest.mark.parametrize("size", [(1, 1), (48, 64), (1, 900), (900, 1), (1200, 1600)])
+def test_legend_stands_beside_the_picture(size):
+    image, labels = halves(*size)
+    plain = overlay(image, labels, CLASSES, legend=False)
+    full = overlay(image, labels, CLASSES)
+    factor = max(1, round(360 / max(size)))
+    assert full.width > plain.width * factor
+    assert full.height >= plain.height * factor
+    corner = full.crop((0, 0, plain.width * factor, plain.height * factor))
+    if factor == 1:
+        assert corner.tobytes() == plain.tobytes()
+    panel = np.asarray(full.crop((plain.width * factor, 0, full.width, full.height))).reshape(-1, 3)
+    present = {tuple(colour) for colour in np.unique(panel, axis=0).tolist()}
+    colours = [tuple(colour) for colour in class_colours(3).tolist()]
+    assert colours[2] in present  # the swatches: of the classes present alone
+    assert colours[1] not in present
+
+
+def drawn_texts(monkeypatch, *arguments, **options):
+    """The texts of the legend."""
+    from PIL import ImageDraw
+
+    texts = []
+    draw = ImageDraw.ImageDraw.text
+
+    def record(self, position, text, *rest, **kwargs):
+        texts.append(text)
+        return draw(self, position, text, *rest, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+    overlay(*arguments, **options)
+    return texts
+
+
+def test_legend_is_sorted_by_area_and_sums_up_the_rest(monkeypatch):
+    labels = torch.tensor([[4] * 50 + [1] * 30 + [0] * 12 + [3] * 8])
+    names = ["a", "b", "c", "d", "e"]
+    texts = drawn_texts(monkeypatch, torch.zeros(3, 1, 100), labels, names, max_legend=2)
+    assert texts == ["e", "50.0%", "b", "30.0%", "… and 2 more", "20.0%"]
+
+
+def test_legend_of_tiny_shares_and_long_names(monkeypatch):
+    labels = torch.zeros(100, 100, dtype=torch.int32)
+    labels[0, :5] = 1
+    texts = drawn_texts(monkeypatch, torch.zeros(3, 100, 100), labels, ["person, " * 20, "b"])
+    assert texts[0].startswith("person, person")
+    assert texts[0].endswith("…")
+    assert len(texts[0]) < 40
+    assert texts[1:] == ["100.0%", "b", "<0.1%"]
+
+
+def test_uint8_image_and_long_labels_are_taken_too():
+    image, labels = halves(8, 8)
+    expected = overlay(image, labels, CLASSES)
+    assert overlay(image.byte(), labels.long(), CLASSES).tobytes() == expected.tobytes()
+
+
+def test_wrong_shapes_and_alpha():
+    image, labels = halves(4, 6)
+    with pytest.raises(ValueError, match=r"got labels \[6, 4\] and image \[3, 4, 6\]"):
+        overlay(image, labels.T, CLASSES)
+    with pytest.raises(ValueError, match=r"image \[1, 4, 6\]"):
+        overlay(image[:1], labels, CLASSES)
+    with pytest.raises(ValueError, match=r"alpha: expected a number in 0\.\.1, got 1\.5"):
+        overlay(image, labels, CLASSES, alpha=1.5)
+
+
+def test_label_png_keeps_sixteen_bits():
+    labels = torch.tensor([[0, 1, 255], [256, 1000, 65535]], dtype=torch.int32)
+    image = label_png(labels)
+    assert image.mode == "I;16"
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    with Image.open(file) as back:
+        assert np.array(back).tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("bad", [-1, 65536])
+def test_label_png_refuses_what_does_not_fit(bad):
+    with pytest.raises(ValueError, match=rf"labels: a 16-bit PNG holds 0\.\.65535, got .*{bad}"):
+        label_png(torch.tensor([[5, bad]]))

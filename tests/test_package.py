@@ -1,0 +1,58 @@
+"""The package as installed: its names, its console script, its type marker."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from importlib.metadata import distribution, entry_points
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import catseg_fast
+
+
+def run_isolated(code: str, folder: Path) -> str:
+    """What `code` prints in a Python of its own that does not see the working directory."""
+    command = [sys.executable, "-I", "-c", code]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_version() -> None:
+    assert distribution("catseg-fast").version == catseg_fast.__version__
+
+
+def test_public_names() -> None:
+    assert all(hasattr(catseg_fast, name) for name in catseg_fast.__all__)
+
+
+@pytest.mark.parametrize("name", ["catseg_fast.kernels", "catseg_fast.reference"])
+def test_folders_of_the_checkout_are_subpackages(name: str) -> None:
+    assert importlib.import_module(name).__name__ == name
+
+
+def test_nothing_else_is_installed_at_top_level(tmp_path: Path) -> None:
+    code = "import importlib.util as u; print([u.find_spec(n) for n in ('kernels', 'reference')])"
+    assert run_isolated(code, tmp_path) == "[None, None]"
+
+
+def test_imports_from_anywhere(tmp_path: Path) -> None:
+    code = "import catseg_fast, catseg_fast.reference as r; print(catseg_fast.__version__, r.__name__)"
+    assert run_isolated(code, tmp_path) == f"{catseg_fast.__version__} catseg_fast.reference"
+
+
+def test_imports_without_triton(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['triton'] = None; import catseg_fast.cli, catseg_fast.model; print('ok')"
+    assert run_isolated(code, tmp_path) == "ok"
+
+
+def test_is_typed() -> None:
+    assert files("catseg_fast").joinpath("py.typed").is_file()
+
+
+def test_console_script() -> None:
+    (script,) = entry_points(group="console_scripts", name="catseg-fast")
+    assert script.value == "catseg_fast.cli:main"
+    assert callable(script.load())
