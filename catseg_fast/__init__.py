@@ -1,17 +1,21 @@
 """catseg-fast: CAT-Seg open-vocabulary semantic segmentation for vocabularies of 1000+ classes."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from catseg_fast._version import __version__
+
+if TYPE_CHECKING:
+    from catseg_fast.acceleration import Acceleration, accelerate
+    from catseg_fast.aggregator import Aggregator
+    from catseg_fast.config import VARIANTS, Variant
+    from catseg_fast.model import CATSeg, Segmentation
+    from catseg_fast.reference.inference import SlidingWindow
 
 if not (Path(__file__).parent / "reference").exists():
     # In a source checkout `kernels/` and `reference/` lie beside this folder; installed, inside it.
     __path__.append(str(Path(__file__).parent.parent))
-
-from catseg_fast.accelerate import Acceleration, accelerate
-from catseg_fast.aggregator import Aggregator
-from catseg_fast.config import VARIANTS, Variant
-from catseg_fast.model import CATSeg, Segmentation
 
 __all__ = [
     "VARIANTS",
@@ -19,7 +23,26 @@ __all__ = [
     "Aggregator",
     "CATSeg",
     "Segmentation",
+    "SlidingWindow",
     "Variant",
     "__version__",
     "accelerate",
 ]
+
+# Imported at first use, so that `catseg-fast --help` need not wait for torch.
+_MODULES = {
+    "VARIANTS": "config",
+    "Acceleration": "acceleration",
+    "Aggregator": "aggregator",
+    "CATSeg": "model",
+    "Segmentation": "model",
+    "SlidingWindow": "reference.inference",
+    "Variant": "config",
+    "accelerate": "acceleration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

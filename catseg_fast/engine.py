@@ -66,17 +66,20 @@ class Engine:
         """The folded weights; kept until a weight changes, except where gradients are wanted."""
         dtype = self._compute_dtype()
         if self._differentiable():
-            return build_plan(self.aggregator, dtype)
+            with self._without_autocast():
+                return build_plan(self.aggregator, dtype)
         state = (dtype, weights_state(self.aggregator.parameters()))
         if self._plan is None or self._plan[0] != state:
-            with torch.no_grad():
+            with torch.no_grad(), self._without_autocast():
                 self._plan = (state, build_plan(self.aggregator, dtype))
         return self._plan[1]
 
     def vocabulary(self, text_feats: Tensor, max_classes: int | None) -> VocabularyTerms:
         """What depends on `text_feats [B or 1, T, P, F]` alone."""
         selects = max_classes is not None and text_feats.shape[1] > max_classes
-        return vocabulary_terms(self.aggregator, self.plan(), text_feats, selects)
+        plan = self.plan()
+        with self._without_autocast():
+            return vocabulary_terms(self.aggregator, plan, text_feats, selects)
 
     def logits(
         self,
@@ -126,15 +129,14 @@ class Engine:
         Raises:
             ValueError: if the memory budget is too small for one class.
         """
-        plan = self.plan()
+        plan, total = self.plan(), vocabulary.classes
+        count = total if max_classes is None else min(total, max_classes)
+        resolution = (img_feats.shape[2], img_feats.shape[3])
+        schedule = self.schedule(len(img_feats), resolution, count, output_bytes)
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
-        with torch.set_grad_enabled(differentiable), torch.autocast(img_feats.device.type, enabled=False):
+        with torch.set_grad_enabled(differentiable), self._without_autocast():
             image = image_terms(self.aggregator, plan, img_feats, appearance_guidance)
-            selected = None
-            if max_classes is not None and vocabulary.classes > max_classes:
-                selected = self._select(img_feats, vocabulary, max_classes)
-            count = vocabulary.classes if selected is None else selected.shape[1]
-            schedule = self.schedule(image.crops, image.resolution, count, output_bytes)
+            selected = self._select(img_feats, vocabulary, count) if count < total else None
             Stream(plan, image, vocabulary, selected, schedule, differentiable).run(consume)
 
     def schedule(
@@ -173,6 +175,10 @@ class Engine:
         if torch.is_autocast_enabled(weight.device.type):
             return torch.get_autocast_dtype(weight.device.type)
         return weight.dtype
+
+    def _without_autocast(self) -> torch.autocast:
+        """The stages choose their types themselves."""
+        return torch.autocast(self.aggregator.conv1.weight.device.type, enabled=False)
 
     def _differentiable(self, *inputs: Tensor | None) -> bool:
         tensors = (*inputs, *self.aggregator.parameters())

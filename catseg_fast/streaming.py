@@ -78,12 +78,13 @@ class Stream:
             except RuntimeError as error:
                 if not _out_of_memory(error) or stop - start == 1:
                     raise
+                if self.chunk == self.schedule.chunk:
+                    warnings.warn(
+                        f"out of memory with {stop - start} classes a step: going on with fewer",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
                 self.chunk = (stop - start) // 2
-                warnings.warn(
-                    f"out of memory with {stop - start} classes a step: going on with {self.chunk}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
                 continue
             start = stop
 

@@ -3,10 +3,11 @@
 With phi(x) = elu(x) + 1, the sums of `class_collect`, and `length` classes (padding included):
 
     q = phi(W_q LN(x) + b_q + text_query)
-    y = x + q key_value / (q key_sum / length + eps / length)        for each head
+    y = x + sum_j p_j (key_value_j length / key_sum_j),  p_j = q_j key_sum_j / (q key_sum + eps)    for each head
     out = x + y + W_2 relu(W_1 LN(y) + b_1) + b_2
 
-x and out are `[B, t, HW, C]`. Queries, weights, y and the hidden layer never reach memory. With pooling (h, w) the
+x and out are `[B, t, HW, C]`. Both factors of y stay in fp16's range whatever the keys are: p_j are shares
+of one, and what they weigh are means of values. Queries, shares, y and the hidden layer never reach memory. With pooling (h, w) the
 tokens are averages of h x w positions, taken while x is read, y and the MLP are on the pooled grid, and a second
 kernel adds the bilinear interpolation (corners aligned) of what they give to x.
 """
@@ -23,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels.class_tokens import feature_map, load_matrix, load_tokens, normalise
-from catseg_fast.kernels.compile_target import CompileTarget
+from catseg_fast.kernels.compile_target import CompileTarget, capability_of
 
 
 @triton.jit(do_not_specialize=["classes", "tokens"])
@@ -59,7 +60,7 @@ def _apply_kernel(
     POSITIONS: tl.constexpr,  # positions a program
     CLASSES: tl.constexpr,  # classes of each position
     BLOCK_C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,  # query channels a step
+    BLOCK_D: tl.constexpr,  # D, rounded up
     BLOCK_H: tl.constexpr,  # hidden channels a step
 ):
     D: tl.constexpr = C // HEADS
@@ -81,32 +82,31 @@ def _apply_kernel(
     p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
     x = load_tokens(p_x, p, m_row, x_stride_p, C, BLOCK_C, WIDTH, POOL_H, POOL_W)
     normalised = normalise(x, C, BLOCK_C).to(dtype)
-    attended = tl.zeros((POSITIONS * CLASSES, BLOCK_C), tl.float32)
-    weight = tl.zeros((POSITIONS * CLASSES, BLOCK_C), tl.float32)
-    for start in range(0, BLOCK_C, BLOCK_Q):
-        o_q = start + tl.arange(0, BLOCK_Q)
-        m_q = o_q < C
-        w_q = load_matrix(q_ptr, o_q, o_c, C, C, C, EVEN)
+    y = x
+    for head in range(0, HEADS):
+        o_d = tl.arange(0, BLOCK_D)
+        m_d = o_d < D
+        channel = head * D + o_d
+        w_q = load_matrix(q_ptr, channel, o_c, C, C, C, EVEN and D == BLOCK_D)
         q = tl.dot(normalised, tl.trans(w_q), input_precision=PRECISION)
-        q += tl.load(q_bias_ptr + o_q, mask=m_q, other=0.0).to(tl.float32)[None, :]
+        q += tl.load(q_bias_ptr + channel, mask=m_d, other=0.0).to(tl.float32)[None, :]
         if text_ptr is not None:
             p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64) * text_stride_t
-            m_text = m_row[:, None] & m_q[None, :]
-            q += tl.load(p_text[:, None] + o_q[None, :], mask=m_text, other=0.0).to(tl.float32)
+            m_text = m_row[:, None] & m_d[None, :]
+            q += tl.load(p_text[:, None] + channel[None, :], mask=m_text, other=0.0).to(tl.float32)
         q = feature_map(q)
-        # Rows of a C x C matrix that has each head's block of K^T V on its diagonal; the sum of keys alike.
-        m_head = ((o_q // D)[:, None] == (o_c // D)[None, :]) & m_q[:, None]
+        m_head = m_d[:, None] & (o_c // D == head)[None, :]
         for i in tl.static_range(POSITIONS):
             source = (first + i).to(tl.int64) * C
-            m_source = m_head & (first + i < tokens)
-            p_key_value = key_value_ptr + source * D + o_q[:, None] * D + (o_c % D)[None, :]
-            key_value = tl.load(p_key_value, mask=m_source, other=0.0).to(dtype)
-            p_key_sum = tl.broadcast_to(key_sum_ptr + source + o_q[:, None], (BLOCK_Q, BLOCK_C))
-            key_sum = (tl.load(p_key_sum, mask=m_source, other=0.0) * inverse_length).to(dtype)
-            q_i = q.to(dtype) if POSITIONS == 1 else tl.where((token == first + i)[:, None], q, 0.0).to(dtype)
-            attended = tl.dot(q_i, key_value, attended, input_precision=PRECISION)
-            weight = tl.dot(q_i, key_sum, weight, input_precision=PRECISION)
-    y = x + attended / (weight + eps * inverse_length)
+            inside = first + i < tokens
+            key_sum = tl.load(key_sum_ptr + source + channel, mask=m_d & inside, other=0.0) * inverse_length
+            share = q * key_sum[None, :]
+            if POSITIONS > 1:
+                share = tl.where((token == first + i)[:, None], share, 0.0)
+            share /= tl.sum(share, 1)[:, None] + eps * inverse_length
+            p_key_value = key_value_ptr + source * D + channel[:, None] * D + (o_c % D)[None, :]
+            values = tl.load(p_key_value, mask=m_head & inside, other=0.0) / tl.maximum(key_sum, 1e-37)[:, None]
+            y = tl.dot(share.to(dtype), values.to(dtype), y, input_precision=PRECISION)
     if not EVEN:
         y = tl.where(m_c[None, :], y, 0.0)
 
@@ -172,13 +172,16 @@ def _unpool_kernel(
     tl.store(p_out + p[:, None] * C + o_c[None, :], x + upper * (1 - down) + lower * down, mask=m)
 
 
+# Elements of a program that interpolates.
+UNPOOL_ELEMENTS = 4096
+
+
 @dataclass(frozen=True)
 class ApplyConfig:
-    """Launch config: positions a program and classes of each, channels of queries and hidden layer a step."""
+    """Launch config: positions a program and classes of each, hidden channels a step."""
 
     positions: int
     classes: int
-    queries: int
     hidden: int
     num_warps: int
     num_stages: int
@@ -189,9 +192,9 @@ def default_config(capability: int, dtype: torch.dtype) -> ApplyConfig:
     """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if dtype == torch.float32:
         return ApplyConfig(
-            positions=1, classes=32, queries=16, hidden=16, num_warps=4, num_stages=1
+            positions=1, classes=32, hidden=16, num_warps=4, num_stages=1
         )
-    return ApplyConfig(positions=1, classes=128, queries=64, hidden=64, num_warps=8, num_stages=2)
+    return ApplyConfig(positions=1, classes=128, hidden=64, num_warps=8, num_stages=2)
 
 
 def launch(
@@ -245,7 +248,7 @@ def launch(
         POSITIONS=config.positions,
         CLASSES=config.classes,
         BLOCK_C=block_c,
-        BLOCK_Q=min(config.queries, block_c),
+        BLOCK_D=max(16, triton.next_power_of_2(C // heads)),
         BLOCK_H=config.hidden,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -271,3 +274,95 @@ def launch(
         enable_fp_fusion=True,
     )
     return out
+
+
+# Computes in the type of x and accumulates in fp32; autocast changes nothing.
+@torch.library.custom_op("catseg_fast::class_apply", mutates_args=())
+def class_apply(
+    x: Tensor,
+    text_query: Tensor | None,
+    key_value: Tensor,
+    key_sum: Tensor,
+    q: Tensor,
+    q_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    heads: int,
+    length: int,
+    eps: float,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    precision: str,
+) -> Tensor:
+    """`launch` at the default config."""
+    weights = (q, q_bias, fc1, fc1_bias, fc2, fc2_bias)
+    config = default_config(capability_of(x.device), x.dtype)
+    return launch(
+        x, text_query, key_value, key_sum, *weights, heads, length, eps, resolution, pooling, precision, config
+    )
+
+
+@class_apply.register_fake
+def _(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def compile_targets(capability: int) -> list[CompileTarget]:
+    """The kernels at the published sizes (C = 128, 4 heads, M = 512, 24 x 24), and with 2 x 2 pooling."""
+    shape = {"C": 128, "HEIGHT": 24, "WIDTH": 24, "BLOCK_C": 128}
+    strides = ("x_stride_b", "x_stride_t", "x_stride_p", "text_stride_b", "text_stride_t")
+    targets = []
+    for dtype, name, precision, pool in (
+        (torch.float16, "fp16", "ieee", 1),
+        (torch.float16, "fp16", "ieee", 2),
+        (torch.bfloat16, "bf16", "ieee", 1),
+        (torch.float32, "fp32", "ieee", 1),
+        (torch.float32, "fp32", "tf32x3", 1),
+    ):
+        config = default_config(capability, dtype)
+        pooling = {"POOL_H": pool, "POOL_W": pool}
+        pointers = ("x", "text", "q", "q_bias", "fc1", "fc1_bias", "fc2", "fc2_bias", "out")
+        uses_mma = name != "fp32" or precision != "ieee"
+        label = f"{name} {precision}" if name == "fp32" else name
+        targets.append(
+            CompileTarget(
+                name=label if pool == 1 else f"{label} pooled",
+                kernel=_apply_kernel,
+                signature={
+                    **{f"{pointer}_ptr": f"*{name}" for pointer in pointers},
+                    **dict.fromkeys(("key_value_ptr", "key_sum_ptr", "inverse_length", "eps"), "*fp32"),
+                    **dict.fromkeys(("inverse_length", "eps"), "fp32"),
+                    **dict.fromkeys(("classes", "tokens", *strides), "i32"),
+                },
+                constexprs={
+                    **shape,
+                    **pooling,
+                    **{"HEADS": 4, "HIDDEN": 512, "PRECISION": precision, "POSITIONS": config.positions},
+                    **{"CLASSES": config.classes, "BLOCK_D": 32, "BLOCK_H": config.hidden},
+                },
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                maxnreg=config.maxnreg,
+                divisible=strides,
+                expects_mma=("wgmma" if capability == 90 else "mma") if uses_mma else None,
+            )
+        )
+        if pool > 1:
+            targets.append(
+                CompileTarget(
+                    name=f"{label} unpool",
+                    kernel=_unpool_kernel,
+                    signature={
+                        **dict.fromkeys(("x_ptr", "pooled_ptr", "out_ptr"), f"*{name}"),
+                        **dict.fromkeys(("classes", *strides[:3]), "i32"),
+                        **dict.fromkeys(("row_scale", "column_scale"), "fp32"),
+                    },
+                    constexprs={**shape, **pooling, "BLOCK_P": UNPOOL_ELEMENTS // 128},
+                    num_warps=4,
+                    num_stages=1,
+                    divisible=strides[:3],
+                )
+            )
+    return targets

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels.class_tokens import feature_map, load_matrix, load_tokens, normalise
-from catseg_fast.kernels.compile_target import CompileTarget
+from catseg_fast.kernels.compile_target import CompileTarget, capability_of
 
 
 @triton.jit(do_not_specialize=["classes", "tokens"])
@@ -84,15 +84,16 @@ def _collect_kernel(
             p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
             x = load_tokens(p_x, p, m_t, x_stride_p, C, BLOCK_C, WIDTH, POOL_H, POOL_W)
             x = normalise(x, C, BLOCK_C).to(dtype)
-            k = tl.dot(x, tl.trans(w_k), input_precision=PRECISION) + b_k[None, :]
-            m = m_t[:, None] & m_g[None, :]
+            x = tl.trans(x)
+            k = tl.dot(w_k, x, input_precision=PRECISION) + b_k[:, None]
+            m = m_g[:, None] & m_t[None, :]
             if text_ptr is not None:
                 p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64) * text_stride_t
-                k += tl.load(p_text[:, None] + channel[None, :], mask=m, other=0.0).to(tl.float32)
+                k += tl.load(p_text[None, :] + channel[:, None], mask=m, other=0.0).to(tl.float32)
             k = tl.where(m, feature_map(k), 0.0)
-            v = tl.dot(x, tl.trans(w_v), input_precision=PRECISION) + b_v[None, :]
-            key_sum += tl.sum(k, 0)
-            key_value = tl.dot(tl.trans(k.to(dtype)), v.to(dtype), key_value, input_precision=PRECISION)
+            v = tl.dot(w_v, x, input_precision=PRECISION) + b_v[:, None]
+            key_sum += tl.sum(k, 1)
+            key_value = tl.dot(k.to(dtype), tl.trans(v.to(dtype)), key_value, input_precision=PRECISION)
         key_value *= inverse_length
 
         # Of the product of all channels with all, the heads' own blocks on the diagonal count.
@@ -124,8 +125,8 @@ class CollectConfig:
 def default_config(capability: int, dtype: torch.dtype) -> CollectConfig:
     """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if dtype == torch.float32:
-        return CollectConfig(channels=32, positions=8, classes=16, num_warps=4, num_stages=1)
-    return CollectConfig(channels=64, positions=8, classes=64, num_warps=4, num_stages=2)
+        return CollectConfig(channels=32, positions=8, classes=16, num_warps=8, num_stages=1)
+    return CollectConfig(channels=64, positions=8, classes=32, num_warps=4, num_stages=2)
 
 
 def launch(
@@ -200,7 +201,7 @@ def class_collect(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """`launch` at the default config."""
-    config = default_config(capability_of(x), x.dtype)
+    config = default_config(capability_of(x.device), x.dtype)
     return launch(
         x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling, precision, config
     )

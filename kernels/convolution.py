@@ -23,9 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from catseg_fast.kernels.checks import DTYPES
 from catseg_fast.kernels.compile_target import CompileTarget
-
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @triton.jit(do_not_specialize=["classes", "images"])
@@ -93,7 +92,7 @@ def convolution_kernel(
         patch = tl.load(p_x + o_patch, mask=m_patch, other=0.0, cache_modifier=".ca")
         if norm_ptr is not None:
             p_norm = norm_ptr + image * (2 * CI) + (k % CI)[None, :]
-            normalised = tl.fma(patch, tl.load(p_norm), tl.load(p_norm + CI))
+            normalised = tl.fma(patch.to(norm_ptr.dtype.element_ty), tl.load(p_norm), tl.load(p_norm + CI))
             # ReLU, and zero outside the map. NaN must come through, for an overflow to be seen in the end.
             highest = tl.where(m_map, float("inf"), 0.0).to(normalised.dtype)
             lowest = tl.zeros((1, 1), normalised.dtype)
@@ -119,3 +118,169 @@ def convolution_kernel(
         p_statistics = statistics_ptr + tl.program_id(0).to(tl.int64) * (2 * CO) + channel
         tl.store(p_statistics, total, mask=m_channel)
         tl.store(p_statistics + CO, tl.sum(deviation * deviation, 0), mask=m_channel)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a convolution; `height` and `width` are the input's, `taps` is K and `scale` S."""
+
+    height: int
+    width: int
+    channels_in: int
+    channels_out: int
+    taps: int
+    scale: int = 1
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of an input map."""
+        return self.height * self.width
+
+    @property
+    def phases(self) -> int:
+        """Output pixels for each input pixel."""
+        return self.scale**2
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch config: pixels and output channels of a program, taps x input channels a step."""
+
+    pixels: int
+    channels: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+def default_config(size: Size, dtype: torch.dtype, capability: int) -> Config:
+    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    channels = min(max(16, triton.next_power_of_2(size.channels_out)), 128)
+    steps = 1 if size.taps**2 * size.channels_in <= 64 else 3
+    if dtype == torch.float32:
+        return Config(64, channels, 32, num_warps=8 if channels == 128 else 4, num_stages=min(steps, 2))
+    if channels == 128:
+        pixels = 256 if steps > 1 and capability >= 90 else 128
+        return Config(pixels, channels, 64, num_warps=8, num_stages=steps)
+    pixels = 64 if 0 < size.pixels % 128 <= 64 else 128
+    return Config(pixels, channels, 32 if size.channels_in % 64 == 32 else 64, num_warps=4, num_stages=steps)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    size: Size,
+    config: Config,
+    *,
+    addend: Tensor | None = None,
+    norm: Tensor | None = None,
+    statistics: bool = False,
+    input_precision: str = "ieee",
+) -> tuple[Tensor, Tensor | None]:
+    """Convolve `x [B, t, H*W, CI]`, whose last two dimensions are contiguous. Nothing is checked.
+
+    Args:
+        weight: `[S*S*CO, K, K, CI]`, contiguous.
+        addend: `[CO]`, or `[B or 1, S*H*S*W, CO]`, contiguous.
+        norm: scale and shift `[B*t, 2, CI]` of the input (`group_norm.py`).
+        statistics: whether to return statistics of the output.
+
+    Returns:
+        `[B, t, S*H*S*W, CO]`, and `[B*t, parts, 2, CO]` or None.
+    """
+    crops, classes = x.shape[:2]
+    by_image = norm is not None or statistics or (addend is not None and addend.ndim == 3)
+    if not by_image:
+        x = x.contiguous()
+    out = x.new_empty((crops, classes, size.phases * size.pixels, size.channels_out))
+    tiles = triton.cdiv(size.pixels, config.pixels)
+    partial = None
+    if statistics:
+        shape = (crops * classes, tiles * size.phases, 2, size.channels_out)
+        partial = x.new_empty(shape, dtype=torch.float32)
+    tiles = crops * classes * tiles if by_image else triton.cdiv(crops * classes * size.pixels, config.pixels)
+    convolution_kernel[(tiles * size.phases, triton.cdiv(size.channels_out, config.channels))](
+        x,
+        weight,
+        addend,
+        norm,
+        out,
+        partial,
+        classes,
+        crops * classes,
+        x.stride(0),
+        x.stride(1),
+        addend.expand(crops, -1, -1).stride(0) if addend is not None and addend.ndim == 3 else 0,
+        **_constants(size, config, by_image, addend is not None and addend.ndim == 3, input_precision),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    return out, partial
+
+
+def compile_target(
+    name: str,
+    size: Size,
+    dtype: torch.dtype,
+    capability: int,
+    input_precision: str = "ieee",
+    *,
+    addend: str | None = None,
+    norm: bool = False,
+    statistics: bool = False,
+) -> CompileTarget:
+    """The kernel as `launch` starts it with the default config; `addend` is "bias" or "map"."""
+    config = default_config(size, dtype, capability)
+    storage = f"*{DTYPES[dtype]}"
+    pointers = {
+        "x_ptr": storage,
+        "weight_ptr": storage,
+        "addend_ptr": storage if addend else None,
+        "norm_ptr": f"*{DTYPES[norm_dtype(dtype)]}" if norm else None,
+        "out_ptr": storage,
+        "statistics_ptr": "*fp32" if statistics else None,
+    }
+    strides = ("x_stride_crop", "x_stride_class", "addend_stride_crop")
+    by_image = norm or statistics or addend == "map"
+    uses_mma = dtype != torch.float32 or input_precision != "ieee"
+    return CompileTarget(
+        name=f"{name} {DTYPES[dtype]}{'' if input_precision == 'ieee' else ' ' + input_precision}",
+        kernel=convolution_kernel,
+        signature={
+            **{pointer: kind for pointer, kind in pointers.items() if kind is not None},
+            **dict.fromkeys(("classes", "images", *strides), "i32"),
+        },
+        constexprs={
+            **{pointer: None for pointer, kind in pointers.items() if kind is None},
+            **_constants(size, config, by_image, addend == "map", input_precision),
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible=strides,
+        expects_mma=("wgmma" if capability == 90 else "mma") if uses_mma else None,
+    )
+
+
+def norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of scale and shift, in which the input is normalised: fp16 where its packed arithmetic serves."""
+    return torch.float16 if dtype == torch.float16 else torch.float32
+
+
+def _constants(
+    size: Size, config: Config, by_image: bool, addend_is_map: bool, input_precision: str
+) -> dict[str, Any]:
+    return {
+        "H": size.height,
+        "W": size.width,
+        "CI": size.channels_in,
+        "CO": size.channels_out,
+        "K": size.taps,
+        "S": size.scale,
+        "ADDEND_IS_MAP": addend_is_map,
+        "BY_IMAGE": by_image,
+        "PRECISION": input_precision,
+        "BLOCK_P": config.pixels,
+        "BLOCK_N": config.channels,
+        "BLOCK_K": config.depth,
+    }

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.windows import Windows, normalise, token_position
+from catseg_fast.kernels.class_tokens import normalise
+from catseg_fast.kernels.windows import Windows, token_position
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ def gelu(v, EXACT: tl.constexpr):
     else:
         s = tl.minimum(v * v, 64.0)  # behind 8, p would turn back
         p = (0.0010142711 * s - 0.10677621) * s - 2.3011117  # -2 log2(e) times the polynomial
-        return v / (1.0 + tl.exp2(v * p))
+        r = tl.rsqrt(1.0 + tl.exp2(v * p))  # its square is the sigmoid, and cheaper than a division
+        return v * r * r
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "classes"])
 def project_mlp_kernel(
     x_ptr,  # [B, t, HW, C], image order, strided over B and t
     qkv_ptr,  # [B, t, HW, 3C], window order; the first C channels are attended values
@@ -67,7 +69,7 @@ def project_mlp_kernel(
     WINDOW: tl.constexpr,
     SHIFT: tl.constexpr,
     C: tl.constexpr,
-    C_PADDED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     M: tl.constexpr,
     ROWS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -75,21 +77,24 @@ def project_mlp_kernel(
 ):
     dtype = out_ptr.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, C_PADDED)
+    c = tl.arange(0, BLOCK_C)
     inside = c < C
     mask = (row < tokens)[:, None] & inside[None, :]
     sample = row // (H * W)  # of B * t
     position = token_position(row % (H * W), H, W, WINDOW, SHIFT)
 
-    attended = tl.load(qkv_ptr + row.to(tl.int64)[:, None] * (3 * C) + c[None, :], mask, 0.0)
-    square = inside[:, None] & inside[None, :]
-    proj = tl.load(proj_ptr + c[:, None] * C + c[None, :], square, 0.0)
-    y = tl.dot(attended, tl.trans(proj), input_precision=PRECISION)
+    qkv_ptr += row.to(tl.int64)[:, None] * (3 * C)
+    y = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for k in range(0, C, HIDDEN):
+        h = k + tl.arange(0, HIDDEN)
+        attended = tl.load(qkv_ptr + h[None, :], (row < tokens)[:, None] & (h < C)[None, :], 0.0)
+        proj = tl.load(proj_ptr + c[:, None] * C + h[None, :], inside[:, None] & (h < C)[None, :], 0.0)
+        y = tl.dot(attended, tl.trans(proj), y, input_precision=PRECISION)
     start = (sample // classes).to(tl.int64) * x_stride_b + (sample % classes).to(tl.int64) * x_stride_t
     x = tl.load(x_ptr + (start + position * C)[:, None] + c[None, :], mask, 0.0)
     y += x.to(tl.float32) + tl.load(proj_bias_ptr + c, inside, 0.0).to(tl.float32)[None, :]
     z = y + tl.load(fc2_bias_ptr + c, inside, 0.0).to(tl.float32)[None, :]
-    normalised = normalise(y, inside, C).to(dtype)
+    normalised = normalise(y, C, BLOCK_C).to(dtype)
     for m in range(0, M, HIDDEN):
         h = m + tl.arange(0, HIDDEN)
         fc1 = tl.load(fc1_ptr + h[:, None] * C + c[None, :], (h < M)[:, None] & inside[None, :], 0.0)
@@ -125,7 +130,7 @@ def launch(
         x, qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, out,
         tokens, t, x.stride(0), x.stride(1),
         H=windows.height, W=windows.width, WINDOW=windows.window, SHIFT=windows.shift,
-        C=C, C_PADDED=triton.next_power_of_2(C), M=M, ROWS=config.rows, HIDDEN=config.hidden,
+        C=C, BLOCK_C=triton.next_power_of_2(C), M=M, ROWS=config.rows, HIDDEN=config.hidden,
         PRECISION=input_precision, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

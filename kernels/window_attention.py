@@ -27,7 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels import mlp
-from catseg_fast.kernels.windows import Windows, normalise, token_position, token_region
+from catseg_fast.kernels.class_tokens import normalise
+from catseg_fast.kernels.compile_target import CompileTarget, capability_of
+from catseg_fast.kernels.windows import Windows, token_position, token_region
 from catseg_fast.plan import WindowBlock
 from catseg_fast.reference.window_attention import MASKED, fit_window
 from catseg_fast.terms import BlockGuidance
@@ -41,10 +43,10 @@ PENALTY = tl.constexpr(MASKED)
 
 @dataclass(frozen=True)
 class QKVConfig:
-    """Launch configuration: tokens, output channels and classes a program."""
+    """Launch configuration: tokens and classes a program, and its channels of each of q, k and v."""
 
     rows: int
-    columns: int
+    channels: int
     classes: int
     num_warps: int
     num_stages: int
@@ -68,7 +70,7 @@ class Config:
     mlp: mlp.MLPConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["classes"])
 def qkv_kernel(
     x_ptr,  # [B, t, HW, C], image order, strided over B and t
     weight_ptr,  # [3C, C]
@@ -84,35 +86,44 @@ def qkv_kernel(
     WINDOW: tl.constexpr,
     SHIFT: tl.constexpr,
     C: tl.constexpr,
-    C_PADDED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     CLASSES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same tokens and output channels of CLASSES classes: weight and guidance are loaded once."""
+    """The same tokens and channels of q, k and v for CLASSES classes: weight and guidance are loaded once."""
     dtype = qkv_ptr.dtype.element_ty
     groups = tl.cdiv(classes, CLASSES)
     b = (tl.program_id(2) // groups).to(tl.int64)
     first = (tl.program_id(2) % groups * CLASSES).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    c = tl.arange(0, C_PADDED)
-    valid, inside, kept = row < H * W, c < C, column < 3 * C
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    c = tl.arange(0, BLOCK_C)
+    valid = (row < H * W)[:, None]
+    mask = valid & (channel < C)[None, :]
 
-    weight = tl.load(weight_ptr + column[:, None] * C + c[None, :], kept[:, None] & inside[None, :], 0.0)
-    guidance_ptr += b * guidance_stride_b + row[:, None] * guidance_stride_n + column[None, :]
-    guidance = tl.load(guidance_ptr, valid[:, None] & (column < 2 * C)[None, :], 0.0)
+    mask_weight = (c < C)[:, None] & (channel < C)[None, :]
+    weight_ptr += channel[None, :] * C + c[:, None]
+    weight_q = tl.load(weight_ptr, mask_weight, 0.0)
+    weight_k = tl.load(weight_ptr + C * C, mask_weight, 0.0)
+    weight_v = tl.load(weight_ptr + 2 * C * C, mask_weight, 0.0)
+    guidance_ptr += b * guidance_stride_b + row[:, None] * guidance_stride_n + channel[None, :]
+    guidance_q = tl.load(guidance_ptr, mask, 0.0)
+    guidance_k = tl.load(guidance_ptr + C, mask, 0.0)
 
-    x_offset = token_position(row, H, W, WINDOW, SHIFT)[:, None] * C + c[None, :]
-    qkv_offset = row[:, None] * (3 * C) + column[None, :]
+    x_ptr += b * x_stride_b + token_position(row, H, W, WINDOW, SHIFT)[:, None] * C + c[None, :]
+    qkv_ptr += b * classes * (H * W * 3 * C) + row[:, None] * (3 * C) + channel[None, :]
     for i in range(first, tl.minimum(first + CLASSES, classes)):
-        x_start = x_ptr + b * x_stride_b + i * x_stride_t
-        x = tl.load(x_start + x_offset, valid[:, None] & inside[None, :], 0.0)
-        normalised = normalise(x.to(tl.float32), inside, C).to(dtype)
-        qkv = tl.dot(normalised, tl.trans(weight), input_precision=PRECISION) + guidance.to(tl.float32)
-        qkv_start = qkv_ptr + (b * classes + i) * (H * W * 3 * C)
-        tl.store(qkv_start + qkv_offset, qkv.to(dtype), valid[:, None] & kept[None, :])
+        x = tl.load(x_ptr + i * x_stride_t, valid & (c < C)[None, :], 0.0).to(tl.float32)
+        x = normalise(x, C, BLOCK_C).to(dtype)
+        q = tl.dot(x, weight_q, input_precision=PRECISION) + guidance_q.to(tl.float32)
+        k = tl.dot(x, weight_k, input_precision=PRECISION) + guidance_k.to(tl.float32)
+        v = tl.dot(x, weight_v, input_precision=PRECISION)
+        p_qkv = qkv_ptr + i * (H * W * 3 * C)
+        tl.store(p_qkv, q.to(dtype), mask)
+        tl.store(p_qkv + C, k.to(dtype), mask)
+        tl.store(p_qkv + 2 * C, v.to(dtype), mask)
 
 
 @triton.jit
@@ -124,7 +135,7 @@ def attention_kernel(
     SHIFT: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
-    D_PADDED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     REST: tl.constexpr,
@@ -139,7 +150,7 @@ def attention_kernel(
     down, across = window // (W // WINDOW) % (H // WINDOW), window % (W // WINDOW)
     last_row, last_column = down == H // WINDOW - 1, across == W // WINDOW - 1
 
-    d = tl.arange(0, D_PADDED)[None, :]
+    d = tl.arange(0, BLOCK_D)[None, :]
     n = tl.arange(0, KEYS)
     r = KEYS + tl.arange(0, REST)
     region_n = token_region(n, last_row, last_column, WINDOW, SHIFT)
@@ -202,16 +213,16 @@ def launch(
     buffer = torch.empty((B, t, HW, 3 * C), dtype=x.dtype, device=x.device)
     sizes = {"H": H, "W": W, "WINDOW": window, "SHIFT": shift, "PRECISION": input_precision}
     c = config.qkv
-    grid = (triton.cdiv(3 * C, c.columns), triton.cdiv(HW, c.rows), B * triton.cdiv(t, c.classes))
+    grid = (triton.cdiv(C, c.channels), triton.cdiv(HW, c.rows), B * triton.cdiv(t, c.classes))
     qkv_kernel[grid](
         x, qkv, guidance, buffer, t, x.stride(0), x.stride(1), guidance.stride(0), guidance.stride(1),
-        **sizes, C=C, C_PADDED=triton.next_power_of_2(C), ROWS=c.rows, COLUMNS=c.columns, CLASSES=c.classes,
+        **sizes, C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=c.rows, CHANNELS=c.channels, CLASSES=c.classes,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     a = config.attention
     keys, rest = split_keys(window * window)
     attention_kernel[(B * t * (HW // window**2) * heads,)](
-        buffer, **sizes, HEADS=heads, D=C // heads, D_PADDED=max(16, triton.next_power_of_2(C // heads)),
+        buffer, **sizes, HEADS=heads, D=C // heads, BLOCK_D=max(16, triton.next_power_of_2(C // heads)),
         QUERIES=a.queries, KEYS=keys, REST=rest, num_warps=a.num_warps, num_stages=a.num_stages,
     )  # fmt: skip
     return mlp.launch(

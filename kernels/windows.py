@@ -1,4 +1,4 @@
-"""Shifted windows as index arithmetic, and LayerNorm: what the kernels of a window-attention block share.
+"""Shifted windows as index arithmetic, for the kernels of a window-attention block.
 
 Window order lays the windows of the cyclically shifted image one behind the other, row by row; it is that of
 `catseg_fast.reference.window_attention.partition_windows` after a roll by (-shift, -shift).
@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-
-EPS = tl.constexpr(1e-5)  # of every LayerNorm, torch's default
 
 
 class Windows(NamedTuple):
@@ -44,10 +42,3 @@ def token_region(j, last_row, last_column, WINDOW: tl.constexpr, SHIFT: tl.const
     right = last_column & (j % WINDOW >= WINDOW - SHIFT)
     return below.to(tl.int32) * 2 + right.to(tl.int32)
 
-
-@triton.jit
-def normalise(x, inside, C: tl.constexpr):
-    """LayerNorm without affine part of fp32 rows `[n, C padded]`, zero where not `inside`."""
-    mean = tl.sum(x, 1) * (1.0 / C)
-    x = tl.where(inside[None, :], x - mean[:, None], 0.0)
-    return x * tl.math.rsqrt(tl.sum(x * x, 1) * (1.0 / C) + EPS)[:, None]

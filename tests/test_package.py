@@ -56,3 +56,8 @@ def test_console_script() -> None:
     (script,) = entry_points(group="console_scripts", name="catseg-fast")
     assert script.value == "catseg_fast.cli:main"
     assert callable(script.load())
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, catseg_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,73 @@
+"""Label maps, chunk by chunk, against the argmax over all classes at once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from catseg_fast.label_map import LabelMap, Probabilities, Readout, TopClasses, reader
+from catseg_fast.reference.inference import SlidingWindow, resize
+
+SIZE = (13, 17)
+CPU = torch.device("cpu")
+
+
+def probabilities(classes: int = 11) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(classes, *SIZE, generator=generator).mul(8).round().div(8)  # many ties
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 11])
+def test_labels_and_scores_are_the_maximums(step: int) -> None:
+    maps = probabilities()
+    target, top = LabelMap(SIZE, CPU), TopClasses(4, SIZE, CPU)
+    for start in range(0, len(maps), step):
+        target.update(start, maps[start : start + step])
+        top.update(start, maps[start : start + step])
+    assert torch.equal(target.labels, maps.argmax(dim=0).int())
+    assert torch.equal(target.scores, maps.amax(dim=0))
+    scores, labels = maps.sort(dim=0, descending=True, stable=True)
+    assert torch.equal(top.scores, scores[:4])
+    assert torch.equal(top.labels, labels[:4].int())
+
+
+def test_ties_go_to_the_first_class_and_nan_beats_all() -> None:
+    maps = torch.full((5, *SIZE), 0.25)
+    maps[3, 0, 0] = maps[4, 0, 0] = math.nan
+    target = LabelMap(SIZE, CPU)
+    for index in range(5):
+        target.update(index, maps[index : index + 1])
+    assert target.labels[0, 0] == 3
+    assert target.scores[0, 0].isnan()
+    assert not target.labels.flatten()[1:].any()
+    assert torch.equal(target.labels, maps.argmax(dim=0).int())
+
+
+@pytest.mark.parametrize(
+    "window", [None, SlidingWindow(8, 0.25, (20, 26)), SlidingWindow(384, 0.333, (640, 640))]
+)
+def test_readout_of_chunks_is_that_of_all_classes(window: SlidingWindow | None) -> None:
+    crops = 1 if window is None else len(window.corners()) + 1
+    logits = torch.randn(crops, 9, 6, 6, generator=torch.Generator().manual_seed(1))
+    readout = Readout(SIZE, window)
+    if window is None:
+        expected = resize(logits.sigmoid(), SIZE)[0]
+    else:
+        expected = resize(window.merge(logits)[None], SIZE)[0]
+    every, best = Probabilities(9, SIZE, CPU), LabelMap(SIZE, CPU)
+    for target in (every, best):
+        consume = reader(readout, target)
+        for classes in (slice(0, 4), slice(4, 9)):
+            consume(classes, logits[:, classes])
+    torch.testing.assert_close(every.maps, expected, rtol=0, atol=1e-6)
+    assert torch.equal(best.labels, every.maps.argmax(dim=0).int())
+    assert torch.equal(best.scores, every.maps.amax(dim=0))
+
+
+def test_small_images_show_a_part_of_the_map_as_upstream_does() -> None:
+    logits = torch.randn(1, 2, 96, 96, generator=torch.Generator().manual_seed(2))
+    cut = Readout((50, 60), visible=(50, 60))(logits)
+    assert torch.equal(cut, logits[0].sigmoid()[:, :50, :60])
