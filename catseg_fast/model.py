@@ -209,7 +209,8 @@ class CATSeg(reference_model.CATSeg):
         lines = {"back end": f"{choose_backend(self.backend)} (asked for: {self.backend})"}
         lines["classes"] = f"{total}, all aggregated" if kept == total else f"{total}, the best {kept} a crop"
         if choose_backend(self.backend) != "reference":
-            schedule = self.engine.schedule(crops, self.variant.feature_resolution, kept)
+            resolution = self.variant.feature_resolution
+            schedule = self.engine.schedule(crops, resolution, kept, READOUT_BYTES)
             lines["precision"] = str(self.engine.plan().embed.dtype).removeprefix("torch.")
             lines["policy"] = f"{schedule.policy}: {schedule.reason}"
             lines["step"] = f"{schedule.chunk} classes of {crops} crops"

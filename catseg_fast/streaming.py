@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catseg_fast import stages
+from catseg_fast import fourier, stages
 from catseg_fast.class_memory import ClassMemory, new_memory
 from catseg_fast.plan import Plan
 from catseg_fast.planner import Schedule
@@ -41,6 +41,9 @@ class Stream:
         self.schedule, self.chunk = schedule, schedule.chunk
         self.count = vocabulary.classes if selected is None else selected.shape[1]
         self.memories: list[ClassMemory] = []
+        self.spectra: fourier.Spectra | None = None
+        if fourier.pays_off(plan, image.crops * self.count):
+            self.spectra = fourier.make_spectra(plan, image.features, image.resolution)
         self.state: State | None = new_state(schedule.policy, plan, image, self.count, differentiable)
 
     def run(self, consume: Consumer) -> None:
@@ -114,8 +117,10 @@ class Stream:
         features = self._text(self.vocabulary.features, crops, classes)
         inverse_norm = self._text(self.vocabulary.inverse_norm, crops, classes)
         text = chunk_text(features, inverse_norm, self.plan.embed.dtype)
-        image = self.image.features[crops]
-        return stages.embed_cost_volume(self.plan, image, text, self.image.resolution)
+        resolution = self.image.resolution
+        if self.spectra is not None:
+            return fourier.embed_cost_volume(self.plan, self.spectra, crops, text, resolution)
+        return stages.embed_cost_volume(self.plan, self.image.features[crops], text, resolution)
 
     def _decode(self, crops: slice, classes: slice) -> Tensor:
         layers = len(self.plan.layers)

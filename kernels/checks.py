@@ -31,7 +31,7 @@ def check_runnable(name: str, x: Tensor, input_precision: str) -> None:
                 f"{name}: {torch.cuda.get_device_name(x.device)} has compute capability "
                 f"{'.'.join(map(str, capability))}; the Triton kernels need {'.'.join(map(str, OLDEST))}"
             )
-    elif not triton.knobs.runtime.interpret:
+    elif x.device.type != "cpu" or not triton.knobs.runtime.interpret:
         raise ValueError(f"{name}: is on {x.device}; the Triton kernels need a CUDA tensor")
 
 
@@ -45,7 +45,9 @@ def check_like(name: str, tensor: Tensor, shape: Sequence[int | tuple[int, ...]]
         ValueError: with the shapes, types or devices seen and wanted.
     """
     sizes = [size if isinstance(size, tuple) else (size,) for size in shape]
-    if tensor.ndim != len(sizes) or any(seen not in size for seen, size in zip(tensor.shape, sizes, strict=True)):
+    if tensor.ndim != len(sizes) or any(
+        seen not in size for seen, size in zip(tensor.shape, sizes, strict=True)
+    ):
         wanted = ", ".join(" or ".join(map(str, size)) for size in sizes)
         raise ValueError(f"{name}: has shape {list(tensor.shape)}; wanted [{wanted}]")
     if tensor.dtype != x.dtype:

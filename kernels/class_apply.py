@@ -97,15 +97,14 @@ def _apply_kernel(
         q = feature_map(q)
         m_head = m_d[:, None] & (o_c // D == head)[None, :]
         for i in tl.static_range(POSITIONS):
-            source = (first + i).to(tl.int64) * C
-            inside = first + i < tokens
-            key_sum = tl.load(key_sum_ptr + source + channel, mask=m_d & inside, other=0.0) * inverse_length
+            source = tl.minimum(first + i, tokens - 1).to(tl.int64) * C
+            key_sum = tl.load(key_sum_ptr + source + channel, mask=m_d, other=0.0) * inverse_length
             share = q * key_sum[None, :]
             if POSITIONS > 1:
                 share = tl.where((token == first + i)[:, None], share, 0.0)
             share /= tl.sum(share, 1)[:, None] + eps * inverse_length
             p_key_value = key_value_ptr + source * D + channel[:, None] * D + (o_c % D)[None, :]
-            values = tl.load(p_key_value, mask=m_head & inside, other=0.0) / tl.maximum(key_sum, 1e-37)[:, None]
+            values = tl.load(p_key_value, mask=m_head, other=0.0) / tl.maximum(key_sum, 1e-37)[:, None]
             y = tl.dot(share.to(dtype), values.to(dtype), y, input_precision=PRECISION)
     if not EVEN:
         y = tl.where(m_c[None, :], y, 0.0)
@@ -173,7 +172,7 @@ def _unpool_kernel(
 
 
 # Elements of a program that interpolates.
-UNPOOL_ELEMENTS = 4096
+UNPOOL_ELEMENTS = 2048
 
 
 @dataclass(frozen=True)
@@ -188,13 +187,18 @@ class ApplyConfig:
     maxnreg: int | None = None
 
 
-def default_config(capability: int, dtype: torch.dtype) -> ApplyConfig:
-    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+# By compute capability: rows (positions times classes) and warps of a program, 16-bit types.
+TILES = {80: (64, 4), 86: (64, 8), 89: (64, 8), 90: (128, 8), 100: (64, 4)}
+
+
+def default_config(capability: int, dtype: torch.dtype, precision: str, classes: int) -> ApplyConfig:
+    """A config for t classes that fits GPUs of a compute capability, at the published sizes and smaller ones."""
     if dtype == torch.float32:
-        return ApplyConfig(
-            positions=1, classes=32, hidden=16, num_warps=4, num_stages=1
-        )
-    return ApplyConfig(positions=1, classes=128, hidden=64, num_warps=8, num_stages=2)
+        num_stages = 1 if precision == "tf32x3" else 2
+        return ApplyConfig(positions=1, classes=32, hidden=16, num_warps=8, num_stages=num_stages)
+    rows, num_warps = TILES[capability]
+    positions = 2 if classes <= rows // 2 else 1
+    return ApplyConfig(positions, rows // positions, hidden=64, num_warps=num_warps, num_stages=2)
 
 
 def launch(
@@ -298,7 +302,7 @@ def class_apply(
 ) -> Tensor:
     """`launch` at the default config."""
     weights = (q, q_bias, fc1, fc1_bias, fc2, fc2_bias)
-    config = default_config(capability_of(x.device), x.dtype)
+    config = default_config(capability_of(x.device), x.dtype, precision, x.shape[1])
     return launch(
         x, text_query, key_value, key_sum, *weights, heads, length, eps, resolution, pooling, precision, config
     )
@@ -314,21 +318,22 @@ def compile_targets(capability: int) -> list[CompileTarget]:
     shape = {"C": 128, "HEIGHT": 24, "WIDTH": 24, "BLOCK_C": 128}
     strides = ("x_stride_b", "x_stride_t", "x_stride_p", "text_stride_b", "text_stride_t")
     targets = []
-    for dtype, name, precision, pool in (
-        (torch.float16, "fp16", "ieee", 1),
-        (torch.float16, "fp16", "ieee", 2),
-        (torch.bfloat16, "bf16", "ieee", 1),
-        (torch.float32, "fp32", "ieee", 1),
-        (torch.float32, "fp32", "tf32x3", 1),
+    for dtype, name, precision, classes, pool in (
+        (torch.float16, "fp16", "ieee", 1000, 1),
+        (torch.float16, "fp16", "ieee", 1000, 2),
+        (torch.float16, "fp16", "ieee", 10, 1),
+        (torch.bfloat16, "bf16", "ieee", 1000, 1),
+        (torch.float32, "fp32", "ieee", 1000, 1),
+        (torch.float32, "fp32", "tf32x3", 1000, 1),
     ):
-        config = default_config(capability, dtype)
+        config = default_config(capability, dtype, precision, classes)
         pooling = {"POOL_H": pool, "POOL_W": pool}
         pointers = ("x", "text", "q", "q_bias", "fc1", "fc1_bias", "fc2", "fc2_bias", "out")
-        uses_mma = name != "fp32" or precision != "ieee"
         label = f"{name} {precision}" if name == "fp32" else name
+        label += " few classes" if classes == 10 else " pooled" if pool > 1 else ""
         targets.append(
             CompileTarget(
-                name=label if pool == 1 else f"{label} pooled",
+                name=label,
                 kernel=_apply_kernel,
                 signature={
                     **{f"{pointer}_ptr": f"*{name}" for pointer in pointers},
@@ -346,13 +351,13 @@ def compile_targets(capability: int) -> list[CompileTarget]:
                 num_stages=config.num_stages,
                 maxnreg=config.maxnreg,
                 divisible=strides,
-                expects_mma=("wgmma" if capability == 90 else "mma") if uses_mma else None,
+                expects_mma=None if label == "fp32 ieee" else "wgmma" if capability == 90 and name != "fp32" else "mma",
             )
         )
         if pool > 1:
             targets.append(
                 CompileTarget(
-                    name=f"{label} unpool",
+                    name=f"{name} unpool",
                     kernel=_unpool_kernel,
                     signature={
                         **dict.fromkeys(("x_ptr", "pooled_ptr", "out_ptr"), f"*{name}"),

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels.class_tokens import feature_map, load_matrix, load_tokens, normalise
-from catseg_fast.kernels.compile_target import CompileTarget, capability_of
+from catseg_fast.kernels.compile_target import CompileTarget
 
 
 @triton.jit(do_not_specialize=["classes", "tokens"])
@@ -73,14 +73,14 @@ def _collect_kernel(
     b_k = tl.load(bias_ptr + channel, mask=m_g, other=0.0).to(tl.float32)
     b_v = tl.load(bias_ptr + C + channel, mask=m_g, other=0.0).to(tl.float32)
 
-    for token in range(first, first + POSITIONS):
+    for i in range(0, POSITIONS):
+        token = tl.minimum(first + i, tokens - 1)  # the last program may do the last position twice
         b, p = (token // HW).to(tl.int64), token % HW
-        inside = token < tokens
         key_value = tl.zeros((BLOCK_G, BLOCK_G), tl.float32)
         key_sum = tl.zeros((BLOCK_G,), tl.float32)
         for start in range(0, classes, CLASSES):
             o_t = start + tl.arange(0, CLASSES)
-            m_t = (o_t < classes) & inside
+            m_t = o_t < classes
             p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
             x = load_tokens(p_x, p, m_t, x_stride_p, C, BLOCK_C, WIDTH, POOL_H, POOL_W)
             x = normalise(x, C, BLOCK_C).to(dtype)
@@ -97,16 +97,14 @@ def _collect_kernel(
         key_value *= inverse_length
 
         # Of the product of all channels with all, the heads' own blocks on the diagonal count.
-        o_sum = channel
         o_key_value = channel[:, None] * D + (o_g % D)[None, :]
-        m_sum = m_g & inside
-        m_key_value = m_sum[:, None] & m_g[None, :] & ((o_g // D)[:, None] == (o_g // D)[None, :])
+        m_key_value = m_g[:, None] & m_g[None, :] & ((o_g // D)[:, None] == (o_g // D)[None, :])
         if old_key_value_ptr is not None:
             old = token.to(tl.int64) * (0 if OLD_IS_SHARED else C)
-            key_sum += tl.load(old_key_sum_ptr + old + o_sum, mask=m_sum, other=0.0)
+            key_sum += tl.load(old_key_sum_ptr + old + channel, mask=m_g, other=0.0)
             key_value += tl.load(old_key_value_ptr + old * D + o_key_value, mask=m_key_value, other=0.0)
         new = token.to(tl.int64) * C
-        tl.store(key_sum_ptr + new + o_sum, key_sum, mask=m_sum)
+        tl.store(key_sum_ptr + new + channel, key_sum, mask=m_g)
         tl.store(key_value_ptr + new * D + o_key_value, key_value, mask=m_key_value)
 
 
@@ -122,10 +120,10 @@ class CollectConfig:
     maxnreg: int | None = None
 
 
-def default_config(capability: int, dtype: torch.dtype) -> CollectConfig:
-    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+def default_config(dtype: torch.dtype) -> CollectConfig:
+    """A config that fits every GPU, at the published sizes and smaller ones."""
     if dtype == torch.float32:
-        return CollectConfig(channels=32, positions=8, classes=16, num_warps=8, num_stages=1)
+        return CollectConfig(channels=32, positions=8, classes=8, num_warps=4, num_stages=1)
     return CollectConfig(channels=64, positions=8, classes=32, num_warps=4, num_stages=2)
 
 
@@ -201,7 +199,7 @@ def class_collect(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """`launch` at the default config."""
-    config = default_config(capability_of(x.device), x.dtype)
+    config = default_config(x.dtype)
     return launch(
         x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling, precision, config
     )
@@ -238,7 +236,8 @@ def compile_targets(capability: int) -> list[CompileTarget]:
         (torch.float32, "fp32", "ieee"),
         (torch.float32, "fp32", "tf32x3"),
     ):
-        config = default_config(capability, dtype)
+        config = default_config(dtype)
+        label = f"{name} {precision}" if name == "fp32" else name
         pointers = {
             **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "text_ptr"), f"*{name}"),
             **dict.fromkeys(
@@ -248,7 +247,7 @@ def compile_targets(capability: int) -> list[CompileTarget]:
         strides = ("x_stride_b", "x_stride_t", "x_stride_p", "text_stride_b", "text_stride_t")
         targets.append(
             CompileTarget(
-                name=f"{name} {precision}" if name == "fp32" else name,
+                name=label,
                 kernel=_collect_kernel,
                 signature={
                     **pointers,
@@ -265,7 +264,7 @@ def compile_targets(capability: int) -> list[CompileTarget]:
                 num_stages=config.num_stages,
                 maxnreg=config.maxnreg,
                 divisible=strides,
-                expects_mma=None if name == "fp32" and precision == "ieee" else "wgmma" if capability == 90 else "mma",
+                expects_mma=None if label == "fp32 ieee" else "wgmma" if capability == 90 and name != "fp32" else "mma",
             )
         )
     return targets

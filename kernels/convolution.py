@@ -97,7 +97,9 @@ def convolution_kernel(
             highest = tl.where(m_map, float("inf"), 0.0).to(normalised.dtype)
             lowest = tl.zeros((1, 1), normalised.dtype)
             positive = tl.maximum(normalised, lowest, propagate_nan=tl.PropagateNan.ALL)
-            patch = tl.minimum(positive, highest, propagate_nan=tl.PropagateNan.ALL).to(x_ptr.dtype.element_ty)
+            patch = tl.minimum(positive, highest, propagate_nan=tl.PropagateNan.ALL).to(
+                x_ptr.dtype.element_ty
+            )
         m_weight = m_channel[:, None] if DEPTH % BLOCK_K == 0 else m_channel[:, None] & m_depth
         weight = tl.load(p_weight + k[None, :], mask=m_weight, other=0.0)
         accumulator = tl.dot(patch, tl.trans(weight), accumulator, input_precision=PRECISION)

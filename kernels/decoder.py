@@ -152,7 +152,11 @@ def decode(
     return _decode(
         x,
         [maps.permute(0, 2, 3, 1).flatten(1, 2).contiguous() for maps in guidance],
-        [*(weight for stage in plan.decoder for weight in _weights(stage)), _taps_first(plan.head), plan.head_bias],
+        [
+            *(weight for stage in plan.decoder for weight in _weights(stage)),
+            _taps_first(plan.head),
+            plan.head_bias,
+        ],
         [norm.groups for norm in norms],
         [norm.eps for norm in norms],
         height,
@@ -193,7 +197,9 @@ def _check(
         )
     check_runnable("x", x, input_precision)
     if len(guidance) != len(plan.decoder):
-        raise ValueError(f"guidance: has {len(guidance)} maps; wanted {len(plan.decoder)}, one a decoder stage")
+        raise ValueError(
+            f"guidance: has {len(guidance)} maps; wanted {len(plan.decoder)}, one a decoder stage"
+        )
     channels = x.shape[3]
     for index, (stage, maps) in enumerate(zip(plan.decoder, guidance, strict=True)):
         out = stage.conv.shape[0]

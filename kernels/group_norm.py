@@ -58,7 +58,7 @@ def merge_kernel(
         m = (part < COUNT) & m_c[None, :]
         sums = tl.load(p_sum + part * (2 * C), mask=m, other=0.0)
         inner = tl.load(p_sum + part * (2 * C) + C, mask=m, other=0.0)
-        pixels = tl.minimum(PIXELS - part // PHASES * TILE, TILE)
+        pixels = tl.maximum(tl.minimum(PIXELS - part // PHASES * TILE, TILE), 1)
         apart = sums / pixels - mean
         squares += tl.where(m, inner + pixels * apart * apart, 0.0)
     variance = tl.sum(squares) / (PIXELS * PHASES * WIDTH)

@@ -14,19 +14,22 @@ of 2.6e-5, which is below the rounding of a hidden value of 0.06 and more in fp1
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from catseg_fast.kernels.checks import DTYPES
 from catseg_fast.kernels.class_tokens import normalise
+from catseg_fast.kernels.compile_target import CompileTarget
 from catseg_fast.kernels.windows import Windows, token_position
 
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """Launch configuration: tokens a program, hidden channels a step."""
+    """Launch config: tokens a program, hidden channels a step."""
 
     rows: int
     hidden: int
@@ -34,8 +37,14 @@ class MLPConfig:
     num_stages: int
 
 
-DEFAULT_16BIT = MLPConfig(rows=128, hidden=64, num_warps=8, num_stages=2)
-DEFAULT_FP32 = MLPConfig(rows=32, hidden=32, num_warps=4, num_stages=1)
+def default_config(capability: int, dtype: torch.dtype, channels: int) -> MLPConfig:
+    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    if dtype == torch.float32:
+        rows, hidden = (32, 32) if channels <= 128 else (16, 16)
+        return MLPConfig(rows, hidden, num_warps=8, num_stages=1)
+    if channels > 128:
+        return MLPConfig(rows=32, hidden=32, num_warps=4, num_stages=2)
+    return MLPConfig(rows=128, hidden=64 if capability >= 90 else 32, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -118,19 +127,48 @@ def launch(
     fc2_bias: Tensor,
     windows: Windows,
     input_precision: str,
-    config: MLPConfig | None = None,
+    config: MLPConfig,
 ) -> Tensor:
     """`[B, t, HW, C]` from `x` of that shape and `qkv [B, t, HW, 3C]`, whose first C channels are used."""
     B, t, HW, C = x.shape
-    M = len(fc1)
-    config = config or (DEFAULT_FP32 if x.dtype == torch.float32 else DEFAULT_16BIT)
-    out = torch.empty((B, t, HW, C), dtype=x.dtype, device=x.device)
+    out = x.new_empty((B, t, HW, C))
     tokens = B * t * HW
     project_mlp_kernel[(triton.cdiv(tokens, config.rows),)](
-        x, qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, out,
-        tokens, t, x.stride(0), x.stride(1),
-        H=windows.height, W=windows.width, WINDOW=windows.window, SHIFT=windows.shift,
-        C=C, BLOCK_C=triton.next_power_of_2(C), M=M, ROWS=config.rows, HIDDEN=config.hidden,
-        PRECISION=input_precision, num_warps=config.num_warps, num_stages=config.num_stages,
+        x, qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, out, tokens, t, x.stride(0), x.stride(1),
+        **_constants(windows, C, len(fc1), input_precision, config),
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+def _constants(windows: Windows, C: int, M: int, input_precision: str, config: MLPConfig) -> dict[str, Any]:
+    return {
+        **windows.constants(),
+        **{"C": C, "BLOCK_C": triton.next_power_of_2(C), "M": M},
+        **{"ROWS": config.rows, "HIDDEN": config.hidden, "PRECISION": input_precision},
+    }
+
+
+def compile_targets(capability: int) -> list[CompileTarget]:
+    """The kernel at the published sizes: C = 128, M = 512, 24 x 24, window 12."""
+    targets = []
+    for dtype, precision in [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32x3")]:
+        config, name = default_config(capability, dtype, 128), DTYPES[dtype]
+        pointers = ("x", "qkv", "proj", "proj_bias", "fc1", "fc1_bias", "fc2", "fc2_bias", "out")
+        mma = "wgmma" if capability == 90 and name != "fp32" else "tcgen05" if capability == 100 and name != "fp32" else "mma"
+        targets.append(
+            CompileTarget(
+                name=f"{name} {precision}",
+                kernel=project_mlp_kernel,
+                signature={
+                    **{f"{pointer}_ptr": f"*{name}" for pointer in pointers},
+                    **dict.fromkeys(("tokens", "classes", "x_stride_b", "x_stride_t"), "i32"),
+                },
+                constexprs=_constants(Windows(24, 24, 12, 6), 128, 512, precision, config),
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                divisible=("x_stride_b", "x_stride_t"),
+                expects_mma=None if (name, precision) == ("fp32", "ieee") else mma,
+            )
+        )
+    return targets

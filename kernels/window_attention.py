@@ -19,7 +19,7 @@ rolled or partitioned x, `[x ; guidance]` `[B, t, HW, C + G]`, the mask `[window
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels import mlp
+from catseg_fast.kernels.checks import DTYPES, check_like, check_runnable
 from catseg_fast.kernels.class_tokens import normalise
 from catseg_fast.kernels.compile_target import CompileTarget, capability_of
 from catseg_fast.kernels.windows import Windows, token_position, token_region
@@ -36,14 +37,13 @@ from catseg_fast.terms import BlockGuidance
 
 MAX_CHANNELS = 256
 MAX_WINDOW = 24
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2E = tl.constexpr(1.4426950408889634)
 PENALTY = tl.constexpr(MASKED)
 
 
 @dataclass(frozen=True)
 class QKVConfig:
-    """Launch configuration: tokens and classes a program, and its channels of each of q, k and v."""
+    """Launch config: tokens and classes a program, and its channels of each of q, k and v."""
 
     rows: int
     channels: int
@@ -54,7 +54,7 @@ class QKVConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Launch configuration: queries a step."""
+    """Launch config: queries a step."""
 
     queries: int
     num_warps: int
@@ -63,7 +63,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Launch configurations of the three kernels."""
+    """Launch configs of the three kernels."""
 
     qkv: QKVConfig
     attention: AttentionConfig
@@ -114,7 +114,8 @@ def qkv_kernel(
 
     x_ptr += b * x_stride_b + token_position(row, H, W, WINDOW, SHIFT)[:, None] * C + c[None, :]
     qkv_ptr += b * classes * (H * W * 3 * C) + row[:, None] * (3 * C) + channel[None, :]
-    for i in range(first, tl.minimum(first + CLASSES, classes)):
+    last = first + 1 if CLASSES == 1 else tl.minimum(first + CLASSES, classes)
+    for i in range(first, last):
         x = tl.load(x_ptr + i * x_stride_t, valid & (c < C)[None, :], 0.0).to(tl.float32)
         x = normalise(x, C, BLOCK_C).to(dtype)
         q = tl.dot(x, weight_q, input_precision=PRECISION) + guidance_q.to(tl.float32)
@@ -183,12 +184,17 @@ def attention_kernel(
         tl.store(qkv_ptr + m[:, None] * (3 * C) + d, (attended / total[:, None]).to(dtype), valid)
 
 
-def default_config(dtype: torch.dtype, windows: Windows, channels: int) -> Config:
-    """Launch configurations that compile on every GPU of compute capability 8.0 and newer."""
-    attention = AttentionConfig(queries=16, num_warps=1 if windows.window <= 16 else 4, num_stages=1)
+def default_config(capability: int, dtype: torch.dtype, channels: int, heads: int, window: int) -> Config:
+    """Configs that fit every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if dtype == torch.float32:
-        return Config(QKVConfig(32, 32, 8, 4, 1), attention, mlp.DEFAULT_FP32)
-    return Config(QKVConfig(64, 128, 8, 4, 2), attention, mlp.DEFAULT_16BIT)
+        qkv = QKVConfig(rows=32, channels=16, classes=8, num_warps=4, num_stages=1)
+    elif channels > 128 or capability in (86, 89):  # the latter have 99 KB of shared memory a program
+        qkv = QKVConfig(rows=32, channels=32, classes=8, num_warps=4, num_stages=2)
+    else:
+        qkv = QKVConfig(rows=64, channels=128, classes=8, num_warps=8, num_stages=2)
+    few = dtype != torch.float32 and window <= 16 and channels // heads <= 64
+    attention = AttentionConfig(queries=16, num_warps=1 if few else 4, num_stages=1)
+    return Config(qkv, attention, mlp.default_config(capability, dtype, channels))
 
 
 def launch(
@@ -204,38 +210,51 @@ def launch(
     windows: Windows,
     heads: int,
     input_precision: str,
-    config: Config | None = None,
+    config: Config,
 ) -> Tensor:
     """`window_block` on tensors; see there for shapes. Nothing is checked."""
-    (B, t, HW, C), (H, W, window, shift) = x.shape, windows
-    config = config or default_config(x.dtype, windows, C)
+    B, t, HW, C = x.shape
     guidance = query_key.expand(B, HW, 2 * C)
-    buffer = torch.empty((B, t, HW, 3 * C), dtype=x.dtype, device=x.device)
-    sizes = {"H": H, "W": W, "WINDOW": window, "SHIFT": shift, "PRECISION": input_precision}
+    buffer = x.new_empty((B, t, HW, 3 * C))
     c = config.qkv
-    grid = (triton.cdiv(C, c.channels), triton.cdiv(HW, c.rows), B * triton.cdiv(t, c.classes))
-    qkv_kernel[grid](
+    qkv_kernel[(triton.cdiv(C, c.channels), triton.cdiv(HW, c.rows), B * triton.cdiv(t, c.classes))](
         x, qkv, guidance, buffer, t, x.stride(0), x.stride(1), guidance.stride(0), guidance.stride(1),
-        **sizes, C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=c.rows, CHANNELS=c.channels, CLASSES=c.classes,
-        num_warps=c.num_warps, num_stages=c.num_stages,
+        **_qkv_constants(windows, C, input_precision, c),
+        num_warps=c.num_warps, num_stages=c.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     a = config.attention
-    keys, rest = split_keys(window * window)
-    attention_kernel[(B * t * (HW // window**2) * heads,)](
-        buffer, **sizes, HEADS=heads, D=C // heads, BLOCK_D=max(16, triton.next_power_of_2(C // heads)),
-        QUERIES=a.queries, KEYS=keys, REST=rest, num_warps=a.num_warps, num_stages=a.num_stages,
+    attention_kernel[(B * t * (HW // windows.window**2) * heads,)](
+        buffer, **_attention_constants(windows, C, heads, input_precision, a),
+        num_warps=a.num_warps, num_stages=a.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return mlp.launch(
         x, buffer, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, windows, input_precision, config.mlp
     )
 
 
-def split_keys(tokens: int) -> tuple[int, int]:
-    """Two powers of two, 16 or more, that hold N tokens with little to spare: 144 = 128 + 16."""
+def _qkv_constants(windows: Windows, C: int, input_precision: str, config: QKVConfig) -> dict[str, Any]:
+    return {
+        **windows.constants(),
+        **{"C": C, "BLOCK_C": triton.next_power_of_2(C), "PRECISION": input_precision},
+        **{"ROWS": config.rows, "CHANNELS": config.channels, "CLASSES": config.classes},
+    }
+
+
+def _attention_constants(
+    windows: Windows, C: int, heads: int, input_precision: str, config: AttentionConfig
+) -> dict[str, Any]:
+    # Two powers of two, 16 or more, that hold the N tokens of a window with little to spare: 144 = 128 + 16.
+    tokens = windows.window**2
     keys = max(16, triton.next_power_of_2(tokens) // 2)
-    return keys, max(16, triton.next_power_of_2(tokens - keys))
+    rest = max(16, triton.next_power_of_2(tokens - keys))
+    return {
+        **windows.constants(),
+        **{"HEADS": heads, "D": C // heads, "BLOCK_D": max(16, triton.next_power_of_2(C // heads))},
+        **{"QUERIES": config.queries, "KEYS": keys, "REST": rest, "PRECISION": input_precision},
+    }
 
 
+# Computes in the type of x and accumulates in fp32; autocast changes nothing.
 @torch.library.custom_op("catseg_fast::window_block", mutates_args=())
 def _window_block(
     x: Tensor,
@@ -255,11 +274,111 @@ def _window_block(
     input_precision: str,
 ) -> Tensor:
     windows = Windows(height, width, window, shift)
+    config = default_config(capability_of(x.device), x.dtype, x.shape[3], heads, window)
     return launch(
-        x, query_key, qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, windows, heads, input_precision
+        x, query_key, qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, windows, heads, input_precision, config
     )
 
 
 @_window_block.register_fake
 def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def window_block(
+    block: WindowBlock, guidance: BlockGuidance, x: Tensor, input_precision: str = "ieee"
+) -> Tensor:
+    """`stages.window_block` on Triton kernels.
+
+    Args:
+        block: the folded weights, in x's type; channels a multiple of 16 up to 256.
+        guidance: the image's share, of which `query_key [B or 1, HW or 1, 2C]` and `resolution` are used.
+        x: `[B, t, HW, C]`, of at least one class; fp16, bf16 or fp32.
+        input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+
+    Returns:
+        `[B, t, HW, C]`.
+
+    Raises:
+        ValueError: if an argument has a wrong shape, type or device, or a size that the kernels do not have.
+        RuntimeError: if the GPU is too old.
+    """
+    height, width = guidance.resolution
+    window, shift = fit_window(guidance.resolution, block.window, block.shift)
+    windows = Windows(height, width, window, shift)
+    _check(block, guidance, x, windows, input_precision)
+    if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
+        x = x.contiguous()
+    weights = (block.qkv, block.proj, block.proj_bias, block.fc1, block.fc1_bias, block.fc2, block.fc2_bias)
+    tensors = (tensor.contiguous() for tensor in (guidance.query_key, *weights))
+    return _window_block(x, *tensors, *windows, block.heads, input_precision)
+
+
+def _check(
+    block: WindowBlock, guidance: BlockGuidance, x: Tensor, windows: Windows, input_precision: str
+) -> None:
+    (height, width, window, _), heads = windows, block.heads
+    if x.ndim != 4 or x.shape[2] != height * width or not x.numel():
+        raise ValueError(
+            f"x: has shape {list(x.shape)}; wanted [B, t, {height * width}, C] with none of them 0, "
+            f"for a resolution of {height}x{width}"
+        )
+    check_runnable("x", x, input_precision)
+    (B, t, HW, C), M = x.shape, len(block.fc1)
+    if C % 16 or C > MAX_CHANNELS or C % heads:
+        raise ValueError(
+            f"x: has {C} channels in {heads} heads; wanted a multiple of 16 up to {MAX_CHANNELS}, and of the heads"
+        )
+    if height % window or width % window or window > MAX_WINDOW:
+        raise ValueError(
+            f"block: window {window} at resolution {height}x{width}; wanted a divisor up to {MAX_WINDOW}"
+        )
+    if B * t * HW >= 2**31:
+        raise ValueError(f"x: has {B * t * HW} tokens; wanted less than 2**31")
+    check_like("guidance.query_key", guidance.query_key, ((1, B), (1, HW), 2 * C), x)
+    check_like("block.qkv", block.qkv, (3 * C, C), x)
+    check_like("block.proj", block.proj, (C, C), x)
+    check_like("block.proj_bias", block.proj_bias, (C,), x)
+    check_like("block.fc1", block.fc1, (M, C), x)
+    check_like("block.fc1_bias", block.fc1_bias, (M,), x)
+    check_like("block.fc2", block.fc2, (C, M), x)
+    check_like("block.fc2_bias", block.fc2_bias, (C,), x)
+
+
+def compile_targets(capability: int) -> list[CompileTarget]:
+    """The kernels at the published sizes: C = 128, 4 heads, 24 x 24, window 12, both shifts."""
+    C, heads, window, targets = 128, 4, 12, []
+    for dtype, precision in [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32x3")]:
+        config, name = default_config(capability, dtype, C, heads, window), DTYPES[dtype]
+        mma = None if (name, precision) == ("fp32", "ieee") else "mma"
+        strides = ("x_stride_b", "x_stride_t", "guidance_stride_b", "guidance_stride_n")
+        targets.append(
+            CompileTarget(
+                name=f"qkv {name} {precision}",
+                kernel=qkv_kernel,
+                signature={
+                    **dict.fromkeys(("x_ptr", "weight_ptr", "guidance_ptr", "qkv_ptr"), f"*{name}"),
+                    **dict.fromkeys(("classes", *strides), "i32"),
+                },
+                constexprs=_qkv_constants(Windows(24, 24, window, 6), C, precision, config.qkv),
+                num_warps=config.qkv.num_warps,
+                num_stages=config.qkv.num_stages,
+                divisible=strides,
+                expects_mma="wgmma" if capability == 90 and name != "fp32" else mma,
+            )
+        )
+        targets += [
+            CompileTarget(
+                name=f"attention {name} {precision} shift {shift}",
+                kernel=attention_kernel,
+                signature={"qkv_ptr": f"*{name}"},
+                constexprs=_attention_constants(
+                    Windows(24, 24, window, shift), C, heads, precision, config.attention
+                ),
+                num_warps=config.attention.num_warps,
+                num_stages=config.attention.num_stages,
+                expects_mma=mma,
+            )
+            for shift in (0, 6)
+        ]
+    return targets

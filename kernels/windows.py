@@ -20,6 +20,10 @@ class Windows(NamedTuple):
     window: int
     shift: int
 
+    def constants(self) -> dict[str, int]:
+        """The kernels' arguments."""
+        return {"H": self.height, "W": self.width, "WINDOW": self.window, "SHIFT": self.shift}
+
 
 @triton.jit
 def token_position(i, H: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr):

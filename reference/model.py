@@ -155,7 +155,9 @@ class CATSeg(nn.Module):
         state = weights_state(self.clip_model.text_parameters())
         cached = self._text_cache.get(mode)
         if cached is None or cached[0] != state:
-            with torch.no_grad():
+            # Whatever mode the call is in, what is kept must serve every later one.
+            device = self.device.type
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
                 features = encode_classes(self.clip_model, tokens, prompts, progress=progress)
             cached = self._text_cache[mode] = (state, features)
         return cached[1]

@@ -28,6 +28,10 @@ def assert_no_worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor, facto
     found, allowed = (x.double().sub(truth).abs() for x in (ours, eager))
     assert not found.isnan().any(), "some values are missing or not a number"
     assert allowed.max() > 0, "plain torch made no error: nothing to compare with"
-    assert found.max() <= factor * allowed.max(), f"largest error {found.max():.3g}; plain torch {allowed.max():.3g}"
+    assert found.max() <= factor * allowed.max(), (
+        f"largest error {found.max():.3g}; plain torch {allowed.max():.3g}"
+    )
     ours_rms, eager_rms = found.square().mean().sqrt(), allowed.square().mean().sqrt()
-    assert ours_rms <= factor * eager_rms, f"root-mean-square error {ours_rms:.3g}; plain torch {eager_rms:.3g}"
+    assert ours_rms <= factor * eager_rms, (
+        f"root-mean-square error {ours_rms:.3g}; plain torch {eager_rms:.3g}"
+    )

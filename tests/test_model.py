@@ -22,7 +22,7 @@ from tiny import CLASSES, TEMPLATES, V1, V2, close, picture, sem_seg, tiny_model
 
 VERSIONS: tuple[Version, ...] = ("v1", "v2")
 OTHERS = ("cat", "dog, hound", "wall")
-WINDOW = SlidingWindow(96, 0.25, (140, 170))
+WINDOW = SlidingWindow(96, 0.25, (96, 140))  # two crops, and the whole image
 SMALL = {"height": 24, "width": 32}
 IMAGE = picture(60, 90)
 
@@ -111,18 +111,18 @@ TEXT_TOWER = (
 
 
 @versions
-@pytest.mark.parametrize("name", TEXT_TOWER)
-def test_text_features_follow_the_text_tower(version: Version, name: str) -> None:
-    model = tiny_model(version)
+def test_text_features_follow_the_text_tower(version: Version) -> None:
+    model, fresh = tiny_model(version), tiny_model(version)
     before = model.text_features()
-    assert model.text_features() is before  # kept
-    with torch.no_grad():
-        model.clip_model.get_parameter(name).mul_(-0.5)
-    fresh = tiny_model(version)
-    fresh.load_state_dict(model.state_dict())
-    after = model.text_features()
-    assert not close(after, before, 1e-3)
-    assert torch.equal(after, fresh.text_features())
+    for name in TEXT_TOWER:
+        with torch.no_grad():
+            model.clip_model.get_parameter(name).mul_(-0.5)
+        after = model.text_features()
+        assert not close(after, before, 1e-3), name
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(after, fresh.text_features()), name
+        assert model.text_features() is after  # kept
+        before = after
 
 
 def test_the_image_tower_has_no_say_in_text_features() -> None:
@@ -146,13 +146,13 @@ def test_loading_weights_takes_effect(version: Version, backend: str) -> None:
     assert close(sem_seg(model, IMAGE, **SMALL), expected)
 
 
+@torch.no_grad()
 def test_every_weight_of_the_aggregator_remakes_the_plan() -> None:
     model = tiny_model()
     plan = model.engine.plan()
     assert model.engine.plan() is plan
     for name, parameter in model.aggregator.named_parameters():
-        with torch.no_grad():
-            parameter.mul_(0.9)
+        parameter.mul_(0.9)
         assert model.engine.plan() is not plan, name
         plan = model.engine.plan()
 
@@ -180,17 +180,22 @@ def test_a_copy_has_weights_of_its_own() -> None:
 
 
 @versions
-def test_what_a_call_keeps_serves_every_mode(version: Version) -> None:
+def test_a_call_under_autocast_leaves_nothing_rounded(version: Version) -> None:
     model = tiny_model(version, sliding_window=False)
-    expected = sem_seg(tiny_model(version, sliding_window=False), IMAGE, **SMALL)
     with torch.autocast("cpu", torch.bfloat16):
-        model.text_features()
+        rounded = sem_seg(model, IMAGE, **SMALL)
+    expected = sem_seg(tiny_model(version, sliding_window=False), IMAGE, **SMALL)
+    assert close(rounded, expected, 0.1)
     assert torch.equal(sem_seg(model, IMAGE, **SMALL), expected)
-    model.set_classes(CLASSES)
-    with torch.inference_mode():
-        assert torch.equal(sem_seg(model, IMAGE, **SMALL), expected)
+
+
+@versions
+def test_a_call_in_inference_mode_leaves_nothing_that_cannot_train(version: Version) -> None:
+    model = tiny_model(version, sliding_window=False)
     for parameter in model.aggregator.parameters():
         parameter.requires_grad_(False)
+    with torch.inference_mode():
+        sem_seg(model, IMAGE, **SMALL)
     model.train()
     model([{"image": IMAGE, "sem_seg": labels(5)}])["loss_sem_seg"].backward()
 
@@ -208,12 +213,12 @@ def test_from_pretrained(version: Version, suffix: str, derived: bool, tmp_path:
     state_dict = {key: x for key, x in model.state_dict().items() if derived or not key.endswith(ignored)}
     torch.save({"model": state_dict}, path) if suffix == ".pth" else save_file(state_dict, path)
     arguments: Any = {"variant": V1, "prompt_ensemble": TEMPLATES} if version == "v1" else {"variant": V2}
-    loaded = CATSeg.from_pretrained(path, CLASSES, device="cpu", window=WINDOW, **arguments)
+    loaded = CATSeg.from_pretrained(path, CLASSES, device="cpu", sliding_window=False, **arguments)
     assert not loaded.training
     assert [name for name, p in loaded.named_parameters() if p.requires_grad] == [
         name for name, p in model.named_parameters() if p.requires_grad
     ]
-    model.window = WINDOW
+    model.sliding_window = False
     assert torch.equal(sem_seg(loaded, IMAGE, **SMALL), sem_seg(model, IMAGE, **SMALL))
 
 
@@ -248,17 +253,16 @@ def test_each_image_of_a_batch_is_as_if_alone(version: Version, sliding: bool) -
     model = tiny_model(version, sliding_window=sliding, window=WINDOW)
     batch: list[dict[str, Any]] = [
         {"image": picture(60, 90, "a"), "height": 30, "width": 20},
-        {"image": picture(150, 40, "b")},
-        {"image": picture(60, 90, "c"), "width": 7},
+        {"image": picture(150, 40, "b"), "width": 7},
     ]
     together = model(batch)
-    sizes = [(30, 20), (140, 170) if sliding else (150, 40), (140 if sliding else 60, 7)]
+    sizes = [(30, 20), (96 if sliding else 150, 7)]
     assert [tuple(result["sem_seg"].shape) for result in together] == [(5, *size) for size in sizes]
     for entry, result in zip(batch, together, strict=True):
         assert torch.equal(result["sem_seg"], model([entry])[0]["sem_seg"])
-    for entry, segmentation in zip(batch, model.label_map(batch), strict=True):
-        assert torch.equal(segmentation.labels, model([entry])[0]["sem_seg"].argmax(dim=0).int())
-    assert model([]) == []
+    for segmentation, result in zip(model.label_map(batch), together, strict=True):
+        assert torch.equal(segmentation.labels, result["sem_seg"].argmax(dim=0).int())
+    assert model([]) == model.label_map([]) == []
 
 
 @paths
@@ -448,7 +452,7 @@ def test_top_classes(sliding: bool) -> None:
 
 @versions
 @paths
-@pytest.mark.parametrize("count", [1, 5, 12])
+@pytest.mark.parametrize("count", [1, 12])
 def test_back_ends_agree(version: Version, sliding: bool, count: int) -> None:
     classes = [f"thing {index}" for index in range(count)]
     model = tiny_model(version, classes, sliding_window=sliding, window=WINDOW, backend="reference")

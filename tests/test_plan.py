@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catseg_fast import reference, stages
+from catseg_fast import fourier, reference, stages
 from catseg_fast.class_memory import new_memory
 from catseg_fast.engine import Engine
 from catseg_fast.plan import Plan, build_plan, compose_phases
@@ -85,6 +85,21 @@ def test_cost_volume_embedding() -> None:
     unit = vocabulary.features * vocabulary.inverse_norm[..., None]
     actual = stages.embed_cost_volume(plan, image.features, unit, (H, W))
     torch.testing.assert_close(actual, expected.permute(0, 2, 3, 4, 1).flatten(2, 3), **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("resolution", [(24, 24), (12, 20), (7, 5)], ids=str)
+def test_cost_volume_embedding_in_the_fourier_domain(resolution: tuple[int, int]) -> None:
+    aggregator = make_aggregator()
+    plan = build_plan(aggregator, torch.float64)
+    image = F.normalize(chunk(3, resolution[0] * resolution[1], 24), dim=-1)
+    text = F.normalize(chunk(3, T, 3, 24), dim=-1)
+    spectra = fourier.make_spectra(plan, image, resolution)
+    for crops in (slice(0, 3), slice(1, 2)):
+        for shared in (text[crops], text[:1]):
+            expected = stages.embed_cost_volume(plan, image[crops], shared, resolution)
+            actual = fourier.embed_cost_volume(plan, spectra, crops, shared, resolution)
+            torch.testing.assert_close(actual, expected, **EXACT)
 
 
 @torch.no_grad()
