@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import Case, make_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from cases import Case, make_call
 from catseg_fast import fourier, stages
 from catseg_fast.class_memory import new_memory
 from catseg_fast.terms import chunk_text, image_terms, vocabulary_terms

@@ -41,8 +41,8 @@ def memory(field: str) -> int:
 def run(request: dict[str, Any]) -> dict[str, float]:
     """Run a request in this process."""
     import torch
-    from cases import Case, make_call
 
+    from cases import Case, make_call
     from catseg_fast import SlidingWindow
     from catseg_fast.label_map import READOUT_BYTES, LabelMap, Readout, reader
 

@@ -71,42 +71,47 @@ def accelerate(
         verify: compare the engine's answer with the model's own on a small random input.
 
     Raises:
-        ValueError: if there is no aggregator, or one computes something else; the message says what. The
-            model is then as before.
+        ValueError: if there is no aggregator, or one computes something else or has an engine already; the
+            message says what. The model is then as before.
         RuntimeError: if the back end cannot run.
     """
-    choose_backend(check_backend(backend))
+    if check_backend(backend) == "reference":
+        raise ValueError("backend: 'reference' is no engine; the model has its own code")
     engines = {}
     for name, module in model.named_modules():
-        if isinstance(module, Aggregator) or not all(hasattr(module, part) for part in _PARTS):
+        if not all(hasattr(module, part) for part in _PARTS):
             continue
+        if isinstance(module, Aggregator) or "forward" in vars(module):
+            has = "an engine" if isinstance(module, Aggregator) else "a forward of its own"
+            raise ValueError(f"model: {name or 'it'} has {has} already")
         check_structure(module, name)
         engine = Engine(module)
-        engine.memory_budget = memory_budget
+        engine.memory_budget, engine.backend = memory_budget, backend
+        choose_backend(backend, engine.aggregator.conv1.weight.device)
         if verify:
             check_answer(engine, name)
         engines[name] = engine
     if not engines:
         raise ValueError(f"model: no aggregator was found in this {type(model).__name__}")
     for engine in engines.values():
-        engine.aggregator.forward = _forward(engine)
+        engine.aggregator.forward = _Forward(engine)
     return Acceleration(engines)
 
 
-def _forward(engine: Engine) -> Any:
-    """The aggregator's new `forward`."""
-    aggregator: Any = engine.aggregator
-    own = type(aggregator).forward
+class _Forward:
+    """An aggregator's new `forward`; an object, so that a copy of the model gets one of its own."""
 
-    def forward(
-        img_feats: Tensor, text_feats: Tensor, appearance_guidance: Sequence[Tensor | None]
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def __call__(
+        self, img_feats: Tensor, text_feats: Tensor, appearance_guidance: Sequence[Tensor | None]
     ) -> Tensor:
+        aggregator = self.engine.aggregator
         if aggregator.training or torch.is_grad_enabled():
-            return own(aggregator, img_feats, text_feats, appearance_guidance)
+            return type(aggregator).forward(aggregator, img_feats, text_feats, appearance_guidance)
         check_shapes(aggregator, img_feats, text_feats)
-        return engine.logits(img_feats, text_feats, appearance_guidance, max_classes(aggregator))
-
-    return forward
+        return self.engine.logits(img_feats, text_feats, appearance_guidance, max_classes(aggregator))
 
 
 def max_classes(aggregator: nn.Module) -> int | None:
@@ -149,15 +154,18 @@ def check_answer(engine: Engine, name: str) -> None:
     width = arguments["text_guidance_dim"] or 64
     img_feats, text_feats = random(1, width, H, W), random(1, 2, weight.shape[1], width)
     guidance = [random(1, channels, k * H, k * W) if channels else None for channels, k in sizes]
-    training = aggregator.training
+    modes = {module: module.training for module in aggregator.modules()}
     aggregator.eval()
     try:
         with torch.no_grad():
             own = type(aggregator).forward(aggregator, img_feats, text_feats, guidance).float()
             ours = engine.logits(img_feats, text_feats, guidance, max_classes(aggregator)).float()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"model: {name or 'it'} does not run on upstream's arguments: {error}") from error
     finally:
-        aggregator.train(training)
-    tolerance = 1e-3 if weight.dtype == torch.float32 else 5e-2
+        for module, mode in modes.items():
+            module.training = mode
+    tolerance = 1e-3 if weight.itemsize >= 4 else 5e-2
     difference = (ours - own).abs().max().item() / max(own.abs().max().item(), 1e-6)
     if not difference <= tolerance:
         raise ValueError(

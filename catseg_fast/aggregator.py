@@ -26,21 +26,21 @@ class Aggregator(reference.Aggregator):
 
     def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.backend = backend
         self.engine = Engine(self)
+        self.backend = backend
 
     @property
     def backend(self) -> str:
-        return self._backend
+        return self.engine.backend
 
     @backend.setter
     def backend(self, backend: str) -> None:
-        self._backend = check_backend(backend)
+        self.engine.backend = check_backend(backend)
 
     def forward(
         self, img_feats: Tensor, text_feats: Tensor, appearance_guidance: Sequence[Tensor | None]
     ) -> Tensor:
-        if choose_backend(self.backend) == "reference":
+        if choose_backend(self.backend, img_feats.device) == "reference":
             return super().forward(img_feats, text_feats, appearance_guidance)
         check_shapes(self, img_feats, text_feats)
         return self.engine.logits(img_feats, text_feats, appearance_guidance, self.max_classes)

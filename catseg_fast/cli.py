@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from catseg_fast._version import __version__
-from catseg_fast.backend import BACKENDS, choose_backend
+from catseg_fast.backend import BACKENDS, choose_backend, default_device
 from catseg_fast.class_list import EVERYDAY_CLASSES, parse_classes, read_classes
 from catseg_fast.config import VARIANTS
 
@@ -167,7 +167,7 @@ def segment(
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} is not a folder", param_hint="--output")
     with _plain_errors(debug):
-        choose_backend(backend)  # fail before the model is loaded
+        choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = _build_model(
                 weights, variant, names, seed, device=device, dtype=dtype,
@@ -212,7 +212,7 @@ def _build_model(
     """The model with a checkpoint's weights, or random ones and a warning where there is none."""
     import torch
 
-    from catseg_fast.model import CATSeg, default_device
+    from catseg_fast.model import CATSeg
 
     if device is not None:
         try:

@@ -24,7 +24,7 @@ def describe_environment() -> dict[str, str]:
     import torch
 
     from catseg_fast._version import __version__
-    from catseg_fast.backend import choose_backend
+    from catseg_fast.backend import choose_backend, default_device
 
     report = {"catseg-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
     report |= {name: _version(package) for name, package in PACKAGES.items()}
@@ -38,7 +38,7 @@ def describe_environment() -> dict[str, str]:
         report["GPU"] = "none"
     report["CPU"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"
     report["OS"] = platform.platform()
-    report["backend"] = choose_backend("auto")
+    report["backend"] = choose_backend("auto", default_device())
     return report
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from catseg_fast.aggregator import Aggregator
-from catseg_fast.backend import choose_backend
+from catseg_fast.backend import choose_backend, default_device
 from catseg_fast.checkpoint import IGNORED_KEYS, load_into, read_checkpoint, recognise_variant, resolve
 from catseg_fast.config import Variant, get_variant
 from catseg_fast.engine import Engine
@@ -206,9 +206,9 @@ class CATSeg(reference_model.CATSeg):
         total, limit = len(self.classes), self.max_classes
         kept = total if limit is None else min(total, limit)
         crops = crops or (len(self.window.corners()) + 1 if self.sliding_window else 1)
-        lines = {"back end": f"{choose_backend(self.backend)} (asked for: {self.backend})"}
+        lines = {"back end": f"{choose_backend(self.backend, self.device)} (asked for: {self.backend})"}
         lines["classes"] = f"{total}, all aggregated" if kept == total else f"{total}, the best {kept} a crop"
-        if choose_backend(self.backend) != "reference":
+        if choose_backend(self.backend, self.device) != "reference":
             resolution = self.variant.feature_resolution
             schedule = self.engine.schedule(crops, resolution, kept, READOUT_BYTES)
             lines["precision"] = str(self.engine.plan().embed.dtype).removeprefix("torch.")
@@ -259,7 +259,7 @@ class CATSeg(reference_model.CATSeg):
                 )
         features, guidance = self.encode_images(*inputs)
         consume = reader(readout, target)
-        if choose_backend(self.backend) == "reference":
+        if choose_backend(self.backend, self.device) == "reference":
             text = self.text_features().to(features.dtype).expand(len(features), -1, -1, -1)
             consume(slice(0, len(self.classes)), self.aggregator(as_map(features), text, guidance))
             return
@@ -275,8 +275,3 @@ class CATSeg(reference_model.CATSeg):
         if self._vocabulary is None or not all(map(operator.is_, self._vocabulary[0], key)):
             self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes))
         return self._vocabulary[1]
-
-
-def default_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

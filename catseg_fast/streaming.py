@@ -9,20 +9,43 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from catseg_fast import fourier, stages
+from catseg_fast import fourier
 from catseg_fast.class_memory import ClassMemory, new_memory
-from catseg_fast.plan import Plan
+from catseg_fast.plan import ClassLayer, Plan, WindowBlock
 from catseg_fast.planner import Schedule
 from catseg_fast.reference.aggregator import DROPPED_LOGIT
 from catseg_fast.state import State, new_state
-from catseg_fast.terms import ImageTerms, VocabularyTerms, chunk_text
+from catseg_fast.terms import BlockGuidance, ImageTerms, VocabularyTerms, chunk_text
 
 Consumer = Callable[[slice, Tensor], None]
+Resolution = tuple[int, int]
+
+
+class Stages(Protocol):
+    """What runs the stages: the module `catseg_fast.stages`, or something with functions like its own."""
+
+    def embed_cost_volume(
+        self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution, /
+    ) -> Tensor: ...
+
+    def window_block(self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, /) -> Tensor: ...
+
+    def class_collect(
+        self, layer: ClassLayer, memory: ClassMemory, x: Tensor, key: Tensor | None, resolution: Resolution, /
+    ) -> None: ...
+
+    def class_apply(
+        self, layer: ClassLayer, x: Tensor, query: Tensor | None, memory: ClassMemory, resolution: Resolution, /
+    ) -> Tensor: ...
+
+    def decode(
+        self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: Resolution, /
+    ) -> Tensor: ...
 
 
 class Stream:
@@ -30,6 +53,7 @@ class Stream:
 
     def __init__(
         self,
+        stages: Stages,
         plan: Plan,
         image: ImageTerms,
         vocabulary: VocabularyTerms,
@@ -37,6 +61,7 @@ class Stream:
         schedule: Schedule,
         differentiable: bool,
     ) -> None:
+        self.stages = stages
         self.plan, self.image, self.vocabulary, self.selected = plan, image, vocabulary, selected
         self.schedule, self.chunk = schedule, schedule.chunk
         self.count = vocabulary.classes if selected is None else selected.shape[1]
@@ -56,7 +81,7 @@ class Stream:
                 x = self._spatial(index, every, classes)
                 text = self._text(self.vocabulary.keys[index], every, classes)
                 attention = self.plan.layers[index].classes
-                stages.class_collect(attention, memory, x, text, self.image.resolution)
+                self.stages.class_collect(attention, memory, x, text, self.image.resolution)
                 if self.state is not None:
                     self.state.save(classes, x)
 
@@ -96,7 +121,7 @@ class Stream:
         image = self.image.of(crops)
         x = self._embed(crops, classes) if index == 0 else self._classes(index - 1, crops, classes)
         for block, guidance in zip(self.plan.layers[index].blocks, image.blocks[index], strict=True):
-            x = stages.window_block(block, guidance, x)
+            x = self.stages.window_block(block, guidance, x)
         return x
 
     def _classes(self, index: int, crops: slice, classes: slice) -> Tensor:
@@ -105,7 +130,7 @@ class Stream:
             x = self.state.load(crops, classes)
         else:
             x = self._spatial(index, crops, classes)
-        return stages.class_apply(
+        return self.stages.class_apply(
             self.plan.layers[index].classes,
             x,
             self._text(self.vocabulary.queries[index], crops, classes),
@@ -120,12 +145,12 @@ class Stream:
         resolution = self.image.resolution
         if self.spectra is not None:
             return fourier.embed_cost_volume(self.plan, self.spectra, crops, text, resolution)
-        return stages.embed_cost_volume(self.plan, self.image.features[crops], text, resolution)
+        return self.stages.embed_cost_volume(self.plan, self.image.features[crops], text, resolution)
 
     def _decode(self, crops: slice, classes: slice) -> Tensor:
         layers = len(self.plan.layers)
         x = self._classes(layers - 1, crops, classes) if layers else self._embed(crops, classes)
-        return stages.decode(self.plan, self.image.of(crops).decoder, x, self.image.resolution)
+        return self.stages.decode(self.plan, self.image.of(crops).decoder, x, self.image.resolution)
 
     def _decode_selected(self, selected: Tensor, classes: slice) -> Tensor:
         """Logits of `classes`, which count all classes here: each crop's selected ones, and -100."""

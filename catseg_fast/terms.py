@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from catseg_fast.reference.window_attention import fit_window, partition_windows
 class BlockGuidance:
     """A window block's share of the appearance guidance, in window order, and the order itself."""
 
+    resolution: tuple[int, int]
     windows: int
     order: Tensor  # [HW]: the position of each token when windows are laid one behind the other
     inverse: Tensor  # [HW]
@@ -27,7 +28,7 @@ class BlockGuidance:
     def of(self, crops: slice) -> BlockGuidance:
         """The guidance of some crops."""
         query_key = self.query_key if len(self.query_key) == 1 else self.query_key[crops]
-        return BlockGuidance(self.windows, self.order, self.inverse, self.masks, query_key)
+        return replace(self, query_key=query_key)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _block_guidance(
     query_key = block.guidance_bias.view(1, 1, -1)
     if block.guidance is not None and tokens is not None:
         query_key = F.linear(tokens[:, order], block.guidance, block.guidance_bias)
-    return BlockGuidance(H * W // window**2, order, order.argsort(), masks, query_key)
+    return BlockGuidance(resolution, H * W // window**2, order, order.argsort(), masks, query_key)
 
 
 def _decoder_guidance(stage: DecoderStage, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:

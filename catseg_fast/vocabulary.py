@@ -68,7 +68,7 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
 
     Raises:
         TypeError: if `classes` is one string, or holds something else than strings.
-        ValueError: if there is no class, a name is blank or stands twice, or a prompt exceeds 77 tokens.
+        ValueError: if there is no class, a name or one of its synonyms is blank, or a name stands twice.
     """
     if isinstance(classes, str):
         raise TypeError(f"{name}: a list of names is wanted, not the string {classes!r}")
@@ -81,6 +81,8 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
             raise TypeError(f"{name}: entry {index} is {label!r}, not a string")
         if not label.strip():
             raise ValueError(f"{name}: entry {index} is blank")
+        if not all(synonym.strip() for synonym in label.split(SYNONYM_SEPARATOR)):
+            raise ValueError(f"{name}: entry {index}, {label!r}, has a blank synonym")
         if label in seen:
             raise ValueError(f"{name}: {label!r} stands twice (entries {seen[label]} and {index})")
         seen[label] = index

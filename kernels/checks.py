@@ -11,6 +11,7 @@ from torch import Tensor
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 OLDEST = (8, 0)
+INTERPRETED = triton.knobs.runtime.interpret  # what it is when kernels are decorated holds for good
 
 
 def check_runnable(name: str, x: Tensor, input_precision: str) -> None:
@@ -31,7 +32,7 @@ def check_runnable(name: str, x: Tensor, input_precision: str) -> None:
                 f"{name}: {torch.cuda.get_device_name(x.device)} has compute capability "
                 f"{'.'.join(map(str, capability))}; the Triton kernels need {'.'.join(map(str, OLDEST))}"
             )
-    elif x.device.type != "cpu" or not triton.knobs.runtime.interpret:
+    elif x.device.type != "cpu" or not INTERPRETED:
         raise ValueError(f"{name}: is on {x.device}; the Triton kernels need a CUDA tensor")
 
 
@@ -44,7 +45,7 @@ def check_like(name: str, tensor: Tensor, shape: Sequence[int | tuple[int, ...]]
     Raises:
         ValueError: with the shapes, types or devices seen and wanted.
     """
-    sizes = [size if isinstance(size, tuple) else (size,) for size in shape]
+    sizes = [tuple(dict.fromkeys(size)) if isinstance(size, tuple) else (size,) for size in shape]
     if tensor.ndim != len(sizes) or any(
         seen not in size for seen, size in zip(tensor.shape, sizes, strict=True)
     ):

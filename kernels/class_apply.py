@@ -1,15 +1,15 @@
 """Second pass of the linear attention over classes, the MLP, and both residuals.
 
-With phi(x) = elu(x) + 1, the sums of `class_collect`, and `length` classes (padding included):
+With phi(x) = elu(x) + 1, the sums of `class_collect`, and `length` classes (padding included), in each head:
 
     q = phi(W_q LN(x) + b_q + text_query)
-    y = x + sum_j p_j (key_value_j length / key_sum_j),  p_j = q_j key_sum_j / (q key_sum + eps)    for each head
+    y = x + sum_j p_j (key_value_j length / key_sum_j),  p_j = q_j key_sum_j / (q key_sum + eps)
     out = x + y + W_2 relu(W_1 LN(y) + b_1) + b_2
 
-x and out are `[B, t, HW, C]`. Both factors of y stay in fp16's range whatever the keys are: p_j are shares
-of one, and what they weigh are means of values. Queries, shares, y and the hidden layer never reach memory. With pooling (h, w) the
-tokens are averages of h x w positions, taken while x is read, y and the MLP are on the pooled grid, and a second
-kernel adds the bilinear interpolation (corners aligned) of what they give to x.
+x and out are `[B, t, HW, C]`. The p_j are shares of one, and what they weigh are means of values: both fit in
+fp16 whatever the keys are. Queries, shares, y and the hidden layer never reach memory. With pooling (h, w)
+the tokens are averages of h x w positions, taken while x is read, y and the MLP are on the pooled grid, and
+what they give is interpolated and added to x by `class_unpool.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.class_tokens import feature_map, load_matrix, load_tokens, normalise
+from catseg_fast.kernels.class_tokens import load_matrix, load_tokens, normalise
+from catseg_fast.kernels.class_unpool import add_unpooled
 from catseg_fast.kernels.compile_target import CompileTarget, capability_of
 
 
@@ -83,7 +84,7 @@ def _apply_kernel(
     x = load_tokens(p_x, p, m_row, x_stride_p, C, BLOCK_C, WIDTH, POOL_H, POOL_W)
     normalised = normalise(x, C, BLOCK_C).to(dtype)
     y = x
-    for head in range(0, HEADS):
+    for head in range(HEADS):
         o_d = tl.arange(0, BLOCK_D)
         m_d = o_d < D
         channel = head * D + o_d
@@ -94,7 +95,7 @@ def _apply_kernel(
             p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64) * text_stride_t
             m_text = m_row[:, None] & m_d[None, :]
             q += tl.load(p_text[:, None] + channel[None, :], mask=m_text, other=0.0).to(tl.float32)
-        q = feature_map(q)
+        q = tl.where(q > 0, q + 1.0, tl.exp(tl.minimum(q, 0.0)))
         m_head = m_d[:, None] & (o_c // D == head)[None, :]
         for i in tl.static_range(POSITIONS):
             source = tl.minimum(first + i, tokens - 1).to(tl.int64) * C
@@ -110,8 +111,6 @@ def _apply_kernel(
         y = tl.where(m_c[None, :], y, 0.0)
 
     normalised = normalise(y, C, BLOCK_C).to(dtype)
-    if POOL_H * POOL_W == 1:
-        y += x
     y += tl.load(fc2_bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     EVEN_HIDDEN: tl.constexpr = EVEN and (HIDDEN % BLOCK_H == 0)
     for start in range(0, HIDDEN, BLOCK_H):
@@ -122,57 +121,11 @@ def _apply_kernel(
         fc2 = load_matrix(fc2_ptr, o_c, o_h, HIDDEN, C, HIDDEN, EVEN_HIDDEN)
         y = tl.dot(tl.maximum(hidden, 0.0).to(dtype), tl.trans(fc2), y, input_precision=PRECISION)
 
+    if POOL_H * POOL_W == 1:  # read again, not held in registers all the while
+        p_x = (p_x + p * x_stride_p)[:, None] + o_c[None, :]
+        y += tl.load(p_x, mask=m, other=0.0, eviction_policy="evict_first").to(tl.float32)
     p_out = out_ptr + ((b * classes + o_t) * HW + p) * C
     tl.store(p_out[:, None] + o_c[None, :], y, mask=m)
-
-
-@triton.jit
-def _unpool_kernel(
-    x_ptr,  # [B, t, HW, C]
-    pooled_ptr,  # [B * t, hw, C]
-    out_ptr,  # [B * t, HW, C], output: x plus the interpolated pooled
-    classes,  # t
-    x_stride_b,
-    x_stride_t,
-    x_stride_p,
-    row_scale,  # pooled rows a row
-    column_scale,
-    C: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    POOL_H: tl.constexpr,
-    POOL_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    ROWS: tl.constexpr = HEIGHT // POOL_H
-    COLUMNS: tl.constexpr = WIDTH // POOL_W
-    parts: tl.constexpr = (HEIGHT * WIDTH + BLOCK_P - 1) // BLOCK_P
-    map_ = (tl.program_id(0) // parts).to(tl.int64)
-    p = tl.program_id(0) % parts * BLOCK_P + tl.arange(0, BLOCK_P)
-    o_c = tl.arange(0, BLOCK_C)
-    m = (p < HEIGHT * WIDTH)[:, None] & (o_c < C)[None, :]
-
-    row, column = (p // WIDTH).to(tl.float32) * row_scale, (p % WIDTH).to(tl.float32) * column_scale
-    top, left = tl.minimum(row.to(tl.int32), ROWS - 1), tl.minimum(column.to(tl.int32), COLUMNS - 1)
-    bottom, right = tl.minimum(top + 1, ROWS - 1), tl.minimum(left + 1, COLUMNS - 1)
-    down, across = (row - top)[:, None], (column - left)[:, None]
-    p_map = pooled_ptr + map_ * (ROWS * COLUMNS * C) + o_c[None, :]
-    top_left = tl.load(p_map + (top * COLUMNS + left)[:, None] * C, mask=m, other=0.0).to(tl.float32)
-    top_right = tl.load(p_map + (top * COLUMNS + right)[:, None] * C, mask=m, other=0.0).to(tl.float32)
-    bottom_left = tl.load(p_map + (bottom * COLUMNS + left)[:, None] * C, mask=m, other=0.0).to(tl.float32)
-    bottom_right = tl.load(p_map + (bottom * COLUMNS + right)[:, None] * C, mask=m, other=0.0).to(tl.float32)
-    upper = top_left * (1 - across) + top_right * across
-    lower = bottom_left * (1 - across) + bottom_right * across
-
-    p_x = x_ptr + map_ // classes * x_stride_b + map_ % classes * x_stride_t
-    x = tl.load(p_x + p[:, None] * x_stride_p + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-    p_out = out_ptr + map_ * (HEIGHT * WIDTH * C)
-    tl.store(p_out + p[:, None] * C + o_c[None, :], x + upper * (1 - down) + lower * down, mask=m)
-
-
-# Elements of a program that interpolates.
-UNPOOL_ELEMENTS = 2048
 
 
 @dataclass(frozen=True)
@@ -187,12 +140,15 @@ class ApplyConfig:
     maxnreg: int | None = None
 
 
+# Few steps: each takes the interpreter milliseconds, however large it is.
+INTERPRETER = ApplyConfig(positions=16, classes=16, hidden=512, num_warps=1, num_stages=1)
+
 # By compute capability: rows (positions times classes) and warps of a program, 16-bit types.
 TILES = {80: (64, 4), 86: (64, 8), 89: (64, 8), 90: (128, 8), 100: (64, 4)}
 
 
 def default_config(capability: int, dtype: torch.dtype, precision: str, classes: int) -> ApplyConfig:
-    """A config for t classes that fits GPUs of a compute capability, at the published sizes and smaller ones."""
+    """A config for t classes, for GPUs of a compute capability, at the published sizes or smaller ones."""
     if dtype == torch.float32:
         num_stages = 1 if precision == "tf32x3" else 2
         return ApplyConfig(positions=1, classes=32, hidden=16, num_warps=8, num_stages=num_stages)
@@ -217,11 +173,11 @@ def launch(
     eps: float,
     resolution: Sequence[int],
     pooling: Sequence[int],
-    precision: str,
+    input_precision: str,
     config: ApplyConfig,
 ) -> Tensor:
     """Class attention and MLP `[B, t, HW, C]` of `x` under the sums of `class_collect`."""
-    (B, classes, HW, C), (H, W), (pool_h, pool_w) = x.shape, resolution, pooling
+    (B, classes, _, C), (H, W), (pool_h, pool_w) = x.shape, resolution, pooling
     rows, columns = H // pool_h, W // pool_w
     shape = {"C": C, "HEIGHT": H, "WIDTH": W, "POOL_H": pool_h, "POOL_W": pool_w}
     block_c = max(16, triton.next_power_of_2(C))
@@ -248,7 +204,7 @@ def launch(
         **shape,
         HEADS=heads,
         HIDDEN=fc1.shape[0],
-        PRECISION=precision,
+        PRECISION=input_precision,
         POSITIONS=config.positions,
         CLASSES=config.classes,
         BLOCK_C=block_c,
@@ -261,23 +217,7 @@ def launch(
     )
     if pool_h * pool_w == 1:
         return tokens
-    out = x.new_empty((B, classes, HW, C))
-    block_p = max(1, UNPOOL_ELEMENTS // block_c)
-    _unpool_kernel[(B * classes * triton.cdiv(HW, block_p),)](
-        x,
-        tokens,
-        out,
-        classes,
-        *x.stride()[:3],
-        (rows - 1) / max(H - 1, 1),
-        (columns - 1) / max(W - 1, 1),
-        **shape,
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    return out
+    return add_unpooled(x, tokens, resolution, pooling)
 
 
 # Computes in the type of x and accumulates in fp32; autocast changes nothing.
@@ -298,13 +238,26 @@ def class_apply(
     eps: float,
     resolution: Sequence[int],
     pooling: Sequence[int],
-    precision: str,
+    input_precision: str,
 ) -> Tensor:
     """`launch` at the default config."""
     weights = (q, q_bias, fc1, fc1_bias, fc2, fc2_bias)
-    config = default_config(capability_of(x.device), x.dtype, precision, x.shape[1])
+    config = INTERPRETER
+    if x.is_cuda:
+        config = default_config(capability_of(x.device), x.dtype, input_precision, x.shape[1])
     return launch(
-        x, text_query, key_value, key_sum, *weights, heads, length, eps, resolution, pooling, precision, config
+        x,
+        text_query,
+        key_value,
+        key_sum,
+        *weights,
+        heads,
+        length,
+        eps,
+        resolution,
+        pooling,
+        input_precision,
+        config,
     )
 
 
@@ -314,60 +267,50 @@ def _(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def compile_targets(capability: int) -> list[CompileTarget]:
-    """The kernels at the published sizes (C = 128, 4 heads, M = 512, 24 x 24), and with 2 x 2 pooling."""
-    shape = {"C": 128, "HEIGHT": 24, "WIDTH": 24, "BLOCK_C": 128}
+    """The kernel at the published sizes (C = 128, 4 heads, M = 512, 24 x 24), and with 2 x 2 pooling."""
     strides = ("x_stride_b", "x_stride_t", "x_stride_p", "text_stride_b", "text_stride_t")
+    pointers = ("x", "text", "q", "q_bias", "fc1", "fc1_bias", "fc2", "fc2_bias", "out")
+    shape = {"C": 128, "HEIGHT": 24, "WIDTH": 24, "BLOCK_C": 128}
     targets = []
-    for dtype, name, precision, classes, pool in (
-        (torch.float16, "fp16", "ieee", 1000, 1),
-        (torch.float16, "fp16", "ieee", 1000, 2),
-        (torch.float16, "fp16", "ieee", 10, 1),
-        (torch.bfloat16, "bf16", "ieee", 1000, 1),
-        (torch.float32, "fp32", "ieee", 1000, 1),
-        (torch.float32, "fp32", "tf32x3", 1000, 1),
+    for name, dtype, precision, classes, pool in (
+        ("fp16", torch.float16, "ieee", 1000, 1),
+        ("fp16 pooled", torch.float16, "ieee", 1000, 2),
+        ("fp16 few classes", torch.float16, "ieee", 10, 1),
+        ("bf16", torch.bfloat16, "ieee", 1000, 1),
+        ("fp32 ieee", torch.float32, "ieee", 1000, 1),
+        ("fp32 tf32x3", torch.float32, "tf32x3", 1000, 1),
+        ("fp32 tf32", torch.float32, "tf32", 1000, 1),
     ):
         config = default_config(capability, dtype, precision, classes)
-        pooling = {"POOL_H": pool, "POOL_W": pool}
-        pointers = ("x", "text", "q", "q_bias", "fc1", "fc1_bias", "fc2", "fc2_bias", "out")
-        label = f"{name} {precision}" if name == "fp32" else name
-        label += " few classes" if classes == 10 else " pooled" if pool > 1 else ""
+        mma = "wgmma" if capability == 90 and dtype != torch.float32 else "mma"
         targets.append(
             CompileTarget(
-                name=label,
+                name=name,
                 kernel=_apply_kernel,
                 signature={
-                    **{f"{pointer}_ptr": f"*{name}" for pointer in pointers},
-                    **dict.fromkeys(("key_value_ptr", "key_sum_ptr", "inverse_length", "eps"), "*fp32"),
+                    **{f"{pointer}_ptr": f"*{name.split()[0]}" for pointer in pointers},
+                    **dict.fromkeys(("key_value_ptr", "key_sum_ptr"), "*fp32"),
                     **dict.fromkeys(("inverse_length", "eps"), "fp32"),
                     **dict.fromkeys(("classes", "tokens", *strides), "i32"),
                 },
                 constexprs={
                     **shape,
-                    **pooling,
-                    **{"HEADS": 4, "HIDDEN": 512, "PRECISION": precision, "POSITIONS": config.positions},
-                    **{"CLASSES": config.classes, "BLOCK_D": 32, "BLOCK_H": config.hidden},
+                    "HEADS": 4,
+                    "HIDDEN": 512,
+                    "POOL_H": pool,
+                    "POOL_W": pool,
+                    "PRECISION": precision,
+                    "POSITIONS": config.positions,
+                    "CLASSES": config.classes,
+                    "BLOCK_D": 32,
+                    "BLOCK_H": config.hidden,
                 },
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 maxnreg=config.maxnreg,
                 divisible=strides,
-                expects_mma=None if label == "fp32 ieee" else "wgmma" if capability == 90 and name != "fp32" else "mma",
+                expects_mma=None if name == "fp32 ieee" else mma,
+                max_stack=16 if precision == "tf32x3" else 0,
             )
         )
-        if pool > 1:
-            targets.append(
-                CompileTarget(
-                    name=f"{name} unpool",
-                    kernel=_unpool_kernel,
-                    signature={
-                        **dict.fromkeys(("x_ptr", "pooled_ptr", "out_ptr"), f"*{name}"),
-                        **dict.fromkeys(("classes", *strides[:3]), "i32"),
-                        **dict.fromkeys(("row_scale", "column_scale"), "fp32"),
-                    },
-                    constexprs={**shape, **pooling, "BLOCK_P": UNPOOL_ELEMENTS // 128},
-                    num_warps=4,
-                    num_stages=1,
-                    divisible=strides[:3],
-                )
-            )
     return targets

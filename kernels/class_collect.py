@@ -5,10 +5,11 @@ With phi(x) = elu(x) + 1, for each crop, position and head, over the chunk's cla
     n = LN(x);  k = phi(W_k n + b_k + text_key);  v = W_v n + b_v
     key_value += sum_t k_t v_t^T / length;  key_sum += sum_t k_t
 
-x is `[B, t, HW, C]`, the sums are `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32, d = C / heads. With pooling
-(h, w) a token is the average of h x w positions, taken while x is read. Normalised tokens, keys and values never
-reach memory. A program holds the weights of some heads and walks over positions, and over classes at each, so that
-every sum has one owner: no atomics, and the same bits every time.
+x is `[B, t, HW, C]`, the sums are `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32, d = C / heads. With
+pooling (h, w) a token is the average of h x w positions, taken while x is read. Normalised tokens, keys and
+values never reach memory. A program holds the weights of some heads and walks over positions, and over
+classes at each: every sum has one owner, there are no atomics, and the bits are the same every time. Keys and
+values are made channels first, so that the weights' rows fill a matrix instruction however few the classes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.class_tokens import feature_map, load_matrix, load_tokens, normalise
+from catseg_fast.kernels.class_tokens import load_matrix, load_tokens, normalise
 from catseg_fast.kernels.compile_target import CompileTarget
 
 
@@ -73,7 +74,7 @@ def _collect_kernel(
     b_k = tl.load(bias_ptr + channel, mask=m_g, other=0.0).to(tl.float32)
     b_v = tl.load(bias_ptr + C + channel, mask=m_g, other=0.0).to(tl.float32)
 
-    for i in range(0, POSITIONS):
+    for i in range(POSITIONS):
         token = tl.minimum(first + i, tokens - 1)  # the last program may do the last position twice
         b, p = (token // HW).to(tl.int64), token % HW
         key_value = tl.zeros((BLOCK_G, BLOCK_G), tl.float32)
@@ -83,14 +84,13 @@ def _collect_kernel(
             m_t = o_t < classes
             p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
             x = load_tokens(p_x, p, m_t, x_stride_p, C, BLOCK_C, WIDTH, POOL_H, POOL_W)
-            x = normalise(x, C, BLOCK_C).to(dtype)
-            x = tl.trans(x)
+            x = tl.trans(normalise(x, C, BLOCK_C).to(dtype))
             k = tl.dot(w_k, x, input_precision=PRECISION) + b_k[:, None]
             m = m_g[:, None] & m_t[None, :]
             if text_ptr is not None:
                 p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64) * text_stride_t
                 k += tl.load(p_text[None, :] + channel[:, None], mask=m, other=0.0).to(tl.float32)
-            k = tl.where(m, feature_map(k), 0.0)
+            k = tl.where(m, tl.where(k > 0, k + 1.0, tl.exp(tl.minimum(k, 0.0))), 0.0)
             v = tl.dot(w_v, x, input_precision=PRECISION) + b_v[:, None]
             key_sum += tl.sum(k, 1)
             key_value = tl.dot(k.to(dtype), tl.trans(v.to(dtype)), key_value, input_precision=PRECISION)
@@ -120,11 +120,15 @@ class CollectConfig:
     maxnreg: int | None = None
 
 
+# Few steps: each takes the interpreter milliseconds, however large it is.
+INTERPRETER = CollectConfig(channels=256, positions=64, classes=32, num_warps=1, num_stages=1)
+
+
 def default_config(dtype: torch.dtype) -> CollectConfig:
     """A config that fits every GPU, at the published sizes and smaller ones."""
     if dtype == torch.float32:
-        return CollectConfig(channels=32, positions=8, classes=8, num_warps=4, num_stages=1)
-    return CollectConfig(channels=64, positions=8, classes=32, num_warps=4, num_stages=2)
+        return CollectConfig(channels=32, positions=8, classes=16, num_warps=8, num_stages=1)
+    return CollectConfig(channels=64, positions=8, classes=32, num_warps=4, num_stages=2, maxnreg=255)
 
 
 def launch(
@@ -138,14 +142,18 @@ def launch(
     length: int,
     resolution: Sequence[int],
     pooling: Sequence[int],
-    precision: str,
+    input_precision: str,
     config: CollectConfig,
 ) -> tuple[Tensor, Tensor]:
-    """New sums `[B, hw, heads, d, d]` and `[B, hw, heads, d]`; the old ones are `[heads, …]`, as these, or None."""
+    """New sums `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32.
+
+    The old ones, `key_value` and `key_sum`, are like them, or `[heads, …]` and the same everywhere, or None.
+    """
     (B, classes, _, C), d = x.shape, x.shape[-1] // heads
     positions = (resolution[0] // pooling[0]) * (resolution[1] // pooling[1])
     new_key_value = x.new_empty((B, positions, heads, d, d), dtype=torch.float32)
     new_key_sum = x.new_empty((B, positions, heads, d), dtype=torch.float32)
+    precision = "ieee" if input_precision == "tf32x3" else input_precision  # split weights would spill
     group = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * d <= config.channels))
     grid = (heads // group * triton.cdiv(B * positions, config.positions),)
     _collect_kernel[grid](
@@ -196,13 +204,12 @@ def class_collect(
     length: int,
     resolution: Sequence[int],
     pooling: Sequence[int],
-    precision: str,
+    input_precision: str,
 ) -> tuple[Tensor, Tensor]:
     """`launch` at the default config."""
-    config = default_config(x.dtype)
-    return launch(
-        x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling, precision, config
-    )
+    config = default_config(x.dtype) if x.is_cuda else INTERPRETER
+    sizes = (heads, length, resolution, pooling)
+    return launch(x, weight, bias, text_key, key_value, key_sum, *sizes, input_precision, config)
 
 
 @class_collect.register_fake
@@ -217,7 +224,7 @@ def _(
     length: int,
     resolution: Sequence[int],
     pooling: Sequence[int],
-    precision: str,
+    input_precision: str,
 ) -> tuple[Tensor, Tensor]:
     B, d = x.shape[0], x.shape[-1] // heads
     positions = (resolution[0] // pooling[0]) * (resolution[1] // pooling[1])
@@ -229,42 +236,47 @@ def _(
 
 def compile_targets(capability: int) -> list[CompileTarget]:
     """The kernel at the published sizes: C = 128, 4 heads, 24 x 24."""
+    strides = ("x_stride_b", "x_stride_t", "x_stride_p", "text_stride_b", "text_stride_t")
+    sums = ("old_key_value_ptr", "old_key_sum_ptr", "key_value_ptr", "key_sum_ptr")
     targets = []
-    for dtype, name, precision in (
-        (torch.float16, "fp16", "ieee"),
-        (torch.bfloat16, "bf16", "ieee"),
-        (torch.float32, "fp32", "ieee"),
-        (torch.float32, "fp32", "tf32x3"),
+    for name, dtype, precision in (
+        ("fp16", torch.float16, "ieee"),
+        ("bf16", torch.bfloat16, "ieee"),
+        ("fp32 ieee", torch.float32, "ieee"),
+        ("fp32 tf32", torch.float32, "tf32"),
     ):
+        mma = "wgmma" if capability == 90 and dtype != torch.float32 else "mma"
         config = default_config(dtype)
-        label = f"{name} {precision}" if name == "fp32" else name
-        pointers = {
-            **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "text_ptr"), f"*{name}"),
-            **dict.fromkeys(
-                ("old_key_value_ptr", "old_key_sum_ptr", "key_value_ptr", "key_sum_ptr"), "*fp32"
-            ),
-        }
-        strides = ("x_stride_b", "x_stride_t", "x_stride_p", "text_stride_b", "text_stride_t")
         targets.append(
             CompileTarget(
-                name=label,
+                name=name,
                 kernel=_collect_kernel,
                 signature={
-                    **pointers,
+                    **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "text_ptr"), f"*{name.split()[0]}"),
+                    **dict.fromkeys(sums, "*fp32"),
                     **dict.fromkeys(("classes", "tokens", *strides), "i32"),
                     "inverse_length": "fp32",
                 },
                 constexprs={
-                    **{"C": 128, "HEADS": 4, "HEIGHT": 24, "WIDTH": 24, "POOL_H": 1, "POOL_W": 1},
-                    **{"OLD_IS_SHARED": False, "PRECISION": precision, "GROUP": config.channels // 32},
-                    **{"POSITIONS": config.positions, "CLASSES": config.classes},
-                    **{"BLOCK_C": 128, "BLOCK_G": config.channels},
+                    "C": 128,
+                    "HEADS": 4,
+                    "HEIGHT": 24,
+                    "WIDTH": 24,
+                    "POOL_H": 1,
+                    "POOL_W": 1,
+                    "OLD_IS_SHARED": False,
+                    "PRECISION": precision,
+                    "GROUP": config.channels // 32,
+                    "POSITIONS": config.positions,
+                    "CLASSES": config.classes,
+                    "BLOCK_C": 128,
+                    "BLOCK_G": config.channels,
                 },
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 maxnreg=config.maxnreg,
                 divisible=strides,
-                expects_mma=None if label == "fp32 ieee" else "wgmma" if capability == 90 and name != "fp32" else "mma",
+                expects_mma=None if name == "fp32 ieee" else mma,
             )
         )
     return targets

@@ -25,7 +25,9 @@ def load_tokens(
     x = tl.load((x_ptr + corner * x_stride_p)[:, None] + o_c[None, :], mask=m, other=0.0).to(tl.float32)
     for i in tl.static_range(1, POOL_H * POOL_W):
         position = corner + i // POOL_W * WIDTH + i % POOL_W
-        x += tl.load((x_ptr + position * x_stride_p)[:, None] + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+        x += tl.load((x_ptr + position * x_stride_p)[:, None] + o_c[None, :], mask=m, other=0.0).to(
+            tl.float32
+        )
     return x * (1.0 / (POOL_H * POOL_W))
 
 
@@ -40,14 +42,10 @@ def normalise(x, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def feature_map(x):
-    """elu(x) + 1"""
-    return tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
-
-
-@triton.jit
-def load_matrix(ptr, o_row, o_column, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
-    """`[rows, columns]` of a row-major matrix of ROWS x COLUMNS; zero outside unless EVEN says all is inside."""
+def load_matrix(
+    ptr, o_row, o_column, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr
+):
+    """`[rows, columns]` of a row-major ROWS x COLUMNS matrix; zero outside, unless EVEN: all is inside."""
     p = ptr + o_row[:, None] * row_stride + o_column[None, :]
     if EVEN:
         return tl.load(p)

@@ -4,9 +4,9 @@ A module has a function
 
     def compile_targets(capability: int) -> list[CompileTarget]: ...
 
-that lists every kernel it launches, at each default config that it ships for GPUs of that compute capability (80,
-86, 89, 90, 100). `tests/test_compile_targets.py` finds the function by itself, compiles the list, and fails on what a
-`CompileTarget` does not allow.
+that lists every kernel it launches, at each default config that it ships for GPUs of that compute capability
+(80, 86, 89, 90, 100). `tests/test_compile_targets.py` finds the function by itself, compiles the list, and
+fails on what a `CompileTarget` does not allow.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class CompileTarget:
     Attributes:
         name: unique in the module, e.g. "class_apply fp16".
         kernel: the `@triton.jit` function.
-        signature: type of each runtime argument by name, e.g. {"x_ptr": "*fp16", "classes": "i32", "eps": "fp32"}.
+        signature: type of each runtime argument by name, e.g. {"x_ptr": "*fp16", "classes": "i32"}.
         constexprs: value of each `tl.constexpr` argument by name; together with `signature`, all arguments.
         num_warps, num_stages, maxnreg: as at launch.
-        divisible: integer arguments that are multiples of 16 in real calls, as strides are; pointers always are.
-            An integer argument that is 1 in real calls belongs in `constexprs`: that is how a launch treats it.
-        expects_mma: matrix instructions of which at least one must come out: "mma" for any, or "wgmma".
-        max_stack: bytes of stack that are accepted. They may hold spills outside loops alone; spills in a loop never
-            pass.
+        divisible: integer arguments that are multiples of 16 in real calls, as strides are; pointers always
+            are. An integer argument that is 1 in real calls belongs in `constexprs`, as a launch has it.
+        expects_mma: the matrix instruction that must come out: "mma" for any kind, "wgmma" or "tcgen05".
+        max_stack: bytes of stack that are accepted. They may hold spills outside loops alone; spills in a
+            loop never pass.
     """
 
     name: str
@@ -51,7 +51,7 @@ class CompileTarget:
 
 
 def capability_of(device: torch.device) -> int:
-    """The capability whose default configs run on a device; in the interpreter, which takes all, the H100's."""
+    """The capability whose default configs run on a device; in the interpreter, which takes any, H100's."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)

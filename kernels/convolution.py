@@ -1,16 +1,17 @@
 """Convolution of channels-last maps as an implicit matrix product, with GroupNorm fused at both ends.
 
-For maps `x [N, H, W, CI]`, K x K taps and an output S times as large (S = 1 or 2), output pixel (S r + a, S s + b):
+For maps `x [N, H, W, CI]`, K x K taps and an output S times as large (S = 1 or 2), output pixel
+(S r + a, S s + b) is
 
-    out[S r + a, S s + b] = addend + sum_ij  W[a, b, :, i, j] . f(x[r + i + a - K // 2, s + j + b - K // 2])
+    addend + sum_ij  W[a, b, :, i, j] . f(x[r + i + a - K // 2, s + j + b - K // 2])
 
-with f the identity or relu(scale x + shift), and zero outside the map, that is, behind f. One kernel so serves the
-7x7 convolution of the cost volume (K = 7), a decoder stage's phase convolutions (K = 2, S = 2: a transposed convolution
-and the 3x3 behind it), its 3x3 convolution, and the head (3x3 to one channel).
+with f the identity or relu(scale x + shift), and zero outside the map, that is, behind f. One kernel so
+serves the 7x7 convolution of the cost volume (K = 7), a decoder stage's phase convolutions (K = 2, S = 2: a
+transposed convolution and the 3x3 behind it), its 3x3 convolution, and the head (3x3 to one channel).
 
-The sum over taps and channels is one matrix product whose left operand, the patches, is gathered by index arithmetic.
-Patches, normalised maps, and sums with the addend never reach memory. As a by-product, each tile of pixels leaves the
-sum and the squared deviations of its output channels (`group_norm.py` merges them).
+The sum over taps and channels is one matrix product whose left operand, the patches, is gathered by index
+arithmetic. Patches, normalised maps, and sums without the addend never reach memory. As a by-product, each
+tile of pixels leaves the sum and the squared deviations of its output channels (`group_norm.py` merges them).
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Cost volume and its 7x7 convolution (CAT-Seg paper, section 3.2): `stages.embed_cost_volume` in two kernels.
+"""Cost volume and its 7x7 convolution (CAT-Seg paper, section 3.2): `stages.embed_cost_volume`.
 
-For image features `[B, HW, F]` and text features `[B or 1, t, P, F]`, all of length 1 (B crops, t classes, P prompts):
+For unit image features `[B, HW, F]` and unit text features `[B or 1, t, P, F]`, of B crops, t classes and P
+prompts:
 
     cost[b, t, i, p] = image[b, i] . text[b, t, p]        x = conv7x7(cost) + bias, from P channels to C
 
-The first kernel is one matrix product a crop, of all pixels with all prompts, and writes the cost volume of this chunk
-channels last, `[B, t, HW, P]`; the second is `convolution.py`'s, for one prompt (49 products a channel, one step) as for
-eighty. Never materialised are the cost volume of all classes, its permuted copies, and the patches
-`[B*t, 49 P, HW]`.
+The first kernel is one matrix product a crop, of all pixels with all prompts, and writes the cost volume of
+this chunk channels last, `[B, t, HW, P]`; the second is `convolution.py`'s, for one prompt (49 products a
+channel, one step) as for eighty. Never materialised are the cost volume of all classes, its permuted copies,
+and the patches `[B*t, 49 P, HW]`.
 
 The op computes in the features' type whatever autocast says, and has no gradient.
 """
@@ -101,7 +102,7 @@ def default_config(size: Size, columns: int, dtype: torch.dtype, capability: int
     conv = convolution.default_config(size, dtype, capability)
     columns = max(16, triton.next_power_of_2(columns))
     if dtype == torch.float32:
-        return Config(64, min(columns, 64), 32, num_warps=4, num_stages=2, convolution=conv)
+        return Config(64, min(columns, 64), 32, num_warps=8, num_stages=2, convolution=conv)
     return Config(128, min(columns, 128), 64, num_warps=8, num_stages=3, convolution=conv)
 
 

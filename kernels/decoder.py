@@ -1,15 +1,15 @@
 """Guided upsampling decoder (CAT-Seg paper, section 3.4): `stages.decode` in nine kernels.
 
-For x `[B, t, HW, C]` and each of two stages, with GN group normalisation and g an image's guidance map, the same for
-every class:
+For x `[B, t, HW, C]` and each of two stages, with GN group normalisation and g an image's guidance map, the
+same for every class:
 
     u = phases(x) + g        y = conv3x3(relu(GN(u)))        x' = relu(GN(y))
 
-and logits = head(x'), a 3x3 convolution to one channel. The five convolutions are `convolution.py`'s kernel, each of
-which reads its input through the normalisation before it and leaves the statistics of its output; `group_norm.py`
-merges them. In memory are u and y alone, `[B*t, 2H, 2W, out]` channels last; never materialised are the upsampled
-maps `[B*t, up, 2H, 2W]`, their concatenation with the guidance `[B*t, up + G, 2H, 2W]`, the normalised maps, and
-patches.
+and logits = head(x'), a 3x3 convolution to one channel. The five convolutions are `convolution.py`'s kernel,
+each of which reads its input through the normalisation before it and leaves the statistics of its output;
+`group_norm.py` merges them. In memory are u and y alone, `[B*t, 2H, 2W, out]` channels last; never
+materialised are the upsampled maps `[B*t, up, 2H, 2W]`, their concatenation with the guidance
+`[B*t, up + G, 2H, 2W]`, the normalised maps, and patches.
 
 The op computes in x's type whatever autocast says, and has no gradient.
 """
@@ -58,8 +58,8 @@ def launch(
 
     Args:
         guidance: of each stage, `[B or 1, 2H * 2W, out]`.
-        weights: of each stage, `[4 * out, 2, 2, in]`, two `[out]`, `[out, 3, 3, out]` and two `[out]`; then the
-            head's `[1, 3, 3, out]` and `[1]`; all contiguous.
+        weights: of each stage, `[4 * out, 2, 2, in]`, two `[out]`, `[out, 3, 3, out]` and two `[out]`; then
+            the head's `[1, 3, 3, out]` and `[1]`; all contiguous.
         groups: of each stage's two normalisations.
         eps: likewise.
         configs: of each convolution; None for the defaults.
@@ -69,7 +69,7 @@ def launch(
     configs = configs or default_configs(convolutions, x.dtype, capability_of(x.device))
     norm: Tensor | None = None
     for index in range(2 * len(guidance)):
-        weight, *affine = weights[3 * index : 3 * index + 3]
+        weight, scale, shift = weights[3 * index : 3 * index + 3]
         size, config = convolutions[index], configs[index]
         x, statistics = convolution.launch(
             x,
@@ -82,7 +82,7 @@ def launch(
             input_precision=input_precision,
         )
         assert statistics is not None
-        norm = group_norm.launch(statistics, *affine, groups[index], eps[index], size, config)
+        norm = group_norm.launch(statistics, scale, shift, groups[index], eps[index], size, config)
     head, bias = weights[-2:]
     logits, _ = convolution.launch(
         x, head, convolutions[-1], configs[-1], addend=bias, norm=norm, input_precision=input_precision

@@ -1,12 +1,13 @@
-"""Statistics of group normalisation from parts: what a convolution's tiles leave, to a scale and a shift a channel.
+"""Group normalisation from parts: the statistics that a convolution's tiles leave, to a scale and a shift.
 
-A part i of an image holds, for each channel, the sum s_i of its n_i pixels and the sum of squared deviations m_i from
-their mean. Over the parts and channels of a group, of n values together (Chan, Golub and LeVeque, 1979):
+A part i of an image holds, for each channel, the sum s_i of its n_i pixels and the sum of squared deviations
+m_i from their mean. Over a group's parts and channels, n values together (Chan, Golub and LeVeque, 1979):
 
     mean = sum s_i / n        variance = sum (m_i + n_i (s_i / n_i - mean)^2) / n
     scale = weight / sqrt(variance + eps)        shift = bias - mean scale
 
-so that scale x + shift is the normalised x. The next kernel applies it while it reads x; no normalised map is stored.
+so that scale x + shift is the normalised x. The next kernel applies it while it reads x; no normalised map is
+stored.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def merge_kernel(
 def launch(
     statistics: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, size: Size, config: Config
 ) -> Tensor:
-    """Scale and shift `[N, 2, C]` for the output of a convolution of that size and config; nothing is checked.
+    """Scale and shift `[N, 2, C]` for the output of a convolution of that size and config.
+
+    Nothing is checked.
 
     Args:
         statistics: the convolution's, `[N, parts, 2, C]`.

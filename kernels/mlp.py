@@ -3,9 +3,9 @@
     y = x + a W_p^T + b_p
     z = y + GELU(norm(y) W_1^T + b_1) W_2^T + b_2
 
-for C channels and M hidden ones, norm without affine part. Tokens `a` come in window order, `x` and `z` are in
-image order. One program makes `rows` tokens of z: y stays in registers, and neither y, norm(y) nor the hidden
-layer `[…, M]` is ever written to memory.
+for C channels and M hidden ones, norm without affine part. Tokens `a` come in window order, `x` and `z` are
+in image order: the cyclic shift back and the merging of windows are index arithmetic. A program makes `rows`
+tokens of z; y, norm(y) and the hidden layer `[B, t, HW, M]` are never written to memory.
 
 GELU is exact for fp32. For 16-bit types it is `v * sigmoid(v * p(v^2))`, p fitted to a largest absolute error
 of 2.6e-5, which is below the rounding of a hidden value of 0.06 and more in fp16.
@@ -142,10 +142,13 @@ def launch(
 
 
 def _constants(windows: Windows, C: int, M: int, input_precision: str, config: MLPConfig) -> dict[str, Any]:
-    return {
-        **windows.constants(),
-        **{"C": C, "BLOCK_C": triton.next_power_of_2(C), "M": M},
-        **{"ROWS": config.rows, "HIDDEN": config.hidden, "PRECISION": input_precision},
+    return windows.constants() | {
+        "C": C,
+        "BLOCK_C": triton.next_power_of_2(C),
+        "M": M,
+        "ROWS": config.rows,
+        "HIDDEN": config.hidden,
+        "PRECISION": input_precision,
     }
 
 
@@ -155,7 +158,7 @@ def compile_targets(capability: int) -> list[CompileTarget]:
     for dtype, precision in [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32x3")]:
         config, name = default_config(capability, dtype, 128), DTYPES[dtype]
         pointers = ("x", "qkv", "proj", "proj_bias", "fc1", "fc1_bias", "fc2", "fc2_bias", "out")
-        mma = "wgmma" if capability == 90 and name != "fp32" else "tcgen05" if capability == 100 and name != "fp32" else "mma"
+        mma = None if (name, precision) == ("fp32", "ieee") else "mma"
         targets.append(
             CompileTarget(
                 name=f"{name} {precision}",
@@ -168,7 +171,7 @@ def compile_targets(capability: int) -> list[CompileTarget]:
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 divisible=("x_stride_b", "x_stride_t"),
-                expects_mma=None if (name, precision) == ("fp32", "ieee") else mma,
+                expects_mma="wgmma" if capability == 90 and name != "fp32" else mma,
             )
         )
     return targets

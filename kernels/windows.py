@@ -45,4 +45,3 @@ def token_region(j, last_row, last_column, WINDOW: tl.constexpr, SHIFT: tl.const
     below = last_row & (j // WINDOW >= WINDOW - SHIFT)
     right = last_column & (j % WINDOW >= WINDOW - SHIFT)
     return below.to(tl.int32) * 2 + right.to(tl.int32)
-

@@ -1,4 +1,4 @@
-"""The rule that kernels are held to: against float64, at most twice the error of plain torch in the same type."""
+"""The rule that kernels are held to: against float64, at most twice plain torch's error in their type."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Compile kernels for GPUs that are not there, and read what they take from the machine code.
 
-A kernel's mode, interpreted or compiled, is fixed when it is decorated. So this file runs as a program of its own,
-without TRITON_INTERPRET: `python tests/aot.py class_attention` compiles a module's targets (all modules' without a
-name) and prints the table; with `--write` it records them in bench/results/resources.json.
+A kernel's mode, interpreted or compiled, is fixed when it is decorated. So this file runs as a program of its
+own, without TRITON_INTERPRET: `python tests/aot.py class_apply` compiles a module's targets (all modules'
+without a name) and prints the table; with `--write` it records them in bench/results/resources.json, for this
+version of Triton.
 """
 
 from __future__ import annotations
@@ -54,15 +55,19 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes. `stack` in bytes; `spills` count instructions; `shared` in bytes a program."""
+    """What one compiled kernel takes: `stack` and `shared` in bytes, `spills` in instructions.
+
+    `mma` names the matrix instructions that came out, of "mma", "wgmma" and "tcgen05", a space between;
+    `programs` is how many fit on a streaming multiprocessor at a time.
+    """
 
     registers: int
     stack: int
     spills: int
     spills_in_loops: int
     shared: int
-    mma: str  # the matrix instructions that came out: "", or of "mma", "wgmma", "tcgen05" with a space between
-    programs: int  # that fit on a streaming multiprocessor at a time
+    mma: str
+    programs: int
 
 
 def modules() -> list[str]:
@@ -174,7 +179,7 @@ def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:
 
 
 def count_spills(code: str) -> tuple[int, int]:
-    """Instructions on local memory in nvdisasm's output: all, and those between a label and a jump back to it."""
+    """Instructions on local memory in nvdisasm's output: all, and those from a label to a jump back to it."""
     labels: dict[str, int] = {}
     local: list[int] = []
     loops: list[tuple[int, int]] = []
@@ -240,7 +245,9 @@ def write(compiled: dict[str, dict[str, Any] | str], names: list[str]) -> None:
     if failed:
         raise SystemExit(f"not recorded: {', '.join(failed)} did not compile")
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    old = {name: x for name, x in record.get(triton.__version__, {}).items() if name.split(" / ")[0] not in names}
+    old = {
+        name: x for name, x in record.get(triton.__version__, {}).items() if name.split(" / ")[0] not in names
+    }
     record[triton.__version__] = dict(sorted({**old, **compiled}.items()))
     lines = ",\n".join(
         f'  "{version}": {{\n'

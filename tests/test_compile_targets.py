@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict, replace
 
-import aot
 import pytest
 
+import aot
 from catseg_fast.kernels.compile_target import CAPABILITIES, CompileTarget
 
 TARGETS = [

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_no_worse_than_eager, upcast
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from accuracy import assert_no_worse_than_eager, upcast
 from catseg_fast import stages
 from catseg_fast.kernels import convolution, decoder, group_norm
 from catseg_fast.kernels.convolution import Config, Size
@@ -103,7 +103,7 @@ def test_matches_plain_torch(B: int, t: int, crops: int, H: int, W: int, dtype: 
 
 
 @pytest.mark.usefixtures("_large_tiles")
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_matches_plain_torch_at_random_sizes(data: st.DataObject) -> None:
     torch.manual_seed(2)
@@ -119,15 +119,15 @@ def test_matches_plain_torch_at_random_sizes(data: st.DataObject) -> None:
 def test_takes_any_strides() -> None:
     torch.manual_seed(3)
     plan = make_plan(32, (32, 16), torch.float32)
-    (first, second), x = make_inputs(plan, 2, 3, 4, 6, 2)
-    expected = decoder.decode(plan, (first, second), x, (4, 6))
-    crops_apart = torch.full((2, 5, 24, 32), math.nan)
-    crops_apart[:, 1:4] = x
-    columns_apart = torch.full((2, 3, 24, 40), math.nan)
+    (first, second), x = make_inputs(plan, 2, 2, 2, 3, 2)
+    expected = decoder.decode(plan, (first, second), x, (2, 3))
+    crops_apart = torch.full((2, 5, 6, 32), math.nan)
+    crops_apart[:, 1:3] = x
+    columns_apart = torch.full((2, 2, 6, 40), math.nan)
     columns_apart[..., 4:36] = x
     channels_last = first.contiguous(memory_format=torch.channels_last)
-    for strided in (crops_apart[:, 1:4], columns_apart[..., 4:36], x.flip(0).flip(0).mT.contiguous().mT):
-        assert torch.equal(decoder.decode(plan, (channels_last, second), strided, (4, 6)), expected)
+    for strided in (crops_apart[:, 1:3], columns_apart[..., 4:36], x.flip(0).flip(0).mT.contiguous().mT):
+        assert torch.equal(decoder.decode(plan, (channels_last, second), strided, (2, 3)), expected)
 
 
 @pytest.mark.usefixtures("_large_tiles")
@@ -144,13 +144,14 @@ def test_takes_offsets_beyond_32_bits() -> None:
 def test_is_deterministic_and_classes_do_not_meet() -> None:
     torch.manual_seed(5)
     plan = make_plan(32, (32, 16), torch.float16)
-    guidance, x = make_inputs(plan, 1, 5, 4, 4)
-    logits = decoder.decode(plan, guidance, x, (4, 4))
-    assert torch.equal(decoder.decode(plan, guidance, x, (4, 4)), logits)
-    order = torch.tensor([3, 0, 4, 2, 1])
-    assert torch.equal(decoder.decode(plan, guidance, x[:, order], (4, 4)), logits[:, order])
+    guidance, x = make_inputs(plan, 1, 3, 3, 3)
+    logits = decoder.decode(plan, guidance, x, (3, 3))
+    assert torch.equal(decoder.decode(plan, guidance, x, (3, 3)), logits)
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(decoder.decode(plan, guidance, x[:, order], (3, 3)), logits[:, order])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
 @pytest.mark.usefixtures("_large_tiles")
 @pytest.mark.parametrize("value", [math.nan, 6e4], ids=["nan", "overflow"])
 def test_what_is_not_finite_shows_in_the_logits(value: float) -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_plan import chunk, features, make_aggregator, terms
 from torch import Tensor
 
 from catseg_fast import reference, stages
 from catseg_fast.engine import Engine
 from catseg_fast.planner import parse_bytes
+from test_plan import chunk, features, make_aggregator, terms
 
 POLICIES = ("resident", "offload", "recompute")
 T = 7

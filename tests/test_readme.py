@@ -16,7 +16,7 @@ import torch
 import typer
 from PIL import Image
 
-from catseg_fast import VARIANTS, CATSeg
+from catseg_fast import VARIANTS, CATSeg, reference
 from catseg_fast.cli import app
 from catseg_fast.config import CLIPConfig
 
@@ -73,7 +73,8 @@ def test_ci_runs_the_test_command_as_printed() -> None:
 
 
 def test_python_runs(checkout: Path) -> None:
-    names: dict[str, object] = {}
+    upstreams = torch.nn.Sequential(reference.Aggregator(**TINY.aggregator_arguments(1)))
+    names: dict[str, object] = {"upstream_model": upstreams}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     model = names["model"]
