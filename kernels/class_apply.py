@@ -151,7 +151,9 @@ def default_config(capability: int, dtype: torch.dtype, precision: str, classes:
     """A config for t classes, for GPUs of a compute capability, at the published sizes or smaller ones."""
     if dtype == torch.float32:
         num_stages = 1 if precision == "tf32x3" else 2
-        return ApplyConfig(positions=1, classes=32, hidden=16, num_warps=8, num_stages=num_stages)
+        return ApplyConfig(
+            positions=1, classes=32, hidden=16, num_warps=8, num_stages=num_stages, maxnreg=255
+        )
     rows, num_warps = TILES[capability]
     positions = 2 if classes <= rows // 2 else 1
     return ApplyConfig(positions, rows // positions, hidden=64, num_warps=num_warps, num_stages=2)

@@ -68,10 +68,10 @@ def convolution_kernel(
         p_x = x_ptr + crop * x_stride_crop + (image % classes).to(tl.int64) * x_stride_class
         image = image.to(tl.int64)
     else:
-        row = tile.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-        image = (row // HW)[:, None]
-        pixel = (row % HW).to(tl.int32)
-        inside = row < images.to(tl.int64) * HW
+        row = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        image = (row // HW)[:, None].to(tl.int64)
+        pixel = row % HW
+        inside = row < images * HW
         p_x = x_ptr + image * (HW * CI)
     y = tl.where(inside, pixel // W, H + K)[:, None]  # a row that has no tap inside the map
     x = (pixel % W)[:, None]
@@ -87,10 +87,8 @@ def convolution_kernel(
         dy = tap // K - K // 2 + phase // S
         dx = tap % K - K // 2 + phase % S
         m_map = (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
-        m_depth = (k < DEPTH)[None, :]
-        m_patch = m_map if DEPTH % BLOCK_K == 0 else m_map & m_depth
         o_patch = pixel[:, None] * CI + (dy * W + dx) * CI + (k % CI)[None, :]
-        patch = tl.load(p_x + o_patch, mask=m_patch, other=0.0, cache_modifier=".ca")
+        patch = tl.load(p_x + o_patch, mask=m_map, other=0.0, cache_modifier=".ca")
         if norm_ptr is not None:
             p_norm = norm_ptr + image * (2 * CI) + (k % CI)[None, :]
             normalised = tl.fma(patch.to(norm_ptr.dtype.element_ty), tl.load(p_norm), tl.load(p_norm + CI))
@@ -101,7 +99,8 @@ def convolution_kernel(
             patch = tl.minimum(positive, highest, propagate_nan=tl.PropagateNan.ALL).to(
                 x_ptr.dtype.element_ty
             )
-        m_weight = m_channel[:, None] if DEPTH % BLOCK_K == 0 else m_channel[:, None] & m_depth
+        # From DEPTH on, what is in the patch meets zeros.
+        m_weight = m_channel[:, None] if DEPTH % BLOCK_K == 0 else m_channel[:, None] & (k < DEPTH)[None, :]
         weight = tl.load(p_weight + k[None, :], mask=m_weight, other=0.0)
         accumulator = tl.dot(patch, tl.trans(weight), accumulator, input_precision=PRECISION)
 

@@ -164,7 +164,6 @@ def _check(
         raise ValueError(f"block: has a window of {window}, which does not divide {height}x{width}")
     if B * t * HW >= 2**31:
         raise ValueError(f"x: has {B * t * HW} tokens; wanted less than 2**31")
-    check_like("guidance.query_key", guidance.query_key, ((1, B), (1, HW), 2 * C), x)
     check_like("block.qkv", block.qkv, (3 * C, C), x)
     check_like("block.proj", block.proj, (C, C), x)
     check_like("block.proj_bias", block.proj_bias, (C,), x)
@@ -172,3 +171,4 @@ def _check(
     check_like("block.fc1_bias", block.fc1_bias, (M,), x)
     check_like("block.fc2", block.fc2, (C, M), x)
     check_like("block.fc2_bias", block.fc2_bias, (C,), x)
+    check_like("guidance.query_key", guidance.query_key, ((1, B), (1, HW), 2 * C), x)

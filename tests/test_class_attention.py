@@ -54,21 +54,14 @@ def cast(layer: ClassLayer, dtype: torch.dtype) -> ClassLayer:
     return replace(layer, **{k: v.to(DEVICE, dtype) for k, v in values.items() if isinstance(v, Tensor)})
 
 
-def make_inputs(
-    B: int, t: int, positions: int, C: int, text_crops: int = 1
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [B, t, HW, C], text terms of keys and queries [text_crops, t, C], and a direction of x's size."""
+def make_inputs(B: int, t: int, positions: int, C: int, text_crops: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """x `[B, t, HW, C]`, and the text terms of keys and queries `[text_crops, t, C]`."""
     generator = torch.Generator().manual_seed(1000 * B + t)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return (
-        normal(B, t, positions, C),
-        normal(text_crops, t, C),
-        normal(text_crops, t, C),
-        normal(B, t, positions, C),
-    )
+    return normal(B, t, positions, C), normal(text_crops, t, C), normal(text_crops, t, C)
 
 
 def run(
@@ -111,7 +104,7 @@ def check(
     [(1, 1, (2, 3)), (2, 2, (6, 2)), (2, 3, (5, 5)), (3, 7, (3, 3)), (1, 33, (4, 3))],
 )
 def test_matches_stages(B: int, t: int, resolution: tuple[int, int], dtype: torch.dtype) -> None:
-    x, text_key, text_query, _ = make_inputs(B, t, resolution[0] * resolution[1], 128)
+    x, text_key, text_query = make_inputs(B, t, resolution[0] * resolution[1], 128)
     check(make_layer(), [(x, text_key, text_query)], resolution, dtype)
 
 
@@ -121,14 +114,14 @@ def test_matches_stages(B: int, t: int, resolution: tuple[int, int], dtype: torc
     [(16, 1, 64), (48, 3, 80), (96, 4, 384), (64, 8, 256), (160, 5, 96), (256, 8, 1024)],
 )
 def test_other_sizes(C: int, heads: int, hidden: int, dtype: torch.dtype) -> None:
-    x, text_key, text_query, _ = make_inputs(2, 3, 12, C)
+    x, text_key, text_query = make_inputs(2, 3, 12, C)
     check(make_layer(C, heads, hidden), [(x, text_key, text_query)], (4, 3), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("pooling", "resolution"), [((2, 2), (12, 8)), ((2, 3), (7, 8)), ((4, 4), (4, 7))])
 def test_pooling(pooling: tuple[int, int], resolution: tuple[int, int], dtype: torch.dtype) -> None:
-    x, text_key, text_query, _ = make_inputs(2, 5, resolution[0] * resolution[1], 64)
+    x, text_key, text_query = make_inputs(2, 5, resolution[0] * resolution[1], 64)
     layer = make_layer(64, 4, 128, pooling=pooling)
     check(layer, [(x, text_key, text_query)], resolution, dtype)
 
@@ -139,13 +132,13 @@ def test_chunks_and_padding(padded: bool, dtype: torch.dtype) -> None:
     padding = torch.randn(128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     layer = make_layer(64, 4, 128, **({"pad_len": 256, "padding": padding} if padded else {}))
     parts = [make_inputs(2, t, 6, 64) for t in (3, 1, 7)]
-    check(layer, [part[:3] for part in parts], (2, 3), dtype)
+    check(layer, parts, (2, 3), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_text_and_with_text_of_each_crop(dtype: torch.dtype) -> None:
     layer = make_layer(64, 4, 128)
-    x, text_key, text_query, _ = make_inputs(3, 5, 12, 64, text_crops=3)
+    x, text_key, text_query = make_inputs(3, 5, 12, 64, text_crops=3)
     check(layer, [(x, None, None)], (3, 4), dtype)
     check(layer, [(x, text_key, text_query)], (3, 4), dtype)
 
@@ -155,7 +148,7 @@ def test_range_of_fp16(scale: float, shift: float) -> None:
     """Keys near 1e-4 or 100: what the kernels round stays in range (the stages' own outputs do not)."""
     layer = make_layer(64, 4, 128)
     layer = replace(layer, kv=layer.kv * scale, kv_bias=layer.kv_bias * scale + shift)
-    x, text_key, text_query, _ = make_inputs(2, 40, 12, 64)
+    x, text_key, text_query = make_inputs(2, 40, 12, 64)
     layer, chunk = (
         cast(layer, torch.float16),
         [y.to(DEVICE, torch.float16) for y in (x, text_key * scale, text_query)],
@@ -167,27 +160,27 @@ def test_range_of_fp16(scale: float, shift: float) -> None:
 
 @pytest.mark.slow
 def test_matches_stages_at_the_published_resolution() -> None:
-    x, text_key, text_query, _ = make_inputs(1, 2, 576, 128)
+    x, text_key, text_query = make_inputs(1, 2, 576, 128)
     check(make_layer(), [(x, text_key, text_query)], (24, 24), torch.float16)
 
 
 @pytest.mark.parametrize("input_precision", ["ieee", "tf32x3"])
 def test_precision_of_fp32(input_precision: str) -> None:
-    x, text_key, text_query, _ = make_inputs(1, 9, 6, 128)
+    x, text_key, text_query = make_inputs(1, 9, 6, 128)
     check(make_layer(), [(x, text_key, text_query)], (2, 3), torch.float32, input_precision)
 
 
 def test_strided_views() -> None:
     layer = cast(make_layer(64, 4, 128), torch.float32)
-    x, text_key, text_query, _ = (x.to(DEVICE, torch.float32) for x in make_inputs(2, 5, 12, 64))
-    apart = torch.full((2, 11, 2, 12, 80), torch.nan, device=DEVICE)[:, 3:8, 1, :, 8:72]
+    x, text_key, text_query = (x.to(DEVICE, torch.float32) for x in make_inputs(2, 5, 4, 64))
+    apart = torch.full((2, 11, 2, 4, 80), torch.nan, device=DEVICE)[:, 3:8, 1, :, 8:72]
     text = torch.full((1, 9, 192), torch.nan, device=DEVICE)[:, 2:7, 64:128]
     transposed = x.transpose(2, 3).contiguous().transpose(2, 3)
-    expected = run(class_attention, layer, [(x, text_key, text_query)], (3, 4))
+    expected = run(class_attention, layer, [(x, text_key, text_query)], (2, 2))
     for view, view_of_text in ((apart, text), (transposed, text)):
         view_of_text.copy_(text_key)
         view.copy_(x)
-        found = run(class_attention, layer, [(view, view_of_text, text_query)], (3, 4))
+        found = run(class_attention, layer, [(view, view_of_text, text_query)], (2, 2))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -204,12 +197,12 @@ def test_offsets_beyond_two_billion() -> None:
 
 def test_same_bits_every_time_and_classes_in_any_order() -> None:
     layer = cast(make_layer(64, 4, 128), torch.float16)
-    x, text_key, text_query, _ = (x.to(DEVICE, torch.float16) for x in make_inputs(2, 9, 12, 64))
+    x, text_key, text_query = (x.to(DEVICE, torch.float16) for x in make_inputs(2, 9, 4, 64))
     chunk = (x, text_key, text_query)
-    first, second = (run(class_attention, layer, [chunk], (3, 4)) for _ in range(2))
+    first, second = (run(class_attention, layer, [chunk], (2, 2)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    (*_, permuted) = run(class_attention, layer, [tuple(x[:, order] for x in chunk)], (3, 4))
+    (*_, permuted) = run(class_attention, layer, [tuple(x[:, order] for x in chunk)], (2, 2))
     torch.testing.assert_close(permuted, first[2][:, order], rtol=2e-3, atol=2e-3)
 
 
@@ -225,7 +218,7 @@ COLLECT_CONFIGS = {class_collect.default_config(dtype) for dtype in (torch.float
 @pytest.mark.parametrize("config", sorted(APPLY_CONFIGS, key=str), ids=str)
 def test_apply_at_every_default_config(config: class_apply.ApplyConfig) -> None:
     layer = cast(make_layer(64, 4, 128), torch.float32)
-    x, text_key, text_query, _ = (x.to(DEVICE, torch.float32) for x in make_inputs(1, 67, 3, 64))
+    x, text_key, text_query = (x.to(DEVICE, torch.float32) for x in make_inputs(1, 67, 3, 64))
     key_value, key_sum, expected = run(class_attention, layer, [(x, text_key, text_query)], (1, 3))
     weights = (layer.q, layer.q_bias, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias)
     found = class_apply.launch(
@@ -237,7 +230,7 @@ def test_apply_at_every_default_config(config: class_apply.ApplyConfig) -> None:
 @pytest.mark.parametrize("config", sorted(COLLECT_CONFIGS, key=str), ids=str)
 def test_collect_at_every_default_config(config: class_collect.CollectConfig) -> None:
     layer = cast(make_layer(128, 4, 128), torch.float32)
-    x, text_key, text_query, _ = (x.to(DEVICE, torch.float32) for x in make_inputs(1, 35, 9, 128))
+    x, text_key, text_query = (x.to(DEVICE, torch.float32) for x in make_inputs(1, 35, 9, 128))
     expected = run(class_attention, layer, [(x, text_key, text_query)], (3, 3))
     found = class_collect.launch(
         x, layer.kv, layer.kv_bias, text_key, None, None, 4, 35, (3, 3), (1, 1), "ieee", config
@@ -249,7 +242,7 @@ def test_collect_at_every_default_config(config: class_collect.CollectConfig) ->
 def op_arguments(dtype: torch.dtype = torch.float32) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Arguments of both custom ops."""
     layer = cast(make_layer(32, 2, 64), dtype)
-    x, text_key, text_query, _ = (x.to(DEVICE, dtype) for x in make_inputs(2, 3, 6, 32))
+    x, text_key, text_query = (x.to(DEVICE, dtype) for x in make_inputs(2, 3, 6, 32))
     rest = ((2, 3), (1, 1), "ieee")
     sums = (torch.rand(2, 6, 2, 16, 16, device=DEVICE), torch.rand(2, 6, 2, 16, device=DEVICE))
     weights = (layer.q, layer.q_bias, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias)
@@ -304,17 +297,11 @@ def test_bad_arguments() -> None:
         text: Tensor | None = text,
         memory: Any = memory,
         layer: ClassLayer = layer,
-        **options: Any,
+        resolution: tuple[int, int] = (2, 3),
     ) -> None:
-        class_attention.class_collect(layer, memory, x, text, options.pop("resolution", (2, 3)), **options)
+        class_attention.class_collect(layer, memory, x, text, resolution)
 
-    with pytest.raises(
-        ValueError, match=r"x: shape \(2, 3, 6, 32\) is not \[B, t, 8, 32\] \(resolution 2x4\)"
-    ):
-        collect(resolution=(2, 4))
-    with pytest.raises(
-        ValueError, match=r"x: has shape \[2, 3, 6, 32\]; wanted \[B, t, 8, 32\] for resolution 2x4"
-    ):
+    with pytest.raises(ValueError, match=r"x: has shape \[2, 3, 6, 32\]; wanted \[B, t, 8, 32\] for"):
         collect(resolution=(2, 4))
     with pytest.raises(ValueError, match=r"x: has shape \[3, 6, 32\]"):
         collect(x[0])
