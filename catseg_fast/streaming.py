@@ -40,7 +40,13 @@ class Stages(Protocol):
     ) -> None: ...
 
     def class_apply(
-        self, layer: ClassLayer, x: Tensor, query: Tensor | None, memory: ClassMemory, resolution: Resolution, /
+        self,
+        layer: ClassLayer,
+        x: Tensor,
+        query: Tensor | None,
+        memory: ClassMemory,
+        resolution: Resolution,
+        /,
     ) -> Tensor: ...
 
     def decode(
