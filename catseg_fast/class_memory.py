@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catseg_fast.plan import ClassLayer
+from catseg_fast.plan import ClassLayer, wide
 
 
 class ClassMemory(Protocol):
@@ -53,14 +53,14 @@ class LinearMemory:
         length, padding = max(classes, layer.pad_len), layer.pad_len - classes
         if layer.padding is None or padding <= 0:
             return cls(layer.heads, layer.eps, length, 0.0, 0.0)
-        key, value = (_wide(x).view(layer.heads, -1) for x in layer.padding.chunk(2))
+        key, value = (wide(x).view(layer.heads, -1) for x in layer.padding.chunk(2))
         key = padding * _feature_map(key)
         key_value = torch.einsum("hd,hv->hdv", key, value / length)
         return cls(layer.heads, layer.eps, length, key_value, key)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         k, v = (x.unflatten(-1, (self.heads, -1)) for x in (_feature_map(keys), values / self.length))
-        key_value = _wide(torch.einsum("btnhd,btnhv->bnhdv", k, v)) + self.key_value
+        key_value = wide(torch.einsum("btnhd,btnhv->bnhdv", k, v)) + self.key_value
         key_sum = k.sum(dim=1, dtype=key_value.dtype) + self.key_sum
         self.key_value, self.key_sum = key_value, key_sum
 
@@ -122,7 +122,3 @@ class FullMemory:
 
 def _feature_map(x: Tensor) -> Tensor:
     return F.elu(x) + 1
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -123,12 +123,12 @@ def build_plan(aggregator: Any, dtype: torch.dtype) -> Plan:
         dtype: what the stages compute in.
     """
     plan = Plan(
-        embed=_wide(aggregator.conv1.weight),
-        embed_bias=_wide(aggregator.conv1.bias),
+        embed=wide(aggregator.conv1.weight),
+        embed_bias=wide(aggregator.conv1.bias),
         layers=tuple(_fold_layer(layer) for layer in aggregator.layers),
         decoder=(_fold_decoder(aggregator.decoder1), _fold_decoder(aggregator.decoder2)),
-        head=_wide(aggregator.head.weight),
-        head_bias=_wide(aggregator.head.bias),
+        head=wide(aggregator.head.weight),
+        head_bias=wide(aggregator.head.bias),
     )
     folded: Plan = _cast(plan, dtype)
     return folded
@@ -148,8 +148,8 @@ def _fold_block(block: Any, guidance_norm: nn.LayerNorm | None) -> WindowBlock:
     attention, mlp = block.attn, block.mlp
     channels = attention.dim
     scale = attention.scale
-    q, k = _wide(attention.q.weight) * scale, _wide(attention.k.weight)
-    v, v_bias = _fold_norm(_wide(attention.v.weight), _bias(attention.v), block.norm1)
+    q, k = wide(attention.q.weight) * scale, wide(attention.k.weight)
+    v, v_bias = _fold_norm(wide(attention.v.weight), _bias(attention.v), block.norm1)
     q_bias = _bias(attention.q) * scale
     q_x, q_bias = _fold_norm(q[:, :channels], q_bias, block.norm1)
     k_x, _ = _fold_norm(k[:, :channels], _bias(attention.k), block.norm1)
@@ -158,8 +158,8 @@ def _fold_block(block: Any, guidance_norm: nn.LayerNorm | None) -> WindowBlock:
         q_g, q_bias = _fold_norm(q[:, channels:], q_bias, guidance_norm)
         k_g, _ = _fold_norm(k[:, channels:], torch.zeros_like(q_bias), guidance_norm)
         guidance = torch.cat([q_g, k_g])
-    proj = _wide(attention.proj.weight)
-    fc1, fc1_bias = _fold_norm(_wide(mlp.fc1.weight), _bias(mlp.fc1), block.norm2)
+    proj = wide(attention.proj.weight)
+    fc1, fc1_bias = _fold_norm(wide(mlp.fc1.weight), _bias(mlp.fc1), block.norm2)
     window, shift = getattr(block, "nominal_window", (block.window_size, block.shift_size))
     return WindowBlock(
         heads=attention.num_heads,
@@ -172,7 +172,7 @@ def _fold_block(block: Any, guidance_norm: nn.LayerNorm | None) -> WindowBlock:
         proj_bias=_bias(attention.proj) + proj @ v_bias,
         fc1=fc1,
         fc1_bias=fc1_bias,
-        fc2=_wide(mlp.fc2.weight),
+        fc2=wide(mlp.fc2.weight),
         fc2_bias=_bias(mlp.fc2),
     )
 
@@ -180,13 +180,13 @@ def _fold_block(block: Any, guidance_norm: nn.LayerNorm | None) -> WindowBlock:
 def _fold_classes(layer: Any) -> ClassLayer:
     attention = layer.attention
     channels = attention.v.weight.shape[1]
-    q, k, v = (_wide(linear.weight) for linear in (attention.q, attention.k, attention.v))
+    q, k, v = (wide(linear.weight) for linear in (attention.q, attention.k, attention.v))
     q_x, q_bias = _fold_norm(q[:, :channels], _bias(attention.q), layer.norm1)
     k_x, k_bias = _fold_norm(k[:, :channels], _bias(attention.k), layer.norm1)
     v_x, v_bias = _fold_norm(v, _bias(attention.v), layer.norm1)
     kernel_size = getattr(layer.pool, "kernel_size", 1)
     pooling = (kernel_size,) * 2 if isinstance(kernel_size, int) else tuple(kernel_size)
-    fc1, fc1_bias = _fold_norm(_wide(layer.MLP[0].weight), _bias(layer.MLP[0]), layer.norm2)
+    fc1, fc1_bias = _fold_norm(wide(layer.MLP[0].weight), _bias(layer.MLP[0]), layer.norm2)
     return ClassLayer(
         heads=attention.nheads,
         linear=hasattr(attention.attention, "eps"),
@@ -201,7 +201,7 @@ def _fold_classes(layer: Any) -> ClassLayer:
         padding=_padding_key_value(layer),
         fc1=fc1,
         fc1_bias=fc1_bias,
-        fc2=_wide(layer.MLP[2].weight),
+        fc2=wide(layer.MLP[2].weight),
         fc2_bias=_bias(layer.MLP[2]),
     )
 
@@ -210,27 +210,27 @@ def _padding_key_value(layer: Any) -> Tensor | None:
     """Key and value `[2C]` that a padding token has at every position."""
     if getattr(layer, "padding_tokens", None) is None:
         return None
-    token, norm = _wide(layer.padding_tokens)[0, 0], layer.norm1
-    token = F.layer_norm(token, token.shape, _wide(norm.weight), _wide(norm.bias), norm.eps)
+    token, norm = wide(layer.padding_tokens)[0, 0], layer.norm1
+    token = F.layer_norm(token, token.shape, wide(norm.weight), wide(norm.bias), norm.eps)
     guided = token
     if layer.padding_guidance is not None:
-        guided = torch.cat([token, _wide(layer.padding_guidance)[0, 0]])
+        guided = torch.cat([token, wide(layer.padding_guidance)[0, 0]])
     k, v = layer.attention.k, layer.attention.v
-    return torch.cat([_wide(k.weight) @ guided + _bias(k), _wide(v.weight) @ token + _bias(v)])
+    return torch.cat([wide(k.weight) @ guided + _bias(k), wide(v.weight) @ token + _bias(v)])
 
 
 def _fold_decoder(up: Any) -> DecoderStage:
     conv1, norm1, _, conv2, norm2, _ = up.conv.double_conv
-    transposed = _wide(up.up.weight)  # in, up, 2, 2
+    transposed = wide(up.up.weight)  # in, up, 2, 2
     channels = transposed.shape[1]
-    up_conv, guidance = _wide(conv1.weight).split([channels, conv1.in_channels - channels], dim=1)
+    up_conv, guidance = wide(conv1.weight).split([channels, conv1.in_channels - channels], dim=1)
     return DecoderStage(
         phases=compose_phases(transposed, up_conv),
         guidance=guidance if guidance.shape[1] else None,
         up_bias=_bias(up.up),
         up_conv=up_conv,
         norm1=_normalisation(norm1),
-        conv=_wide(conv2.weight),
+        conv=wide(conv2.weight),
         norm2=_normalisation(norm2),
     )
 
@@ -255,21 +255,22 @@ def compose_phases(transposed: Tensor, conv: Tensor) -> Tensor:
 
 
 def _normalisation(norm: nn.GroupNorm) -> Normalisation:
-    return Normalisation(norm.num_groups, norm.eps, _wide(norm.weight), _wide(norm.bias))
+    return Normalisation(norm.num_groups, norm.eps, wide(norm.weight), wide(norm.bias))
 
 
 def _fold_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias that act on the input normalised without affine part as the given ones with it."""
-    return weight * _wide(norm.weight), bias + weight @ _wide(norm.bias)
+    return weight * wide(norm.weight), bias + weight @ wide(norm.bias)
 
 
 def _bias(layer: Any) -> Tensor:
     if layer.bias is None:
-        return _wide(layer.weight).new_zeros(layer.weight.shape[0])
-    return _wide(layer.bias)
+        return wide(layer.weight).new_zeros(layer.weight.shape[0])
+    return wide(layer.bias)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in fp32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from catseg_fast.plan import DecoderStage, Plan, WindowBlock
+from catseg_fast.plan import DecoderStage, Plan, WindowBlock, wide
 from catseg_fast.reference.window_attention import fit_window, partition_windows, shifted_window_mask
 
 
@@ -78,7 +78,7 @@ def image_terms(
     """Terms of `img_feats [B, F, H, W]` under upstream's three guidance maps, coarse to fine."""
     dtype = plan.embed.dtype
     resolution = (img_feats.shape[2], img_feats.shape[3])
-    features = F.normalize(_wide(img_feats), dim=1).flatten(2).transpose(1, 2)
+    features = F.normalize(wide(img_feats), dim=1).flatten(2).transpose(1, 2)
 
     guidance = _apply(aggregator.guidance_projection, appearance_guidance[:1])[0]
     decoder_guidance: Sequence[Tensor | None] = (None, None)
@@ -94,7 +94,7 @@ def image_terms(
         tokens = None
         if guidance is not None:
             tokens = guidance.flatten(2).transpose(1, 2)
-            tokens = F.layer_norm(_wide(tokens), tokens.shape[-1:], eps=layer.guidance_eps).to(dtype)
+            tokens = F.layer_norm(wide(tokens), tokens.shape[-1:], eps=layer.guidance_eps).to(dtype)
         first, second = (
             _block_guidance(block, tokens, resolution, img_feats.device) for block in layer.blocks
         )
@@ -118,12 +118,13 @@ def vocabulary_terms(
     """
     if text_feats.shape[0] > 1 and text_feats.stride(0) == 0:
         text_feats = text_feats[:1]
-    inverse_norm = 1 / text_feats.norm(dim=-1, dtype=_wide_dtype(text_feats)).clamp_min(1e-12)
+    dtype = torch.promote_types(text_feats.dtype, torch.float32)
+    inverse_norm = 1 / text_feats.norm(dim=-1, dtype=dtype).clamp_min(1e-12)
     queries: list[Tensor | None] = [None] * len(plan.layers)
     keys = list(queries)
     if aggregator.text_guidance_projection is not None:
         weight = inverse_norm if normalise_prompts else torch.ones_like(inverse_norm)
-        mean = torch.einsum("btpf,btp->btf", _wide(text_feats), weight)
+        mean = torch.einsum("btpf,btp->btf", wide(text_feats), weight)
         projected = _apply(aggregator.text_guidance_projection, [F.normalize(mean, dim=-1, eps=0)])[0]
         assert projected is not None
         for index, layer in enumerate(plan.layers):
@@ -169,14 +170,6 @@ def _apply(module: nn.Module | None, inputs: Sequence[Tensor | None]) -> list[Te
         return [None for _ in inputs]
     dtype = next(module.parameters()).dtype
     return [None if x is None else module(x.to(dtype)) for x in inputs]
-
-
-def _wide_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide_dtype(tensor))
 
 
 def chunk_text(features: Tensor, inverse_norm: Tensor, dtype: torch.dtype) -> Tensor:
