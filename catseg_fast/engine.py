@@ -13,6 +13,7 @@ from catseg_fast import stages as torch_stages
 from catseg_fast.backend import choose_backend
 from catseg_fast.plan import Plan, build_plan
 from catseg_fast.planner import Schedule, Sizes, check_chunk, check_policy, parse_bytes, plan_schedule
+from catseg_fast.precision import pays_off_on_cpu
 from catseg_fast.streaming import Consumer, Stream
 from catseg_fast.terms import VocabularyTerms, chunk_text, image_terms, vocabulary_terms
 from catseg_fast.weights import weights_state
@@ -27,7 +28,8 @@ class Engine:
 
     Attributes:
         backend: "auto", "triton" or "torch".
-        precision: type in which the stages compute; None for the weights' (or autocast's) own.
+        precision: type in which the stages compute; None for the weights' own, or autocast's. On a CPU,
+            autocast has its way where its type is faster (`catseg_fast.precision`).
     """
 
     def __init__(self, aggregator: nn.Module) -> None:
@@ -140,7 +142,8 @@ class Engine:
         schedule = self.schedule(len(img_feats), resolution, count, output_bytes)
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
         choose_backend(self.backend, img_feats.device)
-        with torch.set_grad_enabled(differentiable), self._without_autocast():
+        on_device = torch.cuda.device_of(img_feats)  # streams and kernels go to the current one
+        with on_device, torch.set_grad_enabled(differentiable), self._without_autocast():
             image = image_terms(self.aggregator, plan, img_feats, appearance_guidance)
             selected = self._select(img_feats, vocabulary, count) if count < total else None
             Stream(torch_stages, plan, image, vocabulary, selected, schedule, differentiable).run(consume)
@@ -178,8 +181,11 @@ class Engine:
         weight: Tensor = self.aggregator.conv1.weight
         if self.precision is not None:
             return self.precision
-        if torch.is_autocast_enabled(weight.device.type):
-            return torch.get_autocast_dtype(weight.device.type)
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            if device != "cpu" or pays_off_on_cpu(dtype):
+                return dtype
         return weight.dtype
 
     def _without_autocast(self) -> torch.autocast:

@@ -62,12 +62,20 @@ class Target(Protocol):
 
 
 def reader(readout: Readout, target: Target) -> Callable[[slice, Tensor], None]:
-    """A consumer of `Engine.stream` that reads logits out into a target, few classes at a time."""
+    """A consumer of `Engine.stream` that reads logits out into a target, few classes at a time.
+
+    If memory runs out in between, and the chunk comes again, its first classes are not taken in twice.
+    """
     step = max(1, READOUT_BYTES // readout.class_bytes)
+    taken = 0
 
     def consume(classes: slice, logits: Tensor) -> None:
-        for start in range(0, logits.shape[1], step):
-            target.update(classes.start + start, readout(logits[:, start : start + step]))
+        nonlocal taken
+        for start in range(max(taken, classes.start), classes.stop, step):
+            stop = min(start + step, classes.stop)
+            part = slice(start - classes.start, stop - classes.start)
+            target.update(start, readout(logits[:, part]))
+            taken = stop
 
     return consume
 

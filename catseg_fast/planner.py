@@ -147,6 +147,11 @@ class Sizes:
         decoder = max(plan.channels + 4 * 3 * first, 4 * first + 16 * 3 * second)
         return self.positions * max(attention, embedding, decoder) * plan.embed.itemsize
 
+    @property
+    def copy_bytes(self) -> int:
+        """Buffers for one class of all crops on its way from host memory and back (`OffloadedState`)."""
+        return 2 * self.positions * self.plan.channels * self.plan.embed.itemsize
+
 
 def plan_schedule(
     sizes: Sizes, *, policy: str | None, chunk: int | None, budget: int | None, output_bytes: int = 0
@@ -179,6 +184,8 @@ def plan_schedule(
         chosen, reason = "offload", f"the state of {classes} classes fits in host memory alone"
     else:
         chosen, reason = "recompute", f"the state of {classes} classes does not fit"
+    if chosen == "offload":
+        per_class += sizes.copy_bytes
     room, least = (free - fixed[chosen]) // per_class, chunk or 1
     if room < least:
         needed = (min(fixed.values()) if policy is None else fixed[chosen]) + least * per_class

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from catseg_fast import reference, stages
+from catseg_fast.class_memory import new_memory
 from catseg_fast.engine import Engine
 from catseg_fast.planner import parse_bytes
+from catseg_fast.precision import pays_off_on_cpu
 from test_plan import chunk, features, make_aggregator, terms
 
 POLICIES = ("resident", "offload", "recompute")
@@ -116,16 +118,25 @@ def test_no_worse_than_the_reference_at_the_same_type(dtype: torch.dtype, classe
 
 
 @torch.no_grad()
-def test_precision_and_autocast_choose_the_stages_type() -> None:
+@pytest.mark.parametrize("pays_off", [True, False])
+def test_precision_and_autocast_choose_the_stages_type(
+    pays_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("catseg_fast.engine.pays_off_on_cpu", lambda dtype: pays_off)
     aggregator = make_aggregator().float()
     inputs = [x.float() if isinstance(x, Tensor) else [y.float() for y in x] for x in features(aggregator)]
     full = logits(aggregator, inputs)
     half = logits(aggregator, inputs, precision=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         autocast = logits(aggregator, inputs)
-    assert (full.dtype, half.dtype, autocast.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
-    assert torch.equal(half, autocast)
+    assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(autocast, half if pays_off else full)
+    assert autocast.dtype == (half if pays_off else full).dtype
     assert 1e-6 < relative_error(half.float(), full) < 0.1
+
+
+def test_a_type_must_be_faster_on_this_cpu() -> None:
+    assert not pays_off_on_cpu(torch.float64)
 
 
 @pytest.mark.parametrize("limit", [None, 3])
@@ -157,7 +168,15 @@ def test_a_chunk_step_compiles_without_graph_breaks() -> None:
     plan = engine.plan()
     _, image, _ = terms(aggregator)
     x = chunk(2, 3, 576, 32)
+    layer = plan.layers[0].classes
+
+    def class_attention(x: Tensor) -> Tensor:
+        memory = new_memory(layer, 3)
+        stages.class_collect(layer, memory, x, None, (24, 24))
+        return stages.class_apply(layer, x, None, memory, (24, 24))
+
     for stage in (
+        class_attention,
         lambda x: stages.window_block(plan.layers[0].blocks[1], image.blocks[0][1], x),
         lambda x: stages.decode(plan, image.decoder, x, (24, 24)),
     ):

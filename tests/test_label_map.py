@@ -67,6 +67,28 @@ def test_readout_of_chunks_is_that_of_all_classes(window: SlidingWindow | None) 
     assert torch.equal(best.scores, every.maps.amax(dim=0))
 
 
+def test_a_chunk_that_comes_again_is_not_taken_in_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when memory runs out between two of its classes."""
+    monkeypatch.setattr("catseg_fast.label_map.READOUT_BYTES", 1)
+    logits = torch.randn(1, 5, 6, 6, generator=torch.Generator().manual_seed(1))
+    top = TopClasses(5, SIZE, CPU)
+    update, calls = top.update, iter(range(100))
+
+    def failing(first: int, probabilities: Tensor) -> None:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        update(first, probabilities)
+
+    monkeypatch.setattr(top, "update", failing)
+    consume = reader(Readout(SIZE), top)
+    with pytest.raises(torch.OutOfMemoryError):
+        consume(slice(0, 4), logits[:, :4])
+    for classes in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        consume(classes, logits[:, classes])
+    expected = Readout(SIZE)(logits).argsort(dim=0, descending=True, stable=True)
+    assert torch.equal(top.labels, expected.int())
+
+
 def test_small_images_show_a_part_of_the_map_as_upstream_does() -> None:
     logits = torch.randn(1, 2, 96, 96, generator=torch.Generator().manual_seed(2))
     cut = Readout((50, 60), visible=(50, 60))(logits)

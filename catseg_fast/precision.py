@@ -1,0 +1,34 @@
+"""Which types of number are worth computing in."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+import torch.nn.functional as F
+
+ROUNDS = 5
+
+
+@functools.cache
+def pays_off_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether a matrix product of the stages' size, measured once, is faster on this CPU than in fp32.
+
+    CPUs with AVX512-BF16 or AMX multiply bf16 several times as fast; others emulate it, slowly.
+    """
+    return _seconds(dtype) < _seconds(torch.float32)
+
+
+@torch.inference_mode()
+def _seconds(dtype: torch.dtype) -> float:
+    x, weight = torch.ones(8 * 576, 128, dtype=dtype), torch.ones(512, 128, dtype=dtype)
+    with torch.autocast("cpu", enabled=False):
+        F.linear(x, weight)
+        return min(_time(x, weight) for _ in range(ROUNDS))
+
+
+def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
+    start = time.perf_counter()
+    F.linear(x, weight)
+    return time.perf_counter() - start
