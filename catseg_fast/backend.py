@@ -24,13 +24,16 @@ def check_backend(backend: str) -> str:
 def choose_backend(backend: str, device: str | torch.device) -> str:
     """The implementation that a call with `backend` runs on.
 
-    "auto" is the fastest that can run; at present that is "torch" everywhere.
+    "auto" is "torch" everywhere: the Triton kernels have been checked in Triton's interpreter and compiled
+    for GPUs, but not yet run on one, and must be asked for.
 
     Raises:
         RuntimeError: if an explicit choice cannot run; the message says why.
     """
     if backend == "triton":
-        raise RuntimeError(f"backend: 'triton' cannot run: this version has no Triton kernels for {device}")
+        reason = why_no_triton(device)
+        if reason is not None:
+            raise RuntimeError(f"backend: 'triton' cannot run: {reason}")
     return "torch" if backend == "auto" else backend
 
 
@@ -39,3 +42,23 @@ def default_device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def why_no_triton(device: str | torch.device) -> str | None:
+    """Why no Triton kernel runs on a device; None if they do (in Triton's interpreter on a CPU, too)."""
+    import torch
+
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed (it exists for Linux alone)"
+    device = torch.device(device)
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return f"the model is on {device.type!r}, and Triton kernels need a CUDA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        seen = ".".join(map(str, capability))
+        return f"{torch.cuda.get_device_name(device)} has compute capability {seen}; the kernels need 8.0"
+    return None

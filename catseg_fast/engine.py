@@ -14,7 +14,7 @@ from catseg_fast.backend import choose_backend
 from catseg_fast.plan import Plan, build_plan
 from catseg_fast.planner import Schedule, Sizes, check_chunk, check_policy, parse_bytes, plan_schedule
 from catseg_fast.precision import pays_off_on_cpu
-from catseg_fast.streaming import Consumer, Stream
+from catseg_fast.streaming import Consumer, Stages, Stream
 from catseg_fast.terms import VocabularyTerms, chunk_text, image_terms, vocabulary_terms
 from catseg_fast.weights import weights_state
 
@@ -27,7 +27,7 @@ class Engine:
             read at every call; a change takes effect.
 
     Attributes:
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton" or "torch"; calls that need gradients run in torch always.
         precision: type in which the stages compute; None for the weights' own, or autocast's. On a CPU,
             autocast has its way where its type is faster (`catseg_fast.precision`).
     """
@@ -141,12 +141,12 @@ class Engine:
         resolution = (img_feats.shape[2], img_feats.shape[3])
         schedule = self.schedule(len(img_feats), resolution, count, output_bytes)
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
-        choose_backend(self.backend, img_feats.device)
+        stages = torch_stages if differentiable else self.stages(plan)
         on_device = torch.cuda.device_of(img_feats)  # streams and kernels go to the current one
         with on_device, torch.set_grad_enabled(differentiable), self._without_autocast():
             image = image_terms(self.aggregator, plan, img_feats, appearance_guidance)
             selected = self._select(img_feats, vocabulary, count) if count < total else None
-            Stream(torch_stages, plan, image, vocabulary, selected, schedule, differentiable).run(consume)
+            Stream(stages, plan, image, vocabulary, selected, schedule, differentiable).run(consume)
 
     def schedule(
         self, crops: int, resolution: tuple[int, int], classes: int, output_bytes: int = 0
@@ -164,6 +164,14 @@ class Engine:
             budget=self.memory_budget,
             output_bytes=output_bytes,
         )
+
+    def stages(self, plan: Plan) -> Stages:
+        """What runs the stages where no gradients are wanted."""
+        if choose_backend(self.backend, self.aggregator.conv1.weight.device) != "triton":
+            return torch_stages
+        from catseg_fast.triton_stages import TritonStages  # triton exists for Linux alone
+
+        return TritonStages(plan)
 
     def _select(self, img_feats: Tensor, vocabulary: VocabularyTerms, count: int) -> Tensor:
         """`catseg_fast.reference.select_classes`, without the whole cost volume: indices `[B, count]`."""

@@ -18,6 +18,7 @@ from catseg_fast.reference.window_attention import fit_window, partition_windows
 class BlockGuidance:
     """A window block's share of the appearance guidance, in window order, and the order itself."""
 
+    resolution: tuple[int, int]
     windows: int
     order: Tensor  # [HW]: the position of each token when windows are laid one behind the other
     inverse: Tensor  # [HW]
@@ -152,7 +153,7 @@ def _block_guidance(
     query_key = block.guidance_bias.view(1, 1, -1)
     if block.guidance is not None and tokens is not None:
         query_key = F.linear(tokens[:, order], block.guidance, block.guidance_bias)
-    return BlockGuidance(H * W // window**2, order, order.argsort(), masks, query_key)
+    return BlockGuidance(resolution, H * W // window**2, order, order.argsort(), masks, query_key)
 
 
 def _decoder_guidance(stage: DecoderStage, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:

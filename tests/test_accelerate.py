@@ -321,7 +321,8 @@ def test_models_that_have_an_engine_already() -> None:
     accelerate(aggregator).restore()
 
 
-def test_bad_settings() -> None:
+def test_bad_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     aggregator = make_aggregator()
     for backend in ("cuda", "reference"):
         with pytest.raises(ValueError, match=f"backend: '{backend}'"):

@@ -474,7 +474,8 @@ def test_unknown_back_ends() -> None:
         tiny_model(backend="cuda")
 
 
-def test_a_back_end_that_cannot_run_says_why() -> None:
+def test_a_back_end_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = tiny_model(backend="triton")
     for call in (lambda: model([{"image": IMAGE}]), lambda: model.segment(IMAGE), model.explain):
         with pytest.raises(RuntimeError, match=r"backend: 'triton' cannot run: \w+"):

@@ -1,0 +1,52 @@
+"""What both passes of the class attention do to rows of tokens, one row a class and position."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tokens(
+    x_ptr,  # of each row's crop and class
+    p,  # token of each row
+    m_row,
+    x_stride_p,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    POOL_H: tl.constexpr,
+    POOL_W: tl.constexpr,
+):
+    """Rows of tokens `[rows, BLOCK_C]` in fp32: of x itself, or averages over POOL_H x POOL_W positions."""
+    o_c = tl.arange(0, BLOCK_C)
+    m = m_row[:, None] if C == BLOCK_C else m_row[:, None] & (o_c < C)[None, :]
+    corner = p // (WIDTH // POOL_W) * POOL_H * WIDTH + p % (WIDTH // POOL_W) * POOL_W
+    x = tl.load((x_ptr + corner * x_stride_p)[:, None] + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    for i in tl.static_range(1, POOL_H * POOL_W):
+        position = corner + i // POOL_W * WIDTH + i % POOL_W
+        x += tl.load((x_ptr + position * x_stride_p)[:, None] + o_c[None, :], mask=m, other=0.0).to(
+            tl.float32
+        )
+    return x * (1.0 / (POOL_H * POOL_W))
+
+
+@triton.jit
+def normalise(x, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """LayerNorm without affine part of rows `[rows, BLOCK_C]` that are zero from C on."""
+    centred = x - tl.sum(x, 1)[:, None] * (1.0 / C)
+    if C < BLOCK_C:
+        centred = tl.where((tl.arange(0, BLOCK_C) < C)[None, :], centred, 0.0)
+    variance = tl.sum(centred * centred, 1) * (1.0 / C)
+    return centred * tl.rsqrt(variance + 1e-5)[:, None]
+
+
+@triton.jit
+def load_matrix(
+    ptr, o_row, o_column, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr
+):
+    """`[rows, columns]` of a row-major ROWS x COLUMNS matrix; zero outside, unless EVEN: all is inside."""
+    p = ptr + o_row[:, None] * row_stride + o_column[None, :]
+    if EVEN:
+        return tl.load(p)
+    return tl.load(p, mask=(o_row < ROWS)[:, None] & (o_column < COLUMNS)[None, :], other=0.0)

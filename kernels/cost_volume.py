@@ -1,0 +1,246 @@
+"""Cost volume and its 7x7 convolution (CAT-Seg paper, section 3.2): `stages.embed_cost_volume`.
+
+For unit image features `[B, HW, F]` and unit text features `[B or 1, t, P, F]`, of B crops, t classes and P
+prompts:
+
+    cost[b, t, i, p] = image[b, i] . text[b, t, p]        x = conv7x7(cost) + bias, from P channels to C
+
+The first kernel is one matrix product a crop, of all pixels with all prompts, and writes the cost volume of
+this chunk channels last, `[B, t, HW, P]`; the second is `convolution.py`'s, for one prompt (49 products a
+channel, one step) as for eighty. Never materialised are the cost volume of all classes, its permuted copies,
+and the patches `[B*t, 49 P, HW]`.
+
+The op computes in the features' type whatever autocast says, and has no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from catseg_fast.kernels import convolution
+from catseg_fast.kernels.checks import DTYPES, check_like, check_runnable
+from catseg_fast.kernels.compile_target import CompileTarget, capability_of
+from catseg_fast.kernels.convolution import Size
+from catseg_fast.plan import Plan
+
+
+@triton.jit(do_not_specialize=["classes"])
+def cost_kernel(
+    image_ptr,  # [B, HW, F]
+    text_ptr,  # [B or 1, t, P, F]
+    cost_ptr,  # [B, t, HW, P], output
+    classes,  # t
+    image_stride_crop,
+    image_stride_pixel,
+    image_stride_feature,
+    text_stride_crop,
+    text_stride_class,
+    text_stride_prompt,
+    HW: tl.constexpr,
+    P: tl.constexpr,
+    F: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # pixels
+    BLOCK_N: tl.constexpr,  # classes x prompts
+    BLOCK_K: tl.constexpr,  # features a step
+):
+    TILES: tl.constexpr = (HW + BLOCK_P - 1) // BLOCK_P
+    columns = tl.cdiv(classes * P, BLOCK_N)
+    # Programs that share text come one behind the other.
+    pixel = tl.program_id(0) % TILES * BLOCK_P + tl.arange(0, BLOCK_P)
+    column = tl.program_id(0) // TILES % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    crop = (tl.program_id(0) // (TILES * columns)).to(tl.int64)
+    m_pixel, m_column = pixel < HW, column < classes * P
+    column = tl.minimum(column, classes * P - 1)  # text beyond the last is not stored
+    class_, prompt = (column // P).to(tl.int64), column % P
+
+    k = tl.arange(0, BLOCK_K)
+    p_image = image_ptr + crop * image_stride_crop + pixel[:, None] * image_stride_pixel
+    p_text = (
+        text_ptr
+        + crop * text_stride_crop
+        + (class_ * text_stride_class + prompt * text_stride_prompt)[None, :]
+    )
+    accumulator = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for start in range(0, F, BLOCK_K):
+        feature = start + k
+        m_image = m_pixel[:, None] if F % BLOCK_K == 0 else m_pixel[:, None] & (feature < F)[None, :]
+        m_text = None if F % BLOCK_K == 0 else (feature < F)[:, None]
+        image = tl.load(p_image + feature[None, :] * image_stride_feature, mask=m_image, other=0.0)
+        text = tl.load(p_text + feature[:, None], mask=m_text, other=None if F % BLOCK_K == 0 else 0.0)
+        accumulator = tl.dot(image, text, accumulator, input_precision=PRECISION)
+
+    o_cost = ((crop * classes + class_) * (HW * P) + prompt)[None, :] + pixel[:, None] * P
+    tl.store(cost_ptr + o_cost, accumulator, mask=m_pixel[:, None] & m_column[None, :])
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch config of both kernels; of the first, pixels, classes x prompts and features a step."""
+
+    pixels: int
+    columns: int
+    features: int
+    num_warps: int
+    num_stages: int
+    convolution: convolution.Config
+
+
+def default_config(size: Size, columns: int, dtype: torch.dtype, capability: int) -> Config:
+    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100).
+
+    Args:
+        size: of the convolution.
+        columns: classes x prompts of the chunk.
+    """
+    conv = convolution.default_config(size, dtype, capability)
+    columns = max(16, triton.next_power_of_2(columns))
+    if dtype == torch.float32:
+        return Config(64, min(columns, 64), 32, num_warps=8, num_stages=2, convolution=conv)
+    return Config(128, min(columns, 128), 64, num_warps=8, num_stages=3, convolution=conv)
+
+
+def launch(
+    image: Tensor,
+    text: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    height: int,
+    width: int,
+    input_precision: str,
+    config: Config | None = None,
+) -> Tensor:
+    """`embed_cost_volume` on tensors, whose features are contiguous in `text`. Nothing is checked.
+
+    Args:
+        weight: `[C, 7, 7, P]`, contiguous.
+        bias: `[C]`.
+        config: None for the default.
+    """
+    (B, HW, F), (_, t, P, _) = image.shape, text.shape
+    size = Size(height, width, P, len(weight), taps=7)
+    config = config or default_config(size, t * P, image.dtype, capability_of(image.device))
+    cost = image.new_empty((B, t, HW, P))
+    cost_kernel[(triton.cdiv(HW, config.pixels) * triton.cdiv(t * P, config.columns) * B,)](
+        image,
+        text,
+        cost,
+        t,
+        *image.stride(),
+        *text.expand(B, -1, -1, -1).stride()[:3],
+        **_constants(size, F, input_precision, config),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+    )
+    x, _ = convolution.launch(
+        cost, weight, size, config.convolution, addend=bias, input_precision=input_precision
+    )
+    return x
+
+
+@torch.library.custom_op("catseg_fast::embed_cost_volume", mutates_args=())
+def _embed_cost_volume(
+    image: Tensor, text: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, input_precision: str
+) -> Tensor:
+    return launch(image, text, weight, bias, height, width, input_precision)
+
+
+@_embed_cost_volume.register_fake
+def _(
+    image: Tensor, text: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, input_precision: str
+) -> Tensor:
+    return image.new_empty((len(image), text.shape[1], image.shape[1], len(weight)))
+
+
+def embed_cost_volume(
+    plan: Plan, image: Tensor, text: Tensor, resolution: tuple[int, int], input_precision: str = "ieee"
+) -> Tensor:
+    """`stages.embed_cost_volume` on Triton kernels, any sizes.
+
+    Args:
+        plan: the folded weights, in the features' type; an `embed` that is channels last spares a copy.
+        image: unit image features `[B, HW, F]`; fp16, bf16 or fp32.
+        text: unit text features `[B or 1, t, P, F]`, of at least one class.
+        resolution: (H, W).
+        input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+
+    Returns:
+        `[B, t, HW, C]`.
+
+    Raises:
+        ValueError: if an argument has a wrong shape, type or device.
+        RuntimeError: if the GPU is too old.
+    """
+    height, width = resolution
+    if image.ndim != 3 or image.shape[1] != height * width or not image.numel():
+        raise ValueError(
+            f"image: has shape {list(image.shape)}; wanted [B, {height * width}, F] with none of them 0, "
+            f"for a resolution of {height}x{width}"
+        )
+    check_runnable("image", image, input_precision)
+    if text.ndim != 4 or not text.numel():
+        raise ValueError(f"text: has shape {list(text.shape)}; wanted [B or 1, t, P, F] with none of them 0")
+    check_like("text", text, ((1, len(image)), text.shape[1], plan.prompts, image.shape[2]), image)
+    check_like("plan.embed", plan.embed, (plan.channels, plan.prompts, 7, 7), image)
+    weight = plan.embed.permute(0, 2, 3, 1).contiguous()
+    text = text if text.stride(3) == 1 else text.contiguous()
+    return _embed_cost_volume(image, text, weight, plan.embed_bias, height, width, input_precision)
+
+
+def compile_targets(capability: int) -> list[CompileTarget]:
+    """The kernels at the sizes of the published variants: of v1 with 80 prompts, of v2 with one."""
+    targets = []
+    for dtype, precision in [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32x3")]:
+        for prompts in (80, 1):
+            size = Size(24, 24, prompts, 128, taps=7)
+            targets += [
+                _compile_target(f"cost {prompts}", size, dtype, capability, precision),
+                convolution.compile_target(
+                    f"conv {prompts}", size, dtype, capability, precision, addend="bias"
+                ),
+            ]
+    return targets
+
+
+def _compile_target(
+    name: str, size: Size, dtype: torch.dtype, capability: int, input_precision: str
+) -> CompileTarget:
+    config = default_config(size, 128 * size.channels_in, dtype, capability)
+    storage = f"*{DTYPES[dtype]}"
+    strides = ("image_stride_crop", "image_stride_feature", "text_stride_crop", "text_stride_class")
+    uses_mma = dtype != torch.float32 or input_precision != "ieee"
+    return CompileTarget(
+        name=f"{name} {DTYPES[dtype]}{'' if input_precision == 'ieee' else ' ' + input_precision}",
+        kernel=cost_kernel,
+        signature={
+            **dict.fromkeys(("image_ptr", "text_ptr", "cost_ptr"), storage),
+            **dict.fromkeys(("classes", *strides, "text_stride_prompt"), "i32"),
+        },
+        constexprs={
+            "image_stride_pixel": 1,  # features come as [B, F, HW]
+            **_constants(size, 768, input_precision, config),
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible=(*strides, "text_stride_prompt"),
+        expects_mma=("wgmma" if capability == 90 else "mma") if uses_mma else None,
+    )
+
+
+def _constants(size: Size, features: int, input_precision: str, config: Config) -> dict[str, Any]:
+    return {
+        "HW": size.pixels,
+        "P": size.channels_in,
+        "F": features,
+        "PRECISION": input_precision,
+        "BLOCK_P": config.pixels,
+        "BLOCK_N": config.columns,
+        "BLOCK_K": config.features,
+    }

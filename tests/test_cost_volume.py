@@ -1,0 +1,190 @@
+"""The Triton cost volume and its convolution against plain torch, `stages.embed_cost_volume`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from accuracy import assert_no_worse_than_eager, upcast
+from catseg_fast import stages
+from catseg_fast.kernels import convolution, cost_volume
+from catseg_fast.plan import Plan
+
+DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what the kernels allocate with NaN."""
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(math.nan))
+
+
+@pytest.fixture
+def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a small program as for a large one."""
+    default_config = convolution.default_config
+    monkeypatch.setattr(
+        convolution, "default_config", lambda *a: replace(default_config(*a), pixels=1024, depth=256)
+    )
+
+
+def make_plan(channels: int, prompts: int, dtype: torch.dtype) -> Plan:
+    """Random weights of the embedding; the rest of the plan is empty."""
+    weight = torch.randn(channels, prompts, 7, 7) / (49 * prompts) ** 0.5
+    empty = torch.empty(0, dtype=dtype)
+    return Plan(weight.to(dtype), torch.randn(channels).to(dtype), (), (), empty, empty)  # type: ignore[arg-type]
+
+
+def make_features(
+    plan: Plan, B: int, t: int, pixels: int, features: int, crops: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Image features, laid out as CLIP's are, and text features."""
+    image = F.normalize(torch.randn(B, features, pixels), dim=1).transpose(1, 2)
+    text = F.normalize(torch.randn(crops, t, plan.prompts, features), dim=-1)
+    return image.to(plan.embed.dtype), text.to(plan.embed.dtype)
+
+
+def check(plan: Plan, image: Tensor, text: Tensor, resolution: tuple[int, int]) -> None:
+    truth = stages.embed_cost_volume(upcast(plan), upcast(image), upcast(text), resolution)
+    eager = stages.embed_cost_volume(plan, image, text, resolution)
+    assert_no_worse_than_eager(cost_volume.embed_cost_volume(plan, image, text, resolution), eager, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("prompts", "B", "t", "H", "W"), [(1, 2, 3, 24, 24), (80, 1, 1, 6, 10)])
+def test_matches_plain_torch_with_the_default_configs(
+    prompts: int, B: int, t: int, H: int, W: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    plan = make_plan(128, prompts, dtype)
+    check(plan, *make_features(plan, B, t, H * W, 64), (H, W))
+
+
+@pytest.mark.usefixtures("_large_tiles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("prompts", "B", "t", "crops", "H", "W"),
+    [
+        (80, 1, 1, 1, 24, 24),
+        (80, 2, 2, 2, 5, 8),
+        (1, 1, 33, 1, 6, 6),
+        (1, 2, 7, 2, 12, 5),
+        (5, 1, 2, 1, 8, 8),
+    ],
+)
+def test_matches_plain_torch(
+    prompts: int, B: int, t: int, crops: int, H: int, W: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(1)
+    plan = make_plan(128, prompts, dtype)
+    check(plan, *make_features(plan, B, t, H * W, 768, crops), (H, W))
+
+
+@pytest.mark.usefixtures("_large_tiles")
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_matches_plain_torch_at_random_sizes(data: st.DataObject) -> None:
+    torch.manual_seed(2)
+    plan = make_plan(data.draw(st.integers(1, 40), "C"), data.draw(st.integers(1, 9), "P"), torch.float32)
+    H, W, t = (data.draw(st.integers(1, 9), name) for name in "HWt")
+    image, text = make_features(
+        plan, 2, t, H * W, data.draw(st.integers(2, 100), "F"), data.draw(st.integers(1, 2))
+    )
+    check(plan, image, text, (H, W))
+
+
+@pytest.mark.usefixtures("_large_tiles")
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_takes_any_strides(prompts: int) -> None:
+    torch.manual_seed(3)
+    plan = make_plan(16, prompts, torch.float32)
+    image, text = make_features(plan, 2, 3, 20, 32, 2)
+    expected = cost_volume.embed_cost_volume(plan, image, text, (4, 5))
+    wide = torch.full((2, 25, 40), math.nan)
+    wide[:, 2:22, 3:35] = image
+    vocabulary = torch.full((2, 7, prompts + 1, 32), math.nan)
+    vocabulary[:, 2:5, :prompts] = text
+    last = replace(plan, embed=plan.embed.contiguous(memory_format=torch.channels_last))
+    for arguments in (
+        (last, image.contiguous(), text),
+        (plan, wide[:, 2:22, 3:35], vocabulary[:, 2:5, :prompts]),
+        (plan, image, text.mT.contiguous().mT),
+    ):
+        assert torch.equal(cost_volume.embed_cost_volume(*arguments, (4, 5)), expected)
+
+
+@pytest.mark.usefixtures("_large_tiles")
+def test_takes_offsets_beyond_32_bits() -> None:
+    torch.manual_seed(4)
+    plan = make_plan(16, 2, torch.float16)
+    image, text = make_features(plan, 1, 3, 9, 16)
+    far = torch.empty(2**31 + text.numel(), dtype=torch.float16)  # of which little is ever touched
+    far = far.as_strided(text.shape, (0, 2**30, 16, 1)).copy_(text)
+    expected = cost_volume.embed_cost_volume(plan, image, text, (3, 3))
+    assert torch.equal(cost_volume.embed_cost_volume(plan, image, far, (3, 3)), expected)
+
+
+@pytest.mark.usefixtures("_large_tiles")
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_is_deterministic_and_classes_do_not_meet(prompts: int) -> None:
+    torch.manual_seed(5)
+    plan = make_plan(16, prompts, torch.float16)
+    image, text = make_features(plan, 2, 5, 16, 32)
+    x = cost_volume.embed_cost_volume(plan, image, text, (4, 4))
+    assert torch.equal(cost_volume.embed_cost_volume(plan, image, text, (4, 4)), x)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    assert torch.equal(cost_volume.embed_cost_volume(plan, image, text[:, order], (4, 4)), x[:, order])
+
+
+@pytest.mark.usefixtures("_large_tiles")
+def test_is_a_sound_custom_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(6)
+    plan = make_plan(16, 2, torch.float32)
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cost_volume, "_embed_cost_volume", lambda *arguments: calls.append(arguments))
+    cost_volume.embed_cost_volume(plan, *make_features(plan, 2, 3, 6, 16), (2, 3))
+    torch.library.opcheck(torch.ops.catseg_fast.embed_cost_volume.default, calls[0])
+
+
+@pytest.mark.usefixtures("_large_tiles")
+def test_compiles_into_one_graph() -> None:
+    torch.manual_seed(7)
+    plan = make_plan(16, 2, torch.float32)
+    features = make_features(plan, 1, 2, 6, 16)
+
+    def embed(image: Tensor, text: Tensor) -> Tensor:
+        return cost_volume.embed_cost_volume(plan, image, text, (2, 3)) + 1
+
+    compiled = torch.compile(embed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*features), embed(*features))
+
+
+def test_names_what_is_wrong() -> None:
+    plan = make_plan(16, 3, torch.float32)
+    image, text = make_features(plan, 2, 4, 20, 32, 2)
+
+    def refused(match: str, **changes: Any) -> None:
+        arguments = {"plan": plan, "image": image, "text": text, "resolution": (4, 5), **changes}
+        with pytest.raises(ValueError, match=match):
+            cost_volume.embed_cost_volume(**arguments)
+
+    refused(r"image: has shape \[2, 20, 32\]; wanted \[B, 16, F\]", resolution=(4, 4))
+    refused(r"image: has shape \[2, 4, 5, 32\]", image=image.unflatten(1, (4, 5)))
+    refused(r"image: dtype torch.float64", image=image.double())
+    refused(r"text: has shape \[2, 4, 3, 31\]; wanted \[1 or 2, 4, 3, 32\]", text=text[..., :31])
+    refused(r"text: has shape \[2, 4, 2, 32\]; wanted \[1 or 2, 4, 3, 32\]", text=text[:, :, :2])
+    refused(r"text: has shape \[2, 0, 3, 32\]", text=text[:, :0])
+    refused(r"text: has shape \[2, 12, 32\]", text=text.flatten(1, 2))
+    refused(r"text: is torch.float16; wanted torch.float32", text=text.half())
+    refused(r"plan.embed: is torch.float32; wanted torch.float16", image=image.half(), text=text.half())
+    refused(r"image: is on meta; the Triton kernels need a CUDA tensor", image=image.to("meta"))
+    refused(r"text: is on meta; wanted cpu", text=text.to("meta"))

@@ -1,0 +1,241 @@
+"""The Triton decoder against its plain torch counterpart, `stages.decode`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from accuracy import assert_no_worse_than_eager, upcast
+from catseg_fast import stages
+from catseg_fast.kernels import convolution, decoder, group_norm
+from catseg_fast.kernels.convolution import Config, Size
+from catseg_fast.plan import DecoderStage, Normalisation, Plan
+
+DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what the kernels allocate with NaN."""
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(math.nan))
+
+
+@pytest.fixture
+def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes as long for a small program as for a large one."""
+    default_config = convolution.default_config
+    monkeypatch.setattr(
+        convolution, "default_config", lambda *a: replace(default_config(*a), pixels=1024, depth=64)
+    )
+
+
+def make_plan(channels: int, stage_channels: tuple[int, int], dtype: torch.dtype, group: int = 16) -> Plan:
+    """Random decoder weights of a trained model's scale; the rest of the plan is empty."""
+
+    def weight(*shape: int, fan_in: int) -> Tensor:
+        return (torch.randn(shape) * (2 / fan_in) ** 0.5).to(dtype)
+
+    def norm(out: int) -> Normalisation:
+        scale = torch.randn(out)  # of either sign
+        return Normalisation(out // group, 1e-5, scale.to(dtype), torch.randn(out).to(dtype))
+
+    empty, found, ins = torch.empty(0, dtype=dtype), [], channels
+    for out in stage_channels:
+        found.append(
+            DecoderStage(
+                phases=weight(2, 2, out, ins, 2, 2, fan_in=4 * ins),
+                guidance=None,
+                up_bias=empty,
+                up_conv=empty,
+                norm1=norm(out),
+                conv=weight(out, out, 3, 3, fan_in=9 * out),
+                norm2=norm(out),
+            )
+        )
+        ins = out
+    head = weight(1, ins, 3, 3, fan_in=9 * ins)
+    return Plan(empty, empty, (), (found[0], found[1]), head, torch.randn(1).to(dtype))
+
+
+def make_inputs(
+    plan: Plan, B: int, t: int, H: int, W: int, crops: int = 1
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Guidance maps and a chunk."""
+    dtype, channels = plan.head.dtype, plan.decoder[0].phases.shape[3]
+    guidance = [
+        torch.randn(crops, stage.conv.shape[0], scale * H, scale * W).to(dtype)
+        for stage, scale in zip(plan.decoder, (2, 4), strict=True)
+    ]
+    x = torch.randn(B, t, H * W, channels).to(dtype)
+    return (guidance[0], guidance[1]), x
+
+
+def check(plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]) -> None:
+    truth = stages.decode(upcast(plan), upcast(guidance), upcast(x), resolution)
+    eager = stages.decode(plan, guidance, x, resolution)
+    assert_no_worse_than_eager(decoder.decode(plan, guidance, x, resolution), eager, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_plain_torch_with_the_default_configs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plan = make_plan(128, (64, 32), dtype)
+    check(plan, *make_inputs(plan, 1, 2, 6, 6), (6, 6))
+
+
+@pytest.mark.usefixtures("_large_tiles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("B", "t", "crops", "H", "W"), [(1, 1, 1, 24, 24), (2, 3, 2, 5, 8), (2, 1, 1, 8, 5), (1, 7, 1, 4, 4)]
+)
+def test_matches_plain_torch(B: int, t: int, crops: int, H: int, W: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    plan = make_plan(128, (64, 32), dtype)
+    check(plan, *make_inputs(plan, B, t, H, W, crops), (H, W))
+
+
+@pytest.mark.usefixtures("_large_tiles")
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_matches_plain_torch_at_random_sizes(data: st.DataObject) -> None:
+    torch.manual_seed(2)
+    group = data.draw(st.sampled_from([3, 8, 16]), "channels a group")
+    multiple = st.integers(1, 4).map(lambda factor: factor * group)
+    channels, first, second = (data.draw(multiple, name) for name in ("C", "out 1", "out 2"))
+    plan = make_plan(channels, (first, second), torch.float32, group)
+    H, W, t = (data.draw(st.integers(1, 5), name) for name in "HWt")
+    check(plan, *make_inputs(plan, 2, t, H, W, 2), (H, W))
+
+
+@pytest.mark.usefixtures("_large_tiles")
+def test_takes_any_strides() -> None:
+    torch.manual_seed(3)
+    plan = make_plan(32, (32, 16), torch.float32)
+    (first, second), x = make_inputs(plan, 2, 2, 2, 3, 2)
+    expected = decoder.decode(plan, (first, second), x, (2, 3))
+    classes_apart = torch.full((2, 5, 6, 32), math.nan)
+    classes_apart[:, 1::2] = x
+    columns_apart = torch.full((2, 2, 6, 40), math.nan)
+    columns_apart[..., 4:36] = x
+    channels_last = first.contiguous(memory_format=torch.channels_last)
+    for strided in (classes_apart[:, 1::2], columns_apart[..., 4:36], x.flip(0).flip(0).mT.contiguous().mT):
+        assert torch.equal(decoder.decode(plan, (channels_last, second), strided, (2, 3)), expected)
+
+
+@pytest.mark.usefixtures("_large_tiles")
+def test_takes_offsets_beyond_32_bits() -> None:
+    torch.manual_seed(4)
+    plan = make_plan(16, (16, 16), torch.float16)
+    guidance, x = make_inputs(plan, 3, 1, 2, 2)
+    far = torch.empty(2**31 + x.numel(), dtype=torch.float16)  # of which little is ever touched
+    far = far.as_strided(x.shape, (2**30, 0, 16, 1)).copy_(x)
+    assert torch.equal(decoder.decode(plan, guidance, far, (2, 2)), decoder.decode(plan, guidance, x, (2, 2)))
+
+
+@pytest.mark.usefixtures("_large_tiles")
+def test_is_deterministic_and_classes_do_not_meet() -> None:
+    torch.manual_seed(5)
+    plan = make_plan(32, (32, 16), torch.float16)
+    guidance, x = make_inputs(plan, 1, 3, 3, 3)
+    logits = decoder.decode(plan, guidance, x, (3, 3))
+    assert torch.equal(decoder.decode(plan, guidance, x, (3, 3)), logits)
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(decoder.decode(plan, guidance, x[:, order], (3, 3)), logits[:, order])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+@pytest.mark.usefixtures("_large_tiles")
+@pytest.mark.parametrize("value", [math.nan, 6e4], ids=["nan", "overflow"])
+def test_what_is_not_finite_shows_in_the_logits(value: float) -> None:
+    torch.manual_seed(6)
+    plan = make_plan(32, (32, 16), torch.float16)
+    guidance, x = make_inputs(plan, 1, 2, 4, 4)
+    x[0, 1, 5] = value
+    finite = decoder.decode(plan, guidance, x, (4, 4)).isfinite().flatten(2).all(dim=2)
+    assert finite.tolist() == [[True, False]]
+
+
+def test_statistics_survive_a_large_mean() -> None:
+    torch.manual_seed(7)
+    size, config = Size(6, 6, 16, 16, taps=3), Config(16, 16, 32, num_warps=4, num_stages=1)
+    x, weight = torch.randn(1, 2, 36, 16), torch.randn(16, 3, 3, 16) / 12
+    bias = 1e4 + torch.randn(16)
+    maps, statistics = convolution.launch(x, weight, size, config, addend=bias, statistics=True)
+    assert statistics is not None
+    scale, shift = torch.randn(16), torch.randn(16)
+    found = group_norm.launch(statistics, scale, shift, 2, 1e-5, size, config).double()
+    grouped = maps[0].double().view(2, 36, 2, 8)
+    variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
+    expected = scale / (variance + 1e-5).sqrt().repeat_interleave(8, dim=1)
+    torch.testing.assert_close(found[:, 0], expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        found[:, 1], shift - mean.repeat_interleave(8, dim=1) * expected, rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.usefixtures("_large_tiles")
+def test_is_a_sound_custom_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(8)
+    plan = make_plan(16, (16, 16), torch.float32)
+    guidance, x = make_inputs(plan, 1, 2, 2, 3)
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(decoder, "_decode", lambda *arguments: calls.append(arguments))
+    decoder.decode(plan, guidance, x, (2, 3))
+    torch.library.opcheck(torch.ops.catseg_fast.decode.default, calls[0])
+
+
+@pytest.mark.usefixtures("_large_tiles")
+def test_compiles_into_one_graph() -> None:
+    torch.manual_seed(9)
+    plan = make_plan(16, (16, 16), torch.float32)
+    guidance, x = make_inputs(plan, 1, 2, 2, 3)
+    compiled = torch.compile(
+        lambda x: decoder.decode(plan, guidance, x, (2, 3)) + 1, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(x), decoder.decode(plan, guidance, x, (2, 3)) + 1)
+
+
+def test_has_no_wrong_gradient() -> None:
+    plan = make_plan(16, (16, 16), torch.float32)
+    guidance, x = make_inputs(plan, 1, 1, 1, 1)
+    logits = decoder.decode(plan, guidance, x.requires_grad_(), (1, 1))
+    with pytest.raises(RuntimeError, match="autograd"):
+        logits.sum().backward()
+
+
+def test_names_what_is_wrong() -> None:
+    plan = make_plan(32, (32, 16), torch.float32)
+    (first, second), x = make_inputs(plan, 2, 3, 4, 4, 2)
+
+    def refused(match: str, **changes: Any) -> None:
+        given = {"plan": plan, "guidance": (first, second), "x": x, "resolution": (4, 4), **changes}
+        with pytest.raises(ValueError, match=match):
+            decoder.decode(**given)
+
+    refused(r"x: has shape \[2, 3, 16, 32\]; wanted \[B, t, 20, C\]", resolution=(4, 5))
+    refused(r"x: has shape \[2, 3, 512\]", x=x.flatten(2))
+    refused(r"x: has shape \[2, 0, 16, 32\]", x=x[:, :0])
+    refused(r"x: dtype torch.float64", x=x.double())
+    refused(r"input_precision: 'fast'", input_precision="fast")
+    refused(r"guidance: has 1 maps; wanted 2", guidance=(first,))
+    refused(
+        r"guidance\[0\]: has shape \[2, 32, 8, 7\]; wanted \[1 or 2, 32, 8, 8\]",
+        guidance=(first[..., :7], second),
+    )
+    refused(r"guidance\[1\]: is torch.float16; wanted torch.float32", guidance=(first, second.half()))
+    refused(
+        r"plan.decoder\[0\].phases: is torch.float32; wanted torch.float16",
+        x=x.half(),
+        guidance=(first.half(), second),
+    )
+    refused(r"plan.decoder\[0\].phases: has shape .*; wanted \[2, 2, 32, 16, 2, 2\]", x=x[..., :16])
+    refused(r"is on meta; wanted cpu", guidance=(first.to("meta"), second))
+    refused(r"x: is on meta; the Triton kernels need a CUDA tensor", x=x.to("meta"))
