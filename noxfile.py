@@ -24,7 +24,7 @@ FOLDERS = {
 def tests(session: nox.Session) -> None:
     """The test suite."""
     session.install("-e", ".[test]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs)
 
 
 @nox.session
@@ -48,7 +48,7 @@ def types(session: nox.Session) -> None:
 def old_triton(session: nox.Session) -> None:
     """The test suite with the oldest Triton that the kernels are kept working on."""
     session.install("-e", ".[test]", "torch==2.11.*", "triton==3.6.*")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs)
 
 
 @nox.session

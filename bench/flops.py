@@ -17,7 +17,7 @@ from catseg_fast.terms import chunk_text, image_terms, vocabulary_terms
 def count(run: Callable[[], Any]) -> float:
     """Operations of matrix products, convolutions and attention in `run`, in units of a million.
 
-    A complex product counts as one operation, though it is four; transforms do not count.
+    FFTs, of which there is one a crop, do not count.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
@@ -44,7 +44,7 @@ def flop_table(case: Case) -> list[tuple[str, float, float]]:
     def embed() -> None:
         if fourier.pays_off(plan, case.crops * case.classes):
             spectra = fourier.make_spectra(plan, image.features, (H, W))
-            fourier.embed_cost_volume(plan, spectra, slice(0, case.crops), text, (H, W))
+            fourier.embed_cost_volume(plan, spectra, slice(0, case.crops), text)
         else:
             stages.embed_cost_volume(plan, image.features, text, (H, W))
 

@@ -58,8 +58,9 @@ def run(request: dict[str, Any]) -> dict[str, float]:
         with torch.no_grad():
             vocabulary = engine.vocabulary(call.text_feats, None)
             engine.stream(
-                call.img_feats, vocabulary, call.guidance, None, reader(readout, target), READOUT_BYTES
-            )
+                call.img_feats, vocabulary, call.guidance, None,
+                lambda: reader(readout, target), READOUT_BYTES,
+            )  # fmt: skip
     else:
         call.aggregator.backend = request["run"]
         call()

@@ -155,6 +155,7 @@ def check_answer(engine: Engine, name: str) -> None:
     img_feats, text_feats = random(1, width, H, W), random(1, 2, weight.shape[1], width)
     guidance = [random(1, channels, k * H, k * W) if channels else None for channels, k in sizes]
     modes = {module: module.training for module in aggregator.modules()}
+    precision, engine.precision = engine.precision, weight.dtype
     aggregator.eval()
     try:
         with torch.no_grad():
@@ -163,6 +164,7 @@ def check_answer(engine: Engine, name: str) -> None:
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"model: {name or 'it'} does not run on upstream's arguments: {error}") from error
     finally:
+        engine.precision = precision
         for module, mode in modes.items():
             module.training = mode
     tolerance = 1e-3 if weight.itemsize >= 4 else 5e-2

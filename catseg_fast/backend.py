@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,17 +26,28 @@ def check_backend(backend: str) -> str:
 def choose_backend(backend: str, device: str | torch.device) -> str:
     """The implementation that a call with `backend` runs on.
 
-    "auto" is "torch" everywhere: the Triton kernels have been checked in Triton's interpreter and compiled
-    for GPUs, but not yet run on one, and must be asked for.
+    "auto" is "triton" on a GPU and "torch" elsewhere; if Triton cannot run on the GPU, it is "torch" there,
+    too, with a warning that says why.
 
     Raises:
         RuntimeError: if an explicit choice cannot run; the message says why.
     """
+    if backend not in ("auto", "triton"):
+        return backend
+    if backend == "auto" and not str(device).startswith("cuda"):
+        return "torch"
+    reason = why_no_triton(device)
+    if reason is None:
+        return "triton"
     if backend == "triton":
-        reason = why_no_triton(device)
-        if reason is not None:
-            raise RuntimeError(f"backend: 'triton' cannot run: {reason}")
-    return "torch" if backend == "auto" else backend
+        raise RuntimeError(f"backend: 'triton' cannot run: {reason}")
+    _warn_once(f"running in torch, not in Triton: {reason}")
+    return "torch"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def default_device() -> torch.device:

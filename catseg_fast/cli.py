@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +15,17 @@ from catseg_fast._version import __version__
 from catseg_fast.backend import BACKENDS, choose_backend, default_device
 from catseg_fast.class_list import EVERYDAY_CLASSES, parse_classes, read_classes
 from catseg_fast.config import VARIANTS
+from catseg_fast.console import (
+    USER_ERRORS,
+    Debug,
+    choice,
+    examples,
+    plain_errors,
+    say_error,
+    stderr,
+    stdout,
+)
+from catseg_fast.tune_command import EXAMPLES, tune
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -25,10 +33,6 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16", "bfloat16")
 UNTRAINED_VARIANT = "v2-vitb"
 
-# What a user can cause and mend: a line says it all. Anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
-
-stdout, stderr = Console(), Console(stderr=True)
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -43,44 +47,6 @@ def main() -> None:
     app()
 
 
-def _examples(*lines: str) -> str:
-    """An epilog of one example command a line."""
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{line}[/cyan]" for line in lines)
-
-
-def _choice(flag: str, choices: Sequence[str], text: str) -> Any:
-    """An option that takes one of `choices`."""
-
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in choices:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}")
-        return value
-
-    return typer.Option(flag, callback=check, metavar="NAME", help=f"{text}: {', '.join(choices)}.")
-
-
-def _say_error(message: object) -> None:
-    stderr.print(Text.assemble(("error:", "bold red"), " ", str(message)), soft_wrap=True)
-
-
-@contextmanager
-def _plain_errors(debug: bool) -> Iterator[None]:
-    """Turn errors of the user's making into a message and exit code 1, an interrupt into 130."""
-    try:
-        yield
-    except USER_ERRORS as error:
-        if debug:
-            raise
-        _say_error(error)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        stderr.print("interrupted; the results written so far are complete")
-        raise typer.Exit(130) from None
-
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"catseg-fast {__version__}")
@@ -88,7 +54,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog=_examples(
+    epilog=examples(
         'catseg-fast segment photo.jpg --classes "sky; tree; person, man"',
         "catseg-fast variants",
         "catseg-fast segment --help",
@@ -103,7 +69,7 @@ def catseg_fast(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         'catseg-fast segment photo.jpg --classes "sky; tree; person, man" --weights model_base.pth',
         "catseg-fast segment photos/*.jpg --classes-file classes.txt --weights v2-vitl --output results",
         "catseg-fast segment photo.jpg --device cuda --dtype float16 --whole",
@@ -136,7 +102,7 @@ def segment(
     ] = None,
     variant: Annotated[
         str | None,
-        _choice("--variant", tuple(VARIANTS), "What the checkpoint must be, else told from its content"),
+        choice("--variant", tuple(VARIANTS), "What the checkpoint must be, else told from its content"),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the results go.")
@@ -145,7 +111,7 @@ def segment(
         str | None,
         typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …; by default a GPU if there is one."),
     ] = None,
-    dtype: Annotated[str, _choice("--dtype", DTYPES, "Type of the weights")] = "float32",
+    dtype: Annotated[str, choice("--dtype", DTYPES, "Type of the weights")] = "float32",
     sliding_window: Annotated[
         bool,
         typer.Option(
@@ -153,7 +119,7 @@ def segment(
             help="Overlapping crops and the whole picture, or the whole picture alone: faster, coarser.",
         ),
     ] = True,
-    backend: Annotated[str, _choice("--backend", BACKENDS, "Implementation of the aggregator")] = "auto",
+    backend: Annotated[str, choice("--backend", BACKENDS, "Implementation of the aggregator")] = "auto",
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     seed: Annotated[int, typer.Option(help="Seed of untrained weights.")] = 0,
     debug: Debug = False,
@@ -166,7 +132,7 @@ def segment(
     names = _class_names(classes, classes_file)
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} is not a folder", param_hint="--output")
-    with _plain_errors(debug):
+    with plain_errors(debug):
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = _build_model(
@@ -256,7 +222,7 @@ def _segment_all(
             except USER_ERRORS as error:
                 if debug:
                     raise
-                _say_error(error if str(path) in str(error) else f"{path}: {error}")
+                say_error(error if str(path) in str(error) else f"{path}: {error}")
                 continue
             overlay = str(output / f"{stem}.overlay.png")
             rows.append((str(path), _top_classes(summary), f"{seconds:.2f} s", overlay))
@@ -278,7 +244,7 @@ def _results_table(rows: list[tuple[str, str, str, str]]) -> Table:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "catseg-fast convert model_base.pth model_base.safetensors",
         "catseg-fast convert v2-vitl model_large.safetensors",
     )
@@ -289,7 +255,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Rewrite a checkpoint in another format; safetensors load faster and hold no code."""
-    with _plain_errors(debug):
+    with plain_errors(debug):
         from catseg_fast import checkpoint
 
         with stderr.status("Converting …"):
@@ -298,7 +264,7 @@ def convert(
         typer.echo(f"{source} is {recognised.name}; wrote {written} ({written.stat().st_size / 1e6:.0f} MB)")
 
 
-@app.command(epilog=_examples("catseg-fast variants"))
+@app.command(epilog=examples("catseg-fast variants"))
 def variants() -> None:
     """List the published variants."""
     from catseg_fast.hub import PUBLISHED
@@ -319,7 +285,7 @@ def variants() -> None:
     stdout.print(table)
 
 
-@app.command(epilog=_examples("catseg-fast env"))
+@app.command(epilog=examples("catseg-fast env"))
 def env() -> None:
     """Print what a bug report needs: versions, devices, the back end."""
     from catseg_fast.environment import describe_environment
@@ -328,3 +294,6 @@ def env() -> None:
     width = max(map(len, report))
     for name, value in report.items():
         typer.echo(f"{name:<{width}}  {value}")
+
+
+app.command(epilog=examples(*EXAMPLES))(tune)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,11 @@ from catseg_fast.plan import Plan, build_plan
 from catseg_fast.planner import Schedule, Sizes, check_chunk, check_policy, parse_bytes, plan_schedule
 from catseg_fast.precision import pays_off_on_cpu
 from catseg_fast.streaming import Consumer, Stages, Stream
-from catseg_fast.terms import VocabularyTerms, chunk_text, image_terms, vocabulary_terms
+from catseg_fast.terms import ImageTerms, VocabularyTerms, chunk_text, image_terms, vocabulary_terms
 from catseg_fast.weights import weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.triton_stages import TritonStages
 
 
 class Engine:
@@ -28,18 +33,22 @@ class Engine:
 
     Attributes:
         backend: "auto", "triton" or "torch"; calls that need gradients run in torch always.
-        precision: type in which the stages compute; None for the weights' own, or autocast's. On a CPU,
-            autocast has its way where its type is faster (`catseg_fast.precision`).
+        precision: type in which the stages compute. None: autocast's (on a CPU, where that type is the faster
+            one, see `catseg_fast.precision`); without autocast the weights' own, but fp16 in place of fp32 on
+            a GPU where no gradients are recorded.
+        input_precision: of products of fp32 numbers in Triton: "ieee", or "tf32x3" on tensor cores.
     """
 
     def __init__(self, aggregator: nn.Module) -> None:
         self.aggregator: Any = aggregator
         self.backend = "auto"
         self.precision: torch.dtype | None = None
+        self.input_precision = "ieee"
         self._chunk: int | None = None
         self._policy: str | None = None
         self._memory_budget: int | None = None
-        self._plan: tuple[object, Plan] | None = None
+        self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
+        self._triton: dict[torch.dtype, TritonStages] = {}
 
     @property
     def chunk(self) -> int | None:
@@ -68,23 +77,27 @@ class Engine:
     def memory_budget(self, budget: int | str | None) -> None:
         self._memory_budget = None if budget is None else parse_bytes(budget)
 
-    def plan(self) -> Plan:
-        """The folded weights; kept until a weight changes, except where gradients are wanted."""
-        dtype = self._compute_dtype()
-        if self._differentiable():
+    def plan(self, dtype: torch.dtype | None = None) -> Plan:
+        """The folded weights, in the type of the next call or the one given; kept until a weight changes,
+        except where gradients are wanted.
+        """
+        dtype = dtype or self._compute_dtype()
+        if self._differentiable() or torch.compiler.is_compiling():
             with self._without_autocast():
                 return build_plan(self.aggregator, dtype)
-        state = (dtype, weights_state(self.aggregator.parameters()))
-        if self._plan is None or self._plan[0] != state:
+        state = weights_state(self.aggregator.parameters())
+        if dtype not in self._plans or self._plans[dtype][0] != state:
             # Whatever mode the call is in, what is kept must serve every later one.
             with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
-                self._plan = (state, build_plan(self.aggregator, dtype))
-        return self._plan[1]
+                self._plans[dtype] = (state, build_plan(self.aggregator, dtype))
+        return self._plans[dtype][1]
 
-    def vocabulary(self, text_feats: Tensor, max_classes: int | None) -> VocabularyTerms:
-        """What depends on `text_feats [B or 1, T, P, F]` alone."""
+    def vocabulary(
+        self, text_feats: Tensor, max_classes: int | None, plan: Plan | None = None
+    ) -> VocabularyTerms:
+        """What depends on `text_feats [B or 1, T, P, F]` alone, for the next call or a call with `plan`."""
         selects = max_classes is not None and text_feats.shape[1] > max_classes
-        plan = self.plan()
+        plan = plan or self.plan()
         with self._without_autocast():
             return vocabulary_terms(self.aggregator, plan, text_feats, selects)
 
@@ -95,22 +108,28 @@ class Engine:
         appearance_guidance: Sequence[Tensor | None],
         max_classes: int | None,
     ) -> Tensor:
-        """All logits `[B, T, 4H, 4W]` in one tensor; arguments as in `stream`."""
+        """All logits `[B, T, 4H, 4W]` in one tensor; arguments as in `stream`.
+
+        They are in the type that was asked for, of autocast or `precision`, else in that of the weights.
+        """
         vocabulary = self.vocabulary(text_feats, max_classes)
         (B, _, H, W), T = img_feats.shape, text_feats.shape[1]
-        shape = (B, T, 4 * H, 4 * W)
         if self._differentiable(img_feats, text_feats, *appearance_guidance):
             chunks: list[Tensor] = []
-            self.stream(
-                img_feats, vocabulary, appearance_guidance, max_classes, lambda _, part: chunks.append(part)
-            )
+
+            def keep(_: slice, part: Tensor) -> None:
+                chunks.append(part)
+
+            self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: keep)
             return torch.cat(chunks, dim=1)
-        logits = img_feats.new_empty(shape, dtype=self._compute_dtype())
+        asked = self.precision is not None or torch.is_autocast_enabled(img_feats.device.type)
+        dtype = self._compute_dtype() if asked else self.aggregator.conv1.weight.dtype
+        logits = img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype)
 
         def store(classes: slice, part: Tensor) -> None:
             logits[:, classes] = part
 
-        self.stream(img_feats, vocabulary, appearance_guidance, max_classes, store, logits.nbytes)
+        self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: store, logits.nbytes)
         return logits
 
     def stream(
@@ -119,34 +138,70 @@ class Engine:
         vocabulary: VocabularyTerms,
         appearance_guidance: Sequence[Tensor | None],
         max_classes: int | None,
-        consume: Consumer,
+        begin: Callable[[], Consumer],
         output_bytes: int = 0,
     ) -> None:
         """Compute the logits of all classes, chunk by chunk in ascending order.
+
+        What overflows fp16 is computed again in bf16, with a warning.
 
         Args:
             img_feats: `[B, F, H, W]`.
             vocabulary: from `vocabulary`, for the same weights.
             appearance_guidance: upstream's three guidance maps.
             max_classes: aggregate at most so many classes a crop; None for all.
-            consume: called with a slice of classes and their logits `[B, t, 4H, 4W]`. It must change nothing
-                before it can no longer fail for want of memory: it may then be called again.
+            begin: returns what is called with a slice of classes and their logits `[B, t, 4H, 4W]`. That must
+                change nothing before it can no longer fail for want of memory: it may then be called again.
+                If all is computed again, `begin` is called again first.
             output_bytes: what the caller holds besides, for the planner.
 
         Raises:
             ValueError: if the memory budget is too small for one class.
         """
-        plan, total = self.plan(), vocabulary.classes
+        inputs = (img_feats, vocabulary, appearance_guidance, max_classes)
+        if self._stream(self.plan(), *inputs, begin(), output_bytes):
+            return
+        given = (img_feats, vocabulary.features, *appearance_guidance)
+        if all(x is None or x.isfinite().all() for x in given):
+            warnings.warn("fp16 overflows: computing again in bf16", RuntimeWarning, stacklevel=2)
+            plan = self.plan(torch.bfloat16)
+            vocabulary = self.vocabulary(vocabulary.features, max_classes, plan)
+            self._stream(plan, img_feats, vocabulary, appearance_guidance, max_classes, begin(), output_bytes)
+
+    def _stream(
+        self,
+        plan: Plan,
+        img_feats: Tensor,
+        vocabulary: VocabularyTerms,
+        appearance_guidance: Sequence[Tensor | None],
+        max_classes: int | None,
+        consume: Consumer,
+        output_bytes: int,
+    ) -> bool:
+        """Whether all logits were finite, as far as fp16 is at stake."""
+        total = vocabulary.classes
         count = total if max_classes is None else min(total, max_classes)
         resolution = (img_feats.shape[2], img_feats.shape[3])
         schedule = self.schedule(len(img_feats), resolution, count, output_bytes)
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
-        stages = torch_stages if differentiable else self.stages(plan)
-        on_device = torch.cuda.device_of(img_feats)  # streams and kernels go to the current one
+        finite = torch.ones((), dtype=torch.bool, device=img_feats.device)
+
+        def watch(classes: slice, logits: Tensor) -> None:
+            finite.logical_and_(logits.isfinite().all())
+            consume(classes, logits)
+
+        device = img_feats.device  # streams and kernels go to the current one
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, torch.set_grad_enabled(differentiable), self._without_autocast():
             image = image_terms(self.aggregator, plan, img_feats, appearance_guidance)
             selected = self._select(img_feats, vocabulary, count) if count < total else None
-            Stream(stages, plan, image, vocabulary, selected, schedule, differentiable).run(consume)
+            stages = torch_stages if differentiable else self.stages(plan, image)
+            stream = Stream(stages, plan, image, vocabulary, selected, schedule, differentiable)
+            if plan.embed.dtype != torch.float16 or _recording(device):
+                stream.run(consume)
+                return True
+            stream.run(watch)
+            return bool(finite)
 
     def schedule(
         self, crops: int, resolution: tuple[int, int], classes: int, output_bytes: int = 0
@@ -165,13 +220,19 @@ class Engine:
             output_bytes=output_bytes,
         )
 
-    def stages(self, plan: Plan) -> Stages:
-        """What runs the stages where no gradients are wanted."""
-        if choose_backend(self.backend, self.aggregator.conv1.weight.device) != "triton":
+    def stages(self, plan: Plan, image: ImageTerms | None = None) -> Stages:
+        """What runs the stages where no gradients are wanted; with an image, it is checked first."""
+        if _choose_backend(self.backend, self.aggregator.conv1.weight.device) != "triton":
             return torch_stages
         from catseg_fast.triton_stages import TritonStages  # triton exists for Linux alone
 
-        return TritonStages(plan)
+        kept = self._triton.get(plan.embed.dtype)
+        if kept is None or kept.plan is not plan or kept.input_precision != self.input_precision:
+            kept = TritonStages(plan, self.input_precision)
+            self._triton[plan.embed.dtype] = kept
+        if image is not None:
+            kept.check(image)
+        return kept
 
     def _select(self, img_feats: Tensor, vocabulary: VocabularyTerms, count: int) -> Tensor:
         """`catseg_fast.reference.select_classes`, without the whole cost volume: indices `[B, count]`."""
@@ -194,6 +255,8 @@ class Engine:
             dtype = torch.get_autocast_dtype(device)
             if device != "cpu" or pays_off_on_cpu(dtype):
                 return dtype
+        if device == "cuda" and weight.dtype == torch.float32 and not torch.is_grad_enabled():
+            return torch.float16
         return weight.dtype
 
     def _without_autocast(self) -> torch.autocast:
@@ -203,3 +266,14 @@ class Engine:
     def _differentiable(self, *inputs: Tensor | None) -> bool:
         tensors = (*inputs, *self.aggregator.parameters())
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+# For `torch.compile` a constant: what it reads of the machine cannot be traced.
+_choose_backend = torch.compiler.assume_constant_result(choose_backend)
+
+
+def _recording(device: torch.device) -> bool:
+    """Whether a graph is made of the call, so that no value on the GPU can be looked at."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -57,15 +57,24 @@ class Readout:
 class Target(Protocol):
     """Takes in probabilities; nothing changes before the last step that can fail."""
 
+    def reset(self) -> None:
+        """Forget all that was taken in."""
+
     def update(self, first: int, probabilities: Tensor) -> None:
         """Take in `probabilities [t, H, W]` of classes `first`, `first + 1`, …; chunks come in order."""
 
 
-def reader(readout: Readout, target: Target) -> Callable[[slice, Tensor], None]:
-    """A consumer of `Engine.stream` that reads logits out into a target, few classes at a time.
+def reader(readout: Readout, target: Target, backend: str = "torch") -> Callable[[slice, Tensor], None]:
+    """A consumer of `Engine.stream` that reads logits out into a target, anew, few classes at a time.
 
     If memory runs out in between, and the chunk comes again, its first classes are not taken in twice.
+    A label map on the back end "triton" is read out by a kernel.
     """
+    target.reset()
+    if backend == "triton" and isinstance(target, LabelMap):
+        from catseg_fast.kernels import label_map as kernel  # triton exists for Linux alone
+
+        return lambda classes, logits: kernel.update(readout, target, classes.start, logits)
     step = max(1, READOUT_BYTES // readout.class_bytes)
     taken = 0
 
@@ -86,6 +95,9 @@ class Probabilities:
     def __init__(self, classes: int, size: Size, device: torch.device) -> None:
         self.maps = torch.empty(classes, *size, device=device)
 
+    def reset(self) -> None:
+        """Nothing to do: every map is written."""
+
     def update(self, first: int, probabilities: Tensor) -> None:
         self.maps[first : first + len(probabilities)] = probabilities
 
@@ -99,8 +111,12 @@ class LabelMap:
     """
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        self.scores = torch.full(size, -1.0, device=device)
-        self.labels = torch.zeros(size, dtype=torch.int32, device=device)
+        self.scores = torch.empty(size, device=device)
+        self.labels = torch.empty(size, dtype=torch.int32, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.scores, self.labels = torch.full_like(self.scores, -1), torch.zeros_like(self.labels)
 
     def update(self, first: int, probabilities: Tensor) -> None:
         scores, labels = probabilities.max(dim=0)
@@ -123,6 +139,9 @@ class TopClasses:
         self.count = count
         self.scores = torch.empty(0, *size, device=device)
         self.labels = torch.empty(0, *size, dtype=torch.int32, device=device)
+
+    def reset(self) -> None:
+        self.scores, self.labels = self.scores[:0], self.labels[:0]
 
     def update(self, first: int, probabilities: Tensor) -> None:
         indices = torch.arange(

@@ -196,6 +196,7 @@ class CATSeg(reference_model.CATSeg):
         height, width = pixels.shape[-2:]
         return self._label(pixels, Readout((height, width), self.window if sliding else None), top_k)
 
+    @torch.no_grad()
     def explain(self, crops: int | None = None) -> str:
         """How a call runs with the present classes and settings, and why; for `crops` crops (by default the
         sliding window's).
@@ -206,12 +207,16 @@ class CATSeg(reference_model.CATSeg):
         total, limit = len(self.classes), self.max_classes
         kept = total if limit is None else min(total, limit)
         crops = crops or (len(self.window.corners()) + 1 if self.sliding_window else 1)
-        lines = {"back end": f"{choose_backend(self.backend, self.device)} (asked for: {self.backend})"}
+        backend = choose_backend(self.backend, self.device)
+        lines = {"back end": f"{backend} (asked for: {self.backend})"}
         lines["classes"] = f"{total}, all aggregated" if kept == total else f"{total}, the best {kept} a crop"
-        if choose_backend(self.backend, self.device) != "reference":
+        if backend != "reference":
             resolution = self.variant.feature_resolution
             schedule = self.engine.schedule(crops, resolution, kept, READOUT_BYTES)
-            lines["precision"] = str(self.engine.plan().embed.dtype).removeprefix("torch.")
+            plan = self.engine.plan()
+            lines["precision"] = str(plan.embed.dtype).removeprefix("torch.")
+            for stage, reason in getattr(self.engine.stages(plan), "fallbacks", {}).items():
+                lines["in torch"] = "; ".join(filter(None, [lines.get("in torch"), f"{stage} ({reason})"]))
             lines["policy"] = f"{schedule.policy}: {schedule.reason}"
             lines["step"] = f"{schedule.chunk} classes of {crops} crops"
             lines["memory"] = (
@@ -258,14 +263,15 @@ class CATSeg(reference_model.CATSeg):
                     pad_to_multiple(images, self.size_divisibility),
                 )
         features, guidance = self.encode_images(*inputs)
-        consume = reader(readout, target)
-        if choose_backend(self.backend, self.device) == "reference":
+        backend = choose_backend(self.backend, self.device)
+        if backend == "reference":
             text = self.text_features().to(features.dtype).expand(len(features), -1, -1, -1)
+            consume = reader(readout, target)
             consume(slice(0, len(self.classes)), self.aggregator(as_map(features), text, guidance))
             return
         self.engine.stream(
-            as_map(features), self._vocabulary_terms(), guidance, self.max_classes, consume,
-            target_bytes + max(READOUT_BYTES, readout.class_bytes),
+            as_map(features), self._vocabulary_terms(), guidance, self.max_classes,
+            lambda: reader(readout, target, backend), target_bytes + max(READOUT_BYTES, readout.class_bytes),
         )  # fmt: skip
 
     def _vocabulary_terms(self) -> VocabularyTerms:

@@ -130,7 +130,7 @@ def build_plan(aggregator: Any, dtype: torch.dtype) -> Plan:
         head=wide(aggregator.head.weight),
         head_bias=wide(aggregator.head.bias),
     )
-    folded: Plan = _cast(plan, dtype)
+    folded: Plan = cast(plan, dtype)
     return folded
 
 
@@ -274,14 +274,14 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _cast(folded: Any, dtype: torch.dtype) -> Any:
-    """The same dataclass with every tensor in it, however deep, in `dtype`."""
+def cast(folded: Any, dtype: torch.dtype) -> Any:
+    """The same dataclass or tuple with every floating tensor in it, however deep, in `dtype`."""
     if isinstance(folded, Tensor):
-        return folded.to(dtype)
+        return folded.to(dtype) if folded.is_floating_point() else folded
     if isinstance(folded, tuple):
-        return tuple(_cast(item, dtype) for item in folded)
+        return tuple(cast(item, dtype) for item in folded)
     if is_dataclass(folded) and not isinstance(folded, type):
         return replace(
-            folded, **{field.name: _cast(getattr(folded, field.name), dtype) for field in fields(folded)}
+            folded, **{field.name: cast(getattr(folded, field.name), dtype) for field in fields(folded)}
         )
     return folded

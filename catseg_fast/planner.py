@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 
 import psutil
@@ -175,7 +176,7 @@ def plan_schedule(
         "offload": always + (0 if device.type == "cuda" else state),
         "recompute": always,
     }
-    wanted = chunk or max(1, min(classes, CROP_CLASSES.get(device.type, 8) // sizes.crops))
+    wanted = chunk or usual_chunk(classes, sizes.crops, device)
     if policy is not None:
         chosen, reason = policy, "asked for"
     elif fixed["resident"] + wanted * per_class <= free:
@@ -196,8 +197,15 @@ def plan_schedule(
     return Schedule(chosen, min(wanted, room), reason, fixed[chosen], per_class, free)
 
 
+def usual_chunk(classes: int, crops: int, device: torch.device) -> int:
+    """Classes a step where memory is no matter."""
+    return max(1, min(classes, CROP_CLASSES.get(device.type, 8) // crops))
+
+
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device now."""
+    """Memory that can be had on a device now; without limit for `torch.compile`, which cannot know."""
+    if torch.compiler.is_compiling():
+        return sys.maxsize
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -150,7 +150,7 @@ class Stream:
         text = chunk_text(features, inverse_norm, self.plan.embed.dtype)
         resolution = self.image.resolution
         if self.spectra is not None:
-            return fourier.embed_cost_volume(self.plan, self.spectra, crops, text, resolution)
+            return fourier.embed_cost_volume(self.plan, self.spectra, crops, text)
         return self.stages.embed_cost_volume(self.plan, self.image.features[crops], text, resolution)
 
     def _decode(self, crops: slice, classes: slice) -> Tensor:

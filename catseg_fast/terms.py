@@ -148,8 +148,12 @@ def _block_guidance(
     order = partition_windows(positions, window).flatten()
     masks = None
     if shift:
-        by_window = shifted_window_mask(resolution, window, shift)
-        masks = tuple(mask.to(device, block.qkv.dtype) if mask.any() else None for mask in by_window)
+        by_window = shifted_window_mask(resolution, window, shift).to(device, block.qkv.dtype)
+        down, across = H // window, W // window  # the last of which hold patches from opposite borders
+        masks = tuple(
+            mask if w // across == down - 1 or w % across == across - 1 else None
+            for w, mask in enumerate(by_window)
+        )
     query_key = block.guidance_bias.view(1, 1, -1)
     if block.guidance is not None and tokens is not None:
         query_key = F.linear(tokens[:, order], block.guidance, block.guidance_bias)

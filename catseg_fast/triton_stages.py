@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
 from torch import Tensor
 
 from catseg_fast import stages
 from catseg_fast.class_memory import ClassMemory
 from catseg_fast.kernels import class_attention, cost_volume, decoder, window_attention
-from catseg_fast.kernels.checks import DTYPES
+from catseg_fast.kernels.checks import DTYPES, INTERPRETED
 from catseg_fast.plan import ClassLayer, Plan, WindowBlock
-from catseg_fast.terms import BlockGuidance
+from catseg_fast.self_check import wrong_stages
+from catseg_fast.terms import BlockGuidance, ImageTerms
 
 
 class TritonStages:
     """Functions of `catseg_fast.stages`, by kernels where they fit.
+
+    With the environment variable CATSEG_FAST_STRICT set to 1, a kernel that does not compile or computes
+    something wrong is an error; else its stage runs in torch from then on, with a warning.
 
     Args:
         plan: the weights that the stages will be called with.
@@ -24,8 +35,10 @@ class TritonStages:
     """
 
     def __init__(self, plan: Plan, input_precision: str = "ieee") -> None:
-        self.input_precision = input_precision
+        self.plan, self.input_precision = plan, input_precision
         untyped = None if plan.embed.dtype in DTYPES else f"no kernel computes in {plan.embed.dtype}"
+        if INTERPRETED and plan.embed.dtype == torch.bfloat16:
+            untyped = "Triton's interpreter computes wrongly in bfloat16"
         blocks = [window_attention.unsupported(block) for layer in plan.layers for block in layer.blocks]
         classes = [class_attention.unsupported(layer.classes) for layer in plan.layers]
         reasons = {
@@ -35,18 +48,32 @@ class TritonStages:
             "decode": [untyped],
         }
         self.fallbacks = {stage: next(filter(None, why)) for stage, why in reasons.items() if any(why)}
+        self._checked = False
+
+    def check(self, image: ImageTerms) -> None:
+        """Compare each kernel with torch on this GPU, once; stages that differ run in torch from then on.
+
+        Nothing is done in the interpreter, which is slow and proves nothing about a GPU.
+        """
+        if self._checked or torch.compiler.is_compiling() or not image.features.is_cuda:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return
+        self._checked = True
+        for stage, reason in wrong_stages(self, self.plan, image).items():
+            self._fall_back(stage, f"computes something else than torch on this GPU: {reason}")
 
     def embed_cost_volume(
         self, plan: Plan, image: Tensor, text: Tensor, resolution: tuple[int, int]
     ) -> Tensor:
-        if "embed_cost_volume" in self.fallbacks:
-            return stages.embed_cost_volume(plan, image, text, resolution)
-        return cost_volume.embed_cost_volume(plan, image, text, resolution, self.input_precision)
+        arguments = (plan, image, text, resolution)
+        return self._run(
+            "embed_cost_volume", cost_volume.embed_cost_volume, stages.embed_cost_volume, *arguments
+        )
 
     def window_block(self, block: WindowBlock, guidance: BlockGuidance, x: Tensor) -> Tensor:
-        if "window_block" in self.fallbacks:
-            return stages.window_block(block, guidance, x)
-        return window_attention.window_block(block, guidance, x, self.input_precision)
+        arguments = (block, guidance, x)
+        return self._run("window_block", window_attention.window_block, stages.window_block, *arguments)
 
     def class_collect(
         self,
@@ -56,12 +83,8 @@ class TritonStages:
         text_key: Tensor | None,
         resolution: tuple[int, int],
     ) -> None:
-        if "class_attention" in self.fallbacks:
-            stages.class_collect(layer, memory, x, text_key, resolution)
-        else:
-            class_attention.class_collect(
-                layer, memory, x, text_key, resolution, input_precision=self.input_precision
-            )
+        arguments = (layer, memory, x, text_key, resolution)
+        self._run("class_attention", class_attention.class_collect, stages.class_collect, *arguments)
 
     def class_apply(
         self,
@@ -71,15 +94,35 @@ class TritonStages:
         memory: ClassMemory,
         resolution: tuple[int, int],
     ) -> Tensor:
-        if "class_attention" in self.fallbacks:
-            return stages.class_apply(layer, x, text_query, memory, resolution)
-        return class_attention.class_apply(
-            layer, x, text_query, memory, resolution, input_precision=self.input_precision
-        )
+        arguments = (layer, x, text_query, memory, resolution)
+        return self._run("class_attention", class_attention.class_apply, stages.class_apply, *arguments)
 
     def decode(
         self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]
     ) -> Tensor:
-        if "decode" in self.fallbacks:
-            return stages.decode(plan, guidance, x, resolution)
-        return decoder.decode(plan, guidance, x, resolution, self.input_precision)
+        return self._run("decode", decoder.decode, stages.decode, plan, guidance, x, resolution)
+
+    def _run(self, stage: str, kernel: Callable[..., Any], fallback: Callable[..., Any], *args: Any) -> Any:
+        if stage not in self.fallbacks:
+            try:
+                return kernel(*args, input_precision=self.input_precision)
+            except Exception as error:
+                if not _does_not_compile(error):
+                    raise
+                self._fall_back(stage, str(error).strip().splitlines()[-1], error)
+        return fallback(*args)
+
+    def _fall_back(self, stage: str, reason: str, error: Exception | None = None) -> None:
+        if os.environ.get("CATSEG_FAST_STRICT") == "1":
+            raise RuntimeError(f"{stage}: the Triton kernel fails: {reason}") from error
+        self.fallbacks[stage] = reason
+        warnings.warn(
+            f"{stage} runs in torch, because the Triton kernel fails: {reason}", RuntimeWarning, stacklevel=2
+        )
+
+
+def _does_not_compile(error: Exception) -> bool:
+    """Whether Triton refuses a kernel; a pass of its compiler that fails is a plain RuntimeError."""
+    if isinstance(error, triton.InterpreterError):
+        return False
+    return isinstance(error, triton.TritonError) or "PassManager::run failed" in str(error)

@@ -9,7 +9,9 @@ never written to memory; regions follow from coordinates. Softmax is in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from torch import Tensor
 
 from catseg_fast.kernels.checks import DTYPES
 from catseg_fast.kernels.compile_target import CompileTarget
+from catseg_fast.kernels.launch_config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.tunable import Tunable, Workload
+from catseg_fast.kernels.tuning import Problem
 from catseg_fast.kernels.windows import Windows, token_region
 from catseg_fast.reference import window_attention
 
@@ -84,7 +89,7 @@ def attention_kernel(
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(LaunchConfig):
     """Launch config: queries a step."""
 
     queries: int
@@ -93,11 +98,21 @@ class AttentionConfig:
     maxnreg: int | None = None
 
 
+@cache
 def default_config(capability: int, dtype: torch.dtype, head_channels: int, window: int) -> AttentionConfig:
     """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if dtype == torch.float32 or window > 16 or head_channels > 64:
         return AttentionConfig(queries=16, num_warps=4)
     return AttentionConfig(queries=16, num_warps=1, maxnreg=255 if capability >= 100 else None)
+
+
+def candidates(
+    capability: int, dtype: torch.dtype, head_channels: int, window: int
+) -> tuple[AttentionConfig, ...]:
+    """Configs worth timing on GPUs of a compute capability, the default first."""
+    default = default_config(capability, dtype, head_channels, window)
+    many = grid(default, queries=(16, 32, 64), num_warps=(1, 2, 4), num_stages=(1, 2))
+    return default_first(default, [*many, *grid(default, num_warps=(1, 2), maxnreg=(None, 255))])
 
 
 def launch(qkv: Tensor, windows: Windows, heads: int, input_precision: str, config: AttentionConfig) -> None:
@@ -107,6 +122,37 @@ def launch(qkv: Tensor, windows: Windows, heads: int, input_precision: str, conf
         qkv, **_constants(windows, width // 3, heads, input_precision, config), num_warps=config.num_warps,
         num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def problem(
+    dtype: torch.dtype, input_precision: str, crop_classes: int, HW: int, C: int, heads: int, window: int
+) -> Problem:
+    """What a measured config is found by."""
+    sizes = {"positions": HW, "channels": C, "heads": heads, "window": window}
+    return Problem.of(
+        "window_block", "attention", AttentionConfig, dtype, input_precision, crop_classes, **sizes
+    )
+
+
+def tunable(workload: Workload) -> Tunable:
+    """The kernel on a shifted block."""
+    w, (B, t, HW, C) = workload, workload.state
+    windows = Windows(w.height, w.width, w.window, w.window // 2)
+
+    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
+        # Scores q k^T of a standard deviation of one.
+        return (w.normal(device, B, t, HW, 3 * C, scale=(C // w.heads) ** -0.25),)
+
+    def run(inputs: Sequence[Tensor], config: AttentionConfig) -> Sequence[Tensor]:
+        launch(inputs[0], windows, w.heads, w.input_precision, config)
+        return inputs
+
+    return Tunable(
+        problem(w.dtype, w.input_precision, w.crop_classes, HW, C, w.heads, w.window),
+        candidates(w.capability, w.dtype, C // w.heads, w.window),
+        make_inputs,
+        run,
+    )
 
 
 def _constants(

@@ -15,7 +15,8 @@ what they give is interpolated and added to x by `class_unpool.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from catseg_fast.kernels import tuning
 from catseg_fast.kernels.class_tokens import load_matrix, load_tokens, normalise
 from catseg_fast.kernels.class_unpool import add_unpooled
-from catseg_fast.kernels.compile_target import CompileTarget, capability_of
+from catseg_fast.kernels.compile_target import CompileTarget
+from catseg_fast.kernels.launch_config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.tuning import Problem
 
 
 @triton.jit(do_not_specialize=["classes", "tokens"])
@@ -83,7 +87,9 @@ def _apply_kernel(
     p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
     x = load_tokens(p_x, p, m_row, x_stride_p, C, BLOCK_C, WIDTH, POOL_H, POOL_W)
     normalised = normalise(x, C, BLOCK_C).to(dtype)
-    y = x
+    # In fp32, a sum is apart from the larger number that it is added to, which would round each step.
+    APART: tl.constexpr = dtype == tl.float32
+    y = tl.zeros_like(x) if APART else x
     for head in range(HEADS):
         o_d = tl.arange(0, BLOCK_D)
         m_d = o_d < D
@@ -107,11 +113,14 @@ def _apply_kernel(
             p_key_value = key_value_ptr + source * D + channel[:, None] * D + (o_c % D)[None, :]
             values = tl.load(p_key_value, mask=m_head, other=0.0) / tl.maximum(key_sum, 1e-37)[:, None]
             y = tl.dot(share.to(dtype), values.to(dtype), y, input_precision=PRECISION)
+    if APART:
+        y += x
     if not EVEN:
         y = tl.where(m_c[None, :], y, 0.0)
 
     normalised = normalise(y, C, BLOCK_C).to(dtype)
     y += tl.load(fc2_bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    z = tl.zeros_like(y) if APART else y
     EVEN_HIDDEN: tl.constexpr = EVEN and (HIDDEN % BLOCK_H == 0)
     for start in range(0, HIDDEN, BLOCK_H):
         o_h = start + tl.arange(0, BLOCK_H)
@@ -119,17 +128,19 @@ def _apply_kernel(
         hidden = tl.dot(normalised, tl.trans(fc1), input_precision=PRECISION)
         hidden += tl.load(fc1_bias_ptr + o_h, mask=o_h < HIDDEN, other=0.0).to(tl.float32)[None, :]
         fc2 = load_matrix(fc2_ptr, o_c, o_h, HIDDEN, C, HIDDEN, EVEN_HIDDEN)
-        y = tl.dot(tl.maximum(hidden, 0.0).to(dtype), tl.trans(fc2), y, input_precision=PRECISION)
+        z = tl.dot(tl.maximum(hidden, 0.0).to(dtype), tl.trans(fc2), z, input_precision=PRECISION)
+    if APART:
+        z += y
 
     if POOL_H * POOL_W == 1:  # read again, not held in registers all the while
         p_x = (p_x + p * x_stride_p)[:, None] + o_c[None, :]
-        y += tl.load(p_x, mask=m, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        z += tl.load(p_x, mask=m, other=0.0, eviction_policy="evict_first").to(tl.float32)
     p_out = out_ptr + ((b * classes + o_t) * HW + p) * C
-    tl.store(p_out[:, None] + o_c[None, :], y, mask=m)
+    tl.store(p_out[:, None] + o_c[None, :], z, mask=m)
 
 
 @dataclass(frozen=True)
-class ApplyConfig:
+class ApplyConfig(LaunchConfig):
     """Launch config: positions a program and classes of each, hidden channels a step."""
 
     positions: int
@@ -141,12 +152,13 @@ class ApplyConfig:
 
 
 # Few steps: each takes the interpreter milliseconds, however large it is.
-INTERPRETER = ApplyConfig(positions=16, classes=16, hidden=512, num_warps=1, num_stages=1)
+INTERPRETER = ApplyConfig(positions=16, classes=4, hidden=512, num_warps=1, num_stages=1)
 
 # By compute capability: rows (positions times classes) and warps of a program, 16-bit types.
 TILES = {80: (64, 4), 86: (64, 8), 89: (64, 8), 90: (128, 8), 100: (64, 4)}
 
 
+@cache
 def default_config(capability: int, dtype: torch.dtype, precision: str, classes: int) -> ApplyConfig:
     """A config for t classes, for GPUs of a compute capability, at the published sizes or smaller ones."""
     if dtype == torch.float32:
@@ -157,6 +169,22 @@ def default_config(capability: int, dtype: torch.dtype, precision: str, classes:
     rows, num_warps = TILES[capability]
     positions = 2 if classes <= rows // 2 else 1
     return ApplyConfig(positions, rows // positions, hidden=64, num_warps=num_warps, num_stages=2)
+
+
+def candidates(capability: int, dtype: torch.dtype, precision: str, classes: int) -> tuple[ApplyConfig, ...]:
+    """Configs worth timing for t classes, the default first."""
+    default = default_config(capability, dtype, precision, classes)
+    if dtype == torch.float32:
+        tiles, hidden = [(1, 16, 4), (1, 16, 8), (1, 32, 4), (1, 32, 8), (1, 64, 8), (2, 16, 8)], (16, 32)
+    else:
+        tiles, hidden = [(1, 32, 4), (1, 128, 8), (2, 64, 8), (4, 32, 8)], (32, 64)
+        tiles += [(n, 64 // n, num_warps) for n in (1, 2, 4) for num_warps in (4, 8)]
+    others = [
+        replace(tiled, positions=positions, classes=rows, num_warps=num_warps)
+        for positions, rows, num_warps in tiles
+        for tiled in grid(default, hidden=hidden)
+    ]
+    return default_first(default, [*others, *grid(default, num_stages=(1, 2, 3))])
 
 
 def launch(
@@ -242,11 +270,15 @@ def class_apply(
     pooling: Sequence[int],
     input_precision: str,
 ) -> Tensor:
-    """`launch` at the default config."""
-    weights = (q, q_bias, fc1, fc1_bias, fc2, fc2_bias)
-    config = INTERPRETER
-    if x.is_cuda:
-        config = default_config(capability_of(x.device), x.dtype, input_precision, x.shape[1])
+    """`launch` at a measured config, or the default."""
+    weights, (B, t, HW, C) = (q, q_bias, fc1, fc1_bias, fc2, fc2_bias), x.shape
+    pooled = pooling[0] * pooling[1]
+    config = tuning.choose(
+        problem(x.dtype, input_precision, B * t, HW, C, heads, len(fc1), pooled),
+        x.device,
+        lambda capability: default_config(capability, x.dtype, input_precision, t),
+        INTERPRETER,
+    )
     return launch(
         x,
         text_query,
@@ -266,6 +298,21 @@ def class_apply(
 @class_apply.register_fake
 def _(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def problem(
+    dtype: torch.dtype,
+    input_precision: str,
+    crop_classes: int,
+    HW: int,
+    C: int,
+    heads: int,
+    M: int,
+    pooled: int,
+) -> Problem:
+    """What a measured config is found by; `pooled` is the number of positions of a token."""
+    sizes = {"positions": HW, "channels": C, "heads": heads, "hidden": M, "pooled": pooled}
+    return Problem.of("class_apply", "apply", ApplyConfig, dtype, input_precision, crop_classes, **sizes)
 
 
 def compile_targets(capability: int) -> list[CompileTarget]:

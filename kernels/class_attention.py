@@ -1,9 +1,12 @@
 """Linear attention over classes: the Triton counterparts of `stages.class_collect` and `stages.class_apply`.
 
-This is where arguments are checked; the kernels are in `class_collect.py` and `class_apply.py`.
+This is where arguments are checked, and where the tuner finds both; the kernels are in `class_collect.py` and
+`class_apply.py`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from catseg_fast.class_memory import ClassMemory, LinearMemory
 from catseg_fast.kernels import class_apply as apply_op
 from catseg_fast.kernels import class_collect as collect_op
 from catseg_fast.kernels.checks import check_like, check_runnable
+from catseg_fast.kernels.tunable import Tunable, Workload
 from catseg_fast.plan import ClassLayer
 
 MAX_CHANNELS = 256
@@ -110,6 +114,57 @@ def class_apply(
         input_precision,
     )
     return out
+
+
+def tunables(workload: Workload) -> list[Tunable]:
+    """Both kernels, without pooling."""
+    return [_tunable_collect(workload), _tunable_apply(workload)]
+
+
+def _tunable_collect(workload: Workload) -> Tunable:
+    w, (B, t, HW, C), heads = workload, workload.state, workload.heads
+    d = C // heads
+
+    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
+        x, text_key = w.normal(device, *w.state), w.normal(device, 1, t, C)
+        # The sums of an earlier chunk.
+        key_value = torch.randn(B, HW, heads, d, d, device=device)
+        key_sum = torch.rand(B, HW, heads, d, device=device)
+        return x, *w.layers(device, (2 * C, C)), text_key, key_value, key_sum
+
+    def run(inputs: Sequence[Tensor], config: collect_op.CollectConfig) -> Sequence[Tensor]:
+        x, weight, bias, text_key, key_value, key_sum = inputs
+        sizes = (heads, t, (w.height, w.width), (1, 1))
+        return collect_op.launch(
+            x, weight, bias, text_key, key_value, key_sum, *sizes, w.input_precision, config
+        )
+
+    wanted = collect_op.problem(w.dtype, w.input_precision, w.crop_classes, HW, C, heads, pooled=1)
+    return Tunable(wanted, collect_op.candidates(w.dtype), make_inputs, run)
+
+
+def _tunable_apply(workload: Workload) -> Tunable:
+    w, (B, t, HW, C), heads, M = workload, workload.state, workload.heads, workload.hidden
+    d = C // heads
+
+    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
+        x, text_query = w.normal(device, *w.state), w.normal(device, 1, t, C)
+        # Of t keys around one; values are divided by t.
+        key_value = torch.randn(B, HW, heads, d, d, device=device)
+        key_sum = t * (0.5 + torch.rand(B, HW, heads, d, device=device))
+        return x, text_query, key_value, key_sum, *w.layers(device, (C, C), (M, C), (C, M))
+
+    def run(inputs: Sequence[Tensor], config: apply_op.ApplyConfig) -> Sequence[Tensor]:
+        x, text_query, key_value, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias = inputs
+        weights = (q, q_bias, fc1, fc1_bias, fc2, fc2_bias)
+        sizes = (heads, t, 1e-6, (w.height, w.width), (1, 1))
+        return (
+            apply_op.launch(x, text_query, key_value, key_sum, *weights, *sizes, w.input_precision, config),
+        )
+
+    wanted = apply_op.problem(w.dtype, w.input_precision, w.crop_classes, HW, C, heads, M, pooled=1)
+    configs = apply_op.candidates(w.capability, w.dtype, w.input_precision, t)
+    return Tunable(wanted, configs, make_inputs, run)
 
 
 def _check(

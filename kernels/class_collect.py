@@ -15,15 +15,19 @@ values are made channels first, so that the weights' rows fill a matrix instruct
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from catseg_fast.kernels import tuning
 from catseg_fast.kernels.class_tokens import load_matrix, load_tokens, normalise
 from catseg_fast.kernels.compile_target import CompileTarget
+from catseg_fast.kernels.launch_config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.tuning import Problem
 
 
 @triton.jit(do_not_specialize=["classes", "tokens"])
@@ -109,7 +113,7 @@ def _collect_kernel(
 
 
 @dataclass(frozen=True)
-class CollectConfig:
+class CollectConfig(LaunchConfig):
     """Launch config: channels a program at most (whole heads), its positions, and classes a step."""
 
     channels: int
@@ -124,11 +128,24 @@ class CollectConfig:
 INTERPRETER = CollectConfig(channels=256, positions=64, classes=32, num_warps=1, num_stages=1)
 
 
+@cache
 def default_config(dtype: torch.dtype) -> CollectConfig:
     """A config that fits every GPU, at the published sizes and smaller ones."""
     if dtype == torch.float32:
         return CollectConfig(channels=32, positions=8, classes=16, num_warps=8, num_stages=1)
     return CollectConfig(channels=64, positions=8, classes=32, num_warps=4, num_stages=2, maxnreg=255)
+
+
+def candidates(dtype: torch.dtype) -> tuple[CollectConfig, ...]:
+    """Configs worth timing, the default first; the same for all compute capabilities."""
+    default = default_config(dtype)
+    tiles = ((32, 4), (32, 8), (64, 8)) if dtype == torch.float32 else ((32, 4), (64, 4), (64, 8), (128, 8))
+    others = [
+        replace(tiled, channels=channels, num_warps=num_warps)
+        for channels, num_warps in tiles
+        for tiled in grid(default, classes=(16, 32, 64))
+    ]
+    return default_first(default, [*others, *grid(default, positions=(4, 8, 16), num_stages=(1, 2, 3))])
 
 
 def launch(
@@ -153,7 +170,6 @@ def launch(
     positions = (resolution[0] // pooling[0]) * (resolution[1] // pooling[1])
     new_key_value = x.new_empty((B, positions, heads, d, d), dtype=torch.float32)
     new_key_sum = x.new_empty((B, positions, heads, d), dtype=torch.float32)
-    precision = "ieee" if input_precision == "tf32x3" else input_precision  # split weights would spill
     group = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * d <= config.channels))
     grid = (heads // group * triton.cdiv(B * positions, config.positions),)
     _collect_kernel[grid](
@@ -177,7 +193,7 @@ def launch(
         POOL_H=pooling[0],
         POOL_W=pooling[1],
         OLD_IS_SHARED=key_sum is not None and key_sum.ndim == 2,
-        PRECISION=precision,
+        PRECISION=_precision(input_precision),
         GROUP=group,
         POSITIONS=config.positions,
         CLASSES=config.classes,
@@ -206,8 +222,10 @@ def class_collect(
     pooling: Sequence[int],
     input_precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """`launch` at the default config."""
-    config = default_config(x.dtype) if x.is_cuda else INTERPRETER
+    """`launch` at a measured config, or the default."""
+    B, t, HW, C = x.shape
+    wanted = problem(x.dtype, input_precision, B * t, HW, C, heads, pooling[0] * pooling[1])
+    config = tuning.choose(wanted, x.device, lambda _: default_config(x.dtype), INTERPRETER)
     sizes = (heads, length, resolution, pooling)
     return launch(x, weight, bias, text_key, key_value, key_sum, *sizes, input_precision, config)
 
@@ -232,6 +250,19 @@ def _(
         x.new_empty((B, positions, heads, d, d), dtype=torch.float32),
         x.new_empty((B, positions, heads, d), dtype=torch.float32),
     )
+
+
+def problem(
+    dtype: torch.dtype, input_precision: str, crop_classes: int, HW: int, C: int, heads: int, pooled: int
+) -> Problem:
+    """What a measured config is found by; `pooled` is the number of positions of a token."""
+    sizes = {"positions": HW, "channels": C, "heads": heads, "pooled": pooled}
+    precision = _precision(input_precision)
+    return Problem.of("class_collect", "collect", CollectConfig, dtype, precision, crop_classes, **sizes)
+
+
+def _precision(input_precision: str) -> str:
+    return "ieee" if input_precision == "tf32x3" else input_precision  # split weights would spill
 
 
 def compile_targets(capability: int) -> list[CompileTarget]:

@@ -16,7 +16,8 @@ tile of pixels leaves the sum and the squared deviations of its output channels 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from catseg_fast.kernels import tuning
 from catseg_fast.kernels.checks import DTYPES
 from catseg_fast.kernels.compile_target import CompileTarget
+from catseg_fast.kernels.launch_config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.tunable import Workload
+from catseg_fast.kernels.tuning import Problem
 
 
 @triton.jit(do_not_specialize=["classes", "images"])
@@ -145,7 +150,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(LaunchConfig):
     """Launch config: pixels and output channels of a program, taps x input channels a step."""
 
     pixels: int
@@ -155,17 +160,56 @@ class Config:
     num_stages: int
 
 
+@cache
 def default_config(size: Size, dtype: torch.dtype, capability: int) -> Config:
     """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     channels = min(max(16, triton.next_power_of_2(size.channels_out)), 128)
-    steps = 1 if size.taps**2 * size.channels_in <= 64 else 3
     if dtype == torch.float32:
-        return Config(64, channels, 32, num_warps=8 if channels == 128 else 4, num_stages=min(steps, 2))
+        return Config(64, channels, 32, num_warps=8 if channels == 128 else 4, num_stages=2)
     if channels == 128:
-        pixels = 256 if steps > 1 and capability >= 90 else 128
-        return Config(pixels, channels, 64, num_warps=8, num_stages=steps)
+        pixels = 256 if capability >= 90 else 128
+        return Config(pixels, channels, 64, num_warps=8, num_stages=3)
     pixels = 64 if 0 < size.pixels % 128 <= 64 else 128
-    return Config(pixels, channels, 32 if size.channels_in % 64 == 32 else 64, num_warps=4, num_stages=steps)
+    return Config(pixels, channels, 32 if size.channels_in % 64 == 32 else 64, num_warps=4, num_stages=3)
+
+
+@cache
+def interpreter_config(size: Size, dtype: torch.dtype) -> Config:
+    """Few and large tiles: the interpreter takes as long for a small program as for a large one."""
+    return replace(default_config(size, dtype, 90), pixels=1024, depth=256)
+
+
+def candidates(size: Size, dtype: torch.dtype, capability: int) -> tuple[Config, ...]:
+    """Configs worth timing on GPUs of a compute capability, the default first."""
+    default = default_config(size, dtype, capability)
+    if dtype == torch.float32:
+        others = grid(default, pixels=(32, 64, 128), depth=(16, 32), num_warps=(4, 8), num_stages=(1, 2))
+    else:
+        others = [
+            replace(tiled, pixels=pixels, num_warps=num_warps)
+            for pixels, num_warps in ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8))
+            for tiled in grid(default, depth=(32, 64), num_stages=(2, 3))
+        ]
+    return default_first(default, [*others, *grid(default, num_stages=(1, 4))])
+
+
+def problem(op: str, size: Size, dtype: torch.dtype, input_precision: str, crop_classes: int) -> Problem:
+    """What a measured config of a convolution in an op is found by."""
+    return Problem.of(op, "convolution", Config, dtype, input_precision, crop_classes, **vars(size))
+
+
+def random_weight(workload: Workload, size: Size, device: torch.device) -> Tensor:
+    """A weight `[S*S*CO, K, K, CI]` that keeps a standard deviation of one."""
+    shape = (size.phases * size.channels_out, size.taps, size.taps, size.channels_in)
+    return workload.normal(device, *shape, scale=(size.taps**2 * size.channels_in) ** -0.5)
+
+
+def choose_config(op: str, size: Size, x: Tensor, input_precision: str) -> Config:
+    """The config of a convolution in an op, on a device and in the type of `x [B, t, ...]`."""
+    wanted = problem(op, size, x.dtype, input_precision, x.shape[0] * x.shape[1])
+    return tuning.choose(
+        wanted, x.device, lambda gpu: default_config(size, x.dtype, gpu), interpreter_config(size, x.dtype)
+    )
 
 
 def launch(

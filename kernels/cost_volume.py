@@ -5,17 +5,19 @@ prompts:
 
     cost[b, t, i, p] = image[b, i] . text[b, t, p]        x = conv7x7(cost) + bias, from P channels to C
 
-The first kernel is one matrix product a crop, of all pixels with all prompts, and writes the cost volume of
-this chunk channels last, `[B, t, HW, P]`; the second is `convolution.py`'s, for one prompt (49 products a
-channel, one step) as for eighty. Never materialised are the cost volume of all classes, its permuted copies,
-and the patches `[B*t, 49 P, HW]`.
+Of one prompt a class, one kernel does both (`single_prompt.py`). Of more, the first kernel is one matrix
+product a crop, of all pixels with all prompts, and writes the cost volume of this chunk channels last,
+`[B, t, HW, P]`; the second is `convolution.py`'s. Never materialised are the cost volume of all classes, its
+permuted copies, and the patches `[B*t, 49 P, HW]`.
 
 The op computes in the features' type whatever autocast says, and has no gradient.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,10 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels import convolution
+from catseg_fast.kernels import convolution, single_prompt, tuning
 from catseg_fast.kernels.checks import DTYPES, check_like, check_runnable
-from catseg_fast.kernels.compile_target import CompileTarget, capability_of
+from catseg_fast.kernels.compile_target import CompileTarget
 from catseg_fast.kernels.convolution import Size
+from catseg_fast.kernels.launch_config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.tunable import Tunable, Workload
+from catseg_fast.kernels.tuning import Problem
 from catseg_fast.plan import Plan
 
 
@@ -81,29 +86,54 @@ def cost_kernel(
 
 
 @dataclass(frozen=True)
-class Config:
-    """Launch config of both kernels; of the first, pixels, classes x prompts and features a step."""
+class Config(LaunchConfig):
+    """Launch config of the first kernel: pixels and classes x prompts of a program, features a step."""
 
     pixels: int
     columns: int
     features: int
     num_warps: int
     num_stages: int
-    convolution: convolution.Config
 
 
-def default_config(size: Size, columns: int, dtype: torch.dtype, capability: int) -> Config:
-    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100).
-
-    Args:
-        size: of the convolution.
-        columns: classes x prompts of the chunk.
-    """
-    conv = convolution.default_config(size, dtype, capability)
+@cache
+def default_config(columns: int, dtype: torch.dtype) -> Config:
+    """A config that fits every GPU, for the classes x prompts of a chunk."""
     columns = max(16, triton.next_power_of_2(columns))
     if dtype == torch.float32:
-        return Config(64, min(columns, 64), 32, num_warps=8, num_stages=2, convolution=conv)
-    return Config(128, min(columns, 128), 64, num_warps=8, num_stages=3, convolution=conv)
+        return Config(64, min(columns, 64), 32, num_warps=8, num_stages=2)
+    return Config(128, min(columns, 128), 64, num_warps=8, num_stages=3)
+
+
+def candidates(columns: int, dtype: torch.dtype) -> tuple[Config, ...]:
+    """Configs worth timing, the default first; the same for all compute capabilities."""
+    default = default_config(columns, dtype)
+    if dtype == torch.float32:
+        return default_first(
+            default,
+            grid(default, pixels=(32, 64, 128), features=(16, 32), num_warps=(4, 8), num_stages=(1, 2)),
+        )
+    tiles = (
+        (64, 64, 4),
+        (64, 128, 4),
+        (128, 64, 4),
+        (128, 128, 4),
+        (128, 128, 8),
+        (128, 256, 8),
+        (256, 128, 8),
+    )
+    others = [
+        replace(tiled, pixels=pixels, columns=width, num_warps=num_warps)
+        for pixels, width, num_warps in tiles
+        for tiled in grid(default, features=(32, 64), num_stages=(3, 4))
+    ]
+    return default_first(default, others)
+
+
+def problem(dtype: torch.dtype, input_precision: str, crop_classes: int, HW: int, prompts: int) -> Problem:
+    """What a measured config of the first kernel is found by."""
+    sizes = {"positions": HW, "prompts": prompts}
+    return Problem.of("embed_cost_volume", "cost", Config, dtype, input_precision, crop_classes, **sizes)
 
 
 def launch(
@@ -114,18 +144,32 @@ def launch(
     height: int,
     width: int,
     input_precision: str,
-    config: Config | None = None,
 ) -> Tensor:
     """`embed_cost_volume` on tensors, whose features are contiguous in `text`. Nothing is checked.
 
     Args:
         weight: `[C, 7, 7, P]`, contiguous.
         bias: `[C]`.
-        config: None for the default.
     """
-    (B, HW, F), (_, t, P, _) = image.shape, text.shape
+    (B, HW, _), (_, t, P, _) = image.shape, text.shape
     size = Size(height, width, P, len(weight), taps=7)
-    config = config or default_config(size, t * P, image.dtype, capability_of(image.device))
+    if P == 1:
+        single = single_prompt.choose_config(size, image, t, input_precision)
+        return single_prompt.launch(image, text, weight, bias, size, input_precision, single)
+    config = tuning.choose(
+        problem(image.dtype, input_precision, B * t, HW, P),
+        image.device,
+        lambda _: default_config(t * P, image.dtype),
+    )
+    cost = launch_cost(image, text, input_precision, config)
+    conv = convolution.choose_config("embed_cost_volume", size, cost, input_precision)
+    x, _ = convolution.launch(cost, weight, size, conv, addend=bias, input_precision=input_precision)
+    return x
+
+
+def launch_cost(image: Tensor, text: Tensor, input_precision: str, config: Config) -> Tensor:
+    """The cost volume `[B, t, HW, P]` of `image [B, HW, F]` and `text [B or 1, t, P, F]`."""
+    (B, HW, F), (_, t, P, _) = image.shape, text.shape
     cost = image.new_empty((B, t, HW, P))
     cost_kernel[(triton.cdiv(HW, config.pixels) * triton.cdiv(t * P, config.columns) * B,)](
         image,
@@ -134,15 +178,12 @@ def launch(
         t,
         *image.stride(),
         *text.expand(B, -1, -1, -1).stride()[:3],
-        **_constants(size, F, input_precision, config),
+        **_constants(HW, P, F, input_precision, config),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,
     )
-    x, _ = convolution.launch(
-        cost, weight, size, config.convolution, addend=bias, input_precision=input_precision
-    )
-    return x
+    return cost
 
 
 @torch.library.custom_op("catseg_fast::embed_cost_volume", mutates_args=())
@@ -194,25 +235,71 @@ def embed_cost_volume(
     return _embed_cost_volume(image, text, weight, plan.embed_bias, height, width, input_precision)
 
 
+def tunables(workload: Workload) -> list[Tunable]:
+    """The kernels, for each number of prompts."""
+    found = []
+    for prompts in workload.prompts:
+        if prompts == 1:
+            found.append(single_prompt.tunable(workload))
+        else:
+            found += [_tunable_cost(workload, prompts), _tunable_convolution(workload, prompts)]
+    return found
+
+
+def _tunable_cost(workload: Workload, prompts: int) -> Tunable:
+    w, (B, t, HW, _), F = workload, workload.state, workload.features
+
+    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
+        # Unit vectors; of an image, laid out as CLIP's are.
+        image = w.normal(device, B, F, HW, scale=F**-0.5).transpose(1, 2)
+        return image, w.normal(device, 1, t, prompts, F, scale=F**-0.5)
+
+    def run(inputs: Sequence[Tensor], config: Config) -> Sequence[Tensor]:
+        image, text = inputs
+        return (launch_cost(image, text, w.input_precision, config),)
+
+    wanted = problem(w.dtype, w.input_precision, w.crop_classes, HW, prompts)
+    return Tunable(wanted, candidates(t * prompts, w.dtype), make_inputs, run)
+
+
+def _tunable_convolution(workload: Workload, prompts: int) -> Tunable:
+    w, (B, t, HW, C) = workload, workload.state
+    size = Size(w.height, w.width, prompts, C, taps=7)
+
+    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
+        cost, bias = w.normal(device, B, t, HW, prompts, scale=0.2), w.normal(device, C)
+        return cost, convolution.random_weight(w, size, device), bias
+
+    def run(inputs: Sequence[Tensor], config: convolution.Config) -> Sequence[Tensor]:
+        cost, weight, bias = inputs
+        out, _ = convolution.launch(
+            cost, weight, size, config, addend=bias, input_precision=w.input_precision
+        )
+        return (out,)
+
+    return Tunable(
+        convolution.problem("embed_cost_volume", size, w.dtype, w.input_precision, w.crop_classes),
+        convolution.candidates(size, w.dtype, w.capability),
+        make_inputs,
+        run,
+    )
+
+
 def compile_targets(capability: int) -> list[CompileTarget]:
-    """The kernels at the sizes of the published variants: of v1 with 80 prompts, of v2 with one."""
-    targets = []
+    """Both kernels at the sizes of v1, with 80 prompts."""
+    size, targets = Size(24, 24, 80, 128, taps=7), []
     for dtype, precision in [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32x3")]:
-        for prompts in (80, 1):
-            size = Size(24, 24, prompts, 128, taps=7)
-            targets += [
-                _compile_target(f"cost {prompts}", size, dtype, capability, precision),
-                convolution.compile_target(
-                    f"conv {prompts}", size, dtype, capability, precision, addend="bias"
-                ),
-            ]
+        targets += [
+            _compile_target("cost", size, dtype, capability, precision),
+            convolution.compile_target("conv", size, dtype, capability, precision, addend="bias"),
+        ]
     return targets
 
 
 def _compile_target(
     name: str, size: Size, dtype: torch.dtype, capability: int, input_precision: str
 ) -> CompileTarget:
-    config = default_config(size, 128 * size.channels_in, dtype, capability)
+    config = default_config(128 * size.channels_in, dtype)
     storage = f"*{DTYPES[dtype]}"
     strides = ("image_stride_crop", "image_stride_feature", "text_stride_crop", "text_stride_class")
     uses_mma = dtype != torch.float32 or input_precision != "ieee"
@@ -225,7 +312,7 @@ def _compile_target(
         },
         constexprs={
             "image_stride_pixel": 1,  # features come as [B, F, HW]
-            **_constants(size, 768, input_precision, config),
+            **_constants(size.pixels, size.channels_in, 768, input_precision, config),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -234,11 +321,11 @@ def _compile_target(
     )
 
 
-def _constants(size: Size, features: int, input_precision: str, config: Config) -> dict[str, Any]:
+def _constants(HW: int, P: int, F: int, input_precision: str, config: Config) -> dict[str, Any]:
     return {
-        "HW": size.pixels,
-        "P": size.channels_in,
-        "F": features,
+        "HW": HW,
+        "P": P,
+        "F": F,
         "PRECISION": input_precision,
         "BLOCK_P": config.pixels,
         "BLOCK_N": config.columns,

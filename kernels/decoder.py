@@ -17,14 +17,16 @@ The op computes in x's type whatever autocast says, and has no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from catseg_fast.kernels import convolution, group_norm
 from catseg_fast.kernels.checks import DTYPES, check_like, check_runnable
-from catseg_fast.kernels.compile_target import CompileTarget, capability_of
+from catseg_fast.kernels.compile_target import CompileTarget
 from catseg_fast.kernels.convolution import Config, Size
+from catseg_fast.kernels.tunable import Tunable, Workload
 from catseg_fast.plan import DecoderStage, Plan
 
 
@@ -36,11 +38,6 @@ def sizes(height: int, width: int, channels: int, stages: Sequence[int]) -> list
         height, width, channels = 2 * height, 2 * width, out
         found.append(Size(height, width, channels, channels, taps=3))
     return [*found, Size(height, width, channels, 1, taps=3)]
-
-
-def default_configs(sizes: Sequence[Size], dtype: torch.dtype, capability: int) -> list[Config]:
-    """A config for each convolution."""
-    return [convolution.default_config(size, dtype, capability) for size in sizes]
 
 
 def launch(
@@ -62,11 +59,12 @@ def launch(
             the head's `[1, 3, 3, out]` and `[1]`; all contiguous.
         groups: of each stage's two normalisations.
         eps: likewise.
-        configs: of each convolution; None for the defaults.
+        configs: of each convolution; None for measured ones, or the defaults.
     """
     B, t, _, C = x.shape
     convolutions = sizes(height, width, C, [maps.shape[-1] for maps in guidance])
-    configs = configs or default_configs(convolutions, x.dtype, capability_of(x.device))
+    if configs is None:
+        configs = [convolution.choose_config("decode", size, x, input_precision) for size in convolutions]
     norm: Tensor | None = None
     for index in range(2 * len(guidance)):
         weight, scale, shift = weights[3 * index : 3 * index + 3]
@@ -162,6 +160,56 @@ def decode(
         height,
         width,
         input_precision,
+    )
+
+
+def tunables(workload: Workload) -> list[Tunable]:
+    """The convolutions, each with the merge of its statistics, of which its tiles are the parts."""
+    return [
+        _tunable(workload, size, has_norm=index > 0)
+        for index, size in enumerate(
+            sizes(workload.height, workload.width, workload.channels, workload.decoder)
+        )
+    ]
+
+
+def _tunable(workload: Workload, size: Size, has_norm: bool) -> Tunable:
+    w, B, t = workload, workload.crops, workload.classes
+    is_head, groups = size.channels_out == 1, max(1, size.channels_out // 16)
+
+    def make_inputs(device: torch.device) -> tuple[Tensor | None, ...]:
+        x = w.normal(device, B, t, size.pixels, size.channels_in)
+        addend = norm = None
+        if is_head:
+            addend = w.normal(device, 1)
+        elif size.scale == 2:
+            addend = w.normal(device, B, size.phases * size.pixels, size.channels_out)
+        if has_norm:
+            norm = w.normal(device, B * t, 2, size.channels_in).to(convolution.norm_dtype(w.dtype))
+        scale, shift = (w.normal(device, size.channels_out) for _ in range(2))
+        return x, convolution.random_weight(w, size, device), addend, norm, scale, shift
+
+    def run(inputs: Sequence[Any], config: Config) -> Sequence[Tensor]:
+        x, weight, addend, norm, scale, shift = inputs
+        out, statistics = convolution.launch(
+            x,
+            weight,
+            size,
+            config,
+            addend=addend,
+            norm=norm,
+            statistics=not is_head,
+            input_precision=w.input_precision,
+        )
+        if statistics is None:
+            return (out,)
+        return out, group_norm.launch(statistics, scale, shift, groups, 1e-5, size, config)
+
+    return Tunable(
+        convolution.problem("decode", size, w.dtype, w.input_precision, w.crop_classes),
+        convolution.candidates(size, w.dtype, w.capability),
+        make_inputs,
+        run,
     )
 
 

@@ -101,9 +101,8 @@ def _merge_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     count = tl.zeros((BLOCK,), tl.float32)
     for n in tl.static_range(DOWN * ACROSS):
-        TOP: tl.constexpr = n // ACROSS * STRIDE if n // ACROSS * STRIDE < ROWS - SIDE else ROWS - SIDE
-        LEFT: tl.constexpr = n % ACROSS * STRIDE if n % ACROSS * STRIDE < COLUMNS - SIDE else COLUMNS - SIDE
-        r, s = row - TOP, column - LEFT
+        r = row - tl.minimum(n // ACROSS * STRIDE, ROWS - SIDE)
+        s = column - tl.minimum(n % ACROSS * STRIDE, COLUMNS - SIDE)
         inside = m & (r >= 0) & (r < SIDE) & (s >= 0) & (s < SIDE)
         crop = _crop(p_map, r, s, inside, HEIGHT, WIDTH, SIDE)
         total += tl.where(inside, crop, 0.0)
@@ -273,9 +272,10 @@ def update(readout: Readout, target: LabelMap, first: int, logits: Tensor) -> No
     crops = 1 if window is None else len(window.corners()) + 1
     if logits.ndim != 4 or 0 in logits.shape or len(logits) != crops:
         raise ValueError(f"logits: has shape {list(logits.shape)}; wanted [{crops}, t, h, w], all above 0")
-    visible = readout.visible or tuple(logits.shape[2:])
-    if not 0 < visible[0] <= logits.shape[2] or not 0 < visible[1] <= logits.shape[3]:
-        raise ValueError(f"readout: {visible} are not rows and columns of logits {list(logits.shape)}")
+    rows, columns = readout.visible or logits.shape[2:]
+    if rows <= 0 or columns <= 0:
+        raise ValueError(f"readout: visible {readout.visible} are not rows and columns above 0")
+    visible = (min(rows, logits.shape[2]), min(columns, logits.shape[3]))
     if target.scores.device != logits.device:
         raise ValueError(f"target: is on {target.scores.device}; wanted {logits.device}, as logits")
     if logits.stride()[2:] != (logits.shape[3], 1):

@@ -14,7 +14,8 @@ of 2.6e-5, which is below the rounding of a hidden value of 0.06 and more in fp1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,11 +26,14 @@ from torch import Tensor
 from catseg_fast.kernels.checks import DTYPES
 from catseg_fast.kernels.class_tokens import normalise
 from catseg_fast.kernels.compile_target import CompileTarget
+from catseg_fast.kernels.launch_config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.tunable import Tunable, Workload
+from catseg_fast.kernels.tuning import Problem
 from catseg_fast.kernels.windows import Windows, token_position
 
 
 @dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(LaunchConfig):
     """Launch config: tokens a program, hidden channels a step."""
 
     rows: int
@@ -38,6 +42,7 @@ class MLPConfig:
     num_stages: int
 
 
+@cache
 def default_config(capability: int, dtype: torch.dtype, channels: int) -> MLPConfig:
     """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if dtype == torch.float32:
@@ -46,6 +51,22 @@ def default_config(capability: int, dtype: torch.dtype, channels: int) -> MLPCon
     if channels > 128:
         return MLPConfig(rows=32, hidden=32, num_warps=4, num_stages=2)
     return MLPConfig(rows=128, hidden=64 if capability >= 90 else 32, num_warps=8, num_stages=2)
+
+
+def candidates(capability: int, dtype: torch.dtype, channels: int) -> tuple[MLPConfig, ...]:
+    """Configs worth timing on GPUs of a compute capability, the default first."""
+    default = default_config(capability, dtype, channels)
+    if dtype == torch.float32:
+        return default_first(
+            default, grid(default, rows=(16, 32, 64), hidden=(16, 32), num_warps=(4, 8), num_stages=(1, 2))
+        )
+    others = [
+        replace(tiled, rows=rows, num_warps=num_warps)
+        for rows, num_warps in ((32, 4), (64, 4), (64, 8), (128, 8), (256, 8))
+        for tiled in grid(default, hidden=(32, 64), num_stages=(2, 3))
+    ]
+    wide = grid(default, rows=(64, 128), hidden=(128,), num_warps=(8,))
+    return default_first(default, [*others, *wide, *grid(default, num_stages=(1, 4))])
 
 
 @triton.jit
@@ -103,8 +124,11 @@ def project_mlp_kernel(
     start = (sample // classes).to(tl.int64) * x_stride_b + (sample % classes).to(tl.int64) * x_stride_t
     x = tl.load(x_ptr + (start + position * C)[:, None] + c[None, :], mask, 0.0)
     y += x.to(tl.float32) + tl.load(proj_bias_ptr + c, inside, 0.0).to(tl.float32)[None, :]
-    z = y + tl.load(fc2_bias_ptr + c, inside, 0.0).to(tl.float32)[None, :]
     normalised = normalise(y, C, BLOCK_C).to(dtype)
+    y += tl.load(fc2_bias_ptr + c, inside, 0.0).to(tl.float32)[None, :]
+    # In fp32, the sum is apart from the larger number that it is added to, which would round each step.
+    APART: tl.constexpr = dtype == tl.float32
+    z = tl.zeros_like(y) if APART else y
     for m in range(0, M, HIDDEN):
         h = m + tl.arange(0, HIDDEN)
         fc1 = tl.load(fc1_ptr + h[:, None] * C + c[None, :], (h < M)[:, None] & inside[None, :], 0.0)
@@ -113,6 +137,8 @@ def project_mlp_kernel(
         hidden += tl.load(fc1_bias_ptr + h, h < M, 0.0).to(tl.float32)[None, :]
         hidden = gelu(hidden, dtype == tl.float32).to(dtype)
         z = tl.dot(hidden, tl.trans(fc2), z, input_precision=PRECISION)
+    if APART:
+        z += y
     out = sample.to(tl.int64) * (H * W * C) + position * C
     tl.store(out_ptr + out[:, None] + c[None, :], z.to(dtype), mask)
 
@@ -138,6 +164,33 @@ def launch(
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+def problem(dtype: torch.dtype, input_precision: str, crop_classes: int, HW: int, C: int, M: int) -> Problem:
+    """What a measured config is found by."""
+    sizes = {"positions": HW, "channels": C, "hidden": M}
+    return Problem.of("window_block", "mlp", MLPConfig, dtype, input_precision, crop_classes, **sizes)
+
+
+def tunable(workload: Workload) -> Tunable:
+    """The kernel on a shifted block."""
+    w, (B, t, HW, C), M = workload, workload.state, workload.hidden
+    windows = Windows(w.height, w.width, w.window, w.window // 2)
+
+    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
+        weights = w.layers(device, (C, C), (M, C), (C, M))
+        return w.normal(device, B, t, HW, C), w.normal(device, B, t, HW, 3 * C), *weights
+
+    def run(inputs: Sequence[Tensor], config: MLPConfig) -> Sequence[Tensor]:
+        x, qkv, *weights = inputs
+        return (launch(x, qkv, weights, windows, w.input_precision, config),)
+
+    return Tunable(
+        problem(w.dtype, w.input_precision, w.crop_classes, HW, C, M),
+        candidates(w.capability, w.dtype, C),
+        make_inputs,
+        run,
+    )
 
 
 def _constants(windows: Windows, C: int, M: int, input_precision: str, config: MLPConfig) -> dict[str, Any]:

@@ -10,7 +10,9 @@ A program holds a tile of W and of g, and takes its tokens of one class after an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from torch import Tensor
 from catseg_fast.kernels.checks import DTYPES
 from catseg_fast.kernels.class_tokens import normalise
 from catseg_fast.kernels.compile_target import CompileTarget
+from catseg_fast.kernels.launch_config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.tunable import Tunable, Workload
+from catseg_fast.kernels.tuning import Problem
 from catseg_fast.kernels.windows import Windows, token_position
 
 
@@ -80,7 +85,7 @@ def qkv_kernel(
 
 
 @dataclass(frozen=True)
-class QKVConfig:
+class QKVConfig(LaunchConfig):
     """Launch config: tokens and classes a program, and its channels of each of q, k and v."""
 
     rows: int
@@ -90,6 +95,7 @@ class QKVConfig:
     num_stages: int
 
 
+@cache
 def default_config(capability: int, dtype: torch.dtype, channels: int, input_precision: str) -> QKVConfig:
     """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if dtype == torch.float32:
@@ -98,6 +104,27 @@ def default_config(capability: int, dtype: torch.dtype, channels: int, input_pre
     if channels > 128 or capability in (86, 89):  # the latter have 99 KB of shared memory a program
         return QKVConfig(32, 32, 8, num_warps=4, num_stages=2)
     return QKVConfig(64, 128, 8, num_warps=8, num_stages=2)
+
+
+def candidates(
+    capability: int, dtype: torch.dtype, channels: int, input_precision: str
+) -> tuple[QKVConfig, ...]:
+    """Configs worth timing on GPUs of a compute capability, the default first."""
+    default = default_config(capability, dtype, channels, input_precision)
+    if dtype == torch.float32:
+        return default_first(
+            default, grid(default, rows=(16, 32, 64), channels=(16, 32), num_warps=(4, 8), num_stages=(1, 2))
+        )
+    if channels > 128 or capability in (86, 89):
+        tiles = [(32, 32, 4), (64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)]
+    else:
+        tiles = [(64, 32, 4), (64, 64, 4), (64, 128, 8), (128, 32, 4), (128, 64, 8)]
+    others = [
+        replace(tiled, rows=rows, channels=width, num_warps=num_warps)
+        for rows, width, num_warps in tiles
+        for tiled in grid(default, classes=(4, 8, 16), num_stages=(2, 3))
+    ]
+    return default_first(default, others)
 
 
 def launch(
@@ -114,6 +141,34 @@ def launch(
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return qkv
+
+
+def problem(dtype: torch.dtype, input_precision: str, crop_classes: int, HW: int, C: int) -> Problem:
+    """What a measured config is found by."""
+    return Problem.of(
+        "window_block", "qkv", QKVConfig, dtype, input_precision, crop_classes, positions=HW, channels=C
+    )
+
+
+def tunable(workload: Workload) -> Tunable:
+    """The kernel on a shifted block."""
+    w, (_, _, HW, C) = workload, workload.state
+    windows = Windows(w.height, w.width, w.window, w.window // 2)
+
+    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
+        weight = w.normal(device, 3 * C, C, scale=C**-0.5)
+        return w.normal(device, *w.state), weight, w.normal(device, w.crops, HW, 2 * C)
+
+    def run(inputs: Sequence[Tensor], config: QKVConfig) -> Sequence[Tensor]:
+        x, weight, query_key = inputs
+        return (launch(x, weight, query_key, windows, w.input_precision, config),)
+
+    return Tunable(
+        problem(w.dtype, w.input_precision, w.crop_classes, HW, C),
+        candidates(w.capability, w.dtype, C, w.input_precision),
+        make_inputs,
+        run,
+    )
 
 
 def _constants(windows: Windows, C: int, input_precision: str, config: QKVConfig) -> dict[str, Any]:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from catseg_fast.kernels import attention, mlp
+from catseg_fast.kernels import attention, mlp, tuning
 from catseg_fast.kernels import qkv as projection
 from catseg_fast.kernels.checks import check_like, check_runnable
-from catseg_fast.kernels.compile_target import capability_of
+from catseg_fast.kernels.tunable import Tunable, Workload
 from catseg_fast.kernels.windows import Windows
 from catseg_fast.plan import WindowBlock
 from catseg_fast.reference.window_attention import fit_window
@@ -49,6 +50,7 @@ INTERPRETER = Config(
 )
 
 
+@cache
 def default_config(
     capability: int, dtype: torch.dtype, channels: int, heads: int, window: int, input_precision: str
 ) -> Config:
@@ -58,6 +60,31 @@ def default_config(
         attention.default_config(capability, dtype, channels // heads, window),
         mlp.default_config(capability, dtype, channels),
     )
+
+
+def choose_config(x: Tensor, heads: int, window: int, hidden: int, input_precision: str) -> Config:
+    """The configs of each kernel for `x [B, t, HW, C]` and M = `hidden`."""
+    (B, t, HW, C), device = x.shape, x.device
+    sizes = (x.dtype, input_precision, B * t, HW, C)
+
+    def default(capability: int) -> Config:
+        return default_config(capability, x.dtype, C, heads, window, input_precision)
+
+    return Config(
+        tuning.choose(projection.problem(*sizes), device, lambda gpu: default(gpu).qkv, INTERPRETER.qkv),
+        tuning.choose(
+            attention.problem(*sizes, heads, window),
+            device,
+            lambda gpu: default(gpu).attention,
+            INTERPRETER.attention,
+        ),
+        tuning.choose(mlp.problem(*sizes, hidden), device, lambda gpu: default(gpu).mlp, INTERPRETER.mlp),
+    )
+
+
+def tunables(workload: Workload) -> list[Tunable]:
+    """The three kernels."""
+    return [module.tunable(workload) for module in (projection, attention, mlp)]
 
 
 def launch(
@@ -96,9 +123,7 @@ def _window_block(
     input_precision: str,
 ) -> Tensor:
     windows, weights = Windows(height, width, window, shift), (proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias)
-    config = INTERPRETER
-    if x.is_cuda:
-        config = default_config(capability_of(x.device), x.dtype, x.shape[3], heads, window, input_precision)
+    config = choose_config(x, heads, window, len(fc1), input_precision)
     return launch(x, query_key, qkv, weights, windows, heads, input_precision, config)
 
 

@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+
+if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What plain torch computes is what the kernels are measured by.
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+os.environ.pop(
+    "COLUMNS", None
+)  # which pytest-xdist sets to the terminal's; tables are made for a fixed width
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
+
+
+@pytest.fixture
+def on_gpu() -> Iterator[None]:
+    """Let new tensors be on the GPU, where there is one."""
+    with torch.device("cuda" if GPU else "cpu"):
+        yield

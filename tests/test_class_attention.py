@@ -216,14 +216,16 @@ COLLECT_CONFIGS = {class_collect.default_config(dtype) for dtype in (torch.float
 
 @pytest.mark.parametrize("config", sorted(APPLY_CONFIGS, key=str), ids=str)
 def test_apply_at_every_default_config(config: class_apply.ApplyConfig) -> None:
-    layer = cast(make_layer(64, 4, 128), torch.float32)
-    x, text_key, text_query = (x.to(DEVICE, torch.float32) for x in make_inputs(1, 67, 3, 64))
-    key_value, key_sum, expected = run(class_attention, layer, [(x, text_key, text_query)], (1, 3))
+    layer = cast(make_layer(128, 4, 512), torch.float32)
+    x, text_key, text_query = (x.to(DEVICE, torch.float32) for x in make_inputs(1, 67, 3, 128))
+    chunks = [(x, text_key, text_query)]
+    key_value, key_sum, eager = run(stages, layer, chunks, (1, 3))
     weights = (layer.q, layer.q_bias, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias)
     found = class_apply.launch(
         x, text_query, key_value, key_sum, *weights, 4, 67, layer.eps, (1, 3), (1, 1), "ieee", config
     )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    *_, truth = run(stages, *upcast((layer, chunks)), (1, 3))
+    assert_no_worse_than_eager(found, eager, truth)
 
 
 @pytest.mark.parametrize("config", sorted(COLLECT_CONFIGS, key=str), ids=str)

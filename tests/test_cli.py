@@ -358,7 +358,7 @@ def test_version():
     assert run("--version").stdout == f"catseg-fast {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["segment"], ["convert"], ["env"], ["variants"]])
+@pytest.mark.parametrize("command", [[], ["segment"], ["convert"], ["env"], ["variants"], ["tune"]])
 def test_help_has_examples(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     result = run(*command, "--help")

@@ -17,6 +17,7 @@ TARGETS = [
     for target in aot.targets(module, capability)
 ]
 compiled = functools.cache(aot.resources_of)
+pytestmark = pytest.mark.xdist_group("aot")  # the cache is of one process
 
 GOOD = aot.Resources(128, 0, 0, 0, 1024, "wgmma", 4)
 TARGET = CompileTarget("example", None, {}, {}, num_warps=4, num_stages=2, expects_mma="wgmma")

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from accuracy import assert_no_worse_than_eager, upcast
 from catseg_fast import stages
-from catseg_fast.kernels import convolution, cost_volume
+from catseg_fast.kernels import convolution, cost_volume, single_prompt
 from catseg_fast.plan import Plan
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
+
+pytestmark = pytest.mark.usefixtures("on_gpu")
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +80,8 @@ def test_matches_plain_torch_with_the_default_configs(
         (80, 2, 2, 2, 5, 8),
         (1, 1, 33, 1, 6, 6),
         (1, 2, 7, 2, 12, 5),
+        (1, 1, 2, 1, 9, 31),
+        (1, 1, 1, 1, 1, 1),
         (5, 1, 2, 1, 8, 8),
     ],
 )
@@ -123,9 +127,10 @@ def test_takes_any_strides(prompts: int) -> None:
 
 
 @pytest.mark.usefixtures("_large_tiles")
-def test_takes_offsets_beyond_32_bits() -> None:
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_takes_offsets_beyond_32_bits(prompts: int) -> None:
     torch.manual_seed(4)
-    plan = make_plan(16, 2, torch.float16)
+    plan = make_plan(16, prompts, torch.float16)
     image, text = make_features(plan, 1, 3, 9, 16)
     far = torch.empty(2**31 + text.numel(), dtype=torch.float16)  # of which little is ever touched
     far = far.as_strided(text.shape, (0, 2**30, 16, 1)).copy_(text)
@@ -143,6 +148,30 @@ def test_is_deterministic_and_classes_do_not_meet(prompts: int) -> None:
     assert torch.equal(cost_volume.embed_cost_volume(plan, image, text, (4, 4)), x)
     order = torch.tensor([3, 0, 4, 2, 1])
     assert torch.equal(cost_volume.embed_cost_volume(plan, image, text[:, order], (4, 4)), x[:, order])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_bands_of_one_prompt_meet(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(8)
+    plan = make_plan(40, 1, torch.float32)
+    image, text = make_features(plan, 1, 2, 45, 32)
+    default_config = single_prompt.default_config
+    monkeypatch.setattr(
+        single_prompt, "default_config", lambda *a: replace(default_config(*a), rows=rows, channels=16)
+    )
+    check(plan, image, text, (9, 5))
+
+
+def test_is_exactly_zero_around_the_map() -> None:
+    """Behind a map of ones, each pixel is the sum of the taps that are inside."""
+    plan = make_plan(16, 1, torch.float32)
+    whole = torch.randint(-8, 9, plan.embed.shape).float()  # whose sums are exact
+    plan = replace(plan, embed=whole, embed_bias=torch.zeros(16))
+    unit = torch.eye(16)[:1]
+    image, text = unit.expand(1, 30, 16), unit.expand(1, 20, 1, 16)
+    expected = F.conv2d(torch.ones(1, 1, 10, 3), whole, padding=3).flatten(2).mT
+    x = cost_volume.embed_cost_volume(plan, image, text, (10, 3))
+    assert torch.equal(x, expected[:, None].expand_as(x))
 
 
 @pytest.mark.usefixtures("_large_tiles")

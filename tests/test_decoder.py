@@ -20,6 +20,8 @@ from catseg_fast.plan import DecoderStage, Normalisation, Plan
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 
+pytestmark = pytest.mark.usefixtures("on_gpu")
+
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,42 @@ def test_precision_and_autocast_choose_the_stages_type(
     assert 1e-6 < relative_error(half.float(), full) < 0.1
 
 
+@torch.no_grad()
+def test_what_overflows_fp16_is_computed_again_in_bf16() -> None:
+    aggregator = make_aggregator().float()
+    aggregator.decoder1.conv.double_conv[0].weight *= 1e6  # in front of a normalisation
+    inputs = [x.float() if isinstance(x, Tensor) else [y.float() for y in x] for x in features(aggregator)]
+    expected = logits(aggregator, inputs, precision=torch.bfloat16, chunk=2)
+    with pytest.warns(RuntimeWarning, match="fp16 overflows: computing again in bf16") as caught:
+        actual = logits(aggregator, inputs, precision=torch.float16, chunk=2)
+    assert len(caught) == 1
+    assert expected.isfinite().all()
+    assert torch.equal(actual, expected.half())
+
+
+@torch.no_grad()
+def test_what_is_not_a_number_before_fp16_is_not_computed_again(recwarn: pytest.WarningsRecorder) -> None:
+    aggregator = make_aggregator().float()
+    image, text, guidance = features(aggregator)
+    image[0, 0, 0, 0] = math.nan
+    inputs = (image.float(), text.float(), [x.float() for x in guidance])
+    actual = logits(aggregator, inputs, precision=torch.float16)
+    assert actual[0].isnan().all()
+    assert actual[1].isfinite().all()
+    assert not recwarn
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["resident", "recompute"])  # streams, as for "offload", cannot be traced
+def test_a_call_compiles_into_one_graph(policy: str) -> None:
+    aggregator = make_aggregator()
+    engine = Engine(aggregator)
+    engine.policy = policy
+    inputs = features(aggregator, 3)
+    compiled = torch.compile(lambda *x: engine.logits(*x, None), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), aggregator(*inputs), rtol=1e-11, atol=1e-11)
+
+
 def test_a_type_must_be_faster_on_this_cpu() -> None:
     assert not pays_off_on_cpu(torch.float64)
 

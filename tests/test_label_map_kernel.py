@@ -19,6 +19,7 @@ READOUTS = [
     Readout((13, 17)),
     Readout((24, 24)),
     Readout((40, 9), visible=(20, 15)),
+    Readout((40, 9), visible=(50, 15)),
     Readout((13, 17), SlidingWindow(8, 0.25, (20, 26))),
     Readout((50, 31), SlidingWindow(16, 0.333, (16, 27))),
     Readout((20, 26), SlidingWindow(12, 0.5, (20, 26))),
@@ -121,6 +122,6 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="all above 0"):
         label_map.update(readout, target, 0, logits[:, :0])
     with pytest.raises(ValueError, match=r"readout: .* are not rows and columns"):
-        label_map.update(Readout((5, 5), visible=(25, 3)), target, 0, logits[:1])
+        label_map.update(Readout((5, 5), visible=(0, 3)), target, 0, logits[:1])
     with pytest.raises(ValueError, match=r"logits: dtype torch.int64"):
         label_map.update(readout, target, 0, logits.long())

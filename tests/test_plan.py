@@ -98,7 +98,7 @@ def test_cost_volume_embedding_in_the_fourier_domain(resolution: tuple[int, int]
     for crops in (slice(0, 3), slice(1, 2)):
         for shared in (text[crops], text[:1]):
             expected = stages.embed_cost_volume(plan, image[crops], shared, resolution)
-            actual = fourier.embed_cost_volume(plan, spectra, crops, shared, resolution)
+            actual = fourier.embed_cost_volume(plan, spectra, crops, shared)
             torch.testing.assert_close(actual, expected, **EXACT)
 
 

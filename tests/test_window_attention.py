@@ -25,6 +25,8 @@ from catseg_fast.terms import BlockGuidance, _block_guidance
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 G = 48  # channels of the guidance
 
+pytestmark = pytest.mark.usefixtures("on_gpu")
+
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +65,7 @@ def make_inputs(
     """Guidance of one or of B crops, or none at all (but a bias), and a chunk."""
     HW, dtype = resolution[0] * resolution[1], block.qkv.dtype
     tokens = None if crops is None else torch.randn(crops, HW, G).to(dtype)
-    guidance = _block_guidance(block, tokens, resolution, torch.device("cpu"))
+    guidance = _block_guidance(block, tokens, resolution, torch.get_default_device())
     return guidance, torch.randn(B, t, HW, block.qkv.shape[1]).to(dtype)
 
 
@@ -197,7 +199,7 @@ def test_order_and_regions_are_those_of_the_plain_block(
 ) -> None:
     (H, W), N = resolution, window**2
     block = make_block(torch.float32, 16, 1, window, shift, 16)
-    guidance = _block_guidance(block, None, resolution, torch.device("cpu"))
+    guidance = _block_guidance(block, None, resolution, torch.get_default_device())
     position, region = torch.full((2, H * W), -1, dtype=torch.int32)
     size = triton.next_power_of_2(H * W)
     _order_kernel[(1,)](position, region, H=H, W=W, WINDOW=window, SHIFT=shift, HW=H * W, BLOCK=size)

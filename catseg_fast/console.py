@@ -1,0 +1,55 @@
+"""What the commands of the command line share: consoles, options, and errors in one line. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+# What a user can cause and mend: a line says it all. Anything else is a bug and keeps its traceback.
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
+
+stdout, stderr = Console(), Console(stderr=True)
+
+
+def examples(*lines: str) -> str:
+    """An epilog of one example command a line."""
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"[cyan]{line}[/cyan]" for line in lines)
+
+
+def choice(flag: str, choices: Sequence[str], text: str) -> Any:
+    """An option that takes one of `choices`, or several where its type is a list."""
+
+    def check(value: str | list[str] | None) -> str | list[str] | None:
+        for name in [value] if isinstance(value, str) else value or []:
+            if name not in choices:
+                raise typer.BadParameter(f"{name!r} is not one of {', '.join(choices)}")
+        return value
+
+    return typer.Option(flag, callback=check, metavar="NAME", help=f"{text}: {', '.join(choices)}.")
+
+
+def say_error(message: object) -> None:
+    stderr.print(Text.assemble(("error:", "bold red"), " ", str(message)), soft_wrap=True)
+
+
+@contextmanager
+def plain_errors(debug: bool) -> Iterator[None]:
+    """Turn errors of the user's making into a message and exit code 1, an interrupt into 130."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        say_error(error)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        stderr.print("interrupted; the results written so far are complete")
+        raise typer.Exit(130) from None
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

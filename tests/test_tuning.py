@@ -1,0 +1,499 @@
+"""Launch configs: how an op finds a measured one, and how the tuner measures it, in the interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from catseg_fast import cli, planner, tuner
+from catseg_fast.engine import Engine
+from catseg_fast.kernels import TUNABLE_OPS, class_apply, convolution, mlp, qkv, tuning
+from catseg_fast.kernels.checks import INTERPRETED
+from catseg_fast.kernels.compile_target import CAPABILITIES
+from catseg_fast.kernels.tunable import Tunable, Workload
+from catseg_fast.kernels.tuning import Problem
+from test_plan import features, make_aggregator
+
+GPU = "NVIDIA H200"
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+DEFAULT = mlp.MLPConfig(rows=128, hidden=64, num_warps=8, num_stages=2)
+TINY = Workload(
+    90, torch.float32, "ieee", crops=2, classes=2, height=3, width=6, channels=32, heads=2, window=3,
+    hidden=48, features=32, prompts=(3, 1), decoder=(32, 16),
+)  # fmt: skip
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs kernels in Triton's interpreter")
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The user's folder and the package's, both empty, on a machine with two GPUs of other names."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda device: GPU if device.index == 0 else "RTX 4090"
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (8, 9)
+    )
+    tuning.clear()
+    return tmp_path / "catseg-fast" / "configs", tmp_path / "shipped"
+
+
+def problem(crop_classes: int = 255, dtype: torch.dtype = torch.float16, precision: str = "ieee") -> Problem:
+    return mlp.problem(dtype, precision, crop_classes, 576, 128, 512)
+
+
+def entry(rows: int, crop_classes: int = 255, **changes: Any) -> dict[str, Any]:
+    """A measured config of `problem(crop_classes)`, told by its rows."""
+    return {
+        "kernel": "mlp", "dtype": "fp16", "precision": "ieee",
+        "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": crop_classes},
+        "config": asdict(replace(DEFAULT, rows=rows)), "milliseconds": 1.0, "gpu": GPU, **changes,
+    }  # fmt: skip
+
+
+def put(folder: Path, content: object, gpu: str = GPU) -> Path:
+    """Write a file of `window_block`, as JSON unless it is bytes."""
+    path = tuning.config_path(folder, gpu, "window_block")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    tuning.clear()
+    return path
+
+
+def rows_of(wanted: Problem, device: torch.device = CUDA) -> int:
+    """Rows of the config that is chosen; the default has 128."""
+    return tuning.choose(wanted, device, lambda _: DEFAULT).rows
+
+
+def test_config_files_of_a_gpu(folders):
+    assert tuning.user_folder() == folders[0]
+    path = tuning.config_path(folders[0], "NVIDIA GeForce RTX 4090 (D)", "decode")
+    assert path == folders[0] / "nvidia-geforce-rtx-4090-d" / "decode.json"
+
+
+@pytest.mark.parametrize("value", [None, "", "relative"])
+def test_user_folder_without_xdg(value, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    assert tuning.user_folder() == Path.home() / ".cache" / "catseg-fast" / "configs"
+
+
+def test_order_interpreter_measured_default(folders):
+    interpreter = replace(DEFAULT, rows=1024)
+    seen: list[int] = []
+
+    def default(capability: int) -> mlp.MLPConfig:
+        seen.append(capability)
+        return DEFAULT
+
+    assert tuning.choose(problem(), CUDA, default, interpreter) is DEFAULT
+    assert tuning.choose(problem(), torch.device("cuda", 1), default, interpreter) is DEFAULT
+    put(folders[0], [entry(32)])
+    assert tuning.choose(problem(), CUDA, default, interpreter) == replace(DEFAULT, rows=32)
+    assert tuning.choose(problem(), CPU, default, interpreter) is interpreter
+    assert seen == [90, 89]
+    assert tuning.choose(problem(), CPU, default) is DEFAULT
+
+
+def test_nearest_number_of_crop_classes_by_ratio(folders):
+    put(folders[0], [entry(16, 10), entry(32, 100), entry(64, 10_000)])
+    found = {n: rows_of(problem(n)) for n in (1, 10, 30, 33, 100, 900, 1100, 50_000)}
+    assert found == {1: 16, 10: 16, 30: 16, 33: 32, 100: 32, 900: 32, 1100: 64, 50_000: 64}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kernel": "qkv"},
+        {"dtype": "bf16"},
+        {"precision": "tf32x3"},
+        {"shape": {"positions": 576, "channels": 256, "hidden": 512, "crop_classes": 255}},
+        {"shape": {"positions": 576, "channels": 128, "crop_classes": 255}},
+        {"shape": {"positions": 576, "channels": 128, "hidden": 512, "prompts": 1, "crop_classes": 255}},
+    ],
+    ids=str,
+)
+def test_all_else_must_be_equal(folders, changes):
+    put(folders[0], [entry(32, **changes)])
+    assert rows_of(problem()) == 128
+    put(folders[0], [entry(32, **changes), entry(64, 1)])
+    assert rows_of(problem()) == 64
+
+
+def test_precision_is_of_fp32_alone(folders):
+    put(folders[0], [entry(16), entry(32, dtype="fp32"), entry(64, dtype="fp32", precision="tf32x3")])
+    assert rows_of(problem(precision="tf32x3")) == 16
+    assert rows_of(problem(dtype=torch.float32)) == 32
+    assert rows_of(problem(dtype=torch.float32, precision="tf32x3")) == 64
+
+
+def test_the_users_go_before_the_packages(folders):
+    user, shipped = folders
+    put(shipped, [entry(16, 255), entry(32, 255, dtype="bf16")])
+    put(user, [entry(64, 1)])
+    assert rows_of(problem()) == 64
+    assert rows_of(problem(dtype=torch.bfloat16)) == 32
+
+
+def test_each_gpu_has_its_own(folders):
+    put(folders[0], [entry(32)])
+    put(folders[0], [entry(64, gpu="RTX 4090")], "RTX 4090")
+    assert rows_of(problem()) == 32
+    assert rows_of(problem(), torch.device("cuda", 1)) == 64
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value"),
+        (b"[" * 100_000, "recursion"),
+        (b"\xff\xfe", "decode"),
+        ({"rows": 32}, "no list"),
+        ([32], "entry 0 is no object"),
+        ([entry(32), {"config": {}}], "entry 1 lacks dtype, gpu, kernel, precision, shape"),
+        ([entry(32, shape=[])], "no object"),
+        ([entry(32, config=None)], "no object"),
+        ([entry(32, shape={"positions": 576})], "no positive integer: None"),
+        ([entry(32, 0)], "no positive integer: 0"),
+        ([entry(32, gpu="NVIDIA H100")], "another GPU, 'NVIDIA H100'"),
+        ([entry(32, config={"rows": 32})], "missing"),
+        ([entry(32, config={**asdict(DEFAULT), "clusters": 2})], "clusters"),
+        ([entry(32, config={**asdict(DEFAULT), "rows": 33})], "rows: 33 is not a power of two"),
+        (
+            [entry(32, config={**asdict(DEFAULT), "num_stages": 2.0})],
+            "num_stages: 2.0 is not a positive integer",
+        ),
+        ([entry(32, config={**asdict(DEFAULT), "rows": True})], "rows: True is not a power of two"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_broken_file_is_named_and_not_used(folders, content, reason):
+    path = put(folders[0], content)
+    with pytest.warns(UserWarning, match=reason) as caught:
+        assert [rows_of(problem()), rows_of(problem())] == [128, 128]  # read once, warned once
+    (warning,) = caught
+    assert str(path) in str(warning.message)
+    put(folders[1], [entry(64)])
+    with pytest.warns(UserWarning, match=reason):
+        assert rows_of(problem()) == 64
+
+
+def test_files_are_read_once(folders, monkeypatch):
+    put(folders[0], [entry(32)])
+    assert rows_of(problem()) == 32
+    monkeypatch.setattr(json, "loads", None)
+    assert rows_of(problem(100)) == 32
+    assert rows_of(problem(100, torch.bfloat16)) == 128
+
+
+WORKLOADS = [
+    Workload(capability, dtype, precision, crops, classes)
+    for capability in CAPABILITIES
+    for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    for precision in (("ieee", "tf32x3") if dtype == torch.float32 else ("ieee",))
+    for crops, classes in ((5, 51), (1, 4))
+]
+
+
+def tunables_of(workload: Workload) -> list[Tunable]:
+    modules = dict.fromkeys(TUNABLE_OPS.values())
+    return [
+        tunable
+        for name in modules
+        for tunable in importlib.import_module(f"catseg_fast.kernels.{name}").tunables(workload)
+    ]
+
+
+def test_every_op_has_candidates_for_every_gpu():
+    for workload in WORKLOADS:
+        found = tunables_of(workload)
+        assert {tunable.problem.op for tunable in found} == set(TUNABLE_OPS)
+        for tunable in found:
+            assert 8 <= len(tunable.candidates) <= 32, tunable.problem
+            assert len(set(tunable.candidates)) == len(tunable.candidates)
+            assert all(type(config) is tunable.problem.config for config in tunable.candidates)
+
+
+def test_the_default_is_the_first_candidate():
+    for workload in WORKLOADS:
+        capability, dtype, precision = workload.capability, workload.dtype, workload.input_precision
+        found = {tunable.problem.kernel: tunable.candidates[0] for tunable in tunables_of(workload)}
+        assert found["mlp"] == mlp.default_config(capability, dtype, 128)
+        assert found["qkv"] == qkv.default_config(capability, dtype, 128, precision)
+        assert found["apply"] == class_apply.default_config(capability, dtype, precision, workload.classes)
+
+
+@interpreted
+@pytest.mark.parametrize("op", TUNABLE_OPS)
+def test_tunables_run_and_the_candidates_agree(op):
+    """The default, and the candidate with the largest tiles."""
+    for tunable in tunables_of(replace(TINY, dtype=torch.float16)):
+        if tunable.problem.op == op:
+            largest = max(
+                tunable.candidates[1:], key=lambda config: math.prod(filter(None, vars(config).values()))
+            )
+            chosen = (tunable.candidates[0], largest)
+            outcome = tuner.tune(replace(tunable, candidates=chosen), CPU, run_once)
+            assert outcome is not None
+            assert tuple(outcome.milliseconds) == chosen, (tunable.problem, outcome)
+
+
+@interpreted
+@torch.no_grad()
+def test_what_the_tuner_measures_is_what_the_engine_asks_for(monkeypatch):
+    asked: set[Problem] = set()
+    make, default_config = Problem.of, convolution.default_config
+
+    def spy(*arguments: Any, **sizes: int) -> Problem:
+        asked.add(wanted := make(*arguments, **sizes))
+        return wanted
+
+    monkeypatch.setattr(Problem, "of", spy)
+    # The interpreter takes as long for a small program as for a large one.
+    monkeypatch.setattr(convolution, "default_config", lambda *a: replace(default_config(*a), pixels=1024))
+    for prompts in (3, 1):
+        engine = Engine(make_aggregator(prompt_channel=prompts, num_layers=1).float())
+        engine.backend, engine.precision = "triton", torch.float32
+        image, text, guidance = features(engine.aggregator, classes=2, crops=1)
+        maps = [
+            x[..., : 12 * scale, : 12 * scale].float() for x, scale in zip(guidance, (1, 2, 4), strict=True)
+        ]
+        engine.logits(image[..., :12, :12].float(), text.float(), maps, None)
+    monkeypatch.undo()
+    workload = replace(TINY, crops=1, classes=2, height=12, width=12, window=12, hidden=128)
+    assert {tunable.problem for tunable in tunables_of(workload)} == asked
+
+
+def run_once(call: Callable[[], object]) -> float:
+    call()
+    return 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("op", TUNABLE_OPS)
+def test_tunes_on_a_gpu(op):
+    device = torch.device("cuda", torch.cuda.current_device())
+    for tunable in tuner.list_tunables([op], torch.float16, [7], 1, device):
+        outcome = tuner.tune(tunable, device, tuner.median_milliseconds)
+        assert outcome is not None
+        assert outcome.reason is None
+        assert not outcome.wrong
+        assert min(outcome.milliseconds.values()) > 0
+
+
+def make_tunable(*times: float | str) -> tuple[Tunable, Callable[[Callable[[], object]], float]]:
+    """A kernel with a candidate for each time, or for a fault, and a timer that knows the times."""
+    original = qkv.tunable(TINY)
+    configs = [replace(original.candidates[0], num_stages=number) for number, _ in enumerate(times, 1)]
+
+    def run(inputs: Any, config: Any) -> Any:
+        time = times[config.num_stages - 1]
+        if time == "fails":
+            raise RuntimeError("out of resources")
+        result = [x.clone() for x in original.run(inputs, config)]
+        inputs[0].zero_()  # a kernel may overwrite its inputs
+        if time == "wrong":
+            result[0][0, 0, 5, 5] *= 1.01
+        if time == "NaN":
+            result[0][0, 0, 5, 5] = math.nan
+        return result
+
+    def timer(call: Any) -> float:
+        call()
+        time = times[call.args[1].num_stages - 1]
+        assert isinstance(time, float)
+        return time
+
+    return replace(original, candidates=tuple(configs), run=run), timer
+
+
+@interpreted
+def test_the_fastest_right_candidate_wins():
+    tunable, timer = make_tunable(3.0, "wrong", 2.0, "fails", 4.0, "NaN")
+    outcome = tuner.tune(tunable, CPU, timer)
+    assert outcome is not None
+    assert outcome.reason is None
+    assert list(outcome.milliseconds.values()) == [3.0, 2.0, 4.0]
+    assert outcome.best == tunable.candidates[2]
+    assert (outcome.failed, outcome.wrong) == (1, [tunable.candidates[1], tunable.candidates[5]])
+    assert outcome.default_milliseconds == 3.0
+
+
+@interpreted
+@pytest.mark.parametrize(("fault", "reason"), [("fails", "out of resources"), ("NaN", "NaN")])
+def test_without_a_default_nothing_is_kept(tmp_path, fault, reason):
+    tunable, timer = make_tunable(fault, 1.0)
+    (outcome,) = tuner.tune_all([tunable], CPU, GPU, tmp_path, timer=timer)
+    assert reason in str(outcome.reason)
+    assert not list(tmp_path.iterdir())
+
+
+@interpreted
+def test_a_lost_gpu_ends_it():
+    def lost(call: object) -> float:
+        raise torch.AcceleratorError("illegal memory access")
+
+    with pytest.raises(torch.AcceleratorError):
+        tuner.tune(make_tunable(1.0)[0], CPU, lost)
+
+
+@interpreted
+def test_what_is_measured_is_found(folders):
+    tunable, timer = make_tunable(3.0, 2.0)
+    (outcome,) = tuner.tune_all([tunable], CPU, GPU, folders[0], timer=timer)
+    chosen = tuning.choose(tunable.problem, CUDA, lambda _: tunable.candidates[0])
+    assert chosen == outcome.best == tunable.candidates[1]
+    (written,) = json.loads(tuning.config_path(folders[0], GPU, "window_block").read_text())
+    assert written["gpu"] == GPU
+    assert (written["milliseconds"], written["default_milliseconds"]) == (2.0, 3.0)
+    assert written["shape"] == {"positions": 18, "channels": 32, "crop_classes": 4}
+    assert {"triton", "torch", "catseg_fast", "date"} <= written.keys()
+
+
+def test_saving_merges(folders):
+    path = put(folders[0], [entry(16, 255), entry(32, 1000), entry(64, kernel="qkv")])
+    tuner.save(path, GPU, entry(128, 1000))
+    tuner.save(path, GPU, entry(256, 10))
+    found = [(item["kernel"], item["config"]["rows"]) for item in tuning.read(path, GPU)]
+    assert found == [("mlp", 16), ("qkv", 64), ("mlp", 128), ("mlp", 256)]
+    assert rows_of(problem(1000)) == 128
+
+
+def test_saving_replaces_a_broken_file(folders):
+    path = put(folders[0], b"[{")
+    with pytest.warns(UserWarning, match=r"window_block\.json"):
+        tuner.save(path, GPU, entry(32))
+    assert tuning.read(path, GPU) == [entry(32)]
+
+
+def test_saving_is_all_or_nothing(folders, monkeypatch):
+    path = put(folders[0], [entry(32)])
+
+    def disk_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        tuner.save(path, GPU, entry(64))
+    assert tuning.read(path, GPU) == [entry(32)]
+    assert list(path.parent.iterdir()) == [path]
+
+
+@interpreted
+def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(tuner.time, "monotonic", lambda: next(clock))
+    first, timer = make_tunable(3.0, 2.0)
+    second = replace(first, problem=first.problem._replace(crop_classes=1000))
+    advanced: list[None] = []
+    # The clock goes on by a second a look: at the start, then before each candidate.
+    outcomes = list(
+        tuner.tune_all(
+            [first, second],
+            CPU,
+            GPU,
+            tmp_path,
+            timer=timer,
+            seconds=3.5,
+            advance=lambda: advanced.append(None),
+        )
+    )
+    assert [outcome.tunable for outcome in outcomes] == [first]
+    assert len(advanced) == 3
+    assert len(tuning.read(tuning.config_path(tmp_path, GPU, "window_block"), GPU)) == 1
+
+
+@pytest.mark.usefixtures("folders")
+def test_vocabularies_become_launches():
+    def launches(*classes: int, crops: int = 5, dtype: torch.dtype = torch.float16) -> list[tuple[str, int]]:
+        found = tuner.list_tunables(["class_apply"], dtype, classes, crops, CUDA)
+        return [(tunable.problem.precision, tunable.problem.crop_classes) for tunable in found]
+
+    step = planner.CROP_CLASSES["cuda"]
+    assert launches(1_000_000, 2_000_000) == [("ieee", step // 5 * 5)]
+    assert launches(2, 3, 1_000_000, crops=1) == [("ieee", 2), ("ieee", 3), ("ieee", step)]
+    assert launches(2, dtype=torch.float32) == [("ieee", 10), ("tf32x3", 10)]
+
+
+def run_tune(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, ["tune", *arguments], prog_name="catseg-fast")
+
+
+@interpreted
+def test_command(folders, monkeypatch, tmp_path):
+    tunable, timer = make_tunable(3.0, "wrong", 2.0, "fails")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("catseg_fast.tune_command._require_gpu", lambda: CUDA)
+    monkeypatch.setattr(tuner, "list_tunables", lambda *_: [tunable])
+    monkeypatch.setattr(tuner, "median_milliseconds", timer)
+    tune_on = tuner.tune
+    monkeypatch.setattr(tuner, "tune", lambda tunable, device, *rest: tune_on(tunable, CPU, *rest))
+
+    result = run_tune("--op", "window_block")
+    assert result.exit_code == 0, result.output
+    assert "3.000 ms │ 2.000 ms │ 1.50x │ 2     │ 1      │ 1" in result.stdout
+    assert f"{GPU}: written to {folders[0]}" in result.stdout
+    assert "note: window_block, qkv" in result.stderr
+    assert tuning.config_path(folders[0], GPU, "window_block").is_file()
+
+    result = run_tune("--minutes", "0", "--output", str(tmp_path / "here"))
+    assert result.exit_code == 0
+    assert "time is up: 0 of 1 kernels and shapes are done" in result.stderr
+    assert not (tmp_path / "here").exists()
+
+    monkeypatch.setattr(tuner, "list_tunables", lambda *_: [make_tunable("fails")[0]])
+    result = run_tune()
+    assert result.exit_code == 1
+    assert "the default config does not run: out of resources" in result.stderr
+
+
+@pytest.mark.usefixtures("folders")
+@pytest.mark.parametrize(
+    ("available", "capability", "message"),
+    [
+        (False, (9, 0), f"needs a CUDA GPU, to time kernels on; found none, with torch {torch.__version__}"),
+        (True, (7, 5), "has compute capability 7.5"),
+        (True, (9, 0), "TRITON_INTERPRET is set"),
+    ],
+)
+def test_command_without_a_gpu_to_time_on(available, capability, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr("catseg_fast.kernels.checks.INTERPRETED", True)
+    result = run_tune()
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: tune: ")
+    assert message in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "label_map"], "embed_cost_volume, window_block"),
+        (["--op", "decode", "--op", "x"], "'x' is not one of"),
+        (["--dtype", "fp8"], "fp16, bf16, fp32"),
+        (["--classes", "0"], "--classes"),
+        (["--minutes", "-1"], "--minutes"),
+        (["--output", __file__], "is not a folder"),
+    ],
+)
+def test_usage_errors(arguments, message, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = run_tune(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
