@@ -1,6 +1,6 @@
 """Which tensors of the reference the Triton kernels never write to memory, with their sizes.
 
-`python bench/never_materialised.py` runs the reference on the meta device, where tensors have shapes and no
+`python -m bench.never_materialised` runs the reference on the meta device, where tensors have shapes and no
 memory, and the Triton back end with kernels that are allocated for but not launched: both at full size. It
 needs no GPU, and writes bench/results/never_materialised.md.
 """
@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases import Case, make_call
+from bench.cases import Case, make_call
 from catseg_fast import reference
 from catseg_fast.planner import format_bytes, usual_chunk
 from catseg_fast.triton_stages import TritonStages
@@ -160,7 +160,7 @@ def main() -> None:
         "",
         f"Tensors of {format_bytes(SMALLEST)} or more: the reference's in fp32 for {CROPS} crops, shapes at "
         f"T={MANY}; the Triton kernels' in fp16, for {CHUNK} classes a step. Made by "
-        "`python bench/never_materialised.py`; nothing is run on a GPU for it.",
+        "`python -m bench.never_materialised`; nothing is run on a GPU for it.",
     ]
     for variant in ("v1-vitl-swinb", "v2-vitl"):
         lines += ["", f"## {variant}", "", *table(variant)]

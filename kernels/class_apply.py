@@ -164,7 +164,7 @@ def default_config(capability: int, dtype: torch.dtype, precision: str, classes:
     if dtype == torch.float32:
         num_stages = 1 if precision == "tf32x3" else 2
         return ApplyConfig(
-            positions=1, classes=32, hidden=16, num_warps=8, num_stages=num_stages, maxnreg=255
+            positions=1, classes=16, hidden=16, num_warps=8, num_stages=num_stages, maxnreg=255
         )
     rows, num_warps = TILES[capability]
     positions = 2 if classes <= rows // 2 else 1
@@ -359,7 +359,6 @@ def compile_targets(capability: int) -> list[CompileTarget]:
                 maxnreg=config.maxnreg,
                 divisible=strides,
                 expects_mma=None if name == "fp32 ieee" else mma,
-                max_stack=16 if precision == "tf32x3" else 0,
             )
         )
     return targets

@@ -46,8 +46,7 @@ class MLPConfig(LaunchConfig):
 def default_config(capability: int, dtype: torch.dtype, channels: int) -> MLPConfig:
     """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if dtype == torch.float32:
-        rows, hidden = (32, 32) if channels <= 128 else (16, 16)
-        return MLPConfig(rows, hidden, num_warps=8, num_stages=1)
+        return MLPConfig(rows=16, hidden=16, num_warps=8, num_stages=1)
     if channels > 128:
         return MLPConfig(rows=32, hidden=32, num_warps=4, num_stages=2)
     return MLPConfig(rows=128, hidden=64 if capability >= 90 else 32, num_warps=8, num_stages=2)

@@ -158,7 +158,6 @@ def test_range_of_fp16(scale: float, shift: float) -> None:
         assert (found.double() - exact).norm() < 2e-3 * exact.norm()
 
 
-@pytest.mark.slow
 def test_matches_stages_at_the_published_resolution() -> None:
     x, text_key, text_query = make_inputs(1, 2, 576, 128)
     check(make_layer(), [(x, text_key, text_query)], (24, 24), torch.float16)

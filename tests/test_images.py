@@ -108,7 +108,6 @@ def test_tiny_images(size, tmp_path):
     assert load_image(path)[:, 0, 0].tolist() == [1, 2, 3]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [(8000, 6000), (12000, 9000)])
 def test_huge_photos_load_without_warnings(size, tmp_path):
     path = save(Image.new("RGB", size, (9, 8, 7)), tmp_path / "huge.png", compress_level=1)

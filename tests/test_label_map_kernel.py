@@ -19,10 +19,10 @@ READOUTS = [
     Readout((13, 17)),
     Readout((24, 24)),
     Readout((40, 9), visible=(20, 15)),
-    Readout((40, 9), visible=(50, 15)),
     Readout((13, 17), SlidingWindow(8, 0.25, (20, 26))),
     Readout((50, 31), SlidingWindow(16, 0.333, (16, 27))),
     Readout((20, 26), SlidingWindow(12, 0.5, (20, 26))),
+    Readout((40, 9), visible=(50, 15)),
 ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
@@ -20,7 +19,6 @@ STREET = Path(__file__).parent.parent / "examples" / "street.png"
 CLASSES = ["sky", "tree", "house", "road", "car, automobile", "person"]
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_segment_at_full_size_equals_the_reference(tmp_path: Path) -> None:
     reference = ReferenceCATSeg("v2-vitb", CLASSES).eval()
