@@ -1,8 +1,9 @@
 """The engine on the CPU against the eager reference, in the same process with the same threads.
 
-    pytest bench/ --benchmark-only -k "engine and cpu"
+    pytest bench/bench_engine.py --benchmark-only --full
 
-A speed is printed only for a case whose answer was checked in the same run.
+Without `--full` the cases that take minutes are left out. A speed is printed only for a case whose answer
+was checked in the same run.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from cases import Case, make_call
-from flops import flop_table
-from peak_memory import measure
+from bench.cases import Case, make_call
+from bench.flops import flop_table
+from bench.peak_memory import measure
 
 Table = Callable[[str, dict[str, Any]], None]
 
 # Case, type of the engine's stages, speed-up to reach.
 SPEED = [
     (Case("v2-vitl", 20), torch.float32, 12.0),
-    (Case("v2-vitl", 150), torch.float32, 2.5),
-    (Case("v1-vitl-swinb", 150), torch.float32, 2.0),
-    (Case("v2-vitl", 150), torch.bfloat16, 4.0),
+    pytest.param(Case("v2-vitl", 150), torch.float32, 2.5, marks=pytest.mark.full),
+    pytest.param(Case("v1-vitl-swinb", 150), torch.float32, 2.0, marks=pytest.mark.full),
+    pytest.param(Case("v2-vitl", 150), torch.bfloat16, 4.0, marks=pytest.mark.full),
 ]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # largest error over largest logit
 
@@ -89,6 +90,7 @@ def _memory_row(table: Table, what: str, peak: float, seconds: float, comparison
     )
 
 
+@pytest.mark.full
 def bench_engine_cpu_memory(benchmark: BenchmarkFixture, table: Table) -> None:
     request = {"variant": "v1-vitl-swinb", "classes": 150, "crops": 5}
     reference = measure(**request, run="reference")
@@ -100,6 +102,7 @@ def bench_engine_cpu_memory(benchmark: BenchmarkFixture, table: Table) -> None:
     _memory_row(table, f"engine, {case}", ours["peak_bytes"], ours["seconds"], f"1/{ratio:.1f} of it", "1/5")
 
 
+@pytest.mark.full
 def bench_engine_cpu_memory_of_a_large_vocabulary(benchmark: BenchmarkFixture, table: Table) -> None:
     request = {"variant": "v1-vitl-swinb", "crops": 5, "run": "label_map", "policy": "recompute"}
     request["size"] = [1024, 2048]

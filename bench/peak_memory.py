@@ -1,6 +1,6 @@
 """Peak memory of one call above weights and inputs, measured in a process of its own.
 
-    python bench/peak_memory.py '{"variant": "v1-vitl-swinb", "classes": 150, "crops": 5, "run": "torch"}'
+    python -m bench.peak_memory '{"variant": "v1-vitl-swinb", "classes": 150, "crops": 5, "run": "torch"}'
 
 prints a JSON object with `peak_bytes` and `seconds`. `run` is "reference", "torch", or "label_map": the
 engine with `policy`, read out into a label map of `size`.
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
 STATUS = Path("/proc/self/status")
 
 
@@ -24,8 +25,8 @@ def measure(**request: Any) -> dict[str, float]:
     Raises:
         RuntimeError: if it fails; the message holds what it printed.
     """
-    command = [sys.executable, __file__, json.dumps(request)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bench.peak_memory", json.dumps(request)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(f"{request} failed:\n{child.stderr}")
     answer: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
@@ -42,7 +43,7 @@ def run(request: dict[str, Any]) -> dict[str, float]:
     """Run a request in this process."""
     import torch
 
-    from cases import Case, make_call
+    from bench.cases import Case, make_call
     from catseg_fast import SlidingWindow
     from catseg_fast.label_map import READOUT_BYTES, LabelMap, Readout, reader
 

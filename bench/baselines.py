@@ -1,0 +1,180 @@
+"""What runs against each other on the same weights and inputs: from upstream's way of computing to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from bench.cases import Call, Case
+from catseg_fast import reference
+from catseg_fast.backend import why_no_triton
+from catseg_fast.reference.window_attention import WindowAttention
+
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One way to compute a case.
+
+    Attributes:
+        name: in tables; the letter is that of BENCHMARKS.md.
+        dtypes: types of the cases that it has an answer to.
+        prepare: makes what is timed.
+        ours: whether it has the restructured maths.
+        gpu_only: why it does not run without a GPU; empty if it does.
+        on_cpu: what is different from a GPU, where that is of importance.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    prepare: Callable[[Call], Run]
+    ours: bool = False
+    gpu_only: str = ""
+    on_cpu: str = ""
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether it replays a graph, whose memory was taken before."""
+        return self.prepare is _graphed
+
+    def unavailable(self, case: Case, device: torch.device) -> str | None:
+        """Why it does not run a case on a device; None if it does."""
+        if case.dtype not in self.dtypes:
+            return f"has no answer in {case.dtype}"
+        if self.gpu_only and device.type != "cuda":
+            return self.gpu_only
+        if self.gpu_only and (reason := why_no_triton(device)):
+            return reason
+        if self.is_graph and case.selects:
+            return "which classes are kept is looked up on the host, which no graph records"
+        if self.prepare is _compiled and case.selects:
+            return "features in bf16 pick other classes than those in fp32"
+        return None
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether fp32 products and convolutions may be rounded to TF32."""
+    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+class FusedWindowAttention(WindowAttention):
+    """The reference's window attention by `scaled_dot_product_attention`."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As the reference's: `x [B * windows, N, dim + guidance]` to `[B * windows, N, dim]`."""
+        q, k, v = (
+            rearrange(tensor, "W N (h d) -> W h N d", h=self.num_heads)
+            for tensor in (self.q(x), self.k(x), self.v(x[..., : self.dim]))
+        )
+        if mask is not None:
+            mask = mask.to(q.dtype).repeat(len(q) // len(mask), 1, 1)[:, None]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return self.proj(rearrange(attended, "W h N d -> W N (h d)"))
+
+
+def graphed(run: Run) -> Run:
+    """A recording of `run` as a CUDA graph; its answer is overwritten by the next call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return answer
+
+    return replay
+
+
+def _eager(call: Call) -> Run:
+    call.aggregator.backend = "reference"
+    return call
+
+
+def _autocast(call: Call) -> Run:
+    call.aggregator.backend = "reference"
+
+    def run() -> Tensor:
+        with tf32(True), torch.autocast(call.img_feats.device.type, torch.bfloat16):
+            return call()
+
+    return run
+
+
+def _compiled(call: Call) -> Run:
+    """The reference in bf16, channels last, with SDPA, compiled."""
+    call = call.to(torch.bfloat16)
+    aggregator = call.aggregator.to(memory_format=torch.channels_last)
+    for module in aggregator.modules():
+        if type(module) is WindowAttention:
+            module.__class__ = FusedWindowAttention
+
+    def forward(img_feats: Tensor, text_feats: Tensor, guidance: list[Tensor]) -> Tensor:
+        return reference.Aggregator.forward(aggregator, img_feats, text_feats, guidance)
+
+    mode = "max-autotune" if call.img_feats.is_cuda else "default"
+    fast = torch.compile(forward, mode=mode, dynamic=False)
+    img_feats, *guidance = (x.to(memory_format=torch.channels_last) for x in (call.img_feats, *call.guidance))
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return fast(img_feats, call.text_feats, guidance)
+
+    return run
+
+
+def _torch(call: Call) -> Run:
+    call.aggregator.backend = "torch"
+    return call
+
+
+def _triton(call: Call) -> Run:
+    call.aggregator.backend = "triton"
+    return call
+
+
+def _graphed(call: Call) -> Run:
+    call.aggregator.backend = "triton"
+    return graphed(call)
+
+
+_EVERY = (torch.float32, torch.float16, torch.bfloat16)
+_INTERPRETER = "Triton's interpreter is never timed; a GPU is needed"
+BASELINES = (
+    Baseline("(a) reference, eager fp32", (torch.float32,), _eager),
+    Baseline(
+        "(b) reference, TF32 and bf16 autocast", (torch.bfloat16,), _autocast, on_cpu="a CPU has no TF32"
+    ),
+    Baseline(
+        "(c) reference, bf16, channels last, SDPA, compiled",
+        (torch.bfloat16,),
+        _compiled,
+        on_cpu="compiled in the default mode: max-autotune is for GPUs, so not comparable",
+    ),
+    Baseline("(d) engine, torch", _EVERY, _torch, ours=True),
+    Baseline("(e) engine, Triton", _EVERY, _triton, ours=True, gpu_only=_INTERPRETER),
+    Baseline(
+        "(e) engine, Triton, CUDA graph", _EVERY, _graphed, ours=True, gpu_only="CUDA graphs need a GPU"
+    ),
+)

@@ -1,0 +1,33 @@
+"""What each step from the reference to the kernels saves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import ablation, gate
+from bench.bench_aggregator import least_bytes
+from bench.cases import CROPS, Case, make_call
+from bench.meter import Meter
+
+
+@pytest.mark.parametrize("step", ablation.STEPS)
+def bench_ablation(meter: Meter, full: bool, step: str) -> None:
+    """All steps in one type: fp32 on a CPU, bf16 on a GPU."""
+    device = meter.device
+    if "kernel" in step and device.type == "cpu":
+        pytest.skip("Triton's interpreter is never timed; a GPU is needed")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    case = Case("v2-vitl", 150, CROPS, dtype) if full else Case("v2-vitl", 4)
+    call = make_call(case, device).to(dtype)
+    run = ablation.prepare(call, step)
+    answer = run()
+    meter(
+        run,
+        group="ablation",
+        case=case,
+        run=step,
+        dtype=dtype,
+        error_ratio=gate.check(answer, *gate.expected(case, dtype, device)),
+        least_bytes=least_bytes(call, answer),
+    )

@@ -1,0 +1,53 @@
+"""Each stage's kernels on one chunk of classes, against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import gate
+from bench.cases import DTYPES
+from bench.flops import count, phase_surplus
+from bench.meter import Meter
+from bench.stage_calls import RESOLUTION, STAGES, bind, least_bytes, make_inputs
+from catseg_fast import stages as torch_stages
+from catseg_fast.plan import cast
+from catseg_fast.planner import usual_chunk
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=DTYPES.get)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("run", ["torch", "Triton"])
+@torch.no_grad()
+def bench_kernels(meter: Meter, full: bool, stage: str, dtype: torch.dtype, run: str) -> None:
+    device = meter.device
+    if device.type == "cpu" and run == "Triton":
+        pytest.skip("Triton's interpreter is never timed; a GPU is needed")
+    if device.type == "cpu" and dtype == torch.float16:
+        pytest.skip("a CPU emulates fp16")
+    crops, classes = (5, usual_chunk(4096, 5, device)) if full else (1, 2)
+    inputs = make_inputs(stage, crops, classes, dtype, device)
+    stages = torch_stages
+    if run == "Triton":
+        from catseg_fast.triton_stages import TritonStages  # triton exists for Linux alone
+
+        stages = TritonStages(inputs.plan)
+    bound = bind(stage, inputs)
+    answer = bound(stages)
+    if fallbacks := getattr(stages, "fallbacks", None):
+        pytest.fail(f"runs in torch: {fallbacks}")
+    exact = bind(stage, cast(inputs, gate.precise(dtype)))
+    ratio = gate.check(answer, bound(torch_stages), exact(torch_stages))
+    flop = count(lambda: bound(torch_stages))
+    if stage == "decode":
+        flop -= phase_surplus(inputs.plan, crops * classes, RESOLUTION)
+    meter(
+        torch.no_grad()(lambda: bound(stages)),
+        group="kernels",
+        case=f"{stage}, t={classes}, B={crops}, {DTYPES[dtype]}",
+        run=run,
+        dtype=dtype,
+        error_ratio=ratio,
+        flop=flop * 1e6,
+        least_bytes=least_bytes(stage, inputs, answer),
+    )

@@ -1,0 +1,213 @@
+"""Everything that there is to measure on a machine, in one command, with all results in one folder.
+
+    python -m bench.campaign --minutes 60 --output results/h200
+    python -m bench.campaign --minutes 20 --device cpu --output results/dry-run
+
+Each step writes into the folder as it goes. A run that was cut short is resumed by the same command: finished
+steps are passed over, benchmarks go on where they stopped. What failed is tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench import records
+from bench.report import write as write_report
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ("kernels", "aggregator", "model", "label_map", "ablation", "engine")
+MOST_LOG_BYTES = 2**19
+PROFILED = 3
+TUNING_SHARE = 0.25  # of the time
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of a campaign.
+
+    Attributes:
+        name: of its files in the folder.
+        command: what is run, in the checkout; empty where it cannot run here.
+        reason: why not.
+        environment: variables that are set for it.
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    reason: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a step: "done", "failed", "cut short", "no time left" or "not here"."""
+
+    name: str
+    state: str
+    seconds: float = 0.0
+    detail: str = ""
+
+
+def run(steps: Sequence[Step], folder: Path, seconds: float) -> list[Outcome]:
+    """Run the steps that are not finished, one after the other, until the time is up.
+
+    Args:
+        steps: in order.
+        folder: gets `NAME.log`, and `NAME.done` of finished steps.
+        seconds: after which a step is stopped, and no other begun.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + seconds
+    outcomes = []
+    for step in steps:
+        outcome = _run_step(step, folder, deadline)
+        print(f"{outcome.state:<13} {outcome.name} {outcome.detail}".rstrip(), flush=True)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _run_step(step: Step, folder: Path, deadline: float) -> Outcome:
+    done = folder / f"{step.name}.done"
+    if done.exists():
+        return Outcome(**json.loads(done.read_text(encoding="utf-8")))
+    if not step.command:
+        return Outcome(step.name, "not here", detail=step.reason)
+    start = time.monotonic()
+    if start >= deadline:
+        return Outcome(step.name, "no time left")
+    log = folder / f"{step.name}.log"
+    with log.open("w", encoding="utf-8") as file:
+        child = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **step.environment},
+            start_new_session=True,
+        )
+        try:
+            code = child.wait(timeout=deadline - start)
+        except subprocess.TimeoutExpired:
+            return Outcome(step.name, "cut short", time.monotonic() - start, f"see {log.name}")
+        finally:  # of an interruption, too
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # with what it started
+                child.wait()
+    _keep_tail(log)
+    if code:
+        return Outcome(step.name, "failed", time.monotonic() - start, f"exit code {code}, see {log.name}")
+    outcome = Outcome(step.name, "done", time.monotonic() - start)
+    part = done.with_suffix(".part")
+    part.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+    part.replace(done)
+    return outcome
+
+
+def measuring_steps(device: str, folder: Path, minutes: float) -> list[Step]:
+    """Checks, tuning and benchmarks on "cuda", or all that there is of them on "cpu"."""
+    folder, python, gpu = folder.resolve(), sys.executable, device == "cuda"
+    environment = _environment(device, folder)
+    check = (python, "-m", "pytest", "-m", "gpu" if gpu else "not gpu", "tests/test_real_shapes.py")
+    tune = (python, "-m", "catseg_fast", "tune", "--minutes", f"{TUNING_SHARE * minutes:g}")
+    steps = [
+        Step("environment", (python, "-m", "catseg_fast", "env"), environment=environment),
+        Step("checks", check, environment=environment),
+        Step("tune", tune, environment=environment)
+        if gpu
+        else Step("tune", reason="there is no GPU to tune for"),
+    ]
+    for name in BENCHMARKS:
+        command = (
+            python, "-m", "pytest", f"bench/bench_{name}.py", "--benchmark-only",
+            "--records", str(folder / f"{name}.jsonl"),
+        )  # fmt: skip
+        steps.append(Step(f"bench-{name}", command, environment=environment))
+    return steps
+
+
+def _environment(device: str, folder: Path) -> dict[str, str]:
+    """The folder is where the kernels find what was tuned; what no kernel runs is an error."""
+    hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    return {"XDG_CACHE_HOME": str(folder.resolve() / "cache"), "CATSEG_FAST_STRICT": "1", **hidden}
+
+
+def profiling_steps(device: str, folder: Path) -> list[Step]:
+    """A profile of each of the slowest kernels that were measured, by Nsight Compute."""
+    ncu = shutil.which("ncu")
+    if device != "cuda" or ncu is None:
+        reason = "there is no GPU" if device != "cuda" else "ncu is not installed"
+        return [Step("profile", reason=reason)]
+    path = folder / "kernels.jsonl"
+    measured = records.read([path]) if path.exists() else []
+    slowest = sorted(
+        (record for record in measured if record.run == "Triton"), key=lambda record: -record.median
+    )[:PROFILED]
+    return [
+        Step(
+            f"profile-{number}",
+            (
+                ncu, "--set", "full", "--profile-from-start", "off",
+                sys.executable, "-m", "bench.run_stage", record.case,
+            ),
+            environment=_environment(device, folder),
+        )
+        for number, record in enumerate(slowest, 1)
+    ]  # fmt: skip
+
+
+def report(outcomes: Sequence[Outcome], folder: Path) -> str:
+    """Write the report of what was measured, and return the table and what came of each step."""
+    rows = [f"| {o.name} | {o.state} | {o.seconds:.0f} s | {o.detail} |" for o in outcomes]
+    lines = ["| step | state | time | |", "|---|---|---:|---|", *rows]
+    text = "\n".join(lines) + "\n"
+    measured = sorted(folder.glob("*.jsonl"))
+    if measured:
+        text += "\n" + write_report(measured, folder)
+    (folder / "campaign.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code: 1 if a step failed or has not been finished."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, required=True, help="time for all steps")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU; --device cpu is a dry run")
+    folder, deadline = options.output, time.monotonic() + 60 * options.minutes
+    outcomes = run(
+        measuring_steps(options.device, folder, options.minutes), folder, deadline - time.monotonic()
+    )
+    outcomes += run(profiling_steps(options.device, folder), folder, deadline - time.monotonic())
+    print(report(outcomes, folder))
+    return 0 if all(outcome.state in ("done", "not here") for outcome in outcomes) else 1
+
+
+def _keep_tail(log: Path) -> None:
+    """Cut a log that is too long for the folder to its end."""
+    size = log.stat().st_size
+    if size > MOST_LOG_BYTES:
+        with log.open("rb") as file:
+            file.seek(size - MOST_LOG_BYTES)
+            tail = file.read()
+        log.write_bytes(b"[cut]\n" + tail)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

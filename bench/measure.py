@@ -1,0 +1,124 @@
+"""Times, peak memory, and what the device can do at best, all in the same run."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+GPU_ROUNDS = 30
+CPU_ROUNDS = (3, 30)  # least and most
+CPU_SECONDS = 1.0  # for all rounds of a short call
+CEILING_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated calls."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """Median and percentiles; of one call, all the same."""
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1)
+        p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
+        return cls(statistics.median(seconds), p20, p80, len(seconds))
+
+
+def time_call(call: Callable[[], Any], device: torch.device, rounds: int | None = None) -> Timing:
+    """Time a call that has been made before: CUDA events on a GPU, the clock elsewhere."""
+    if device.type != "cuda":
+        return Timing.of([_clock(call) for _ in range(rounds or cpu_rounds(call))])
+    marks = []
+    for _ in range(rounds or GPU_ROUNDS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        marks.append((start, stop))
+    torch.cuda.synchronize(device)
+    return Timing.of([start.elapsed_time(stop) / 1e3 for start, stop in marks])
+
+
+def cpu_rounds(call: Callable[[], Any]) -> int:
+    """How often a call is timed on a CPU, from how long it takes once."""
+    least, most = CPU_ROUNDS
+    return max(least, min(most, int(CPU_SECONDS / _clock(call))))
+
+
+def _clock(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Most bytes allocated on a GPU by a call above what was before; None elsewhere.
+
+    On a CPU only a process of its own can tell: `bench.peak_memory`.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@functools.cache
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product in `dtype`; fp32 without TF32."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a @ b
+    return 2 * size**3 / time_call(lambda: a @ b, device, CEILING_ROUNDS).median
+
+
+@functools.cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s, read and written, of a copy that no cache holds."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    target.copy_(source)
+    return 2 * size / time_call(lambda: target.copy_(source), device, CEILING_ROUNDS).median
+
+
+def device_name(device: torch.device) -> str:
+    """What the figures were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = open_lines("/proc/cpuinfo")
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"CPU {model or platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions that times depend on."""
+    found = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+def open_lines(path: str) -> list[str]:
+    """Lines of a file; none where it does not exist."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,107 @@
+"""Measuring one benchmark: time, memory, shares of what the device can do, and a record of it all."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench import records
+from bench.measure import (
+    GPU_ROUNDS,
+    Timing,
+    copy_bandwidth,
+    cpu_rounds,
+    device_name,
+    matmul_rate,
+    peak_bytes,
+    time_call,
+    versions,
+)
+from bench.records import Record
+from bench.tables import cells
+
+
+class Meter:
+    """Measures the calls of one benchmark.
+
+    Args:
+        id: pytest's name of the benchmark.
+        benchmark: pytest-benchmark's fixture; its file gets the record as `extra_info`.
+        device: where the calls run.
+        path: file of records; None for none.
+        add_row: adds to the table of a title.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        benchmark: BenchmarkFixture,
+        device: torch.device,
+        path: Path | None,
+        add_row: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self.id, self.benchmark, self.device = id, benchmark, device
+        self.path, self.add_row = path, add_row
+
+    def __call__(
+        self, call: Callable[[], Any], *, group: str, case: Any, run: str, dtype: torch.dtype, **facts: Any
+    ) -> Record:
+        """Measure a call that was checked.
+
+        Args:
+            call: what is timed; it has been called before.
+            group, case, run: as in `Record`.
+            dtype: type of the matrix products that it is held against.
+            **facts: further fields of `Record`.
+        """
+        facts.setdefault("peak_bytes", peak_bytes(call, self.device))
+        timing = self._time(group, call)
+        record = Record(
+            id=self.id,
+            group=group,
+            case=str(case),
+            run=run,
+            median=timing.median,
+            p20=timing.p20,
+            p80=timing.p80,
+            rounds=timing.rounds,
+            device=device_name(self.device),
+            matmul_rate=matmul_rate(self.device, dtype),
+            copy_bandwidth=copy_bandwidth(self.device),
+            versions=versions(),
+            commit=commit(),
+            **facts,
+        )
+        self.benchmark.extra_info["record"] = vars(record)
+        if self.path is not None:
+            records.append(self.path, record)
+        self.add_row(group, cells(record))
+        return record
+
+    def _time(self, group: str, call: Callable[[], Any]) -> Timing:
+        """On a GPU pytest-benchmark has the time as the host sees it, the record that of the GPU."""
+        self.benchmark.group = group
+        if self.device.type != "cuda":
+            self.benchmark.pedantic(call, rounds=cpu_rounds(call))
+            return Timing.of(self.benchmark.stats.stats.data)
+
+        def synchronised() -> None:
+            call()
+            torch.cuda.synchronize(self.device)
+
+        self.benchmark.pedantic(synchronised, rounds=GPU_ROUNDS, warmup_rounds=1)
+        return time_call(call, self.device)
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of this checkout, with "+" where files differ from it; empty outside a checkout."""
+    command = ("git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*")
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip()

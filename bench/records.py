@@ -1,0 +1,139 @@
+"""Results: one record a measured benchmark, one line of JSON each, written as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SLOWER = 0.05  # what passes for noise
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured of one benchmark.
+
+    Attributes:
+        id: pytest's name of the benchmark.
+        group: "aggregator", "scaling", "kernels", "model", "label map", "ablation".
+        case: what was computed.
+        run: by what.
+        median, p20, p80: seconds.
+        rounds: calls that were timed.
+        device: its name.
+        matmul_rate: FLOP/s of a matrix product on the device in this run, in the type of the case.
+        copy_bandwidth: bytes/s of a copy in this run.
+        classes: T, where it is varied.
+        error_ratio: largest error in units of plain torch's, from the gate.
+        peak_bytes: above weights and inputs.
+        reference_flop, flop: operations of the reference, and of what ran.
+        least_bytes: inputs read and outputs written once.
+        note: what is not comparable.
+        versions, commit: what ran.
+    """
+
+    id: str
+    group: str
+    case: str
+    run: str
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+    device: str
+    matmul_rate: float
+    copy_bandwidth: float
+    classes: int | None = None
+    error_ratio: float | None = None
+    peak_bytes: int | None = None
+    reference_flop: float | None = None
+    flop: float | None = None
+    least_bytes: int | None = None
+    note: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+
+    @property
+    def rate(self) -> float | None:
+        """FLOP/s."""
+        return None if self.flop is None else self.flop / self.median
+
+    @property
+    def matmul_share(self) -> float | None:
+        """Share of the device's matmul rate."""
+        return None if self.rate is None else self.rate / self.matmul_rate
+
+    @property
+    def copy_share(self) -> float | None:
+        """Share of the device's copy bandwidth, for inputs and outputs alone."""
+        return None if self.least_bytes is None else self.least_bytes / self.median / self.copy_bandwidth
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a record to a file of lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+
+
+def read(paths: Iterable[Path]) -> list[Record]:
+    """Records of pytest-benchmark's files (`.json`) and of files of lines (`.jsonl`); the last of each id on
+    each device.
+
+    What holds no records is passed over, as is a last line that was cut short.
+    """
+    found: dict[tuple[str, str], Record] = {}
+    for path in paths:
+        for item in _items(path):
+            record = Record(**item)
+            found[record.device, record.id] = record
+    return list(found.values())
+
+
+def _items(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        whole = text[: text.rfind("\n") + 1]
+        return [json.loads(line) for line in whole.splitlines()]
+    content = json.loads(text)
+    benchmarks = content.get("benchmarks", []) if isinstance(content, dict) else []
+    records = (benchmark.get("extra_info", {}).get("record") for benchmark in benchmarks)
+    return [record for record in records if record is not None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One benchmark in two files."""
+
+    old: Record
+    new: Record
+
+    @property
+    def relative(self) -> float:
+        """Change of the median: 0.1 is 10 % slower."""
+        return self.new.median / self.old.median - 1
+
+    @property
+    def slower(self) -> bool:
+        """Whether it is slower by more than passes for noise."""
+        return self.relative > SLOWER
+
+
+def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
+    """Benchmarks that both have, the largest slow-down first.
+
+    Raises:
+        ValueError: if they have none in common, or were measured on different devices.
+    """
+    before = {record.id: record for record in old}
+    changes = [Change(before[record.id], record) for record in new if record.id in before]
+    if not changes:
+        raise ValueError("the files have no benchmark in common")
+    for change in changes:
+        if change.old.device != change.new.device:
+            raise ValueError(
+                f"{change.new.id}: measured on {change.old.device!r}, then on {change.new.device!r}"
+            )
+    return sorted(changes, key=lambda change: -change.relative)

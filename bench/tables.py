@@ -1,0 +1,107 @@
+"""Records as rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.records import Change, Record
+
+
+def cells(record: Record) -> dict[str, str]:
+    """A record by column; what was not measured is left empty."""
+    return {
+        "case": record.case,
+        "run": record.run + (f" [{record.note}]" if record.note else ""),
+        "median": seconds(record.median),
+        "p20, p80": f"{seconds(record.p20)}, {seconds(record.p80)}",
+        "ms a class": _number(
+            None if record.classes is None else 1e3 * record.median / record.classes, "{:.3g}"
+        ),
+        "peak MiB": _number(record.peak_bytes, "{:.4g}", 2**20),
+        "GFLOP": _number(record.flop, "{:.3g}", 1e9),
+        "TFLOP/s": _number(record.rate, "{:.3g}", 1e12),
+        "of matmul": _number(record.matmul_share, "{:.0%}"),
+        "of copy": _number(record.copy_share, "{:.1%}"),
+        "error": _number(record.error_ratio, "{:.2f}x"),
+    }
+
+
+def seconds(value: float) -> str:
+    """Seconds in the unit that fits."""
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value * 1e6:.3g} us"
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Markdown: what was measured on what, then one table, with speed-ups over baseline (a)."""
+    baseline = {
+        (record.device, record.group, _apart_from_type(record)): record.median
+        for record in records
+        if record.run.startswith("(a)")
+    }
+    rows = []
+    for record in sorted(records, key=lambda record: record.group):  # else in the order of measuring
+        of_reference = baseline.get((record.device, record.group, _apart_from_type(record)))
+        row = {"group": record.group, **cells(record)}
+        row["against (a)"] = _number(of_reference and of_reference / record.median, "{:.2f}x")
+        rows.append(row)
+    return "\n".join([*_conditions(records), "", *_table(rows)]) + "\n"
+
+
+def changes(found: Sequence[Change]) -> str:
+    """Markdown of a comparison, both spreads shown."""
+    rows = [
+        {
+            "benchmark": change.new.id.rpartition("::")[2],
+            "old median (p20, p80)": _spread(change.old),
+            "new median (p20, p80)": _spread(change.new),
+            "change": f"{change.relative:+.1%}",
+            "": "SLOWER" if change.slower else "",
+        }
+        for change in found
+    ]
+    return "\n".join(_table(rows)) + "\n"
+
+
+def _conditions(records: Sequence[Record]) -> list[str]:
+    """Each device, with what ran on it and its own best rates."""
+    lines = []
+    for device in dict.fromkeys(record.device for record in records):
+        own = [record for record in records if record.device == device]
+        ran = dict.fromkeys(
+            ", ".join([*(f"{name} {version}" for name, version in record.versions.items()), record.commit])
+            for record in own
+        )
+        rates = sorted({record.matmul_rate / 1e12 for record in own})
+        copies = sorted({record.copy_bandwidth / 1e9 for record in own})
+        lines.append(
+            f"- {device}: {'; '.join(ran)}; matrix product {_range(rates)} TFLOP/s over all types, "
+            f"copy {_range(copies)} GB/s"
+        )
+    return lines
+
+
+def _table(rows: Sequence[dict[str, str]]) -> list[str]:
+    columns = list(rows[0])
+    lines = [list(row.values()) for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines)]
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{values[0]:.3g}", f"{values[-1]:.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _spread(record: Record) -> str:
+    return f"{seconds(record.median)} ({seconds(record.p20)}, {seconds(record.p80)})"
+
+
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return "" if value is None else form.format(value / unit)
+
+
+def _apart_from_type(record: Record) -> str:
+    """The case, whose type is not that of the reference in fp32."""
+    return ", ".join(part for part in record.case.split(", ") if part not in ("fp16", "bf16", "fp32"))
