@@ -70,8 +70,6 @@ def why_no_triton(device: str | torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the model is on {device.type!r}, and Triton kernels need a CUDA GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        seen = ".".join(map(str, capability))
-        return f"{torch.cuda.get_device_name(device)} has compute capability {seen}; the kernels need 8.0"
-    return None
+    from catseg_fast.kernels.checks import too_old
+
+    return too_old(device)

@@ -230,7 +230,7 @@ class Engine:
         if kept is None or kept.plan is not plan or kept.input_precision != self.input_precision:
             kept = TritonStages(plan, self.input_precision)
             self._triton[plan.embed.dtype] = kept
-        if image is not None:
+        if image is not None and not _recording(image.features.device):
             kept.check(image)
         return kept
 

@@ -55,9 +55,7 @@ class TritonStages:
 
         Nothing is done in the interpreter, which is slow and proves nothing about a GPU.
         """
-        if self._checked or torch.compiler.is_compiling() or not image.features.is_cuda:
-            return
-        if torch.cuda.is_current_stream_capturing():
+        if self._checked or not image.features.is_cuda:
             return
         self._checked = True
         for stage, reason in wrong_stages(self, self.plan, image).items():

@@ -14,6 +14,17 @@ OLDEST = (8, 0)
 INTERPRETED = triton.knobs.runtime.interpret  # what it is when kernels are decorated holds for good
 
 
+def too_old(gpu: torch.device) -> str | None:
+    """Why a GPU is too old for the kernels; None if it is not."""
+    capability = torch.cuda.get_device_capability(gpu)
+    if capability >= OLDEST:
+        return None
+    seen, wanted = (".".join(map(str, version)) for version in (capability, OLDEST))
+    return (
+        f"{torch.cuda.get_device_name(gpu)} has compute capability {seen}; the Triton kernels need {wanted}"
+    )
+
+
 def check_runnable(name: str, x: Tensor, input_precision: str) -> None:
     """Check that the kernels run on `x`'s device and in its type.
 
@@ -26,12 +37,8 @@ def check_runnable(name: str, x: Tensor, input_precision: str) -> None:
     if input_precision not in PRECISIONS:
         raise ValueError(f"input_precision: {input_precision!r} is not one of {', '.join(PRECISIONS)}")
     if x.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(x.device)
-        if capability < OLDEST:
-            raise RuntimeError(
-                f"{name}: {torch.cuda.get_device_name(x.device)} has compute capability "
-                f"{'.'.join(map(str, capability))}; the Triton kernels need {'.'.join(map(str, OLDEST))}"
-            )
+        if reason := too_old(x.device):
+            raise RuntimeError(f"{name}: {reason}")
     elif x.device.type != "cpu" or not INTERPRETED:
         raise ValueError(f"{name}: is on {x.device}; the Triton kernels need a CUDA tensor")
 

@@ -25,10 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels import tuning
-from catseg_fast.kernels.class_tokens import load_matrix, load_tokens, normalise
+from catseg_fast.kernels.class_tokens import load_matrix, load_tokens
 from catseg_fast.kernels.class_unpool import add_unpooled
 from catseg_fast.kernels.compile_target import CompileTarget
 from catseg_fast.kernels.launch_config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.layer_norm import normalise
 from catseg_fast.kernels.tuning import Problem
 
 

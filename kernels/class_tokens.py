@@ -32,16 +32,6 @@ def load_tokens(
 
 
 @triton.jit
-def normalise(x, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """LayerNorm without affine part of rows `[rows, BLOCK_C]` that are zero from C on."""
-    centred = x - tl.sum(x, 1)[:, None] * (1.0 / C)
-    if C < BLOCK_C:
-        centred = tl.where((tl.arange(0, BLOCK_C) < C)[None, :], centred, 0.0)
-    variance = tl.sum(centred * centred, 1) * (1.0 / C)
-    return centred * tl.rsqrt(variance + 1e-5)[:, None]
-
-
-@triton.jit
 def load_matrix(
     ptr, o_row, o_column, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr
 ):

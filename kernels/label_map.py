@@ -165,7 +165,9 @@ def _update_kernel(
     tl.store(new_labels_ptr + pixel, label, mask=m)
 
 
-def launch(
+# Computes in fp32; autocast changes nothing.
+@torch.library.custom_op("catseg_fast::update_label_map", mutates_args=())
+def update_label_map(
     logits: Tensor,
     scores: Tensor,
     labels: Tensor,
@@ -226,20 +228,6 @@ def launch(
         )
         scores, labels = new_scores, new_labels
     return scores, labels
-
-
-# Computes in fp32; autocast changes nothing.
-@torch.library.custom_op("catseg_fast::update_label_map", mutates_args=())
-def update_label_map(
-    logits: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    first: int,
-    window: Sequence[int],
-    visible: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """`launch` as an op."""
-    return launch(logits, scores, labels, first, window, visible)
 
 
 @update_label_map.register_fake

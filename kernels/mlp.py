@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels.checks import DTYPES
-from catseg_fast.kernels.class_tokens import normalise
 from catseg_fast.kernels.compile_target import CompileTarget
 from catseg_fast.kernels.launch_config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.layer_norm import normalise
 from catseg_fast.kernels.tunable import Tunable, Workload
 from catseg_fast.kernels.tuning import Problem
 from catseg_fast.kernels.windows import Windows, token_position

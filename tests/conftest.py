@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 GPU = torch.cuda.is_available()
 
@@ -29,3 +32,25 @@ def on_gpu() -> Iterator[None]:
     """Let new tensors be on the GPU, where there is one."""
     with torch.device("cuda" if GPU else "cpu"):
         yield
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what the kernels allocate with NaN."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        x = new_empty(*args, **kwargs)
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let convolutions in the interpreter have a GPU's default tiles, not those that it likes."""
+    from catseg_fast.kernels import convolution  # decorated when it is imported
+
+    monkeypatch.setattr(
+        convolution, "interpreter_config", lambda size, dtype: convolution.default_config(size, dtype, 90)
+    )

@@ -15,28 +15,12 @@ from torch import Tensor
 
 from accuracy import assert_no_worse_than_eager, upcast
 from catseg_fast import stages
-from catseg_fast.kernels import convolution, cost_volume, single_prompt
+from catseg_fast.kernels import cost_volume, single_prompt
 from catseg_fast.plan import Plan
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 
-pytestmark = pytest.mark.usefixtures("on_gpu")
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what the kernels allocate with NaN."""
-    new_empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(math.nan))
-
-
-@pytest.fixture
-def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes as long for a small program as for a large one."""
-    default_config = convolution.default_config
-    monkeypatch.setattr(
-        convolution, "default_config", lambda *a: replace(default_config(*a), pixels=1024, depth=256)
-    )
+pytestmark = pytest.mark.usefixtures("on_gpu", "poison")
 
 
 def make_plan(channels: int, prompts: int, dtype: torch.dtype) -> Plan:
@@ -61,6 +45,7 @@ def check(plan: Plan, image: Tensor, text: Tensor, resolution: tuple[int, int]) 
     assert_no_worse_than_eager(cost_volume.embed_cost_volume(plan, image, text, resolution), eager, truth)
 
 
+@pytest.mark.usefixtures("gpu_tiles")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("prompts", "B", "t", "H", "W"), [(1, 2, 3, 24, 24), (80, 1, 1, 6, 10)])
 def test_matches_plain_torch_with_the_default_configs(
@@ -71,7 +56,6 @@ def test_matches_plain_torch_with_the_default_configs(
     check(plan, *make_features(plan, B, t, H * W, 64), (H, W))
 
 
-@pytest.mark.usefixtures("_large_tiles")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("prompts", "B", "t", "crops", "H", "W"),
@@ -93,7 +77,6 @@ def test_matches_plain_torch(
     check(plan, *make_features(plan, B, t, H * W, 768, crops), (H, W))
 
 
-@pytest.mark.usefixtures("_large_tiles")
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_matches_plain_torch_at_random_sizes(data: st.DataObject) -> None:
@@ -106,7 +89,6 @@ def test_matches_plain_torch_at_random_sizes(data: st.DataObject) -> None:
     check(plan, image, text, (H, W))
 
 
-@pytest.mark.usefixtures("_large_tiles")
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_takes_any_strides(prompts: int) -> None:
     torch.manual_seed(3)
@@ -126,7 +108,6 @@ def test_takes_any_strides(prompts: int) -> None:
         assert torch.equal(cost_volume.embed_cost_volume(*arguments, (4, 5)), expected)
 
 
-@pytest.mark.usefixtures("_large_tiles")
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_takes_offsets_beyond_32_bits(prompts: int) -> None:
     torch.manual_seed(4)
@@ -138,7 +119,6 @@ def test_takes_offsets_beyond_32_bits(prompts: int) -> None:
     assert torch.equal(cost_volume.embed_cost_volume(plan, image, far, (3, 3)), expected)
 
 
-@pytest.mark.usefixtures("_large_tiles")
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_is_deterministic_and_classes_do_not_meet(prompts: int) -> None:
     torch.manual_seed(5)
@@ -174,7 +154,6 @@ def test_is_exactly_zero_around_the_map() -> None:
     assert torch.equal(x, expected[:, None].expand_as(x))
 
 
-@pytest.mark.usefixtures("_large_tiles")
 def test_is_a_sound_custom_op(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(6)
     plan = make_plan(16, 2, torch.float32)
@@ -184,7 +163,6 @@ def test_is_a_sound_custom_op(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.library.opcheck(torch.ops.catseg_fast.embed_cost_volume.default, calls[0])
 
 
-@pytest.mark.usefixtures("_large_tiles")
 def test_compiles_into_one_graph() -> None:
     torch.manual_seed(7)
     plan = make_plan(16, 2, torch.float32)

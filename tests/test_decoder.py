@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,23 +19,7 @@ from catseg_fast.plan import DecoderStage, Normalisation, Plan
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 
-pytestmark = pytest.mark.usefixtures("on_gpu")
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what the kernels allocate with NaN."""
-    new_empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(math.nan))
-
-
-@pytest.fixture
-def _large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes as long for a small program as for a large one."""
-    default_config = convolution.default_config
-    monkeypatch.setattr(
-        convolution, "default_config", lambda *a: replace(default_config(*a), pixels=1024, depth=64)
-    )
+pytestmark = pytest.mark.usefixtures("on_gpu", "poison")
 
 
 def make_plan(channels: int, stage_channels: tuple[int, int], dtype: torch.dtype, group: int = 16) -> Plan:
@@ -86,6 +69,7 @@ def check(plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tu
     assert_no_worse_than_eager(decoder.decode(plan, guidance, x, resolution), eager, truth)
 
 
+@pytest.mark.usefixtures("gpu_tiles")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_plain_torch_with_the_default_configs(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -93,7 +77,6 @@ def test_matches_plain_torch_with_the_default_configs(dtype: torch.dtype) -> Non
     check(plan, *make_inputs(plan, 1, 2, 6, 6), (6, 6))
 
 
-@pytest.mark.usefixtures("_large_tiles")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("B", "t", "crops", "H", "W"), [(1, 1, 1, 24, 24), (2, 3, 2, 5, 8), (2, 1, 1, 8, 5), (1, 7, 1, 4, 4)]
@@ -104,7 +87,6 @@ def test_matches_plain_torch(B: int, t: int, crops: int, H: int, W: int, dtype: 
     check(plan, *make_inputs(plan, B, t, H, W, crops), (H, W))
 
 
-@pytest.mark.usefixtures("_large_tiles")
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_matches_plain_torch_at_random_sizes(data: st.DataObject) -> None:
@@ -117,7 +99,6 @@ def test_matches_plain_torch_at_random_sizes(data: st.DataObject) -> None:
     check(plan, *make_inputs(plan, 2, t, H, W, 2), (H, W))
 
 
-@pytest.mark.usefixtures("_large_tiles")
 def test_takes_any_strides() -> None:
     torch.manual_seed(3)
     plan = make_plan(32, (32, 16), torch.float32)
@@ -132,7 +113,6 @@ def test_takes_any_strides() -> None:
         assert torch.equal(decoder.decode(plan, (channels_last, second), strided, (2, 3)), expected)
 
 
-@pytest.mark.usefixtures("_large_tiles")
 def test_takes_offsets_beyond_32_bits() -> None:
     torch.manual_seed(4)
     plan = make_plan(16, (16, 16), torch.float16)
@@ -142,7 +122,6 @@ def test_takes_offsets_beyond_32_bits() -> None:
     assert torch.equal(decoder.decode(plan, guidance, far, (2, 2)), decoder.decode(plan, guidance, x, (2, 2)))
 
 
-@pytest.mark.usefixtures("_large_tiles")
 def test_is_deterministic_and_classes_do_not_meet() -> None:
     torch.manual_seed(5)
     plan = make_plan(32, (32, 16), torch.float16)
@@ -154,7 +133,6 @@ def test_is_deterministic_and_classes_do_not_meet() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
-@pytest.mark.usefixtures("_large_tiles")
 @pytest.mark.parametrize("value", [math.nan, 6e4], ids=["nan", "overflow"])
 def test_what_is_not_finite_shows_in_the_logits(value: float) -> None:
     torch.manual_seed(6)
@@ -183,7 +161,6 @@ def test_statistics_survive_a_large_mean() -> None:
     )
 
 
-@pytest.mark.usefixtures("_large_tiles")
 def test_is_a_sound_custom_op(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(8)
     plan = make_plan(16, (16, 16), torch.float32)
@@ -194,7 +171,6 @@ def test_is_a_sound_custom_op(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.library.opcheck(torch.ops.catseg_fast.decode.default, calls[0])
 
 
-@pytest.mark.usefixtures("_large_tiles")
 def test_compiles_into_one_graph() -> None:
     torch.manual_seed(9)
     plan = make_plan(16, (16, 16), torch.float32)

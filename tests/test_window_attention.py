@@ -25,19 +25,7 @@ from catseg_fast.terms import BlockGuidance, _block_guidance
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 G = 48  # channels of the guidance
 
-pytestmark = pytest.mark.usefixtures("on_gpu")
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what the kernels allocate with NaN."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        x = new_empty(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+pytestmark = pytest.mark.usefixtures("on_gpu", "poison")
 
 
 def make_block(
