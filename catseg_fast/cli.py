@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from catseg_fast import scenes_command, tune_command
 from catseg_fast._version import __version__
 from catseg_fast.backend import BACKENDS, choose_backend, default_device
 from catseg_fast.class_list import EVERYDAY_CLASSES, parse_classes, read_classes
@@ -25,7 +26,6 @@ from catseg_fast.console import (
     stderr,
     stdout,
 )
-from catseg_fast.tune_command import EXAMPLES, tune
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -296,4 +296,8 @@ def env() -> None:
         typer.echo(f"{name:<{width}}  {value}")
 
 
-app.command(epilog=examples(*EXAMPLES))(tune)
+for command, lines in (
+    (tune_command.tune, tune_command.EXAMPLES),
+    (scenes_command.scenes, scenes_command.EXAMPLES),
+):
+    app.command(epilog=examples(*lines))(command)
