@@ -25,6 +25,8 @@ from catseg_fast.console import (
     stderr,
     stdout,
 )
+from catseg_fast.train_command import EXAMPLES as TRAIN_EXAMPLES
+from catseg_fast.train_command import train
 from catseg_fast.tune_command import EXAMPLES, tune
 
 if TYPE_CHECKING:
@@ -297,3 +299,4 @@ def env() -> None:
 
 
 app.command(epilog=examples(*EXAMPLES))(tune)
+app.command(epilog=examples(*TRAIN_EXAMPLES))(train)
