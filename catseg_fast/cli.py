@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from catseg_fast import scenes_command, tune_command
+from catseg_fast import scenes_command, train_command, tune_command
 from catseg_fast._version import __version__
 from catseg_fast.backend import BACKENDS, choose_backend, default_device
 from catseg_fast.class_list import EVERYDAY_CLASSES, parse_classes, read_classes
@@ -298,6 +298,7 @@ def env() -> None:
 
 for command, lines in (
     (tune_command.tune, tune_command.EXAMPLES),
+    (train_command.train, train_command.EXAMPLES),
     (scenes_command.scenes, scenes_command.EXAMPLES),
 ):
     app.command(epilog=examples(*lines))(command)
