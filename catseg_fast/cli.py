@@ -266,12 +266,12 @@ def convert(
 
 @app.command(epilog=examples("catseg-fast variants"))
 def variants() -> None:
-    """List the published variants."""
-    from catseg_fast.hub import PUBLISHED
+    """List the variants: those that upstream published, and the one that comes with the package."""
+    from catseg_fast.hub import BUNDLED, PUBLISHED
 
-    table = Table("variant", "CLIP image tower", "input", "guidance", "prompts", "upstream's weights")
+    table = Table("variant", "CLIP image tower", "input", "guidance", "prompts", "weights")
     repositories = dict.fromkeys(repository for _, repository, _ in PUBLISHED.values())
-    table.caption = f"The weights are on the Hugging Face Hub in {' and '.join(repositories)}."
+    table.caption = f"Upstream's weights are on the Hugging Face Hub in {' and '.join(repositories)}."
     for name, variant in VARIANTS.items():
         clip = variant.clip
         table.add_row(
@@ -280,7 +280,7 @@ def variants() -> None:
             f"{clip.input_size} px",
             variant.backbone if isinstance(variant.backbone, str) else "CLIP",
             variant.prompt_ensemble,
-            PUBLISHED[name][2],
+            "in this package" if name in BUNDLED else PUBLISHED[name][2],
         )
     stdout.print(table)
 
