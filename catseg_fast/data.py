@@ -74,8 +74,8 @@ class FolderDataset:
 
         Raises:
             IndexError: if there is no such entry.
-            ValueError: if a file cannot be read, an annotation is no index map, its size is not the picture's,
-                or it holds an index that is neither a class's nor the one to ignore.
+            ValueError: if a file cannot be read, an annotation is no index map, its size is not the
+                picture's, or it holds an index that is neither a class's nor the one to ignore.
         """
         name, image_path, path = self.names[index], self._images[index], self._annotations[index]
         image = load_image(image_path).round().byte()  # files hold 8 bits
@@ -95,7 +95,7 @@ def read_annotation(path: Path, classes: int) -> Tensor:
     """The class indices int64 `[H, W]` of an 8- or 16-bit PNG, as `FolderDataset` tells.
 
     Raises:
-        ValueError: if the file cannot be read, is no index map, or holds an index of none of `classes` classes.
+        ValueError: if the file cannot be read, is no index map, or holds an index beyond `classes` classes.
     """
     array = read_index_map(path)
     largest = np.iinfo(array.dtype).max
@@ -120,7 +120,7 @@ def read_index_map(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            # Pillow stretches grey values of 2 and 4 bits over 0..255, and indices no more than it need.
+            # Pillow stretches grey values of 2 and 4 bits over 0..255.
             stretched = image.mode == "L" and image.format == "PNG" and image.tile[0].args != "L"
             mode, array = image.mode, np.array(image)
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
