@@ -38,7 +38,7 @@ def dataset(
     """Make a data set for `train` and `eval` from pictures and index maps.
 
     Pictures without an index map are left out. No class is right where a map has the largest of its 8 or 16
-    bits' values. What the scripts in upstream's datasets/ prepare is taken as it is; so is ADE20K-150 as it is
+    bits' values. What the scripts in upstream's datasets/ prepare is taken as it is; so is ADE20K-150 as
     published, with --first 1. An interrupted call goes on when it is repeated.
     """
     with plain_errors(debug):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -231,10 +231,10 @@ def _run(
     if restart:
         sharing.from_first(ledger.clear)
     watched = about["activations"] and combination.backend != "reference"
-    with (
-        image_progress(combination.name, sharing.rank == 0) as advance,
-        record_activations(model.engine) if watched else nullcontext() as activations,
-    ):
+    recording: AbstractContextManager[dict[str, float] | None] = nullcontext()
+    if watched:
+        recording = record_activations(model.engine)
+    with image_progress(combination.name, sharing.rank == 0) as advance, recording as activations:
         records = evaluate(
             dataset, model_segmenter(model), len(model.classes), limit=limit, ledger=ledger,
             save_labels=labels if leading else None, compare_labels=None if leading else labels,
