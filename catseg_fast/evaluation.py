@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,9 +24,11 @@ from torch import Tensor
 from catseg_fast.data import read_index_map
 from catseg_fast.ledger import Ledger, Record
 from catseg_fast.metrics import ClassCounts
-from catseg_fast.model import CATSeg
 from catseg_fast.overlay import label_png
 from catseg_fast.sharing import Sharing
+
+if TYPE_CHECKING:
+    from catseg_fast.model import CATSeg
 
 Segmenter = Callable[[Tensor], Tensor]  # image uint8 [3, H, W] to class indices [H, W]
 
