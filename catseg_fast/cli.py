@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from catseg_fast import scenes_command, train_command, tune_command
+from catseg_fast import dataset_command, eval_command, scenes_command, train_command, tune_command
 from catseg_fast._version import __version__
 from catseg_fast.backend import BACKENDS, choose_backend, default_device
 from catseg_fast.class_list import EVERYDAY_CLASSES, parse_classes, read_classes
@@ -135,7 +135,7 @@ def segment(
     with plain_errors(debug):
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
-            model = _build_model(
+            model = build_model(
                 weights, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend,
             )  # fmt: skip
@@ -165,7 +165,7 @@ def _class_names(classes: str | None, classes_file: Path | None) -> list[str]:
     return names
 
 
-def _build_model(
+def build_model(
     weights: str | None,
     variant: str | None,
     classes: list[str],
@@ -296,9 +296,11 @@ def env() -> None:
         typer.echo(f"{name:<{width}}  {value}")
 
 
-for command, lines in (
-    (tune_command.tune, tune_command.EXAMPLES),
-    (train_command.train, train_command.EXAMPLES),
-    (scenes_command.scenes, scenes_command.EXAMPLES),
+for name, command, lines in (
+    ("tune", tune_command.tune, tune_command.EXAMPLES),
+    ("train", train_command.train, train_command.EXAMPLES),
+    ("eval", eval_command.evaluate, eval_command.EXAMPLES),
+    ("dataset", dataset_command.dataset, dataset_command.EXAMPLES),
+    ("scenes", scenes_command.scenes, scenes_command.EXAMPLES),
 ):
-    app.command(epilog=examples(*lines))(command)
+    app.command(name, epilog=examples(*lines))(command)
