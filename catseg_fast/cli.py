@@ -25,6 +25,10 @@ from catseg_fast.console import (
     stderr,
     stdout,
 )
+from catseg_fast.dataset_command import EXAMPLES as DATASET_EXAMPLES
+from catseg_fast.dataset_command import dataset
+from catseg_fast.eval_command import EXAMPLES as EVAL_EXAMPLES
+from catseg_fast.eval_command import evaluate
 from catseg_fast.train_command import EXAMPLES as TRAIN_EXAMPLES
 from catseg_fast.train_command import train
 from catseg_fast.tune_command import EXAMPLES, tune
@@ -137,7 +141,7 @@ def segment(
     with plain_errors(debug):
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
-            model = _build_model(
+            model = build_model(
                 weights, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend,
             )  # fmt: skip
@@ -167,7 +171,7 @@ def _class_names(classes: str | None, classes_file: Path | None) -> list[str]:
     return names
 
 
-def _build_model(
+def build_model(
     weights: str | None,
     variant: str | None,
     classes: list[str],
@@ -300,3 +304,5 @@ def env() -> None:
 
 app.command(epilog=examples(*EXAMPLES))(tune)
 app.command(epilog=examples(*TRAIN_EXAMPLES))(train)
+app.command(epilog=examples(*DATASET_EXAMPLES))(dataset)
+app.command("eval", epilog=examples(*EVAL_EXAMPLES))(evaluate)

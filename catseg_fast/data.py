@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +48,7 @@ class FolderDataset:
         self.root = Path(root)
         self.classes = _read_class_list(self.root / "classes.json")
         self.ignore_label = ignore_label_of(len(self.classes))
-        images, annotations = _files(self.root / "images"), _files(self.root / "annotations")
+        images, annotations = files_by_name(self.root / "images"), files_by_name(self.root / "annotations")
         for name, path in annotations.items():
             if path.suffix.lower() != ".png":
                 raise ValueError(f"{path}: expected an annotation as PNG")
@@ -74,8 +76,8 @@ class FolderDataset:
 
         Raises:
             IndexError: if there is no such entry.
-            ValueError: if a file cannot be read, an annotation is no index map, its size is not the picture's,
-                or it holds an index that is neither a class's nor the one to ignore.
+            ValueError: if a file cannot be read, an annotation is no index map, its size is not the
+                picture's, or it holds an index that is neither a class's nor the one to ignore.
         """
         name, image_path, path = self.names[index], self._images[index], self._annotations[index]
         image = load_image(image_path).round().byte()  # files hold 8 bits
@@ -84,6 +86,11 @@ class FolderDataset:
             sizes = [f"{size[1]}x{size[0]}" for size in (labels.shape, image.shape[1:])]
             raise ValueError(f"{path}: the annotation is {sizes[0]}, its image {image_path} is {sizes[1]}")
         return {"image": image, "sem_seg": labels, "name": name}
+
+    def fingerprint(self) -> str:
+        """A hash of the classes, and of the names and sizes of all files."""
+        sizes = [os.path.getsize(path) for path in (*self._images, *self._annotations)]
+        return hashlib.sha256(json.dumps([self.classes, self.names, sizes]).encode()).hexdigest()
 
 
 def ignore_label_of(classes: int) -> int:
@@ -95,7 +102,7 @@ def read_annotation(path: Path, classes: int) -> Tensor:
     """The class indices int64 `[H, W]` of an 8- or 16-bit PNG, as `FolderDataset` tells.
 
     Raises:
-        ValueError: if the file cannot be read, is no index map, or holds an index of none of `classes` classes.
+        ValueError: if the file cannot be read, is no index map, or holds an index beyond `classes` classes.
     """
     array = read_index_map(path)
     largest = np.iinfo(array.dtype).max
@@ -120,7 +127,7 @@ def read_index_map(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            # Pillow stretches grey values of 2 and 4 bits over 0..255, and indices no more than it need.
+            # Pillow stretches grey values of 2 and 4 bits over 0..255.
             stretched = image.mode == "L" and image.format == "PNG" and image.tile[0].args != "L"
             mode, array = image.mode, np.array(image)
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
@@ -144,10 +151,15 @@ def _read_class_list(path: Path) -> tuple[str, ...]:
     return tuple(classes)
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """A folder's files, hidden ones apart, by their names without suffix."""
+def files_by_name(folder: Path) -> dict[str, Path]:
+    """A folder's files, hidden ones apart, by their names without suffix, in their order.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if two files have one name.
+    """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; a data set has images/ and annotations/")
+        raise FileNotFoundError(f"{folder}: no such folder")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_dir():

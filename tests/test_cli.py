@@ -358,7 +358,9 @@ def test_version():
     assert run("--version").stdout == f"catseg-fast {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["segment"], ["convert"], ["env"], ["variants"], ["tune"]])
+@pytest.mark.parametrize(
+    "command", [[], ["segment"], ["convert"], ["env"], ["variants"], ["tune"], ["eval"], ["dataset"]]
+)
 def test_help_has_examples(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     result = run(*command, "--help")

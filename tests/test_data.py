@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from catseg_fast.data import FolderDataset, read_annotation, read_index_map
+from catseg_fast.import_dataset import import_dataset
+from test_cli import run
 
 CLASSES = ["sky", "tree", "house, home"]
 LABELS = np.array([[0, 1, 2, 255], [2, 2, 1, 0], [255, 0, 0, 1]], dtype=np.uint8)
@@ -158,7 +160,12 @@ def test_missing_parts(tmp_path: Path, missing: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[]", "no class names"), ('{"a": 1}', "list of strings"), ("[", "not JSON"), ("65536", "65536 classes")],
+    [
+        ("[]", "no class names"),
+        ('{"a": 1}', "list of strings"),
+        ("[", "not JSON"),
+        ("65536", "65536 classes"),
+    ],
 )
 def test_bad_class_lists(tmp_path: Path, content: str, message: str) -> None:
     root = make_dataset(tmp_path)
@@ -200,7 +207,7 @@ def test_grey_of_few_bits_is_refused_as_pillow_stretches_it(tmp_path: Path) -> N
 def test_damaged_files(tmp_path: Path) -> None:
     root = make_dataset(tmp_path)
     whole = (root / "annotations" / "a.png").read_bytes()
-    (root / "annotations" / "a.png").write_bytes(whole[:-20])
+    (root / "annotations" / "a.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"annotations/a\.png: cannot read the annotation"):
         FolderDataset(root)[0]
     (root / "images" / "a.png").write_bytes(b"no picture")
@@ -213,3 +220,84 @@ def test_annotation_of_another_format(tmp_path: Path) -> None:
     (root / "annotations" / "a.png").rename(root / "annotations" / "a.tif")
     with pytest.raises(ValueError, match=r"annotations/a\.tif: expected an annotation as PNG"):
         FolderDataset(root)
+
+
+def published(root: Path, maps: dict[str, np.ndarray], suffix: str = ".png") -> Path:
+    """A data set as others lay it out: `pictures`, `maps` and `names.json` with three classes."""
+    (root / "pictures").mkdir(parents=True)
+    (root / "maps").mkdir()
+    (root / "names.json").write_text(json.dumps(CLASSES))
+    for name, values in maps.items():
+        pixels = np.full((*values.shape, 3), len(name), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "pictures" / f"{name}.jpg")
+        Image.fromarray(values).save(root / "maps" / f"{name}{suffix}")
+    return root
+
+
+def test_import_of_maps_that_count_from_one(tmp_path: Path) -> None:
+    """As ADE20K-150 is published: 0 is where no class is right."""
+    values = np.array([[0, 1], [2, 3]], dtype=np.uint8)
+    root = published(tmp_path / "ade", {"a": values, "b": values.T.copy()})
+    Image.new("RGB", (2, 2)).save(root / "pictures" / "test.jpg")
+    result = run(
+        "dataset", root / "pictures", root / "maps", root / "names.json", tmp_path / "out", "--first", 1
+    )
+    assert result.exit_code == 0, result.output
+    assert "2 images, 3 classes" in result.stdout
+    data = FolderDataset(tmp_path / "out")
+    assert (data.names, data.classes) == (("a", "b"), tuple(CLASSES))
+    assert data[0]["sem_seg"].tolist() == [[255, 0], [1, 2]]
+    assert (tmp_path / "out" / "images" / "a.jpg").is_symlink()
+    assert data[0]["image"].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("classes", [3, 300])
+def test_import_of_sixteen_bits(tmp_path: Path, classes: int) -> None:
+    """As upstream's script prepares ADE20K-847: TIFF, 65535 where no class is right."""
+    values = np.array([[0, 65535], [classes - 1, 1]], dtype=np.uint16)
+    root = published(tmp_path / "full", {"a": values}, ".tif")
+    names = [f"class {index}" for index in range(classes)]
+    assert import_dataset(root / "pictures", root / "maps", names, tmp_path / "out", copy=True) == 1
+    data = FolderDataset(tmp_path / "out")
+    assert data[0]["sem_seg"].tolist() == [[0, data.ignore_label], [classes - 1, 1]]
+    assert Image.open(tmp_path / "out" / "annotations" / "a.png").mode == ("L" if classes == 3 else "I;16")
+    assert not (tmp_path / "out" / "images" / "a.jpg").is_symlink()
+
+
+def test_import_goes_on(tmp_path: Path) -> None:
+    values = np.array([[0, 1, 2, 255]], dtype=np.uint8)
+    root = published(tmp_path / "voc", {"a": values, "b": values, "c": values})
+    Image.fromarray(values + 3).save(root / "maps" / "b.png")
+
+    def call(classes: list[str] = CLASSES) -> int:
+        return import_dataset(root / "pictures", root / "maps", classes, tmp_path / "out")
+
+    with pytest.raises(ValueError, match=r"maps/b\.png: .* value 5 in 3 pixels, but 3 classes are 0\.\.2"):
+        call()
+    first = tmp_path / "out" / "annotations" / "a.png"
+    written = first.stat().st_mtime_ns
+    Image.fromarray(values).save(root / "maps" / "b.png")
+    assert call() == 3
+    assert first.stat().st_mtime_ns == written
+    assert [entry["sem_seg"].tolist() for entry in FolderDataset(tmp_path / "out")] == 3 * [[[0, 1, 2, 255]]]
+    with pytest.raises(ValueError, match=r"classes\.json: the folder has other classes"):
+        call(["x", "y", "z"])
+
+
+def test_import_of_what_is_none(tmp_path: Path) -> None:
+    values = np.array([[0]], dtype=np.uint8)
+    root = published(tmp_path / "data", {"a": values})
+    names, out = root / "names.json", tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        ([root / "none", root / "maps", names, out], "none: no such folder"),
+        ([root / "pictures", tmp_path / "empty", names, out], "empty: no annotations"),
+        ([tmp_path / "empty", root / "maps", names, out], "a.png: annotation without image"),
+        ([root / "pictures", root / "maps", root / "none.json", out], "none.json"),
+        ([root / "pictures", root / "maps", names, tmp_path / "file" / "out"], "Not a directory"),
+    ):
+        result = run("dataset", *arguments)
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert result.stderr.startswith("error:")

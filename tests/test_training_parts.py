@@ -288,8 +288,8 @@ def test_the_command_trains_and_goes_on(data: Path, tmp_path: Path, monkeypatch:
     output = tmp_path / "out"
     arguments = [
         "--data", str(data), "--output", str(output), "--device", "cpu", "--workers", "0",
-        "--batch-size", "1", "--crop-size", "64", "--classes-per-step", "4", "--random-synonyms", "--no-colour", "--steps", "2",
-        "--weights-type", "fp16", "--save-every", "1",
+        "--batch-size", "1", "--crop-size", "64", "--classes-per-step", "4", "--random-synonyms",
+        "--no-colour", "--steps", "2", "--weights-type", "fp16", "--save-every", "1",
     ]  # fmt: skip
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
