@@ -257,6 +257,14 @@ def test_a_run_may_start_from_clip_alone() -> None:
     assert not torch.equal(target.aggregator.head.weight, source.aggregator.head.weight)
     load_start(target, source.state_dict(), "whole.safetensors")
     assert torch.equal(target.aggregator.head.weight, source.aggregator.head.weight)
+    for name in [key for key in clip if key.endswith("attn.q_proj_weight")]:  # as open_clip has them
+        parts = (clip.pop(name.replace(".q_", f".{part}_")) for part in "qkv")
+        clip[name.replace("q_proj_weight", "in_proj_weight")] = torch.cat(list(parts))
+    joint = {key.partition(".clip_model.")[2]: value for key, value in clip.items()}
+    third = tiny_model()
+    load_start(third, joint, "open_clip.safetensors")
+    for key, value in source.clip_model.state_dict().items():
+        assert torch.equal(third.clip_model.state_dict()[key], value), key
     clip.popitem()
     with pytest.raises(ValueError, match=r"clip\.safetensors does not fit the model"):
         load_start(target, clip, "clip.safetensors")
