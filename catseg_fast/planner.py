@@ -248,7 +248,6 @@ def plan_gradients(
             )
         return Schedule("keep", wanted, reason, everything, 0, free)
     fixed = always + (len(sizes.plan.layers) + 1) * sizes.state_bytes  # and one's gradient
-    per_class *= 2  # and the gradients
     room, least = (free - fixed) // per_class, chunk or 1
     if room < least:
         needed = fixed + least * per_class

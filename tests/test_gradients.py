@@ -66,9 +66,7 @@ def test_are_the_references(checkpoint: bool, limit: Any, pooling: Any, attentio
 
 @pytest.mark.parametrize("limit", [None, 2])
 def test_are_those_of_finite_differences(limit: int | None) -> None:
-    aggregator = make_aggregator(
-        hidden_dim=8, feature_resolution=(8, 8), window_size=4, pooling_size=(2, 2), pad_len=5
-    )
+    aggregator = make_aggregator(feature_resolution=(8, 8), window_size=4, pooling_size=(2, 2), pad_len=5)
     aggregator.max_classes = limit
     made = make_engine(aggregator, checkpoint=True)
     image, text, guidance = features(aggregator, 3, 1)

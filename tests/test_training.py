@@ -182,9 +182,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     trainer = make_trainer(tmp_path)
     save = torch.save
 
+    def save_without_room(content: Any, _: Any) -> None:
+        with Path("/dev/full").open("wb") as full:
+            save(content, full)
+
     def fill_disk(step: Step) -> None:
         if step.step == 1:
-            monkeypatch.setattr(torch, "save", lambda content, _: save(content, "/dev/full"))
+            monkeypatch.setattr(torch, "save", save_without_room)
 
     with pytest.raises(OSError, match=r"step-00000004\.pt could not be written: .*") as caught:
         trainer.run(fill_disk)
