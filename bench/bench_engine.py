@@ -121,6 +121,27 @@ def bench_engine_cpu_memory_of_a_large_vocabulary(benchmark: BenchmarkFixture, t
     _memory_row(table, "answer: label map with scores", labels, 0, f"1/{maps / labels:.0f} of it", "1/50")
 
 
+@pytest.mark.full
+def bench_engine_cpu_training_step(benchmark: BenchmarkFixture, table: Table) -> None:
+    request = {"variant": "v2-vitl", "classes": 171, "crops": 1, "pooling": 2}
+    reference = measure(**request, run="reference")
+    ours = benchmark.pedantic(lambda: measure(**request, run="torch", checkpoint=True), rounds=1)
+    benchmark.extra_info.update(reference=reference, engine=ours)
+    for what, found, goals in (("reference", reference, ("", "")), ("engine", ours, ("1/2", "1.35x"))):
+        table(
+            "Training step of the aggregator, v2-vitl, T=171, pooling 2x2, B=1, fp32",
+            {
+                "what": what,
+                "peak": f"{found['peak_bytes'] / 2**20:.0f} MiB",
+                "of the reference's": f"{found['peak_bytes'] / reference['peak_bytes']:.2f}",
+                "peak to reach": goals[0],
+                "seconds": f"{found['seconds']:.1f}",
+                "times the reference's": f"{found['seconds'] / reference['seconds']:.2f}x",
+                "time to reach": goals[1],
+            },
+        )
+
+
 @pytest.mark.parametrize("case", [Case("v2-vitl", 20), Case("v1-vitl-swinb", 33)], ids=str)
 def bench_engine_cpu_flops(benchmark: BenchmarkFixture, table: Table, case: Case) -> None:
     rows = benchmark.pedantic(lambda: flop_table(case), rounds=1)

@@ -3,7 +3,8 @@
     python -m bench.peak_memory '{"variant": "v1-vitl-swinb", "classes": 150, "crops": 5, "run": "torch"}'
 
 prints a JSON object with `peak_bytes` and `seconds`. `run` is "reference", "torch", or "label_map": the
-engine with `policy`, read out into a label map of `size`.
+engine with `policy`, read out into a label map of `size`. With `pooling`, "reference" and "torch" are the
+forward and backward pass of a training step with that pooling; `checkpoint` is the engine's.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def run(request: dict[str, Any]) -> dict[str, float]:
 
     torch.set_num_threads(2)
     call = make_call(Case(request["variant"], request["classes"], request["crops"]))
+    for layer in call.aggregator.layers if "pooling" in request else ():
+        layer.attention.pool = torch.nn.AvgPool2d(request["pooling"])
     engine = call.aggregator.engine
     engine.policy = request.get("policy")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
@@ -62,6 +65,10 @@ def run(request: dict[str, Any]) -> dict[str, float]:
                 call.img_feats, vocabulary, call.guidance, None,
                 lambda: reader(readout, target), READOUT_BYTES,
             )  # fmt: skip
+    elif "pooling" in request:
+        call.aggregator.backend = request["run"]
+        engine.checkpoint = request.get("checkpoint")
+        call.aggregator(call.img_feats, call.text_feats, call.guidance).square().mean().backward()
     else:
         call.aggregator.backend = request["run"]
         call()

@@ -19,6 +19,7 @@ from catseg_fast.config import Variant, get_variant
 from catseg_fast.engine import Engine
 from catseg_fast.images import ImageLike, load_image
 from catseg_fast.label_map import READOUT_BYTES, LabelMap, Probabilities, Readout, Target, TopClasses, reader
+from catseg_fast.loss import segmentation_loss
 from catseg_fast.plan import Plan
 from catseg_fast.planner import format_bytes
 from catseg_fast.reference import model as reference_model
@@ -159,6 +160,11 @@ class CATSeg(reference_model.CATSeg):
             self._read_out(image, readout, target, target.maps.nbytes)
             results.append({"sem_seg": target.maps})
         return results
+
+    def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if choose_backend(self.backend, logits.device) == "reference":
+            return super()._criterion(logits, labels)
+        return segmentation_loss(logits, labels, self.ignore_label)
 
     def label_map(
         self, batched_inputs: Sequence[dict[str, Any]], *, top_k: int | None = None

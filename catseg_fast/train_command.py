@@ -50,8 +50,8 @@ def train(
         str | None,
         typer.Option(
             metavar="W",
-            help="Weights to start from: a checkpoint as for segment --weights, or CLIP's part of one. "
-            "Without it everything starts at random, CLIP too.",
+            help="Weights to start from: a checkpoint as for segment --weights, or CLIP alone, as OpenAI "
+            "and open_clip publish it. Without it everything starts at random, CLIP too.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimiser steps.")] = 80_000,

@@ -241,8 +241,11 @@ class CATSeg(nn.Module):
         clip_images, guidance_images = (
             pad_to_multiple(_stack_padded(batch), self.size_divisibility) for batch in normalised
         )
-        labels = torch.stack([entry["sem_seg"].to(self.device) for entry in batched_inputs])
-        return segmentation_loss(self.logits(clip_images, guidance_images), labels, self.ignore_label)
+        labels = torch.stack([entry["sem_seg"] for entry in batched_inputs])
+        return self._criterion(self.logits(clip_images, guidance_images), labels)
+
+    def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return segmentation_loss(logits, labels.to(logits.device), self.ignore_label)
 
     def _to_device(self, entry: dict[str, Any], index: int) -> Tensor:
         image = entry["image"]

@@ -43,7 +43,7 @@ class Checkpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step)
-        write_whole(path, lambda temporary: torch.save(dict(content), temporary))
+        write_whole(path, lambda temporary: _save(content, temporary))
         for old in self.steps()[:-KEPT]:
             self.path(old).unlink(missing_ok=True)
         return path
@@ -69,6 +69,11 @@ class Checkpoints:
         """Remove all checkpoints."""
         for step in self.steps():
             self.path(step).unlink()
+
+
+def _save(content: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # torch's own writer does not say why it fails
+        torch.save(dict(content), file)
 
 
 def export(state_dict: Mapping[str, Tensor], path: Path, dtype: torch.dtype, variant: str) -> None:
@@ -97,7 +102,7 @@ def write_whole(path: Path, write: Any) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch's own writer: RuntimeError
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
