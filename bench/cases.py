@@ -114,7 +114,8 @@ def aggregator_cases(full: bool) -> list[Case]:
 
 
 def scaling_cases(full: bool) -> list[Case]:
-    """One variant with more and more classes, all aggregated."""
+    """One variant with more and more classes, all aggregated: in bf16 on a GPU, and fp32 as upstream runs."""
     if not full:
         return [Case("v2-vitl", classes) for classes in (4, 12, 36)]
-    return [Case("v2-vitl", classes, CROPS, torch.bfloat16) for classes in CLASSES]
+    dtypes = (torch.bfloat16, torch.float32)
+    return [Case("v2-vitl", classes, CROPS, dtype) for classes in CLASSES for dtype in dtypes]
