@@ -48,7 +48,7 @@ def bench_model(meter: Meter, full: bool, variant: str, dtype: torch.dtype, part
         case=f"{variant}, T={classes}, {SIZE[0]}x{SIZE[1]}, B={crops}, {DTYPES[dtype]}",
         run=part,
         dtype=dtype,
-        remake=(prepare, variant, classes, dtype, part),
+        remake=(prepare, variant, classes, dtype, part) if part in WHOLE else (),
         error_ratio=model.error_ratio,
         **facts,
     )

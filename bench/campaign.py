@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from bench import records, ship
 from bench.report import write as write_report
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("kernels", "ablation", "scaling", "model", "label_map", "aggregator")  # the longest one last
+BENCHMARKS = ("kernels", "ablation", "model", "label_map", "scaling", "aggregator")  # the longest ones last
 CPU_BENCHMARKS = (*BENCHMARKS, "engine")
 MOST_BYTES = 10_000_000
 REPORT_BYTES = 1_000_000  # of which so much is for the report
@@ -68,7 +68,7 @@ class Outcome:
     detail: str = ""
 
 
-def run(steps: Sequence[Step], folder: Path, seconds: float) -> list[Outcome]:
+def run(steps: Iterable[Step], folder: Path, seconds: float) -> list[Outcome]:
     """Run the steps that are not finished, one after the other, until the time is up.
 
     Args:
@@ -79,9 +79,9 @@ def run(steps: Sequence[Step], folder: Path, seconds: float) -> list[Outcome]:
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     outcomes = []
-    for number, step in enumerate(steps, 1):
+    for step in steps:
         left = max(0, deadline - time.monotonic()) / 60
-        print(f"[{number}/{len(steps)}, {left:.1f} min left] {step.name} …", end=" ", flush=True)
+        print(f"[{left:.1f} min left] {step.name} …", end=" ", flush=True)
         outcome = _run_step(step, folder, deadline)
         print(f"{outcome.state}, {outcome.seconds:.0f} s {outcome.detail}".rstrip(), flush=True)
         outcomes.append(outcome)
@@ -123,6 +123,14 @@ def _run_step(step: Step, folder: Path, deadline: float) -> Outcome:
     part.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
     part.replace(done)
     return outcome
+
+
+def all_steps(device: str, folder: Path, minutes: float) -> Iterator[Step]:
+    """Those of a campaign; profiles come as soon as it is known of what."""
+    for step in measuring_steps(device, folder, minutes):
+        yield step
+        if step.name == "bench-kernels":
+            yield from profiling_steps(device, folder)
 
 
 def measuring_steps(device: str, folder: Path, minutes: float) -> list[Step]:
@@ -223,11 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU; --device cpu is a dry run")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the step ends, too
-    folder, deadline = options.output, time.monotonic() + 60 * options.minutes
-    outcomes = run(
-        measuring_steps(options.device, folder, options.minutes), folder, deadline - time.monotonic()
-    )
-    outcomes += run(profiling_steps(options.device, folder), folder, deadline - time.monotonic())
+    folder = options.output
+    steps = all_steps(options.device, folder, options.minutes)
+    outcomes = run(steps, folder, 60 * options.minutes)
     print("", report(outcomes, folder), sep="\n")
     if shipped := ship.ship(folder):
         print(ship.describe(shipped))

@@ -94,7 +94,13 @@ def _against_classes(figure: Any, axes: Any, records: Sequence[Record], unit: st
     axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     axes.set_xticks([], minor=True)
     _plain_numbers(axes.yaxis)
-    figure.legend(loc="outside lower left", ncols=2, frameon=False)
+    _legend(figure, ncols=2)
+
+
+def _legend(figure: Any, **options: Any) -> None:
+    """Below the axes, where it covers nothing, and above the footer."""
+    box = (0, FOOTER, 1, 1 - FOOTER)
+    figure.legend(loc="outside lower left", bbox_to_anchor=box, frameon=False, **options)
 
 
 def _plain_numbers(axis: Any) -> None:
@@ -139,7 +145,7 @@ def _roofline(figure: Any, records: Sequence[Record]) -> None:
         for run, marker in MARKERS.items()
         if any(record.run == run for record in records)
     ]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
+    _legend(figure, handles=handles, ncols=3)
 
 
 def _ablation(figure: Any, records: Sequence[Record]) -> None:

@@ -67,7 +67,7 @@ def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path: Path, how: signa
     """Interrupted as with Ctrl-C or by a scheduler, in the middle of a step, which ends, too."""
     program = (
         "import os, sys; from bench import campaign; from bench.campaign import Step\n"
-        "campaign.measuring_steps = lambda *_: [\n"
+        "campaign.all_steps = lambda *_: [\n"
         "    Step('first', (sys.executable, '-c', 'pass')),\n"
         "    Step('slow', (sys.executable, '-c',\n"
         "                  'import os, time; print(os.getpid(), flush=True); time.sleep(600)'))]\n"
@@ -79,7 +79,7 @@ def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path: Path, how: signa
         time.sleep(0.05)
     slow = int(log.read_text())
     child.send_signal(how)
-    child.communicate(timeout=60)
+    child.communicate(timeout=300)  # in time to see what is left of the step
     assert child.returncode
     with pytest.raises(ProcessLookupError):
         os.kill(slow, 0)
@@ -132,6 +132,8 @@ def test_the_slowest_kernels_are_profiled(
     assert all((step.command[0] == ncu) == by_ncu for step in steps)
     assert all((step.command[-1] == "--torch") == (not by_ncu) for step in steps)
     assert all(f"decode, t={t}, B=1, bf16" in step.command for t, step in zip((4, 3, 2), steps, strict=True))
+    names = [step.name for step in campaign.all_steps(device, tmp_path, 60)]
+    assert names.index("bench-kernels") + 1 == names.index("profile-decode-t-4-B-1-bf16")
 
 
 def test_the_table_comes_last(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_a_folder_above_ten_megabytes_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int
 ) -> None:
     steps = [stand_in("only", f"open({str(tmp_path / 'made')!r}, 'w').truncate({size})")]
-    monkeypatch.setattr(campaign, "measuring_steps", lambda *_: steps)
+    monkeypatch.setattr(campaign, "all_steps", lambda *_: steps)
     too_large = size > campaign.MOST_BYTES
     code = campaign.main(["--device", "cpu", "--minutes", "1", "--output", str(tmp_path)])
     assert code == too_large
