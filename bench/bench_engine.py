@@ -32,7 +32,7 @@ only_on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="figures of
 
 
 @only_on_a_cpu
-@pytest.mark.parametrize("baseline", [REFERENCE, ENGINE], ids=["reference", "engine"])
+@pytest.mark.parametrize("run", [REFERENCE, ENGINE], ids=["reference", "engine"])
 @pytest.mark.parametrize(
     "case",
     [
@@ -43,16 +43,16 @@ only_on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="figures of
     ],
     ids=str,
 )
-def bench_engine_cpu_speed(meter: Meter, case: Case, baseline: Baseline) -> None:
-    measure("engine on a CPU", meter, case, baseline)
+def bench_engine_cpu_speed(meter: Meter, case: Case, run: Baseline) -> None:
+    measure("engine on a CPU", meter, case, run)
 
 
 @only_on_a_cpu
 @full
-@pytest.mark.parametrize("baseline", [REFERENCE, ENGINE], ids=["reference", "engine"])
-def bench_engine_cpu_memory(meter: Meter, baseline: Baseline) -> None:
+@pytest.mark.parametrize("run", [REFERENCE, ENGINE], ids=["reference", "engine"])
+def bench_engine_cpu_memory(meter: Meter, run: Baseline) -> None:
     case = Case("v1-vitl-swinb", 150, CROPS)
-    _measure_memory(meter, str(case), baseline.name, prepare, case, baseline)
+    _measure_memory(meter, str(case), run.name, prepare, case, run)
 
 
 @only_on_a_cpu
@@ -67,7 +67,7 @@ def _measure_memory(
     meter: Meter, case: str, run: str, make: Callable[..., Callable[[], Any]], *arguments: Any
 ) -> None:
     """Peak memory of a call of minutes, which is made once; its answer is that of cases which are checked."""
-    peak = meter.benchmark.pedantic(lambda: peak_memory.measure(make, *arguments), rounds=1)
+    peak = meter.benchmark.pedantic(lambda: peak_memory.measure(make, *arguments, warm_up=False), rounds=1)
     if peak is None:
         pytest.skip("the system does not tell a process's peak memory")
     meter.record(

@@ -34,14 +34,16 @@ class Peak:
     seconds: float
 
 
-def measure(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Peak | None:
-    """Peak memory of the first call of `make(*arguments)`; None where the system does not tell.
+def measure(make: Callable[..., Callable[[], Any]], *arguments: Any, warm_up: bool = True) -> Peak | None:
+    """Peak memory of a call of `make(*arguments)`; None where the system does not tell.
 
     Args:
         make: a module's function, which the other process imports.
         *arguments: which pickle takes.
+        warm_up: whether a call goes before, so that what libraries keep from their first call on, some 10 MiB,
+            does not count.
     """
-    return _process().submit(_run, make, arguments).result() if CLEAR.exists() else None
+    return _process().submit(_run, make, arguments, warm_up).result() if CLEAR.exists() else None
 
 
 @functools.cache
@@ -60,9 +62,11 @@ def _process() -> ProcessPoolExecutor:
     return process
 
 
-def _run(make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> Peak:
+def _run(make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], warm_up: bool) -> Peak:
     torch.set_num_threads(THREADS)
     call = make(*arguments)
+    if warm_up:
+        call()
     gc.collect()
     CLEAR.write_text("5")  # the high-water mark starts here
     before, start = _memory("VmRSS"), time.perf_counter()
