@@ -40,7 +40,7 @@ def measure(make: Callable[..., Callable[[], Any]], *arguments: Any, warm_up: bo
     Args:
         make: a module's function, which the other process imports.
         *arguments: which pickle takes.
-        warm_up: whether a call goes before, so that what libraries keep from their first call on, some 10 MiB,
+        warm_up: whether a call goes before, so that what libraries keep from their first one on, tens of MiB,
             does not count.
     """
     return _process().submit(_run, make, arguments, warm_up).result() if CLEAR.exists() else None
