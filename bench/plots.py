@@ -23,8 +23,6 @@ STYLE: Any = {
     "lines.linewidth": 2,
     "savefig.dpi": 150,
 }
-FOOTER = 0.03  # share of a figure's height
-
 # A figure is drawn of the records of one group and one device.
 Draw = Callable[[Any, Sequence[Record]], None]
 
@@ -56,16 +54,15 @@ def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def _save(path: Path, title: str, records: Sequence[Record], draw: Draw) -> None:
-    """A figure with what was measured below its title, and on what in its last line."""
+    """A figure with what was measured, and on what, below its title."""
     import matplotlib.pyplot as plt
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(8, 5), layout=ConstrainedLayoutEngine(rect=(0, FOOTER, 1, 1 - FOOTER)))
+        figure = plt.figure(figsize=(8, 5), layout="constrained")
         draw(figure, records)
-        case = _case(records)
-        figure.suptitle(f"{title}\n{case}" if case else title, x=0.01, ha="left", fontsize=12)
-        figure.text(0.01, 0.01, what_ran(records), fontsize=7, color="gray")
+        heading = figure.suptitle(f"{title}\n{_case(records)}\n", x=0.01, ha="left", fontsize=12)
+        last_line = heading.get_window_extent().y0 / figure.bbox.height + 0.02
+        figure.text(0.01, last_line, what_ran(records), va="bottom", fontsize=7, color="gray")
         figure.savefig(path)
         plt.close(figure)
 
@@ -94,13 +91,7 @@ def _against_classes(figure: Any, axes: Any, records: Sequence[Record], unit: st
     axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     axes.set_xticks([], minor=True)
     _plain_numbers(axes.yaxis)
-    _legend(figure, ncols=2)
-
-
-def _legend(figure: Any, **options: Any) -> None:
-    """Below the axes, where it covers nothing, and above the footer."""
-    box = (0, FOOTER, 1, 1 - FOOTER)
-    figure.legend(loc="outside lower left", bbox_to_anchor=box, frameon=False, **options)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False)
 
 
 def _plain_numbers(axis: Any) -> None:
@@ -145,7 +136,7 @@ def _roofline(figure: Any, records: Sequence[Record]) -> None:
         for run, marker in MARKERS.items()
         if any(record.run == run for record in records)
     ]
-    _legend(figure, handles=handles, ncols=3)
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
 
 
 def _ablation(figure: Any, records: Sequence[Record]) -> None:
