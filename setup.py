@@ -5,5 +5,5 @@ from setuptools import setup
 setup(
     packages=["catseg_fast", "catseg_fast.kernels", "catseg_fast.reference"],
     package_dir={"catseg_fast.kernels": "kernels", "catseg_fast.reference": "reference"},
-    package_data={"catseg_fast": ["py.typed", "configs/*/*.json"]},
+    package_data={"catseg_fast": ["py.typed", "configs/*/*.json", "class_lists/*.json", "page/*"]},
 )

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from catseg_fast import CATSeg, __version__, cli
+from catseg_fast import CATSeg, __version__, cli, model_options
 from catseg_fast.class_list import EVERYDAY_CLASSES, parse_classes, read_classes
 from catseg_fast.config import VARIANTS
 from catseg_fast.images import load_image
@@ -94,6 +94,7 @@ def test_segment_writes_what_the_model_says(workplace, weights, path):
         picture.load()
         assert picture.mode == "RGB"
     content = json.loads((folder / "photo.json").read_text())
+    assert len(content.pop("fingerprint")) == 32
     assert content == {
         "image": "photo.png",
         "variant": model.variant.name,
@@ -143,7 +144,7 @@ def test_an_error_of_the_model_names_the_image(workplace, weights, monkeypatch):
 
 
 def test_without_weights_it_says_that_they_are_untrained(workplace, monkeypatch):
-    monkeypatch.setattr(cli, "UNTRAINED_VARIANT", TINY)
+    monkeypatch.setattr(model_options, "UNTRAINED_VARIANT", TINY)
     labels = []
     for seed in (3, 3, 4):
         result = run("segment", "photo.png", "--classes", "sky; tree; sea", "--whole", "--seed", seed)
@@ -182,6 +183,9 @@ def test_dtype_reaches_the_model(workplace, weights, dtype, monkeypatch):
         (["--classes", " ; "], "no class names"),
         (["--classes", ""], "no class names"),
         (["--classes", "a", "--classes-file", "names.txt"], "not both"),
+        (["--classes", "a", "--classes-list", "ade-150"], "not both"),
+        (["--classes-list", "ade-151"], "lvis-1203"),
+        (["--stats", "table.csv"], "expected a .parquet or a .json file"),
         (["--classes-file", "none.txt"], "none.txt"),
         (["--classes-file", "photo.png"], ".txt or a .json file"),
         (["--dtype", "float8"], "float32, float16, bfloat16"),
@@ -358,7 +362,7 @@ def test_version():
     assert run("--version").stdout == f"catseg-fast {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["segment"], ["convert"], ["env"], ["variants"], ["tune"]])
+@pytest.mark.parametrize("command", [[], ["segment"], ["convert"], ["env"], ["variants"], ["tune"], ["app"]])
 def test_help_has_examples(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     result = run(*command, "--help")
