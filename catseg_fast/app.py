@@ -10,14 +10,15 @@ import gradio as gr
 
 from catseg_fast._version import __version__
 from catseg_fast.class_list import EVERYDAY_CLASSES, READY_LISTS, ready_list
-from catseg_fast.console import USER_ERRORS
+from catseg_fast.console import stdout
 from catseg_fast.model import CATSeg
 from catseg_fast.page_data import heat_data, report_html, viewer_data
 from catseg_fast.segmentation import Segmentation
 from catseg_fast.workbench import Loaded, Workbench, read_names
 
 OWN = "own names"
-HOURS = 3600  # seconds that a visitor's picture is kept
+VISITOR_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # shown; others are bugs, and logged
+HOUR = 3600  # seconds that a visitor's picture is kept
 _FOLDER = Path(__file__).parent / "page"
 _FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monospace"]
@@ -68,13 +69,13 @@ class Page:
                 sliding_window=sliding == "crops",
                 progress=lambda done, total: progress((done, total), desc="Class names"),
             )
-        except USER_ERRORS as error:
+        except VISITOR_ERRORS as error:
             raise gr.Error(escape(str(error)), print_exception=False) from error
         view = viewer_data(loaded.photo, segmentation)
         found = [entry["index"] for entry in view["classes"]]
         rest = sorted(set(range(len(names))) - set(found))
         choices = [(names[index], index) for index in (*found, *rest)]
-        picker = gr.Dropdown(choices=choices, value=None, interactive=True)
+        picker = gr.Dropdown(choices=choices, value=None, visible=True)
         return (loaded, segmentation), view, picker, None, report_html(report)
 
     def score_map(self, state: tuple[Loaded, Segmentation] | None, index: int | None) -> Any:
@@ -97,9 +98,11 @@ def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
         untrained: warn that the labels mean nothing.
     """
     page = Page(model)
-    with gr.Blocks(title="catseg-fast", analytics_enabled=False, delete_cache=(HOURS, HOURS)) as blocks:
+    with gr.Blocks(
+        title="catseg-fast", analytics_enabled=False, fill_width=True, delete_cache=(HOUR, HOUR)
+    ) as blocks:
         gr.HTML(_head(model, untrained), elem_id="cf-head")
-        state = gr.State(None, time_to_live=HOURS)
+        state = gr.State(None, time_to_live=HOUR)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 image = gr.Image(
@@ -134,7 +137,7 @@ def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
                 )  # fmt: skip
                 report = gr.HTML("", elem_id="cf-report")
                 picker = gr.Dropdown(
-                    [], label="Score map of", elem_id="cf-picker", interactive=True,
+                    [], label="Score map of", elem_id="cf-picker", interactive=True, visible=False,
                     info="Choose a class, or click one in the legend.",
                 )  # fmt: skip
                 heat = gr.HTML(
@@ -157,11 +160,18 @@ def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
 
 def serve(page: gr.Blocks, host: str, port: int, browser: bool = False, wait: bool = True) -> str:
     """Serve the page, until interrupted if it is to `wait`. Returns its address."""
-    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONOSPACE)
-    _, url, _ = page.queue().launch(
-        server_name=host, server_port=port, share=False, inbrowser=browser, prevent_thread_lock=not wait,
-        theme=theme, css=_read("page.css"), footer_links=[], ssr_mode=False, enable_monitoring=False,
+    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONOSPACE).set(
+        block_title_background_fill="transparent", block_title_text_color="*body_text_color",
+        block_title_padding="0", block_title_text_weight="600",
     )  # fmt: skip
+    _, url, _ = page.queue().launch(
+        server_name=host, server_port=port, share=False, inbrowser=browser, prevent_thread_lock=True,
+        quiet=True, theme=theme, css=_read("page.css"), footer_links=[], ssr_mode=False,
+        enable_monitoring=False,
+    )  # fmt: skip
+    if wait:
+        stdout.print(f"The page is on {url} (Ctrl+C ends it)", soft_wrap=True, highlight=False)
+        page.block_thread()
     return str(url)
 
 

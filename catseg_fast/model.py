@@ -259,7 +259,8 @@ class CATSeg(reference_model.CATSeg):
             return [encoded for image, readout in pairs for encoded in self._encode([image], [readout])]
         clip_images, pixels = (torch.cat(parts) for parts in zip(*inputs, strict=True))
         features, guidance = self.encode_images(clip_images, pixels)
-        return split_encoded(features, guidance, readouts, [len(crops) for crops, _ in inputs])
+        crops = [len(x) for x, _ in inputs]
+        return split_encoded(features, guidance, readouts, crops, self.dtype)
 
     def _crops(self, image: Tensor, readout: Readout) -> tuple[Tensor, Tensor]:
         """An image's crops `[B, 3, H, W]`, normalised twice, as `encode_images` wants them."""

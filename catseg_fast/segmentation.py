@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from catseg_fast.label_map import LabelMap, Readout, TopClasses
@@ -18,11 +19,13 @@ class EncodedImage:
         features: dense CLIP features of the picture's B crops, `[B, 1 + h*w, C]`, on the model's device.
         guidance: the three guidance maps `[B, C, H, W]`, from coarse to fine.
         readout: how the crops make up the picture.
+        dtype: type of the weights at that time; under autocast the features have another one.
     """
 
     features: Tensor
     guidance: tuple[Tensor, ...]
     readout: Readout
+    dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
@@ -35,9 +38,9 @@ class EncodedImage:
         Raises:
             ValueError: if it does not; the message has both.
         """
-        if (self.features.device, self.features.dtype) != (like.device, like.dtype):
+        if (self.features.device, self.dtype) != (like.device, like.dtype):
             raise ValueError(
-                f"image: it was encoded on {self.features.device} in {self.features.dtype}, "
+                f"image: it was encoded on {self.features.device} in {self.dtype}, "
                 f"and the model is on {like.device} in {like.dtype}"
             )
         sliding = self.readout.window is not None
@@ -101,9 +104,14 @@ class Segmentation:
 
 
 def split_encoded(
-    features: Tensor, guidance: Sequence[Tensor], readouts: Sequence[Readout], crops: Sequence[int]
+    features: Tensor,
+    guidance: Sequence[Tensor],
+    readouts: Sequence[Readout],
+    crops: Sequence[int],
+    dtype: torch.dtype,
 ) -> list[EncodedImage]:
-    """Pictures that were encoded in one call, `crops` each."""
+    """Pictures that were encoded in one call, `crops` each, by weights of type `dtype`."""
     sizes = list(crops)
     maps = zip(*(x.split(sizes) for x in guidance), strict=True)
-    return [EncodedImage(*parts) for parts in zip(features.split(sizes), maps, readouts, strict=True)]
+    parts = zip(features.split(sizes), maps, readouts, strict=True)
+    return [EncodedImage(*part, dtype=dtype) for part in parts]

@@ -64,7 +64,7 @@ def test_an_encoded_image_fits_its_model_and_call(model: CATSeg) -> None:
     assert same(model.segment(encoded), model.segment(picture(40, 56), sliding_window=False))
     with pytest.raises(ValueError, match="sliding_window: True, and the image was encoded with False"):
         model.segment(encoded, sliding_window=True)
-    other = replace(encoded, features=encoded.features.double())
+    other = replace(encoded, dtype=torch.float64)
     with pytest.raises(
         ValueError, match=r"encoded on cpu in torch\.float64, and the model is .* torch\.float32"
     ):
