@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from catseg_fast import CATSeg, cli
 from catseg_fast.backend import why_no_triton
+from test_cli import TINY
 from tiny import CLASSES, tiny_model
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'catseg-fast[app]'")
@@ -173,6 +174,19 @@ def test_a_port_that_is_taken_is_named() -> None:
     check_free("127.0.0.1", port)
     with pytest.raises(RuntimeError, match="--host: cannot listen on"):
         check_free("203.0.113.1", port)
+
+
+def test_the_command_serves_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tmp_path / "tiny.pth"
+    torch.save({"model": CATSeg(TINY).state_dict()}, weights)
+    served = []
+    monkeypatch.setattr("catseg_fast.app.serve", lambda *arguments: served.append(arguments[1:]))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    result = CliRunner().invoke(cli.app, ["app", "--weights", str(weights), "--port", str(port)])
+    assert result.exit_code == 0, result.stderr
+    assert served == [("127.0.0.1", port, False)]
 
 
 @pytest.fixture(scope="module")
