@@ -77,7 +77,7 @@ def build(session: nox.Session) -> None:
         f"{target}/{path.relative_to(folder).as_posix()}"
         for folder, target in FOLDERS.items()
         for path in Path(folder).rglob("*")
-        if path.suffix in (".py", ".json") or path.name == "py.typed"
+        if path.suffix in (".py", ".json", ".js", ".css", ".safetensors") or path.name == "py.typed"
     }
     if packed != expected:
         session.error(

@@ -11,5 +11,13 @@ setup(
         "catseg_fast.training",
     ],
     package_dir={"catseg_fast.kernels": "kernels", "catseg_fast.reference": "reference"},
-    package_data={"catseg_fast": ["py.typed", "configs/*/*.json"]},
+    package_data={
+        "catseg_fast": [
+            "py.typed",
+            "configs/*/*.json",
+            "checkpoints/*.safetensors",
+            "class_lists/*.json",
+            "page/*",
+        ]
+    },
 )

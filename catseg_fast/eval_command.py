@@ -17,6 +17,7 @@ from catseg_fast.backend import BACKENDS, choose_backend, default_device
 from catseg_fast.class_list import read_classes
 from catseg_fast.config import VARIANTS
 from catseg_fast.console import Debug, choice, image_progress, plain_errors, stderr, stdout
+from catseg_fast.model_options import build_model, weights_or_bundled
 
 if TYPE_CHECKING:
     from catseg_fast.data import FolderDataset
@@ -56,7 +57,7 @@ def evaluate(
     ],
     weights: Annotated[
         str | None,
-        typer.Option(metavar="W", help="Checkpoint, as for `segment`; without it the weights are random."),
+        typer.Option(metavar="W", help="Checkpoint, as for `segment`; by default those in this package."),
     ] = None,
     variant: Annotated[
         str | None,
@@ -127,10 +128,10 @@ def evaluate(
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} is not a folder", param_hint="--output")
     combinations = combine(backend, dtype, precision)
+    weights = weights_or_bundled(weights, variant)
     with plain_errors(debug):
         import torch
 
-        from catseg_fast.cli import build_model
         from catseg_fast.data import FolderDataset
         from catseg_fast.evaluation_report import (
             activations_table,
