@@ -118,12 +118,12 @@ def peak(model: Any, classes: int) -> int:
 def test_memory_hardly_grows_with_the_classes() -> None:
     aggregator = make_aggregator(pooling_size=(2, 2), pad_len=0)
     made = make_engine(aggregator, checkpoint=True)
-    few, many = peak(made, 8), peak(made, 24)
-    assert many <= peak(aggregator, 24) / 3
-    assert many <= peak(make_engine(aggregator, checkpoint=False), 24) / 3
+    few, many = peak(made, 4), peak(made, 14)
+    assert many <= peak(aggregator, 14) / 2
+    assert many <= peak(make_engine(aggregator, checkpoint=False), 14) / 2
     # A class's state behind each layer, its gradient, its logits, theirs, and twice for the caller's product.
     state, logits = 8 * 576 * aggregator.hidden_dim, 8 * 96 * 96
-    assert (many - few) / 16 <= 1.1 * ((len(aggregator.layers) + 1) * state + 4 * logits)
+    assert (many - few) / 10 <= 1.1 * ((len(aggregator.layers) + 1) * state + 4 * logits)
 
 
 def test_a_call_without_a_backward_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +180,8 @@ def test_the_budget_decides_what_is_computed_again() -> None:
 def test_the_planner_knows_how_much_a_class_takes(checkpoint: bool) -> None:
     aggregator = make_aggregator(pooling_size=(2, 2), pad_len=0)
     made = make_engine(aggregator, checkpoint)
-    schedule = made.schedule(1, (24, 24), 24)
-    assert 0.5 * peak(made, 24) <= schedule.total_bytes <= 2 * peak(made, 24)
+    schedule = made.schedule(1, (24, 24), 10)
+    assert 0.5 * schedule.total_bytes <= peak(made, 10) <= 1.2 * schedule.total_bytes
 
 
 def test_chunks_may_shrink_from_pass_to_pass() -> None:

@@ -102,7 +102,7 @@ class Trainer:
         if self.processes.count > 1:
             # A softmax's key biases, and what CLIP's dense features leave out, have no gradient.
             self.parallel = DistributedDataParallel(
-                model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+                model, gradient_as_bucket_view=True, find_unused_parameters=True
             )
         self.step = 0
 
