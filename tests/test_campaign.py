@@ -66,7 +66,8 @@ def test_a_campaign_that_runs_out_of_time_goes_on_where_it_was(tmp_path: Path) -
 def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
     """Interrupted as with Ctrl-C or by a scheduler, in the middle of a step, which ends, too."""
     program = (
-        "import os, sys; from bench import campaign; from bench.campaign import Step\n"
+        "import os, signal, sys; from bench import campaign; from bench.campaign import Step\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "campaign.all_steps = lambda *_: [\n"
         "    Step('first', (sys.executable, '-c', 'pass')),\n"
         "    Step('slow', (sys.executable, '-c',\n"
