@@ -111,7 +111,7 @@ def bench_engine_cpu_training_memory(meter: Meter, run: Baseline) -> None:
 def prepare_training_step(case: Case, run: str) -> Callable[[], Any]:
     """Forward and backward pass with upstream's pooling of training; the engine computes each chunk again."""
     call = make_call(case)
-    aggregator = call.aggregator
+    aggregator: Any = call.aggregator
     for layer in aggregator.layers:
         layer.attention.pool = torch.nn.AvgPool2d(2)
     aggregator.backend = "reference" if run == REFERENCE.name else "torch"
