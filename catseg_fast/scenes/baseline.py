@@ -37,4 +37,4 @@ def _colour(thing: Thing) -> NDArray[np.float32]:
     if isinstance(thing, str):
         texture = TEXTURES[thing](np.random.default_rng(0), 192, 192)
         return np.float32(255) * texture.mean(axis=(0, 1), dtype=np.float32)
-    return np.float32(COLOURS[thing.words[1]])
+    return np.asarray(COLOURS[thing.words[1]], np.float32)

@@ -69,7 +69,8 @@ def _held_out(classes: int, names: Callable[[Thing], str]) -> Split:
     things = choose_held_out(NAMED_HELD_OUT)
     grounds = GROUNDS[:NAMED_GROUNDS]
     others = [thing for thing in (*HELD_OUT, *TRAINED) if thing not in things]
-    absent = (*GROUNDS[NAMED_GROUNDS:], *others)[: classes - len(things) - len(grounds)]
+    rest: tuple[Thing, ...] = (*GROUNDS[NAMED_GROUNDS:], *others)
+    absent = rest[: classes - len(things) - len(grounds)]
     return Split(things, grounds, absent, names)
 
 

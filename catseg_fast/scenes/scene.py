@@ -60,7 +60,7 @@ def draw_scene(
     areas: list[int] = []
     shown: list[int] = []  # of each thing's area
     for _ in range(int(random.integers(3, 7))):
-        thing = things[random.integers(len(things))]
+        thing = things[int(random.integers(len(things)))]
         box, cover = _place(random, thing.words[2], random.uniform(0.10, 0.24) * min(size), size)
         mask = cover > 0.5
         under = owners[box]
@@ -113,7 +113,7 @@ def _place(random: Random, shape: str, radius: float, size: tuple[int, int]) -> 
 def _paint(random: Random, thing: Composition, size: tuple[int, ...]) -> Image32:
     """What a thing's surface looks like, as if it covered a picture of (H, W)."""
     name, colour, _ = thing.words
-    base = np.clip(np.float32(COLOURS[colour]) / 255 + random.normal(0, 0.035, 3), 0, 1)
+    base = np.clip(np.asarray(COLOURS[colour], np.float32) / 255 + random.normal(0, 0.035, 3), 0, 1)
     light = base.mean() < 0.72
     second = base + (1 - base) * random.uniform(0.6, 0.85) if light else base * random.uniform(0.45, 0.65)
     y, x = np.arange(size[0], dtype=np.float32)[:, None], np.arange(size[1], dtype=np.float32)[None]

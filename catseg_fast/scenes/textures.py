@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +23,14 @@ def noise(random: Random, height: int, width: int, cells: tuple[float, float], o
     return np.tanh(total / 1.3)
 
 
-def _mix(a: tuple[float, ...], b: tuple[float, ...], share: Image32) -> Image32:
+def _colour(rgb: tuple[float, ...]) -> Image32:
+    return np.asarray(rgb, np.float32)
+
+
+def _mix(a: tuple[float, ...], b: tuple[float, ...], share: NDArray[np.floating[Any]]) -> Image32:
     """Colours from `a` (share 0) to `b` (share 1): `[H, W, 3]`."""
     share = np.clip(share, 0, 1)[..., None]
-    return np.float32(a) * (1 - share) + np.float32(b) * share
+    return _colour(a) * (1 - share) + _colour(b) * share
 
 
 def _grid(height: int, width: int) -> tuple[Image32, Image32]:
@@ -58,7 +63,7 @@ def _bricks(random: Random, height: int, width: int) -> Image32:
     tone += 0.2 * noise(random, height, width, (40.0, 40.0))
     wall = _mix((0.45, 0.20, 0.15), (0.70, 0.38, 0.28), 0.2 + tone)
     mortar = ((row % brick_h) < 3) | ((across % brick_w) < 3)
-    return np.where(mortar[..., None], np.float32((0.72, 0.69, 0.65)), wall)
+    return np.where(mortar[..., None], _colour((0.72, 0.69, 0.65)), wall)
 
 
 def _grass(random: Random, height: int, width: int) -> Image32:
@@ -91,7 +96,7 @@ def _tiles(random: Random, height: int, width: int) -> Image32:
         (0.60, 0.62, 0.66), (0.86, 0.87, 0.88), 0.3 + tone + 0.15 * noise(random, height, width, (6.0, 6.0))
     )
     joint = ((row % side) < 3) | ((column % side) < 3)
-    return np.where(joint[..., None], np.float32((0.36, 0.37, 0.40)), floor)
+    return np.where(joint[..., None], _colour((0.36, 0.37, 0.40)), floor)
 
 
 def _sky(random: Random, height: int, width: int) -> Image32:
@@ -99,7 +104,7 @@ def _sky(random: Random, height: int, width: int) -> Image32:
     clouds = noise(random, height, width, (3.0, 2.5), 5)
     blue = _mix((0.33, 0.56, 0.88), (0.66, 0.81, 0.95), np.broadcast_to(row / height, (height, width)))
     share = np.clip(0.25 + 0.9 * clouds, 0, 1)[..., None]
-    return blue * (1 - share) + np.float32((0.95, 0.96, 0.97)) * share
+    return blue * (1 - share) + _colour((0.95, 0.96, 0.97)) * share
 
 
 def _gravel(random: Random, height: int, width: int) -> Image32:
