@@ -21,8 +21,12 @@ class State(Protocol):
         """Keep a chunk of all crops."""
 
 
-def new_state(policy: str, plan: Plan, image: ImageTerms, classes: int, differentiable: bool) -> State | None:
+def new_state(
+    policy: str, plan: Plan, image: ImageTerms, classes: int, chunk: int, differentiable: bool
+) -> State | None:
     """The state that a memory policy keeps for T classes; None where chunks are computed again."""
+    if torch.compiler.is_compiling() and policy == "resident" and chunk >= classes:
+        return SingleState()
     if differentiable:
         return ChunkState()
     if policy == "recompute" or not plan.layers:
@@ -44,6 +48,16 @@ class ResidentState:
 
     def save(self, classes: slice, x: Tensor) -> None:
         self.tensor[:, classes] = x
+
+
+class SingleState:
+    """The one chunk that holds all classes, as it is: a graph has no copies, and no symbols as keys."""
+
+    def load(self, crops: slice, classes: slice) -> Tensor:
+        return self.chunk[crops]
+
+    def save(self, classes: slice, x: Tensor) -> None:
+        self.chunk = x
 
 
 class OffloadedState:

@@ -75,7 +75,9 @@ class Stream:
         self.spectra: fourier.Spectra | None = None
         if fourier.pays_off(plan, image.crops * self.count):
             self.spectra = fourier.make_spectra(plan, image.features, image.resolution)
-        self.state: State | None = new_state(schedule.policy, plan, image, self.count, differentiable)
+        self.state: State | None = new_state(
+            schedule.policy, plan, image, self.count, self.chunk, differentiable
+        )
 
     def run(self, consume: Consumer) -> None:
         """Fill one class memory a layer, then decode."""
