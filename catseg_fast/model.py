@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from catseg_fast.reference import model as reference_model
 from catseg_fast.reference.inference import pad_to_multiple
 from catseg_fast.reference.model import as_map, normalise
 from catseg_fast.terms import VocabularyTerms
+
+if TYPE_CHECKING:
+    from catseg_fast.graphs import ModelGraphs
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,25 @@ class CATSeg(reference_model.CATSeg):
         sliding = self.sliding_window if sliding_window is None else sliding_window
         height, width = pixels.shape[-2:]
         return self._label(pixels, Readout((height, width), self.window if sliding else None), top_k)
+
+    def cuda_graph(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        sliding_window: bool | None = None,
+        probabilities: bool = False,
+    ) -> ModelGraphs:
+        """`segment` for pictures of some sizes (height, width), recorded as CUDA graphs with the present
+        classes, weights and settings; see `catseg_fast.graphs.ModelGraphs`.
+
+        Raises:
+            RuntimeError: if the model is not on a CUDA GPU.
+            ValueError: if there are no sizes, or the model selects classes.
+        """
+        from catseg_fast.graphs import ModelGraphs, Recorder  # which import this module
+
+        record = Recorder(self.device)
+        return ModelGraphs(self, sizes, record, sliding_window=sliding_window, probabilities=probabilities)
 
     @torch.no_grad()
     def explain(self, crops: int | None = None) -> str:
