@@ -25,6 +25,8 @@ from catseg_fast.console import (
     stderr,
     stdout,
 )
+from catseg_fast.export_command import EXAMPLES as EXPORT_EXAMPLES
+from catseg_fast.export_command import export
 from catseg_fast.tune_command import EXAMPLES, tune
 
 if TYPE_CHECKING:
@@ -129,7 +131,7 @@ def segment(
     Writes for each picture NAME.overlay.png (colours and legend), NAME.labels.png (each pixel's class index,
     16 bits) and NAME.json (each class's index, share of the pixels and mean score).
     """
-    names = _class_names(classes, classes_file)
+    names = class_names(classes, classes_file)
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} is not a folder", param_hint="--output")
     with plain_errors(debug):
@@ -148,7 +150,7 @@ def segment(
         raise typer.Exit(1)
 
 
-def _class_names(classes: str | None, classes_file: Path | None) -> list[str]:
+def class_names(classes: str | None, classes_file: Path | None) -> list[str]:
     """The class names that the options ask for; what is wrong with a name itself the model says."""
     if classes is not None and classes_file is not None:
         raise typer.BadParameter("give --classes or --classes-file, not both", param_hint="--classes")
@@ -297,3 +299,4 @@ def env() -> None:
 
 
 app.command(epilog=examples(*EXAMPLES))(tune)
+app.command(epilog=examples(*EXPORT_EXAMPLES))(export)
