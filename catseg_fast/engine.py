@@ -13,9 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catseg_fast import stages as torch_stages
-from catseg_fast.backend import choose_backend
+from catseg_fast.backend import choose_backend, warn_once
+from catseg_fast.gradients import GradientStream
 from catseg_fast.plan import Plan, build_plan
-from catseg_fast.planner import Schedule, Sizes, check_chunk, check_policy, parse_bytes, plan_schedule
+from catseg_fast.planner import (
+    Schedule,
+    Sizes,
+    check_chunk,
+    check_policy,
+    parse_bytes,
+    plan_gradients,
+    plan_schedule,
+)
 from catseg_fast.precision import pays_off_on_cpu
 from catseg_fast.streaming import Consumer, Stages, Stream
 from catseg_fast.terms import ImageTerms, VocabularyTerms, chunk_text, image_terms, vocabulary_terms
@@ -34,6 +43,8 @@ class Engine:
 
     Attributes:
         backend: "auto", "triton" or "torch"; calls that need gradients run in torch always.
+        checkpoint: whether such calls compute activations again when their gradient is taken, a chunk of
+            classes at a time, to keep little of them; None: where they would not fit.
         precision: type in which the stages compute. None: autocast's (on a CPU, where that type is the faster
             one, see `catseg_fast.precision`); without autocast the weights' own, but fp16 in place of fp32 on
             a GPU where no gradients are recorded.
@@ -45,6 +56,7 @@ class Engine:
         self.backend = "auto"
         self.precision: torch.dtype | None = None
         self.input_precision = "ieee"
+        self.checkpoint: bool | None = None
         self._chunk: int | None = None
         self._policy: str | None = None
         self._memory_budget: int | None = None
@@ -113,7 +125,8 @@ class Engine:
 
         They are in the type that was asked for, of autocast or `precision`, else in that of the weights.
         """
-        vocabulary = self.vocabulary(text_feats, max_classes)
+        plan = self.plan()
+        vocabulary = self.vocabulary(text_feats, max_classes, plan)
         (B, _, H, W), T = img_feats.shape, text_feats.shape[1]
         if self._differentiable(img_feats, text_feats, *appearance_guidance):
             chunks: list[Tensor] = []
@@ -121,7 +134,7 @@ class Engine:
             def keep(_: slice, part: Tensor) -> None:
                 chunks.append(part)
 
-            self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: keep)
+            self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: keep, plan=plan)
             return torch.cat(chunks, dim=1)
         asked = self.precision is not None or torch.is_autocast_enabled(img_feats.device.type)
         dtype = self._compute_dtype() if asked else self.aggregator.conv1.weight.dtype
@@ -130,7 +143,9 @@ class Engine:
         def store(classes: slice, part: Tensor) -> None:
             logits[:, classes] = part
 
-        self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: store, _nbytes(logits))
+        self.stream(
+            img_feats, vocabulary, appearance_guidance, max_classes, lambda: store, _nbytes(logits), plan
+        )
         return logits
 
     def stream(
@@ -141,10 +156,12 @@ class Engine:
         max_classes: int | None,
         begin: Callable[[], Consumer],
         output_bytes: int = 0,
+        plan: Plan | None = None,
     ) -> None:
         """Compute the logits of all classes, chunk by chunk in ascending order.
 
-        What overflows fp16 is computed again in bf16, with a warning.
+        What overflows fp16 is computed again in bf16, with a warning; not so where gradients are recorded,
+        whose scaling is the caller's.
 
         Args:
             img_feats: `[B, F, H, W]`.
@@ -155,12 +172,13 @@ class Engine:
                 change nothing before it can no longer fail for want of memory: it may then be called again.
                 If all is computed again, `begin` is called again first.
             output_bytes: what the caller holds besides, for the planner.
+            plan: the folded weights, if the caller has them.
 
         Raises:
             ValueError: if the memory budget is too small for one class.
         """
         inputs = (img_feats, vocabulary, appearance_guidance, max_classes)
-        if self._stream(self.plan(), *inputs, begin(), output_bytes):
+        if self._stream(plan or self.plan(), *inputs, begin(), output_bytes):
             return
         given = (img_feats, vocabulary.features, *appearance_guidance)
         if all(x is None or x.isfinite().all() for x in given):
@@ -183,8 +201,9 @@ class Engine:
         total = vocabulary.classes
         count = total if max_classes is None else min(total, max_classes)
         resolution = (img_feats.shape[2], img_feats.shape[3])
-        schedule = self.schedule(len(img_feats), resolution, count, output_bytes)
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
+        sizes = Sizes(plan, len(img_feats), resolution, count, img_feats.device)
+        schedule = self._schedule(sizes, output_bytes, differentiable)
         finite = torch.ones((), dtype=torch.bool, device=img_feats.device)
 
         def watch(classes: slice, logits: Tensor) -> None:
@@ -196,8 +215,12 @@ class Engine:
         with on_device, torch.set_grad_enabled(differentiable), self._without_autocast():
             image = image_terms(self.aggregator, plan, img_feats, appearance_guidance)
             selected = self._select(img_feats, vocabulary, count) if count < total else None
-            stages = torch_stages if differentiable else self.stages(plan, image)
-            stream = Stream(stages, plan, image, vocabulary, selected, schedule, differentiable)
+            if differentiable:
+                if self.backend == "triton":
+                    warn_once("gradients are wanted: running in torch, as Triton's kernels have no backward")
+                GradientStream(torch_stages, plan, image, vocabulary, selected, schedule).run(consume)
+                return True
+            stream = Stream(self.stages(plan, image), plan, image, vocabulary, selected, schedule)
             if plan.embed.dtype != torch.float16 or _recording(device):
                 stream.run(consume)
                 return True
@@ -213,13 +236,14 @@ class Engine:
             ValueError: if the memory budget is too small for one class.
         """
         device: torch.device = self.aggregator.conv1.weight.device
-        return plan_schedule(
-            Sizes(self.plan(), crops, resolution, classes, device),
-            policy=self.policy,
-            chunk=self.chunk,
-            budget=self.memory_budget,
-            output_bytes=output_bytes,
-        )
+        sizes = Sizes(self.plan(), crops, resolution, classes, device)
+        return self._schedule(sizes, output_bytes, self._differentiable())
+
+    def _schedule(self, sizes: Sizes, output_bytes: int, differentiable: bool) -> Schedule:
+        chunk, budget = self.chunk, self.memory_budget
+        if differentiable:
+            return plan_gradients(sizes, checkpoint=self.checkpoint, chunk=chunk, budget=budget)
+        return plan_schedule(sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes)
 
     def stages(self, plan: Plan, image: ImageTerms | None = None) -> Stages:
         """What runs the stages where no gradients are wanted; with an image, it is checked first."""

@@ -64,9 +64,7 @@ class FoldedModel(nn.Module):
         vocabulary = vocabulary_terms(self.aggregator, plan, text_features[None], normalise_prompts=False)
         schedule = Schedule("resident", vocabulary.classes, "one step", 0, 0, 0)
         answers: list[Tensor] = []
-        Stream(stages, plan, image, vocabulary, None, schedule, differentiable=False).run(
-            lambda _, logits: answers.append(logits)
-        )
+        Stream(stages, plan, image, vocabulary, None, schedule).run(lambda _, logits: answers.append(logits))
         return answers[0]
 
 

@@ -7,10 +7,21 @@ from typing import Annotated
 
 import typer
 
-from catseg_fast.config import VARIANTS
-from catseg_fast.console import Debug, choice, plain_errors, stderr, stdout
+from catseg_fast.console import Debug, plain_errors, stderr, stdout
+from catseg_fast.model_options import (
+    Classes,
+    ClassesFile,
+    ClassesList,
+    Seed,
+    VariantName,
+    Weights,
+    build_model,
+    class_names,
+    weights_or_bundled,
+)
 
 EXAMPLES = (
+    "catseg-fast export model.onnx",
     'catseg-fast export model.onnx --classes "sky; tree; person, man" --weights model_base.pth',
     "catseg-fast export model.onnx --classes-file classes.txt --weights v2-vitl --crops 5",
 )
@@ -18,36 +29,15 @@ EXAMPLES = (
 
 def export(
     target: Annotated[Path, typer.Argument(metavar="DST", help="The .onnx file to write.")],
-    weights: Annotated[
-        str,
-        typer.Option(
-            metavar="W",
-            help="Checkpoint: a .pth or .safetensors file, its folder, a hub id, or a variant's name for "
-            "upstream's weights.",
-        ),
-    ],
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            metavar='"A; B; C"',
-            help="Class names, separated by semicolons; commas separate synonyms of one class. By default "
-            "some everyday ones.",
-        ),
-    ] = None,
-    classes_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", exists=True, dir_okay=False,
-            help="Class names from a .txt file, one a line, or a .json file, a list of strings.",
-        ),
-    ] = None,
-    variant: Annotated[
-        str | None,
-        choice("--variant", tuple(VARIANTS), "What the checkpoint must be, else told from its content"),
-    ] = None,
+    classes: Classes = None,
+    classes_file: ClassesFile = None,
+    classes_list: ClassesList = None,
+    weights: Weights = None,
+    variant: VariantName = None,
     crops: Annotated[
         int, typer.Option(metavar="N", min=1, help="Images of a call: 5 for a sliding window at once.")
     ] = 1,
+    seed: Seed = 0,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write a model as ONNX, from pixels and text features to logits; any number of classes.
@@ -56,16 +46,14 @@ def export(
     outputs and what comes before and behind them. Another vocabulary needs another .npz alone. The command
     takes some minutes, and needs `pip install "catseg-fast[export]"`.
     """
-    from catseg_fast.cli import class_names  # which registers this command
-
-    names = class_names(classes, classes_file)
+    weights = weights_or_bundled(weights, variant)
+    names = class_names(classes, classes_file, classes_list, weights)
     with plain_errors(debug):
         from catseg_fast.export import check_target, export_onnx
-        from catseg_fast.model import CATSeg
 
         check_target(target)  # fail before the model is loaded
         with stderr.status("Loading the model …"):
-            model = CATSeg.from_pretrained(weights, names, variant=variant, device="cpu")
+            model = build_model(weights, variant, names, seed, device="cpu", dtype="float32")
         with stderr.status("Exporting …"):
             written = export_onnx(model, target, crops=crops)
     for path in written:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from catseg_fast.engine import Engine
 from catseg_fast.images import ImageLike, load_image
-from catseg_fast.label_map import LabelMap, Probabilities, Readout
-from catseg_fast.model import CATSeg, Segmentation
+from catseg_fast.label_map import READOUT_BYTES, LabelMap, Probabilities, Readout
+from catseg_fast.model import CATSeg
 from catseg_fast.planner import Schedule
+from catseg_fast.segmentation import Segmentation
 from catseg_fast.weights import weights_state
 
 Answer = TypeVar("Answer")
@@ -140,17 +141,18 @@ class ModelGraphs:
             if not maps[0].isnan().any():
                 return maps
             return self._read_out(pixels.to(self.model.device)).maps
-        labels, scores = answer.labels.cpu(), answer.scores.cpu()
-        if scores.isnan().any():
+        segmentation = Segmentation.of(answer, self.model.classes, self._readout(size))
+        if segmentation.scores.isnan().any():
             return self.model.segment(image, sliding_window=self.sliding_window)
-        return Segmentation(labels, scores, self.model.classes)
+        return segmentation
 
     def _record(self, size: Size, record: Callable[[Callable[[], Any]], Callable[[], Any]]) -> Any:
         """The buffer that the pixels go to, and what replays the call on it."""
         model, buffer = self.model, torch.zeros(3, *size, device=self.model.device)
         crops = len(model.window.corners()) + 1 if self.sliding_window else 1
         classes = len(model.classes)
-        output_bytes = 4 * size[0] * size[1] * (classes if self.probabilities else 2)
+        answer_bytes = 4 * size[0] * size[1] * (classes if self.probabilities else 2)
+        output_bytes = answer_bytes + max(READOUT_BYTES, self._readout(size).class_bytes)
         schedule = model.engine.schedule(crops, model.variant.feature_resolution, classes, output_bytes)
         if schedule.policy == "offload":
             raise RuntimeError(
@@ -160,13 +162,16 @@ class ModelGraphs:
         with _pinned(model.engine, schedule):
             return buffer, record(lambda: self._read_out(buffer))
 
+    def _readout(self, size: Size) -> Readout:
+        return Readout(size, self.model.window if self.sliding_window else None)
+
     def _read_out(self, pixels: Tensor) -> Any:
+        """The target that the picture's logits were read out into."""
         model, size = self.model, (pixels.shape[1], pixels.shape[2])
-        readout = Readout(size, model.window if self.sliding_window else None)
         target: Probabilities | LabelMap = LabelMap(size, model.device)
         if self.probabilities:
             target = Probabilities(len(model.classes), size, model.device)
-        model._read_out(pixels, readout, target, 0)
+        model._read_out(model._encode([pixels], [self._readout(size)]), [target], 0)
         return target
 
 

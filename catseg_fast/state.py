@@ -21,14 +21,10 @@ class State(Protocol):
         """Keep a chunk of all crops."""
 
 
-def new_state(
-    policy: str, plan: Plan, image: ImageTerms, classes: int, chunk: int, differentiable: bool
-) -> State | None:
+def new_state(policy: str, plan: Plan, image: ImageTerms, classes: int, chunk: int) -> State | None:
     """The state that a memory policy keeps for T classes; None where chunks are computed again."""
     if torch.compiler.is_compiling() and policy == "resident" and chunk >= classes:
         return SingleState()
-    if differentiable:
-        return ChunkState()
     if policy == "recompute" or not plan.layers:
         return None
     shape = (image.crops, classes, image.features.shape[1], plan.channels)
@@ -54,7 +50,7 @@ class SingleState:
     """The one chunk that holds all classes, as it is: a graph has no copies, and no symbols as keys."""
 
     def load(self, crops: slice, classes: slice) -> Tensor:
-        return self.chunk[crops]
+        return self.chunk[crops, classes]
 
     def save(self, classes: slice, x: Tensor) -> None:
         self.chunk = x
@@ -116,21 +112,3 @@ class OffloadedState:
     @property
     def _current(self) -> Any:
         return self._module.current_stream()
-
-
-class ChunkState:
-    """The chunks as they are, for gradients to flow through."""
-
-    def __init__(self) -> None:
-        self.chunks: dict[tuple[int, int], Tensor] = {}
-
-    def load(self, crops: slice, classes: slice) -> Tensor:
-        parts = [
-            x[crops, max(classes.start - start, 0) : classes.stop - start]
-            for (start, stop), x in sorted(self.chunks.items())
-            if start < classes.stop and stop > classes.start
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def save(self, classes: slice, x: Tensor) -> None:
-        self.chunks[classes.start, classes.stop] = x

@@ -65,7 +65,6 @@ class Stream:
         vocabulary: VocabularyTerms,
         selected: Tensor | None,
         schedule: Schedule,
-        differentiable: bool,
     ) -> None:
         self.stages = stages
         self.plan, self.image, self.vocabulary, self.selected = plan, image, vocabulary, selected
@@ -75,9 +74,7 @@ class Stream:
         self.spectra: fourier.Spectra | None = None
         if fourier.pays_off(plan, image.crops * self.count):
             self.spectra = fourier.make_spectra(plan, image.features, image.resolution)
-        self.state: State | None = new_state(
-            schedule.policy, plan, image, self.count, self.chunk, differentiable
-        )
+        self.state = self._new_state()
 
     def run(self, consume: Consumer) -> None:
         """Fill one class memory a layer, then decode."""
@@ -86,12 +83,7 @@ class Stream:
             memory = new_memory(layer.classes, self.count)
 
             def fill(classes: slice, index: int = index, memory: ClassMemory = memory) -> None:
-                x = self._spatial(index, every, classes)
-                text = self._text(self.vocabulary.keys[index], every, classes)
-                attention = self.plan.layers[index].classes
-                self.stages.class_collect(attention, memory, x, text, self.image.resolution)
-                if self.state is not None:
-                    self.state.save(classes, x)
+                self._fill(index, memory, classes)
 
             self._for_each_chunk(self.count, fill)
             self.memories.append(memory)
@@ -103,6 +95,20 @@ class Stream:
             self._for_each_chunk(
                 total, lambda classes: consume(classes, self._decode_selected(selected, classes))
             )
+
+    def _new_state(self) -> State | None:
+        return new_state(self.schedule.policy, self.plan, self.image, self.count, self.chunk)
+
+    def _fill(self, index: int, memory: ClassMemory, classes: slice) -> None:
+        """Pass a chunk through the window blocks of a layer; its keys and values are left in `memory`."""
+        x = self._spatial(index, slice(0, self.image.crops), classes)
+        self._collect(index, memory, x, classes)
+        if self.state is not None:
+            self.state.save(classes, x)
+
+    def _collect(self, index: int, memory: ClassMemory, x: Tensor, classes: slice) -> None:
+        text = self._text(self.vocabulary.keys[index], slice(0, self.image.crops), classes)
+        self.stages.class_collect(self.plan.layers[index].classes, memory, x, text, self.image.resolution)
 
     def _for_each_chunk(self, total: int, step: Callable[[slice], None]) -> None:
         """Call `step` with slices of at most `chunk`; on running out of memory, go on with half of that."""
@@ -126,8 +132,11 @@ class Stream:
 
     def _spatial(self, index: int, crops: slice, classes: slice) -> Tensor:
         """A chunk behind the window blocks of layer `index`: `[b, t, HW, C]`."""
-        image = self.image.of(crops)
         x = self._embed(crops, classes) if index == 0 else self._classes(index - 1, crops, classes)
+        return self._blocks(index, crops, x)
+
+    def _blocks(self, index: int, crops: slice, x: Tensor) -> Tensor:
+        image = self.image.of(crops)
         for block, guidance in zip(self.plan.layers[index].blocks, image.blocks[index], strict=True):
             x = self.stages.window_block(block, guidance, x)
         return x
@@ -138,13 +147,12 @@ class Stream:
             x = self.state.load(crops, classes)
         else:
             x = self._spatial(index, crops, classes)
-        return self.stages.class_apply(
-            self.plan.layers[index].classes,
-            x,
-            self._text(self.vocabulary.queries[index], crops, classes),
-            self.memories[index].of(crops),
-            self.image.resolution,
-        )
+        return self._attend(index, crops, classes, x, self.memories[index].of(crops))
+
+    def _attend(self, index: int, crops: slice, classes: slice, x: Tensor, memory: ClassMemory) -> Tensor:
+        text = self._text(self.vocabulary.queries[index], crops, classes)
+        layer = self.plan.layers[index].classes
+        return self.stages.class_apply(layer, x, text, memory, self.image.resolution)
 
     def _embed(self, crops: slice, classes: slice) -> Tensor:
         features = self._text(self.vocabulary.features, crops, classes)
