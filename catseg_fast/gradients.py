@@ -41,13 +41,13 @@ class GradientStream(Stream):
         before, remembered = self._behind(index - 1, every, classes)
         empty = memory.part()
 
-        def advance(before: Tensor | None) -> tuple[Tensor, ClassMemory]:
+        def advance(before: Tensor | None, classes: slice) -> tuple[Tensor, ClassMemory]:
             x, part = self._before(index - 1, every, classes, before, remembered), empty.part()
             x = self._blocks(index, every, x)
             self._collect(index, part, x, classes)
             return x, part
 
-        x, part = self._run(advance, before)
+        x, part = self._run(advance, before, classes)
         memory.merge(part)
         assert self.state is not None
         self.state.save(classes, x)
@@ -56,12 +56,12 @@ class GradientStream(Stream):
         last = len(self.plan.layers) - 1
         before, remembered = self._behind(last, crops, classes)
 
-        def finish(before: Tensor | None) -> Tensor:
+        def finish(before: Tensor | None, classes: slice) -> Tensor:
             x = self._before(last, crops, classes, before, remembered)
             decoder = self.image.of(crops).decoder
             return self.stages.decode(self.plan, decoder, x, self.image.resolution)
 
-        logits: Tensor = self._run(finish, before)
+        logits: Tensor = self._run(finish, before, classes)
         return logits
 
     def _behind(self, index: int, crops: slice, classes: slice) -> tuple[Tensor | None, ClassMemory | None]:
@@ -79,8 +79,11 @@ class GradientStream(Stream):
             return self._embed(crops, classes)
         return self._attend(index, crops, classes, x, memory)
 
-    def _run(self, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-        """Call a function without random numbers; where the schedule says so, again on the way back."""
+    def _run(self, function: Callable[..., Any], *inputs: Tensor | slice | None) -> Any:
+        """Call a function without random numbers; where the schedule says so, again on the way back.
+
+        Classes are an input of it: of a number that it refers to, `torch.compile` makes a constant.
+        """
         if self.schedule.policy != "checkpoint":
             return function(*inputs)
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
