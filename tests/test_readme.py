@@ -57,6 +57,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.manual_seed(0)
     torch.save({"model": CATSeg(TINY).state_dict()}, tmp_path / "model_base.pth")
     (tmp_path / "classes.txt").write_text("sky\ntree\n")
+    for name in ("ade150", "coco-stuff", "scenes/held-out"):
+        (tmp_path / name).mkdir(parents=True)
     for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg", "examples/street.png", "examples/scene.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(STREET, tmp_path / name)
