@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.cases import Call, Case
 from catseg_fast import reference
 from catseg_fast.backend import why_no_triton
+from catseg_fast.graphs import Recorder
 from catseg_fast.reference.window_attention import WindowAttention
 
 Run = Callable[[], Tensor]
@@ -96,21 +97,7 @@ class FusedWindowAttention(WindowAttention):
 
 def graphed(run: Run) -> Run:
     """A recording of `run` as a CUDA graph; its answer is overwritten by the next call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        answer = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return answer
-
-    return replay
+    return Recorder(torch.device("cuda", torch.cuda.current_device()))(run)
 
 
 def _eager(call: Call) -> Run:

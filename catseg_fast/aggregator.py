@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from catseg_fast import reference
-from catseg_fast.backend import check_backend, choose_backend
-from catseg_fast.engine import Engine
+from catseg_fast.backend import check_backend
+from catseg_fast.engine import Engine, constant_backend
 from catseg_fast.reference.aggregator import check_shapes
 
 
@@ -40,7 +40,7 @@ class Aggregator(reference.Aggregator):
     def forward(
         self, img_feats: Tensor, text_feats: Tensor, appearance_guidance: Sequence[Tensor | None]
     ) -> Tensor:
-        if choose_backend(self.backend, img_feats.device) == "reference":
+        if constant_backend(self.backend, img_feats.device) == "reference":
             return super().forward(img_feats, text_feats, appearance_guidance)
         check_shapes(self, img_feats, text_feats)
         return self.engine.logits(img_feats, text_feats, appearance_guidance, self.max_classes)

@@ -56,8 +56,10 @@ class LinearMemory:
 
     @classmethod
     def new(cls, layer: ClassLayer, classes: int) -> LinearMemory:
-        length, padding = max(classes, layer.pad_len), layer.pad_len - classes
-        if layer.padding is None or padding <= 0:
+        # Numbers, or symbols of a graph for any T, which Python's max would tie to one side of `pad_len`.
+        length: Any = torch.sym_max(classes, layer.pad_len)
+        padding: Any = torch.sym_max(layer.pad_len - classes, 0)
+        if layer.padding is None or (not torch.compiler.is_compiling() and padding == 0):
             return cls(layer.heads, layer.eps, length, 0.0, 0.0)
         key, value = (wide(x).view(layer.heads, -1) for x in layer.padding.chunk(2))
         key = padding * _feature_map(key)

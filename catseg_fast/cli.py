@@ -12,6 +12,7 @@ from catseg_fast import (
     app_command,
     dataset_command,
     eval_command,
+    export_command,
     scenes_command,
     segment_command,
     train_command,
@@ -118,6 +119,7 @@ for name, command, lines in (
     ("eval", eval_command.evaluate, eval_command.EXAMPLES),
     ("dataset", dataset_command.dataset, dataset_command.EXAMPLES),
     ("scenes", scenes_command.scenes, scenes_command.EXAMPLES),
+    ("export", export_command.export, export_command.EXAMPLES),
     ("tune", tune_command.tune, tune_command.EXAMPLES),
 ):
     app.command(name, epilog=examples(*lines))(command)

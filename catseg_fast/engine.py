@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -143,7 +144,7 @@ class Engine:
             logits[:, classes] = part
 
         self.stream(
-            img_feats, vocabulary, appearance_guidance, max_classes, lambda: store, logits.nbytes, plan
+            img_feats, vocabulary, appearance_guidance, max_classes, lambda: store, _nbytes(logits), plan
         )
         return logits
 
@@ -246,7 +247,7 @@ class Engine:
 
     def stages(self, plan: Plan, image: ImageTerms | None = None) -> Stages:
         """What runs the stages where no gradients are wanted; with an image, it is checked first."""
-        if _choose_backend(self.backend, self.aggregator.conv1.weight.device) != "triton":
+        if constant_backend(self.backend, self.aggregator.conv1.weight.device) != "triton":
             return torch_stages
         from catseg_fast.triton_stages import TritonStages  # triton exists for Linux alone
 
@@ -293,7 +294,12 @@ class Engine:
 
 
 # For `torch.compile` a constant: what it reads of the machine cannot be traced.
-_choose_backend = torch.compiler.assume_constant_result(choose_backend)
+constant_backend = torch.compiler.assume_constant_result(choose_backend)
+
+
+def _nbytes(x: Tensor) -> int:
+    """`x.nbytes`, where a size may be a symbol of `torch.compile`, too."""
+    return math.prod(x.shape) * x.itemsize
 
 
 def _recording(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from catseg_fast.class_memory import ClassMemory
-from catseg_fast.state import State
+from catseg_fast.state import SingleState, State
 from catseg_fast.streaming import Consumer, Stream
 
 
@@ -33,20 +33,21 @@ class GradientStream(Stream):
             self.state, self.memories = None, []
 
     def _new_state(self) -> State:
-        return ChunkState()
+        single = torch.compiler.is_compiling() and self.chunk >= self.count
+        return SingleState() if single else ChunkState()
 
     def _fill(self, index: int, memory: ClassMemory, classes: slice) -> None:
         every = slice(0, self.image.crops)
         before, remembered = self._behind(index - 1, every, classes)
         empty = memory.part()
 
-        def advance(before: Tensor | None) -> tuple[Tensor, ClassMemory]:
+        def advance(before: Tensor | None, classes: slice) -> tuple[Tensor, ClassMemory]:
             x, part = self._before(index - 1, every, classes, before, remembered), empty.part()
             x = self._blocks(index, every, x)
             self._collect(index, part, x, classes)
             return x, part
 
-        x, part = self._run(advance, before)
+        x, part = self._run(advance, before, classes)
         memory.merge(part)
         assert self.state is not None
         self.state.save(classes, x)
@@ -55,12 +56,12 @@ class GradientStream(Stream):
         last = len(self.plan.layers) - 1
         before, remembered = self._behind(last, crops, classes)
 
-        def finish(before: Tensor | None) -> Tensor:
+        def finish(before: Tensor | None, classes: slice) -> Tensor:
             x = self._before(last, crops, classes, before, remembered)
             decoder = self.image.of(crops).decoder
             return self.stages.decode(self.plan, decoder, x, self.image.resolution)
 
-        logits: Tensor = self._run(finish, before)
+        logits: Tensor = self._run(finish, before, classes)
         return logits
 
     def _behind(self, index: int, crops: slice, classes: slice) -> tuple[Tensor | None, ClassMemory | None]:
@@ -78,8 +79,11 @@ class GradientStream(Stream):
             return self._embed(crops, classes)
         return self._attend(index, crops, classes, x, memory)
 
-    def _run(self, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-        """Call a function without random numbers; where the schedule says so, again on the way back."""
+    def _run(self, function: Callable[..., Any], *inputs: Tensor | slice | None) -> Any:
+        """Call a function without random numbers; where the schedule says so, again on the way back.
+
+        Classes are an input of it: of a number that it refers to, `torch.compile` makes a constant.
+        """
         if self.schedule.policy != "checkpoint":
             return function(*inputs)
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from catseg_fast.reference.inference import pad_to_multiple
 from catseg_fast.reference.model import as_map, normalise
 from catseg_fast.segmentation import EncodedImage, Segmentation, split_encoded
 from catseg_fast.terms import VocabularyTerms
+
+if TYPE_CHECKING:
+    from catseg_fast.graphs import ModelGraphs
 
 
 class CATSeg(reference_model.CATSeg):
@@ -218,6 +221,25 @@ class CATSeg(reference_model.CATSeg):
         It pays where few classes leave a GPU idle. Memory grows with the number of pictures.
         """
         return self._label(self._encode_all(images, sliding_window), top_k) if images else []
+
+    def cuda_graph(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        sliding_window: bool | None = None,
+        probabilities: bool = False,
+    ) -> ModelGraphs:
+        """`segment` for pictures of some sizes (height, width), recorded as CUDA graphs with the present
+        classes, weights and settings; see `catseg_fast.graphs.ModelGraphs`.
+
+        Raises:
+            RuntimeError: if the model is not on a CUDA GPU.
+            ValueError: if there are no sizes, or the model selects classes.
+        """
+        from catseg_fast.graphs import ModelGraphs, Recorder  # which import this module
+
+        record = Recorder(self.device)
+        return ModelGraphs(self, sizes, record, sliding_window=sliding_window, probabilities=probabilities)
 
     @torch.no_grad()
     def explain(self, crops: int | None = None) -> str:

@@ -14,6 +14,7 @@ beyond rounding:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -276,12 +277,16 @@ def wide(tensor: Tensor) -> Tensor:
 
 def cast(folded: Any, dtype: torch.dtype) -> Any:
     """The same dataclass or tuple with every floating tensor in it, however deep, in `dtype`."""
+    return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, folded)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], folded: Any) -> Any:
+    """The same dataclass or tuple with `function` of every tensor in it, however deep, in a fixed order."""
     if isinstance(folded, Tensor):
-        return folded.to(dtype) if folded.is_floating_point() else folded
+        return function(folded)
     if isinstance(folded, tuple):
-        return tuple(cast(item, dtype) for item in folded)
+        return tuple(map_tensors(function, item) for item in folded)
     if is_dataclass(folded) and not isinstance(folded, type):
-        return replace(
-            folded, **{field.name: cast(getattr(folded, field.name), dtype) for field in fields(folded)}
-        )
+        values = {field.name: map_tensors(function, getattr(folded, field.name)) for field in fields(folded)}
+        return replace(folded, **values)
     return folded

@@ -176,6 +176,9 @@ def plan_schedule(
 ) -> Schedule:
     """Choose what the caller left open.
 
+    While `torch.compile` traces, memory is not known and a step is unrolled: without a budget, all classes go
+    in one step, whatever their number.
+
     Args:
         sizes: of the call.
         policy, chunk: the caller's choice, or None.
@@ -185,7 +188,10 @@ def plan_schedule(
     Raises:
         ValueError: if the budget does not even hold one class; the message has the least that works.
     """
-    device, classes, state = sizes.device, sizes.classes, sizes.state_bytes
+    device, classes = sizes.device, sizes.classes
+    if budget is None and torch.compiler.is_compiling():
+        return Schedule(policy or "resident", chunk or classes, "a graph is made", 0, 0, sys.maxsize)
+    state = sizes.state_bytes
     free = budget if budget is not None else int(free_bytes(device) * FREE_SHARE)
     always, per_class = sizes.fixed_bytes + output_bytes, sizes.class_bytes
     fixed = {
@@ -219,6 +225,8 @@ def plan_gradients(
 ) -> Schedule:
     """The same for a call of which gradients are wanted.
 
+    While `torch.compile` traces, nothing is computed again unless the caller asks for it.
+
     Args:
         sizes: of the call.
         checkpoint: whether to compute activations again on the way back; None: only where those of all
@@ -229,7 +237,11 @@ def plan_gradients(
     Raises:
         ValueError: if the budget does not hold what the caller chose; the message has the least that works.
     """
-    classes, per_class = sizes.classes, sizes.gradient_bytes
+    classes = sizes.classes
+    if budget is None and torch.compiler.is_compiling():
+        chosen = "checkpoint" if checkpoint else "keep"
+        return Schedule(chosen, chunk or classes, "a graph is made", 0, 0, sys.maxsize)
+    per_class = sizes.gradient_bytes
     free = budget if budget is not None else int(free_bytes(sizes.device) * GRADIENT_SHARE)
     wanted = chunk or usual_chunk(classes, sizes.crops, sizes.device)
     logits = 2 * 16 * sizes.positions * classes * sizes.plan.embed.itemsize  # and their gradient
@@ -264,9 +276,7 @@ def usual_chunk(classes: int, crops: int, device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device now; without limit for `torch.compile`, which cannot know."""
-    if torch.compiler.is_compiling():
-        return sys.maxsize
+    """Memory that can be had on a device now."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

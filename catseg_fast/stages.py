@@ -31,7 +31,7 @@ def embed_cost_volume(plan: Plan, image: Tensor, text: Tensor, resolution: tuple
     H, W = resolution
     cost_volume = image[:, None] @ text.flatten(1, 2).transpose(1, 2)[:, None]  # B, 1, HW, t*P
     cost_volume = cost_volume.view(B, H, W, t, P).permute(0, 3, 4, 1, 2).reshape(B * t, P, H, W)
-    if P == 1:
+    if P == 1 and not torch.compiler.is_exporting():  # faster than a convolution, but in no other format
         patches = F.unfold(cost_volume, kernel_size=7, padding=3)  # B*t, 49, HW
         x = F.linear(patches.transpose(1, 2), plan.embed.flatten(1), plan.embed_bias)
     else:

@@ -21,8 +21,10 @@ class State(Protocol):
         """Keep a chunk of all crops."""
 
 
-def new_state(policy: str, plan: Plan, image: ImageTerms, classes: int) -> State | None:
+def new_state(policy: str, plan: Plan, image: ImageTerms, classes: int, chunk: int) -> State | None:
     """The state that a memory policy keeps for T classes; None where chunks are computed again."""
+    if torch.compiler.is_compiling() and policy == "resident" and chunk >= classes:
+        return SingleState()
     if policy == "recompute" or not plan.layers:
         return None
     shape = (image.crops, classes, image.features.shape[1], plan.channels)
@@ -42,6 +44,16 @@ class ResidentState:
 
     def save(self, classes: slice, x: Tensor) -> None:
         self.tensor[:, classes] = x
+
+
+class SingleState:
+    """The one chunk that holds all classes, as it is: a graph has no copies, and no symbols as keys."""
+
+    def load(self, crops: slice, classes: slice) -> Tensor:
+        return self.chunk[crops, classes]
+
+    def save(self, classes: slice, x: Tensor) -> None:
+        self.chunk = x
 
 
 class OffloadedState:

@@ -97,7 +97,7 @@ class Stream:
             )
 
     def _new_state(self) -> State | None:
-        return new_state(self.schedule.policy, self.plan, self.image, self.count)
+        return new_state(self.schedule.policy, self.plan, self.image, self.count, self.chunk)
 
     def _fill(self, index: int, memory: ClassMemory, classes: slice) -> None:
         """Pass a chunk through the window blocks of a layer; its keys and values are left in `memory`."""

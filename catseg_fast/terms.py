@@ -148,7 +148,7 @@ def _block_guidance(
     order = partition_windows(positions, window).flatten()
     masks = None
     if shift:
-        by_window = shifted_window_mask(resolution, window, shift).to(device, block.qkv.dtype)
+        by_window = shifted_window_mask(resolution, window, shift, device).to(block.qkv.dtype)
         down, across = H // window, W // window  # the last of which hold patches from opposite borders
         masks = tuple(
             mask if w // across == down - 1 or w % across == across - 1 else None

@@ -259,9 +259,14 @@ class CATSeg(nn.Module):
 
 def normalise(images: Tensor) -> tuple[Tensor, Tensor]:
     """RGB `[…, 3, H, W]` in 0..255, once as CLIP wants it and once as v1's backbones do."""
-    statistics = torch.tensor((CLIP_PIXEL_MEAN, CLIP_PIXEL_STD, PIXEL_MEAN, PIXEL_STD), device=images.device)
-    clip_mean, clip_std, mean, std = statistics[..., None, None]
+    clip_mean, clip_std = _channels(CLIP_PIXEL_MEAN, images), _channels(CLIP_PIXEL_STD, images)
+    mean, std = _channels(PIXEL_MEAN, images), _channels(PIXEL_STD, images)
     return (images - clip_mean) / clip_std, (images - mean) / std
+
+
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    """`[3, 1, 1]` in fp32 on a device, by filling: a CUDA graph records no copy from the host."""
+    return torch.stack([like.new_full((1, 1), value, dtype=torch.float32) for value in values])
 
 
 def as_map(features: Tensor) -> Tensor:

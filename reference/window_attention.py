@@ -36,15 +36,17 @@ def fit_window(resolution: tuple[int, int], window: int, shift: int) -> tuple[in
     return (smallest, 0) if smallest <= window else (window, shift)
 
 
-def shifted_window_mask(resolution: tuple[int, int], window: int, shift: int) -> Tensor:
+def shifted_window_mask(
+    resolution: tuple[int, int], window: int, shift: int, device: torch.device | None = None
+) -> Tensor:
     """Additive mask `[windows, N, N]`, N = window * window: 0 within a region of the image, else -100.
 
     After the cyclic shift the last windows hold patches from opposite borders; those must not see each other.
     """
     height, width = resolution
     rows, columns = (
-        torch.bucketize(torch.arange(size), torch.tensor([size - window, size - shift]), right=True)
-        for size in (height, width)
+        (place >= len(place) - window).int() + (place >= len(place) - shift).int()
+        for place in (torch.arange(size, device=device) for size in (height, width))
     )
     regions = (rows[:, None] * 3 + columns[None, :]).view(1, height, width, 1)
     regions = partition_windows(regions, window).squeeze(-1)  # windows, N

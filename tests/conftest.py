@@ -27,6 +27,10 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--upstream", metavar="FOLDER", help="a checkout of upstream, for the tests marked so")
+
+
 @pytest.fixture
 def on_gpu() -> Iterator[None]:
     """Let new tensors be on the GPU, where there is one."""
