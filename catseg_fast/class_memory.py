@@ -30,9 +30,11 @@ class ClassMemory(Protocol):
         """Attention of `queries [B, t, hw, C]` over all classes that were added."""
 
 
-def new_memory(layer: ClassLayer, classes: int) -> ClassMemory:
-    """A memory for T classes that holds nothing yet but the padding tokens."""
-    return LinearMemory.new(layer, classes) if layer.linear else FullMemory.new(layer, classes)
+def new_memory(layer: ClassLayer, classes: int, padded: bool = True) -> ClassMemory:
+    """A memory for T classes that holds nothing yet but the padding tokens, if `padded`."""
+    if not layer.linear:
+        return FullMemory.new(layer, classes)
+    return LinearMemory.new(layer, classes, padded)
 
 
 @dataclass
@@ -49,9 +51,9 @@ class LinearMemory:
     key_sum: Tensor | float  # [B, hw, heads, d]
 
     @classmethod
-    def new(cls, layer: ClassLayer, classes: int) -> LinearMemory:
+    def new(cls, layer: ClassLayer, classes: int, padded: bool = True) -> LinearMemory:
         length, padding = max(classes, layer.pad_len), layer.pad_len - classes
-        if layer.padding is None or padding <= 0:
+        if layer.padding is None or padding <= 0 or not padded:
             return cls(layer.heads, layer.eps, length, 0.0, 0.0)
         key, value = (wide(x).view(layer.heads, -1) for x in layer.padding.chunk(2))
         key = padding * _feature_map(key)

@@ -25,6 +25,7 @@ from catseg_fast.console import (
     stderr,
     stdout,
 )
+from catseg_fast.launch import is_first, process_group
 from catseg_fast.tune_command import EXAMPLES, tune
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def catseg_fast(
         'catseg-fast segment photo.jpg --classes "sky; tree; person, man" --weights model_base.pth',
         "catseg-fast segment photos/*.jpg --classes-file classes.txt --weights v2-vitl --output results",
         "catseg-fast segment photo.jpg --device cuda --dtype float16 --whole",
+        "torchrun --nproc-per-node 8 -m catseg_fast segment photo.jpg --classes-file c.txt --class-parallel",
     )
 )
 def segment(
@@ -122,6 +124,12 @@ def segment(
     backend: Annotated[str, choice("--backend", BACKENDS, "Implementation of the aggregator")] = "auto",
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     seed: Annotated[int, typer.Option(help="Seed of untrained weights.")] = 0,
+    class_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--class-parallel", help="Split the classes over the processes (GPUs) that torchrun has started."
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Label every pixel of pictures with one of the classes.
@@ -132,19 +140,22 @@ def segment(
     names = _class_names(classes, classes_file)
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} is not a folder", param_hint="--output")
-    with plain_errors(debug):
+    with plain_errors(debug), process_group(class_parallel, device) as device:
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = _build_model(
                 weights, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend,
             )  # fmt: skip
+            if class_parallel:
+                model.split_classes()
         about = {"variant": model.variant.name, "weights": weights, "catseg_fast": __version__}
         rows = _segment_all(model, images, output, alpha, about, debug)
-    if rows:
-        stdout.print(_results_table(rows))
+        if rows:
+            stdout.print(_results_table(rows))
+        if len(rows) < len(images):
+            stderr.print(f"{len(images) - len(rows)} of {len(images)} images failed", highlight=False)
     if len(rows) < len(images):
-        stderr.print(f"{len(images) - len(rows)} of {len(images)} images failed", highlight=False)
         raise typer.Exit(1)
 
 
@@ -204,8 +215,9 @@ def _segment_all(
     model: CATSeg, paths: list[Path], output: Path, alpha: float, about: dict[str, Any], debug: bool
 ) -> list[tuple[str, str, str, str]]:
     """Segment and save each picture; report those that fail. Returns the others' rows of the table."""
+    from catseg_fast.class_parallel import RankError
     from catseg_fast.images import load_image
-    from catseg_fast.results import save_segmentation, unique_stems
+    from catseg_fast.results import save_segmentation, summarise, unique_stems
 
     rows = []
     columns = (TextColumn("Segmenting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -216,11 +228,12 @@ def _segment_all(
                 start = time.perf_counter()
                 segmentation = model.segment(image)
                 seconds = time.perf_counter() - start
-                summary = save_segmentation(
-                    output, stem, image, segmentation, {"image": str(path), **about}, alpha
-                )
+                summary = summarise(segmentation)
+                if is_first():
+                    content = {"image": str(path), **about}
+                    save_segmentation(output, stem, image, segmentation, content, alpha)
             except USER_ERRORS as error:
-                if debug:
+                if debug or isinstance(error, RankError):
                     raise
                 say_error(error if str(path) in str(error) else f"{path}: {error}")
                 continue

@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from typing_extensions import Self
 from catseg_fast.aggregator import Aggregator
 from catseg_fast.backend import choose_backend, default_device
 from catseg_fast.checkpoint import IGNORED_KEYS, load_into, read_checkpoint, recognise_variant, resolve
+from catseg_fast.class_parallel import SOFTMAX, ClassShare
 from catseg_fast.config import Variant, get_variant
 from catseg_fast.engine import Engine
 from catseg_fast.images import ImageLike, load_image
@@ -25,6 +26,10 @@ from catseg_fast.reference import model as reference_model
 from catseg_fast.reference.inference import pad_to_multiple
 from catseg_fast.reference.model import as_map, normalise
 from catseg_fast.terms import VocabularyTerms
+from catseg_fast.vocabulary import check_classes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -147,10 +152,46 @@ class CATSeg(reference_model.CATSeg):
         load_into(model, state_dict, str(path))
         return model.to(device or default_device(), dtype).eval()
 
+    def split_classes(self, group: ProcessGroup | None = None) -> None:
+        """Let each rank of a process group hold a share of the classes, from now on.
+
+        All ranks, with the same weights, settings and class names, must then call `segment` or `label_map`
+        with the same pictures, in the same order; each gets the whole answer. A rank encodes the texts of its
+        own classes alone. Other calls raise: no rank has all the probabilities.
+
+        Args:
+            group: by default all processes of `torch.distributed`.
+
+        Raises:
+            ValueError: if no classes are set, or class attention is by softmax, which needs every class.
+        """
+        if not all(layer.classes.linear for layer in self.engine.plan().layers):
+            raise ValueError(SOFTMAX)
+        self._share_out(ClassShare(self.classes, group))
+
+    def set_classes(self, classes: Sequence[str], training: bool = False) -> None:
+        share = self.engine.share
+        if share is None:
+            super().set_classes(classes, training)
+        elif training:
+            raise RuntimeError("class parallel: a model whose classes are split cannot be trained")
+        else:
+            self._share_out(ClassShare(check_classes(classes), share.group))
+
+    def _share_out(self, share: ClassShare) -> None:
+        self._keep_classes(share.classes, share.classes[share.own], training=False)
+        self.engine.share = share
+
     def forward(
         self, batched_inputs: Sequence[dict[str, Any]]
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
-        """As `catseg_fast.reference.model.CATSeg`; in evaluation mode without gradients."""
+        """As `catseg_fast.reference.model.CATSeg`; in evaluation mode without gradients.
+
+        Raises:
+            RuntimeError: if the classes are split over ranks.
+        """
+        if self.engine.share is not None:
+            raise RuntimeError("class parallel: no rank has all classes; call segment() or label_map()")
         if self.training:
             return super().forward(batched_inputs)
         results = []
@@ -204,12 +245,16 @@ class CATSeg(reference_model.CATSeg):
         Raises:
             ValueError: if no classes are set, or the memory budget is too small.
         """
-        total, limit = len(self.classes), self.max_classes
+        total, limit, share = len(self.classes), self.max_classes, self.engine.share
         kept = total if limit is None else min(total, limit)
         crops = crops or (len(self.window.corners()) + 1 if self.sliding_window else 1)
         backend = choose_backend(self.backend, self.device)
         lines = {"back end": f"{backend} (asked for: {self.backend})"}
         lines["classes"] = f"{total}, all aggregated" if kept == total else f"{total}, the best {kept} a crop"
+        if share is not None:
+            own = share.own.stop - share.own.start
+            lines["ranks"] = f"{share.ranks}; rank {share.rank}, this one, has {own} of the classes"
+            kept = min(kept, own)
         if backend != "reference":
             resolution = self.variant.feature_resolution
             schedule = self.engine.schedule(crops, resolution, kept, READOUT_BYTES)
@@ -240,10 +285,19 @@ class CATSeg(reference_model.CATSeg):
     def _label(self, image: Tensor, readout: Readout, top_k: int | None) -> Segmentation:
         if top_k is not None and top_k <= 0:
             raise ValueError(f"top_k: {top_k} is not positive")
+        count = min(top_k or 1, len(self.classes))
         target: LabelMap | TopClasses = LabelMap(readout.size, self.device)
         if top_k is not None:
-            target = TopClasses(min(top_k, len(self.classes)), readout.size, self.device)
-        self._read_out(image, readout, target, 8 * (top_k or 1) * readout.size[0] * readout.size[1])
+            target = TopClasses(count, readout.size, self.device)
+        share, target_bytes = self.engine.share, 8 * count * readout.size[0] * readout.size[1]
+        if share is None:
+            self._read_out(image, readout, target, target_bytes)
+        else:
+            with share.together():
+                settings = (top_k or 0, self.max_classes or 0, readout.window is not None)
+                share.check_same(image, *readout.size, *settings)
+                self._read_out(image, readout, target, target_bytes)
+                share.merge(target, count)
         labels, scores = target.labels.cpu(), target.scores.cpu()
         if top_k is None:
             return Segmentation(labels, scores, self.classes)
@@ -265,6 +319,8 @@ class CATSeg(reference_model.CATSeg):
         features, guidance = self.encode_images(*inputs)
         backend = choose_backend(self.backend, self.device)
         if backend == "reference":
+            if self.engine.share is not None:
+                raise RuntimeError("class parallel: the back end 'reference' takes all classes at once")
             text = self.text_features().to(features.dtype).expand(len(features), -1, -1, -1)
             consume = reader(readout, target)
             consume(slice(0, len(self.classes)), self.aggregator(as_map(features), text, guidance))
