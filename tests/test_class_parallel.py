@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from test_cli import TINY
 from test_plan import features, make_aggregator
 from tiny import picture, tiny_model
 
+ROOT = Path(__file__).parent.parent
 NAMES = ("wall", "building, edifice", "sky", "floor", "tree", "car", "cat", "dog", "road", "lamp", "sea")
 IMAGE, OTHER = picture(40, 30), picture(26, 34, "other")
 WINDOW = SlidingWindow(96, 0.25, (96, 140))  # two crops, and the whole image
@@ -359,6 +361,39 @@ def test_softmax_attention_is_refused() -> None:
         engine.stream(img_feats, vocabulary, guidance, None, lambda: lambda classes, logits: None)
 
 
+# ---- what goes over the wire ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_exchanged_does_not_grow_with_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    reduce, sent = ClassShare._reduce, list[int]()
+
+    def counted(self: ClassShare, tensor: Tensor, operation: Any) -> None:
+        sent.append(tensor.nbytes)
+        reduce(self, tensor, operation)
+
+    monkeypatch.setattr(ClassShare, "_reduce", counted)
+    model = tiny_model("v2", NAMES, sliding_window=False, max_classes=None)
+    model.split_classes()
+    for classes in (NAMES, NAMES[:3]):
+        model.set_classes(classes)
+        sent.clear()
+        model.segment(IMAGE)
+        check, *sums, label_map = sent
+        assert check < 200
+        assert sums == [576 * 4 * 8 * 8 * 4, 576 * 4 * 8 * 4] * 2  # two layers, 4 heads of 8 channels
+        assert label_map == 8 * 40 * 30
+
+
+def test_the_notes_figures_are_those_of_its_formula(capsys: pytest.CaptureFixture[str]) -> None:
+    note = (ROOT / "docs" / "class_parallel.md").read_text(encoding="utf-8")
+    (formula,) = re.findall(r"^```python\n(from math.*?)^```$", note, flags=re.MULTILINE | re.DOTALL)
+    exec(compile(formula, "class_parallel.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 8
+    assert [line for line in note.splitlines() if re.match(r"\| \w+ x \d+ \|", line)] == printed
+
+
 # ---- command line -----------------------------------------------------------------------------------------
 
 
@@ -375,8 +410,7 @@ def test_torchrun_writes_what_one_process_does(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "catseg_fast", *arguments, "--class-parallel", "-o", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    root = Path(__file__).parent.parent
-    two = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    two = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     one = CliRunner().invoke(cli.app, [*arguments, "-o", str(tmp_path / "one")])
     assert two.returncode == one.exit_code == 1, two.stderr
     assert two.stdout.count("a.overlay.png") == 1  # rank 0 alone speaks
