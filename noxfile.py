@@ -37,11 +37,13 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Mypy over the installed package: in the checkout it does not find `reference/` and `kernels/`."""
-    session.install(".", "mypy>=1.15")
-    config = Path("pyproject.toml").resolve()
+    """Mypy over the installed package, whose modules the checkout has elsewhere, and over the benchmarks."""
+    session.install(".[bench]", "mypy>=1.15")
+    config, benchmarks = Path("pyproject.toml").resolve(), Path("bench").resolve()
     session.chdir(session.create_tmp())  # away from the checkout's own catseg_fast
-    session.run("mypy", "--config-file", str(config), "-p", "catseg_fast", *session.posargs)
+    shutil.copytree(benchmarks, "bench", dirs_exist_ok=True)
+    packages = ("-p", "catseg_fast", "-p", "bench")
+    session.run("mypy", "--config-file", str(config), *packages, *session.posargs)
 
 
 @nox.session(name="old-triton")
@@ -75,7 +77,7 @@ def build(session: nox.Session) -> None:
         f"{target}/{path.relative_to(folder).as_posix()}"
         for folder, target in FOLDERS.items()
         for path in Path(folder).rglob("*")
-        if path.suffix in (".py", ".json") or path.name == "py.typed"
+        if path.suffix in (".py", ".json", ".js", ".css", ".safetensors") or path.name == "py.typed"
     }
     if packed != expected:
         session.error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -11,6 +12,7 @@ from torch import Tensor
 from bench.cases import Call
 from catseg_fast import stages
 from catseg_fast.class_memory import new_memory
+from catseg_fast.reference.aggregator import AggregatorLayer
 from catseg_fast.terms import image_terms, vocabulary_terms
 
 # What each step adds to the steps before it.
@@ -66,9 +68,10 @@ def _partly_folded(call: Call, steps: tuple[str, ...]) -> Tensor:
             x = stages.class_apply(folded.classes, x, vocabulary.queries[index], memory, resolution)
         maps = rearrange(x, "B T (H W) C -> B C T H W", H=H, W=W)
         if "closed-form padding" not in steps:
-            maps = layer.attention(maps, text_guidance)
+            maps = cast(AggregatorLayer, layer).attention(maps, text_guidance)
     if "composed decoder" in steps:
         x = rearrange(maps, "B C T H W -> B T (H W) C").contiguous()
         return stages.decode(plan, image.decoder, x, resolution)
+    assert aggregator.decoder_guidance_projection is not None
     projections = zip(aggregator.decoder_guidance_projection, call.guidance[1:], strict=True)
     return aggregator.conv_decoder(maps, [project(guidance) for project, guidance in projections])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,11 @@ class Baseline:
         """Whether it replays a graph, whose memory was taken before."""
         return self.prepare is _graphed
 
+    @property
+    def compiles(self) -> bool:
+        """Whether its first call compiles, which takes memory of its own."""
+        return self.prepare is _compiled
+
     def unavailable(self, case: Case, device: torch.device) -> str | None:
         """Why it does not run a case on a device; None if it does."""
         if case.dtype not in self.dtypes:
@@ -54,7 +60,7 @@ class Baseline:
             return reason
         if self.is_graph and case.selects:
             return "which classes are kept is looked up on the host, which no graph records"
-        if self.prepare is _compiled and case.selects:
+        if self.compiles and case.selects:
             return "features in bf16 pick other classes than those in fp32"
         return None
 
@@ -62,7 +68,7 @@ class Baseline:
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether fp32 products and convolutions may be rounded to TF32."""
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:
         flag.allow_tf32 = allowed

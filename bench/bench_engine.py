@@ -1,14 +1,12 @@
-"""The engine on the CPU against the eager reference, in the same process with the same threads.
+"""The engine on two threads of a CPU: the figures that README quotes.
 
     pytest bench/bench_engine.py --benchmark-only --full
 
-Without `--full` the cases that take minutes are left out. A speed is printed only for a case whose answer
-was checked in the same run.
+Without `--full` the cases that take minutes are left out.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,115 +14,118 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.cases import Case, make_call
+from bench import peak_memory
+from bench.baselines import BASELINES, Baseline
+from bench.bench_aggregator import measure, prepare
+from bench.cases import CROPS, Case, make_call
 from bench.flops import flop_table
-from bench.peak_memory import measure
+from bench.measure import Timing
+from bench.meter import Meter
+from catseg_fast import SlidingWindow
+from catseg_fast.label_map import READOUT_BYTES, LabelMap, Readout, reader
 
-Table = Callable[[str, dict[str, Any]], None]
+REFERENCE, ENGINE = (next(b for b in BASELINES if b.name.startswith(letter)) for letter in ("(a)", "(d)"))
+LARGE = (1024, 2048)
 
-# Case, type of the engine's stages, speed-up to reach.
-SPEED = [
-    (Case("v2-vitl", 20), torch.float32, 12.0),
-    pytest.param(Case("v2-vitl", 150), torch.float32, 2.5, marks=pytest.mark.full),
-    pytest.param(Case("v1-vitl-swinb", 150), torch.float32, 2.0, marks=pytest.mark.full),
-    pytest.param(Case("v2-vitl", 150), torch.bfloat16, 4.0, marks=pytest.mark.full),
-]
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}  # largest error over largest logit
-
-_reference: dict[Case, tuple[float, torch.Tensor]] = {}
+full = pytest.mark.full
+only_on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="figures of a CPU")
 
 
-def reference_run(case: Case) -> tuple[float, torch.Tensor]:
-    """Seconds (the better of two runs) and logits of the reference; run once a case."""
-    if case not in _reference:
-        call = make_call(case)
-        call.aggregator.backend = "reference"
-        logits, seconds = call(), []
-        for _ in range(2):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        _reference[case] = (min(seconds), logits)
-    return _reference[case]
+@only_on_a_cpu
+@pytest.mark.parametrize("run", [REFERENCE, ENGINE], ids=["reference", "engine"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("v2-vitl", 20),
+        pytest.param(Case("v2-vitl", 150), marks=full),
+        pytest.param(Case("v2-vitl", 150, dtype=torch.bfloat16), marks=full),
+        pytest.param(Case("v1-vitl-swinb", 150), marks=full),
+    ],
+    ids=str,
+)
+def bench_engine_cpu_speed(meter: Meter, case: Case, run: Baseline) -> None:
+    measure("engine on a CPU", meter, case, run)
 
 
-@pytest.mark.parametrize(("case", "dtype", "goal"), SPEED, ids=lambda value: str(value))
-def bench_engine_cpu_speed(
-    benchmark: BenchmarkFixture, table: Table, case: Case, dtype: torch.dtype, goal: float
+@only_on_a_cpu
+@full
+@pytest.mark.parametrize("run", [REFERENCE, ENGINE], ids=["reference", "engine"])
+def bench_engine_cpu_memory(meter: Meter, run: Baseline) -> None:
+    case = Case("v1-vitl-swinb", 150, CROPS)
+    _measure_memory(meter, str(case), run.name, prepare, case, run)
+
+
+@only_on_a_cpu
+@full
+@pytest.mark.parametrize("classes", [300, 1200])
+def bench_engine_cpu_memory_of_a_large_vocabulary(meter: Meter, classes: int) -> None:
+    case = Case("v1-vitl-swinb", classes, CROPS)
+    _measure_memory(meter, f"{case}, {LARGE[0]}x{LARGE[1]}", "label map, recompute", prepare_label_map, case)
+
+
+def _measure_memory(
+    meter: Meter, case: str, run: str, make: Callable[..., Callable[[], Any]], *arguments: Any
 ) -> None:
-    seconds, expected = reference_run(case)
+    """Peak memory of a call of minutes, which is made once; its answer is that of cases which are checked."""
+    peak = meter.benchmark.pedantic(lambda: peak_memory.measure(make, *arguments, warm_up=False), rounds=1)
+    if peak is None:
+        pytest.skip("the system does not tell a process's peak memory")
+    meter.record(
+        Timing.of([peak.seconds]),
+        group="memory on a CPU",
+        case=case,
+        run=run,
+        dtype=torch.float32,
+        peak_bytes=peak.bytes,
+        note="one call, with an allocator for measuring memory: no time to compare",
+    )
+
+
+def prepare_label_map(case: Case) -> Callable[[], Any]:
+    """The engine with the policy that keeps nothing, read out into a label map of `LARGE`."""
     call = make_call(case)
-    call.aggregator.backend = "torch"
-    call.aggregator.engine.precision = dtype
-    error = ((call().float() - expected).abs().max() / expected.abs().max()).item()
-    assert error <= TOLERANCE[dtype], f"no speed for a wrong answer: relative error {error:.1e}"
-    benchmark.group = "engine, CPU"
-    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
-    stats = benchmark.stats.stats
-    benchmark.extra_info.update(reference_seconds=seconds, relative_error=error, goal=goal)
-    table(
-        "Speed of the aggregator",
-        {
-            "case": case,
-            "type": str(dtype).removeprefix("torch."),
-            "reference": f"{seconds:.2f} s",
-            "engine (median)": f"{stats.median:.2f} s",
-            "min, max": f"{stats.min:.2f}, {stats.max:.2f} s",
-            "speed-up": f"{seconds / stats.median:.1f}x",
-            "goal": f"{goal:g}x",
-            "error": f"{error:.0e}",
-        },
+    engine = call.aggregator.engine
+    engine.policy = "recompute"
+    readout, target = Readout(LARGE, SlidingWindow()), LabelMap(LARGE, torch.device("cpu"))
+
+    def run() -> None:
+        vocabulary = engine.vocabulary(call.text_feats, None)
+        engine.stream(
+            call.img_feats, vocabulary, call.guidance, None,
+            lambda: reader(readout, target), READOUT_BYTES,
+        )  # fmt: skip
+
+    return torch.no_grad()(run)
+
+
+@only_on_a_cpu
+@full
+@pytest.mark.parametrize("run", [REFERENCE, ENGINE], ids=["reference", "engine"])
+def bench_engine_cpu_training_memory(meter: Meter, run: Baseline) -> None:
+    case = Case("v2-vitl", 171)
+    _measure_memory(
+        meter, f"{case}, training step, pooling 2x2", run.name, prepare_training_step, case, run.name
     )
 
 
-def _memory_row(table: Table, what: str, peak: float, seconds: float, comparison: str, goal: str) -> None:
-    table(
-        "Peak memory above weights and inputs, fp32",
-        {
-            "what": what,
-            "peak": f"{peak / 2**20:.0f} MiB",
-            "seconds": f"{seconds:.0f}",
-            "compared": comparison,
-            "goal": goal,
-        },
-    )
+def prepare_training_step(case: Case, run: str) -> Callable[[], Any]:
+    """Forward and backward pass with upstream's pooling of training; the engine computes each chunk again."""
+    call = make_call(case)
+    aggregator: Any = call.aggregator
+    for layer in aggregator.layers:
+        layer.attention.pool = torch.nn.AvgPool2d(2)
+    aggregator.backend = "reference" if run == REFERENCE.name else "torch"
+    aggregator.engine.checkpoint = True
+    return lambda: aggregator(call.img_feats, call.text_feats, call.guidance).square().mean().backward()
 
 
-@pytest.mark.full
-def bench_engine_cpu_memory(benchmark: BenchmarkFixture, table: Table) -> None:
-    request = {"variant": "v1-vitl-swinb", "classes": 150, "crops": 5}
-    reference = measure(**request, run="reference")
-    ours = benchmark.pedantic(lambda: measure(**request, run="torch"), rounds=1)
-    ratio = reference["peak_bytes"] / ours["peak_bytes"]
-    benchmark.extra_info.update(reference=reference, engine=ours)
-    case = "v1-vitl-swinb, T=150, B=5"
-    _memory_row(table, f"reference, {case}", reference["peak_bytes"], reference["seconds"], "", "")
-    _memory_row(table, f"engine, {case}", ours["peak_bytes"], ours["seconds"], f"1/{ratio:.1f} of it", "1/5")
-
-
-@pytest.mark.full
-def bench_engine_cpu_memory_of_a_large_vocabulary(benchmark: BenchmarkFixture, table: Table) -> None:
-    request = {"variant": "v1-vitl-swinb", "crops": 5, "run": "label_map", "policy": "recompute"}
-    request["size"] = [1024, 2048]
-    few = measure(**request, classes=300)
-    many = benchmark.pedantic(lambda: measure(**request, classes=1200), rounds=1)
-    benchmark.extra_info.update(classes_300=few, classes_1200=many)
-    where = "label map 1024x2048, v1-vitl-swinb, B=5, recompute"
-    _memory_row(table, f"{where}, T=300", few["peak_bytes"], few["seconds"], "", "1536 MiB")
-    change = many["peak_bytes"] / few["peak_bytes"] - 1
-    _memory_row(
-        table, f"{where}, T=1200", many["peak_bytes"], many["seconds"], f"{change:+.1%} for 4x the classes",
-        "1536 MiB, ±10%",
-    )  # fmt: skip
-    maps, labels = 1200 * 1024 * 2048 * 4, 1024 * 2048 * 8
-    _memory_row(table, "answer: sem_seg, T=1200", maps, 0, "", "")
-    _memory_row(table, "answer: label map with scores", labels, 0, f"1/{maps / labels:.0f} of it", "1/50")
-
-
+@only_on_a_cpu
 @pytest.mark.parametrize("case", [Case("v2-vitl", 20), Case("v1-vitl-swinb", 33)], ids=str)
-def bench_engine_cpu_flops(benchmark: BenchmarkFixture, table: Table, case: Case) -> None:
-    rows = benchmark.pedantic(lambda: flop_table(case), rounds=1)
-    for stage, reference, ours in rows:
+def bench_engine_cpu_flops(
+    benchmark: BenchmarkFixture, table: Callable[[str, dict[str, Any]], None], case: Case
+) -> None:
+    """A table alone: nothing of it is time."""
+    for stage, reference, ours in benchmark.pedantic(lambda: flop_table(case), rounds=1):
         table(
             f"MFLOP for each class and crop, counted: {case}",
             {

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import pytest
 import torch
+from torch import Tensor
 
 from bench import gate
 from bench.cases import DTYPES
-from bench.flops import count, phase_surplus
+from bench.flops import count, phase_surplus, stage_flop
 from bench.meter import Meter
-from bench.stage_calls import RESOLUTION, STAGES, bind, least_bytes, make_inputs
-from catseg_fast import stages as torch_stages
-from catseg_fast.plan import cast
+from bench.stage_calls import RESOLUTION, STAGES, bind, least_bytes, make_inputs, variant_of
+from catseg_fast import stages
+from catseg_fast.plan import cast as cast_plan
 from catseg_fast.planner import usual_chunk
+from catseg_fast.streaming import Stages
+
+torch_stages = cast(Stages, stages)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=DTYPES.get)
@@ -27,27 +34,35 @@ def bench_kernels(meter: Meter, full: bool, stage: str, dtype: torch.dtype, run:
         pytest.skip("a CPU emulates fp16")
     crops, classes = (5, usual_chunk(4096, 5, device)) if full else (1, 2)
     inputs = make_inputs(stage, crops, classes, dtype, device)
-    stages = torch_stages
+    ours = torch_stages
     if run == "Triton":
         from catseg_fast.triton_stages import TritonStages  # triton exists for Linux alone
 
-        stages = TritonStages(inputs.plan)
+        ours = TritonStages(inputs.plan)
     bound = bind(stage, inputs)
-    answer = bound(stages)
-    if fallbacks := getattr(stages, "fallbacks", None):
+    answer = bound(ours)
+    if fallbacks := getattr(ours, "fallbacks", None):
         pytest.fail(f"runs in torch: {fallbacks}")
-    exact = bind(stage, cast(inputs, gate.precise(dtype)))
+    exact = bind(stage, cast_plan(inputs, gate.precise(dtype)))
     ratio = gate.check(answer, bound(torch_stages), exact(torch_stages))
     flop = count(lambda: bound(torch_stages))
     if stage == "decode":
         flop -= phase_surplus(inputs.plan, crops * classes, RESOLUTION)
     meter(
-        torch.no_grad()(lambda: bound(stages)),
+        torch.no_grad()(lambda: bound(ours)),
         group="kernels",
         case=f"{stage}, t={classes}, B={crops}, {DTYPES[dtype]}",
         run=run,
         dtype=dtype,
+        remake=(prepare, stage, crops, classes, dtype),
         error_ratio=ratio,
+        reference_flop=stage_flop(stage.partition(",")[0], variant_of(stage), classes, crops),
         flop=flop * 1e6,
         least_bytes=least_bytes(stage, inputs, answer),
     )
+
+
+def prepare(stage: str, crops: int, classes: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The stage in torch on the CPU."""
+    bound = bind(stage, make_inputs(stage, crops, classes, dtype, torch.device("cpu")))
+    return torch.no_grad()(lambda: bound(torch_stages))

@@ -4,7 +4,8 @@
     python -m bench.campaign --minutes 20 --device cpu --output results/dry-run
 
 Each step writes into the folder as it goes. A run that was cut short is resumed by the same command: finished
-steps are passed over, benchmarks go on where they stopped. What failed is tried again.
+steps are passed over, benchmarks go on where they stopped. What failed is tried again. The folder stays under
+10 MB. Tuned configs go into catseg_fast/configs/ at the end, as `python -m bench.ship FOLDER` does it.
 """
 
 from __future__ import annotations
@@ -12,25 +13,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from bench import records
+from bench import records, ship
 from bench.report import write as write_report
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("kernels", "aggregator", "model", "label_map", "ablation", "engine")
+BENCHMARKS = ("kernels", "ablation", "model", "label_map", "scaling", "aggregator")  # the longest ones last
+CPU_BENCHMARKS = (*BENCHMARKS, "engine")
+MOST_BYTES = 10_000_000
+REPORT_BYTES = 1_000_000  # of which so much is for the report
 MOST_LOG_BYTES = 2**19
 PROFILED = 3
-TUNING_SHARE = 0.25  # of the time
+TUNED = {"bf16": 0.1, "fp16": 0.1, "fp32": 0.05}  # shares of the time
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a step: "done", "failed", "cut short", "no time left" or "not here"."""
+    """What came of a step: "done", "failed", "cut short", "no time left" or "not here".
+
+    What is "not here" cannot run on this machine, and does not count as unfinished.
+    """
 
     name: str
     state: str
@@ -60,7 +68,7 @@ class Outcome:
     detail: str = ""
 
 
-def run(steps: Sequence[Step], folder: Path, seconds: float) -> list[Outcome]:
+def run(steps: Iterable[Step], folder: Path, seconds: float) -> list[Outcome]:
     """Run the steps that are not finished, one after the other, until the time is up.
 
     Args:
@@ -72,8 +80,10 @@ def run(steps: Sequence[Step], folder: Path, seconds: float) -> list[Outcome]:
     deadline = time.monotonic() + seconds
     outcomes = []
     for step in steps:
+        left = max(0, deadline - time.monotonic()) / 60
+        print(f"[{left:.1f} min left] {step.name} …", end=" ", flush=True)
         outcome = _run_step(step, folder, deadline)
-        print(f"{outcome.state:<13} {outcome.name} {outcome.detail}".rstrip(), flush=True)
+        print(f"{outcome.state}, {outcome.seconds:.0f} s {outcome.detail}".rstrip(), flush=True)
         outcomes.append(outcome)
     return outcomes
 
@@ -105,7 +115,7 @@ def _run_step(step: Step, folder: Path, deadline: float) -> Outcome:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)  # with what it started
                 child.wait()
-    _keep_tail(log)
+            shorten_logs(folder)
     if code:
         return Outcome(step.name, "failed", time.monotonic() - start, f"exit code {code}, see {log.name}")
     outcome = Outcome(step.name, "done", time.monotonic() - start)
@@ -115,20 +125,34 @@ def _run_step(step: Step, folder: Path, deadline: float) -> Outcome:
     return outcome
 
 
+def all_steps(device: str, folder: Path, minutes: float) -> Iterator[Step]:
+    """Those of a campaign; profiles come as soon as it is known of what."""
+    for step in measuring_steps(device, folder, minutes):
+        yield step
+        if step.name == "bench-kernels":
+            yield from profiling_steps(device, folder)
+
+
 def measuring_steps(device: str, folder: Path, minutes: float) -> list[Step]:
     """Checks, tuning and benchmarks on "cuda", or all that there is of them on "cpu"."""
     folder, python, gpu = folder.resolve(), sys.executable, device == "cuda"
     environment = _environment(device, folder)
     check = (python, "-m", "pytest", "-m", "gpu" if gpu else "not gpu", "tests/test_real_shapes.py")
-    tune = (python, "-m", "catseg_fast", "tune", "--minutes", f"{TUNING_SHARE * minutes:g}")
     steps = [
         Step("environment", (python, "-m", "catseg_fast", "env"), environment=environment),
         Step("checks", check, environment=environment),
-        Step("tune", tune, environment=environment)
-        if gpu
-        else Step("tune", reason="there is no GPU to tune for"),
     ]
-    for name in BENCHMARKS:
+    for dtype, share in TUNED.items():
+        tune = (
+            python, "-m", "catseg_fast", "tune", "--dtype", dtype, "--minutes", f"{share * minutes:g}",
+        )  # fmt: skip
+        name = f"tune-{dtype}"
+        steps.append(
+            Step(name, tune, environment=environment)
+            if gpu
+            else Step(name, reason="there is no GPU to tune for")
+        )
+    for name in BENCHMARKS if gpu else CPU_BENCHMARKS:
         command = (
             python, "-m", "pytest", f"bench/bench_{name}.py", "--benchmark-only",
             "--records", str(folder / f"{name}.jsonl"),
@@ -144,27 +168,21 @@ def _environment(device: str, folder: Path) -> dict[str, str]:
 
 
 def profiling_steps(device: str, folder: Path) -> list[Step]:
-    """A profile of each of the slowest kernels that were measured, by Nsight Compute."""
-    ncu = shutil.which("ncu")
-    if device != "cuda" or ncu is None:
-        reason = "there is no GPU" if device != "cuda" else "ncu is not installed"
-        return [Step("profile", reason=reason)]
-    path = folder / "kernels.jsonl"
+    """A profile of each of the slowest kernels in bf16: by Nsight Compute, or else by torch."""
+    path, run = folder / "kernels.jsonl", "Triton" if device == "cuda" else "torch"
     measured = records.read([path]) if path.exists() else []
-    slowest = sorted(
-        (record for record in measured if record.run == "Triton"), key=lambda record: -record.median
-    )[:PROFILED]
-    return [
-        Step(
-            f"profile-{number}",
-            (
-                ncu, "--set", "full", "--profile-from-start", "off",
-                sys.executable, "-m", "bench.run_stage", record.case,
-            ),
-            environment=_environment(device, folder),
-        )
-        for number, record in enumerate(slowest, 1)
-    ]  # fmt: skip
+    measured = [record for record in measured if record.run == run and record.case.endswith("bf16")]
+    if not measured:
+        return [Step("profile", reason="no kernel was measured")]
+    ncu = shutil.which("ncu") if device == "cuda" else None
+    profiler = (ncu, "--set", "full", "--profile-from-start", "off") if ncu else ()
+    steps = []
+    for record in sorted(measured, key=lambda record: -record.median)[:PROFILED]:
+        command = (*profiler, sys.executable, "-m", "bench.run_stage", record.case, "--device", device)
+        name = "profile-" + re.sub(r"\W+", "-", record.case)
+        command = command if ncu else (*command, "--torch")
+        steps.append(Step(name, command, environment=_environment(device, folder)))
+    return steps
 
 
 def report(outcomes: Sequence[Outcome], folder: Path) -> str:
@@ -179,8 +197,30 @@ def report(outcomes: Sequence[Outcome], folder: Path) -> str:
     return text
 
 
+def shorten_logs(folder: Path, most: int = MOST_BYTES - REPORT_BYTES) -> None:
+    """Keep the ends alone of long logs, and of more while the folder has more than `most` bytes."""
+    logs = {log: log.stat().st_size for log in folder.glob("*.log")}
+    excess = size(folder) - most
+    while logs:
+        log = max(logs, key=logs.__getitem__)
+        kept = min(MOST_LOG_BYTES, logs[log] if excess <= 0 else logs[log] // 2)
+        if kept == logs[log] or not kept:
+            return
+        with log.open("rb") as file:
+            file.seek(-kept, os.SEEK_END)
+            tail = file.read()
+        log.write_bytes(tail)
+        excess -= logs[log] - kept
+        logs[log] = kept
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code: 1 if a step failed or has not been finished."""
+    """The program; returns its exit code: 1 if a step failed or is not finished, or the folder is too big."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -190,23 +230,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU; --device cpu is a dry run")
-    folder, deadline = options.output, time.monotonic() + 60 * options.minutes
-    outcomes = run(
-        measuring_steps(options.device, folder, options.minutes), folder, deadline - time.monotonic()
-    )
-    outcomes += run(profiling_steps(options.device, folder), folder, deadline - time.monotonic())
-    print(report(outcomes, folder))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the step ends, too
+    folder = options.output
+    steps = all_steps(options.device, folder, options.minutes)
+    outcomes = run(steps, folder, 60 * options.minutes)
+    print("", report(outcomes, folder), sep="\n")
+    if shipped := ship.ship(folder):
+        print(ship.describe(shipped))
+    taken = size(folder)
+    print(f"{folder} holds {taken / 1e6:.1f} MB")
+    if taken > MOST_BYTES:
+        print(f"that is more than {MOST_BYTES / 1e6:.0f} MB", file=sys.stderr)
+        return 1
     return 0 if all(outcome.state in ("done", "not here") for outcome in outcomes) else 1
-
-
-def _keep_tail(log: Path) -> None:
-    """Cut a log that is too long for the folder to its end."""
-    size = log.stat().st_size
-    if size > MOST_LOG_BYTES:
-        with log.open("rb") as file:
-            file.seek(size - MOST_LOG_BYTES)
-            tail = file.read()
-        log.write_bytes(b"[cut]\n" + tail)
 
 
 if __name__ == "__main__":

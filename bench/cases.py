@@ -98,7 +98,7 @@ def make_call(case: Case, device: torch.device | str = "cpu") -> Call:
 def aggregator_cases(full: bool) -> list[Case]:
     """Cases of the aggregator: the published sizes, or those that a CPU does in seconds."""
     if not full:
-        small = [Case(variant, 4) for variant in ("v1-vitl-swinb", "v2-vitb")]
+        small = [Case(variant, 4) for variant in ("v1-vitl-swinb", "v2-vitl")]
         return [*small, Case("v2-vitl", 4, dtype=torch.bfloat16), Case("v2-vitb", 8, max_classes=4)]
     cases = [
         Case(variant, classes, CROPS, dtype)
@@ -114,7 +114,8 @@ def aggregator_cases(full: bool) -> list[Case]:
 
 
 def scaling_cases(full: bool) -> list[Case]:
-    """One variant with more and more classes, all aggregated."""
+    """One variant with more and more classes, all aggregated: in bf16 on a GPU, and fp32 as upstream runs."""
     if not full:
-        return [Case("v2-vitl", classes) for classes in (4, 12, 36)]
-    return [Case("v2-vitl", classes, CROPS, torch.bfloat16) for classes in CLASSES]
+        return [Case("v2-vitl", classes) for classes in (4, 20, 60)]
+    dtypes = (torch.bfloat16, torch.float32)
+    return [Case("v2-vitl", classes, CROPS, dtype) for classes in CLASSES for dtype in dtypes]

@@ -20,11 +20,9 @@ from rich.table import Table
 from bench import records
 from bench.baselines import BASELINES, tf32
 from bench.cases import aggregator_cases, scaling_cases
-from bench.measure import device_name
+from bench.measure import THREADS, device_name
 from bench.meter import Meter
 
-# Threads of the CPU benchmarks; the figures in the documentation are for two.
-THREADS = min(2, torch.get_num_threads())
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 _tables: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {}

@@ -5,25 +5,29 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.cases import Case, make_call
+from bench.cases import Call, Case, make_call
 from catseg_fast import fourier, stages
 from catseg_fast.class_memory import new_memory
 from catseg_fast.plan import Plan
+from catseg_fast.reference.aggregator import AggregatorLayer
 from catseg_fast.terms import chunk_text, image_terms, vocabulary_terms
 
 
 def count(run: Callable[[], Any]) -> float:
     """Operations of matrix products, convolutions and attention in `run`, in units of a million.
 
-    FFTs, of which there is one a crop, do not count.
+    FFTs, of which there is one a crop, do not count. Attention runs as its two products: those of the CPU's
+    fused kernel are not counted.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 1e6
 
@@ -61,6 +65,41 @@ def phase_surplus(plan: Plan, maps: int, resolution: tuple[int, int]) -> float:
     return surplus
 
 
+def reference_parts(call: Call) -> dict[str, Callable[[], Tensor]]:
+    """The reference's modules by the engine's stage in their place; both window blocks of a layer at once."""
+    aggregator, (H, W) = call.aggregator, call.img_feats.shape[2:]
+    layer = cast(AggregatorLayer, aggregator.layers[0])
+    assert aggregator.guidance_projection is not None
+    assert aggregator.decoder_guidance_projection is not None
+    with torch.no_grad():
+        guidance = aggregator.guidance_projection(call.guidance[0])
+        text = aggregator.project_text(call.text_feats)
+        projections = zip(aggregator.decoder_guidance_projection, call.guidance[1:], strict=True)
+        decoder_guidance = [project(x) for project, x in projections]
+    B, T = call.text_feats.shape[:2]
+    maps = call.img_feats.new_empty(B, aggregator.hidden_dim, T, H, W)
+    return {
+        "embed_cost_volume": lambda: aggregator.corr_embed(
+            aggregator.correlation(call.img_feats, call.text_feats)
+        ),
+        "window_block": lambda: layer.swin_block(maps, guidance),
+        "class_attention": lambda: layer.attention(maps, text),
+        "decode": lambda: aggregator.conv_decoder(maps, decoder_guidance),
+    }
+
+
+@functools.cache
+def stage_flop(stage: str, variant: str, classes: int, crops: int) -> float | None:
+    """Operations of the reference in a stage's place, in units of one.
+
+    None for the halves of class attention, whose padding is of all classes, not of a chunk.
+    """
+    parts = reference_parts(make_call(Case(variant, classes, crops), "meta"))
+    if stage not in parts:
+        return None
+    return count(parts[stage]) * 1e6 / (2 if stage == "window_block" else 1)
+
+
 def flop_table(case: Case) -> list[tuple[str, float, float]]:
     """Stage, MFLOP of the reference and of the engine for each class and crop.
 
@@ -70,66 +109,50 @@ def flop_table(case: Case) -> list[tuple[str, float, float]]:
     call = make_call(case)
     aggregator, engine = call.aggregator, call.aggregator.engine
     aggregator.backend, aggregator.max_classes = "reference", None
-    plan, (H, W) = engine.plan(), call.img_feats.shape[2:]
+    plan, resolution = engine.plan(), (call.img_feats.shape[2], call.img_feats.shape[3])
     image = image_terms(aggregator, plan, call.img_feats, call.guidance)
     vocabulary = vocabulary_terms(aggregator, plan, call.text_feats, normalise_prompts=False)
     text = chunk_text(vocabulary.features, vocabulary.inverse_norm, torch.float32)
-    x = torch.randn(case.crops, case.classes, H * W, plan.channels)
-    maps = x.unflatten(2, (H, W)).permute(0, 4, 1, 2, 3)
-    layer, folded = aggregator.layers[0], plan.layers[0]
+    x = torch.randn(case.crops, case.classes, resolution[0] * resolution[1], plan.channels)
+    layer = plan.layers[0]
 
     def embed() -> None:
         if fourier.pays_off(plan, case.crops * case.classes):
-            spectra = fourier.make_spectra(plan, image.features, (H, W))
+            spectra = fourier.make_spectra(plan, image.features, resolution)
             fourier.embed_cost_volume(plan, spectra, slice(0, case.crops), text)
         else:
-            stages.embed_cost_volume(plan, image.features, text, (H, W))
+            stages.embed_cost_volume(plan, image.features, text, resolution)
 
     def spatial() -> None:
-        for block, guidance in zip(folded.blocks, image.blocks[0], strict=True):
+        for block, guidance in zip(layer.blocks, image.blocks[0], strict=True):
             stages.window_block(block, guidance, x)
 
     def classes() -> None:
-        memory = new_memory(folded.classes, case.classes)
-        stages.class_collect(folded.classes, memory, x, vocabulary.keys[0], (H, W))
-        stages.class_apply(folded.classes, x, vocabulary.queries[0], memory, (H, W))
+        memory = new_memory(layer.classes, case.classes)
+        stages.class_collect(layer.classes, memory, x, vocabulary.keys[0], resolution)
+        stages.class_apply(layer.classes, x, vocabulary.queries[0], memory, resolution)
 
-    with torch.no_grad():
-        guidance_map = aggregator.guidance_projection(call.guidance[0])
-        text_map = aggregator.project_text(call.text_feats)
-        projections = zip(aggregator.decoder_guidance_projection, call.guidance[1:], strict=True)
-        decoder_maps = [project(guidance) for project, guidance in projections]
-    layers = len(plan.layers)
-    each = case.classes * case.crops
-    reference_embed = count(
-        lambda: aggregator.corr_embed(aggregator.correlation(call.img_feats, call.text_feats))
-    )
+    def once() -> None:
+        image_terms(aggregator, plan, call.img_feats, call.guidance)
+        vocabulary_terms(aggregator, plan, call.text_feats, normalise_prompts=False)
+
+    layers, reference = len(plan.layers), reference_parts(call)
     rows = [
-        (
-            "cost volume and 7x7 convolution",
-            reference_embed,
-            count(embed),
-        ),
-        (
-            "window attention: guidance once an image",
-            layers * count(lambda: layer.swin_block(maps, guidance_map)),
-            layers * count(spatial),
-        ),
-        (
-            "class attention: text guidance once, padding in closed form",
-            layers * count(lambda: layer.attention(maps, text_map)),
-            layers * count(classes),
-        ),
-        (
-            "decoder: phase convolutions, guidance once an image",
-            count(lambda: aggregator.conv_decoder(maps, decoder_maps)),
-            count(lambda: stages.decode(plan, image.decoder, x, (H, W))),
-        ),
-    ]
-    total = count(call)
-    own_terms = count(lambda: image_terms(aggregator, plan, call.img_feats, call.guidance)) + count(
-        lambda: vocabulary_terms(aggregator, plan, call.text_feats, normalise_prompts=False)
-    )
-    rows.append(("once an image or a vocabulary", total - sum(row[1] for row in rows), own_terms))
+        (name, times * count(reference[stage]), times * count(ours))
+        for name, stage, times, ours in (
+            ("cost volume and 7x7 convolution", "embed_cost_volume", 1, embed),
+            ("window attention: guidance once an image", "window_block", layers, spatial),
+            (
+                "class attention: text guidance once, padding in closed form",
+                "class_attention", layers, classes,
+            ),
+            (
+                "decoder: phase convolutions, guidance once an image",
+                "decode", 1, lambda: stages.decode(plan, image.decoder, x, resolution),
+            ),
+        )
+    ]  # fmt: skip
+    total, each = count(call), case.classes * case.crops
+    rows.append(("once an image or a vocabulary", total - sum(row[1] for row in rows), count(once)))
     rows.append(("all", total, sum(row[2] for row in rows)))
-    return [(name, ours / each, theirs / each) for name, ours, theirs in rows]
+    return [(name, theirs / each, ours / each) for name, theirs, ours in rows]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import records
+from bench import peak_memory, records
 from bench.measure import (
     GPU_ROUNDS,
     Timing,
@@ -50,7 +50,15 @@ class Meter:
         self.path, self.add_row = path, add_row
 
     def __call__(
-        self, call: Callable[[], Any], *, group: str, case: Any, run: str, dtype: torch.dtype, **facts: Any
+        self,
+        call: Callable[[], Any],
+        *,
+        group: str,
+        case: Any,
+        run: str,
+        dtype: torch.dtype,
+        remake: Sequence[Any] = (),
+        **facts: Any,
     ) -> Record:
         """Measure a call that was checked.
 
@@ -58,10 +66,19 @@ class Meter:
             call: what is timed; it has been called before.
             group, case, run: as in `Record`.
             dtype: type of the matrix products that it is held against.
+            remake: a function that makes the call, and its arguments, for `bench.peak_memory`; on a CPU there
+                is no peak without.
             **facts: further fields of `Record`.
         """
-        facts.setdefault("peak_bytes", peak_bytes(call, self.device))
-        timing = self._time(group, call)
+        if "peak_bytes" not in facts:
+            facts["peak_bytes"] = self._peak_bytes(call, remake)
+        self.benchmark.group = group
+        return self.record(self._time(call), group=group, case=case, run=run, dtype=dtype, **facts)
+
+    def record(
+        self, timing: Timing, *, group: str, case: Any, run: str, dtype: torch.dtype, **facts: Any
+    ) -> Record:
+        """Keep what was measured, with what the device can do at best in the same run."""
         record = Record(
             id=self.id,
             group=group,
@@ -84,11 +101,17 @@ class Meter:
         self.add_row(group, cells(record))
         return record
 
-    def _time(self, group: str, call: Callable[[], Any]) -> Timing:
+    def _peak_bytes(self, call: Callable[[], Any], remake: Sequence[Any]) -> int | None:
+        if self.device.type == "cuda":
+            return peak_bytes(call, self.device)
+        peak = peak_memory.measure(*remake) if remake else None
+        return None if peak is None else peak.bytes
+
+    def _time(self, call: Callable[[], Any]) -> Timing:
         """On a GPU pytest-benchmark has the time as the host sees it, the record that of the GPU."""
-        self.benchmark.group = group
         if self.device.type != "cuda":
             self.benchmark.pedantic(call, rounds=cpu_rounds(call))
+            assert self.benchmark.stats is not None
             return Timing.of(self.benchmark.stats.stats.data)
 
         def synchronised() -> None:

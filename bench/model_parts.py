@@ -20,8 +20,10 @@ from catseg_fast.reference.inference import resize
 from catseg_fast.reference.model import as_map, normalise
 
 SIZE = (480, 640)
-GRAPH = "all but cropping, CUDA graph"
-PARTS = ("all", "CLIP", "guidance", "aggregator", "post-processing", GRAPH)
+REFERENCE = "(a) reference, eager fp32"
+GRAPH = "engine, all but cropping, CUDA graph"
+WHOLE = (REFERENCE, "engine", GRAPH)
+SPLIT = ("CLIP", "guidance", "aggregator", "post-processing")
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,22 @@ class CheckedModel:
     error_ratio: float
 
 
-@functools.lru_cache(maxsize=1)
-@torch.no_grad()
-def checked_model(variant: str, classes: int, device: torch.device, dtype: torch.dtype) -> CheckedModel:
-    """A model with random weights in `dtype` that aggregates all classes, with one crop on a CPU; its
-    probabilities are checked against the reference's in the same type.
-    """
+def make_model(
+    variant: str, classes: int, device: torch.device, dtype: torch.dtype
+) -> tuple[CATSeg, Picture]:
+    """A picture, and a model with random weights that aggregates all classes, with one crop on a CPU."""
     torch.manual_seed(0)
     names = [f"class {index}" for index in range(classes)]
     model = CATSeg(variant, names, sliding_window=device.type == "cuda", max_classes=None)
     model = model.to(device, dtype).eval()
-    picture = Picture.random(model)
+    return model, Picture.random(model)
+
+
+@functools.lru_cache(maxsize=1)
+@torch.no_grad()
+def checked_model(variant: str, classes: int, device: torch.device, dtype: torch.dtype) -> CheckedModel:
+    """A model whose probabilities were checked against the reference's in the same type."""
+    model, picture = make_model(variant, classes, device, dtype)
     (ours,) = model(picture.request)
     model.backend = "reference"
     (eager,) = model(picture.request)
@@ -79,7 +86,7 @@ def checked_model(variant: str, classes: int, device: torch.device, dtype: torch
 
 @torch.no_grad()
 def make_parts(model: CATSeg, picture: Picture) -> dict[str, Callable[[], Any]]:
-    """What runs each of `PARTS`, on what the parts before it gave."""
+    """What runs all (`WHOLE`), and each part alone (`SPLIT`) on what the parts before it gave."""
     side, layers = model.variant.clip.input_size, model.variant.guidance_layers
     clip_images = resize(picture.clip_images, (side, side)).to(model.dtype)
     encode = functools.partial(model.clip_model.encode_dense, clip_images)
@@ -106,8 +113,18 @@ def make_parts(model: CATSeg, picture: Picture) -> dict[str, Callable[[], Any]]:
         stream(*encoded, reader(picture.readout, target, backend))
         return target.labels
 
+    def reference() -> Tensor:
+        model.backend = "reference"
+        try:
+            (answer,) = model(picture.request)
+        finally:
+            model.backend = "auto"
+        labels: Tensor = answer["sem_seg"].argmax(dim=0)
+        return labels
+
     return {
-        "all": lambda: model.label_map(picture.request),
+        REFERENCE: reference,
+        "engine": lambda: model.label_map(picture.request),
         "CLIP": encode,
         "guidance": guide,
         "aggregator": lambda: stream(features, guidance, lambda *_: None),

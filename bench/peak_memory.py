@@ -1,72 +1,80 @@
-"""Peak memory of one call above weights and inputs, measured in a process of its own.
+"""Peak memory of a call on a CPU above weights and inputs, measured in a process of its own.
 
-    python -m bench.peak_memory '{"variant": "v1-vitl-swinb", "classes": 150, "crops": 5, "run": "torch"}'
-
-prints a JSON object with `peak_bytes` and `seconds`. `run` is "reference", "torch", or "label_map": the
-engine with `policy`, read out into a label map of `size`.
+One process measures all calls of a run, one after the other. What a call frees goes back to the system at
+once, so that it cannot serve, unseen, the next call.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import functools
+import gc
+import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-STATUS = Path("/proc/self/status")
+import torch
+
+from bench.measure import THREADS
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# Blocks above 64 KiB are the system's, in libc and MKL.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
 
 
-def measure(**request: Any) -> dict[str, float]:
-    """Run a request in a child process.
+@dataclass(frozen=True)
+class Peak:
+    """What one call took."""
 
-    Raises:
-        RuntimeError: if it fails; the message holds what it printed.
+    bytes: int
+    seconds: float
+
+
+def measure(make: Callable[..., Callable[[], Any]], *arguments: Any, warm_up: bool = True) -> Peak | None:
+    """Peak memory of a call of `make(*arguments)`; None where the system does not tell.
+
+    Args:
+        make: a module's function, which the other process imports.
+        *arguments: which pickle takes.
+        warm_up: whether a call goes before, so that what libraries keep from their first one on, tens of MiB,
+            does not count.
     """
-    command = [sys.executable, "-m", "bench.peak_memory", json.dumps(request)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if child.returncode:
-        raise RuntimeError(f"{request} failed:\n{child.stderr}")
-    answer: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
-    return answer
+    return _process().submit(_run, make, arguments, warm_up).result() if CLEAR.exists() else None
 
 
-def memory(field: str) -> int:
+@functools.cache
+def _process() -> ProcessPoolExecutor:
+    before = {name: os.environ.get(name) for name in ALLOCATOR}
+    os.environ.update(ALLOCATOR)
+    try:
+        process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        process.submit(int).result()  # starts it
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return process
+
+
+def _run(make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], warm_up: bool) -> Peak:
+    torch.set_num_threads(THREADS)
+    call = make(*arguments)
+    if warm_up:
+        call()
+    gc.collect()
+    CLEAR.write_text("5")  # the high-water mark starts here
+    before, start = _memory("VmRSS"), time.perf_counter()
+    call()
+    return Peak(_memory("VmHWM") - before, time.perf_counter() - start)
+
+
+def _memory(field: str) -> int:
     """A field of this process's status in bytes: VmRSS is what it holds, VmHWM the most it held."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
-
-
-def run(request: dict[str, Any]) -> dict[str, float]:
-    """Run a request in this process."""
-    import torch
-
-    from bench.cases import Case, make_call
-    from catseg_fast import SlidingWindow
-    from catseg_fast.label_map import READOUT_BYTES, LabelMap, Readout, reader
-
-    torch.set_num_threads(2)
-    call = make_call(Case(request["variant"], request["classes"], request["crops"]))
-    engine = call.aggregator.engine
-    engine.policy = request.get("policy")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
-    before, start = memory("VmRSS"), time.perf_counter()
-    if request["run"] == "label_map":
-        size = (request["size"][0], request["size"][1])
-        readout, target = Readout(size, SlidingWindow()), LabelMap(size, torch.device("cpu"))
-        with torch.no_grad():
-            vocabulary = engine.vocabulary(call.text_feats, None)
-            engine.stream(
-                call.img_feats, vocabulary, call.guidance, None,
-                lambda: reader(readout, target), READOUT_BYTES,
-            )  # fmt: skip
-    else:
-        call.aggregator.backend = request["run"]
-        call()
-    return {"peak_bytes": memory("VmHWM") - before, "seconds": time.perf_counter() - start}
-
-
-if __name__ == "__main__":
-    print(json.dumps(run(json.loads(sys.argv[1]))))

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.ablation import STEPS
 from bench.records import Record
-from bench.tables import seconds
+from bench.stage_calls import STAGES
+from bench.tables import seconds, what_ran
+
+DTYPES = ("fp32", "bf16", "fp16")
+MARKERS = {"torch": "o", "Triton": "^"}
+STYLE: Any = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "lines.linewidth": 2,
+    "savefig.dpi": 150,
+}
+# A figure is drawn of the records of one group and one device.
+Draw = Callable[[Any, Sequence[Record]], None]
 
 
 def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -20,122 +37,149 @@ def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    plots: dict[str, tuple[str, Callable[[Any, Sequence[Record]], None]]] = {
-        "time": ("scaling", _time),
-        "memory": ("scaling", _memory),
-        "roofline": ("kernels", _roofline),
-        "ablation": ("ablation", _ablation),
+    plots: dict[str, tuple[str, str, Draw]] = {
+        "time": ("scaling", "Time of the aggregator against the number of classes", _time),
+        "memory": ("scaling", "Peak memory of the aggregator, above weights and inputs", _memory),
+        "roofline": ("kernels", "Roofline of the stages", _roofline),
+        "ablation": ("ablation", "Time of the aggregator after each step", _ablation),
     }
     drawn = []
-    for name, (group, draw) in plots.items():
-        for number, device in enumerate(dict.fromkeys(r.device for r in records if r.group == group)):
-            path = folder / (f"{name}-{number + 1}.png" if number else f"{name}.png")
-            own = [r for r in records if r.group == group and r.device == device]
-            _save(path, device, own, draw)
+    for name, (group, title, draw) in plots.items():
+        own = [r for r in records if r.group == group and (name != "memory" or r.peak_bytes is not None)]
+        for number, device in enumerate(dict.fromkeys(record.device for record in own), 1):
+            path = folder / (f"{name}.png" if number == 1 else f"{name}-{number}.png")
+            _save(path, title, [record for record in own if record.device == device], draw)
             drawn.append(path)
     return drawn
 
 
-def _save(
-    path: Path, device: str, records: Sequence[Record], draw: Callable[[Any, Sequence[Record]], None]
-) -> None:
+def _save(path: Path, title: str, records: Sequence[Record], draw: Draw) -> None:
+    """A figure with what was measured, and on what, below its title."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    draw(axes, records)
-    axes.grid(alpha=0.3)
-    figure.text(0.99, 0.005, device, ha="right", va="bottom", fontsize=7, color="gray")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(8, 5), layout="constrained")
+        draw(figure, records)
+        heading = figure.suptitle(f"{title}\n{_case(records)}\n", x=0.01, ha="left", fontsize=12)
+        last_line = heading.get_window_extent().y0 / figure.bbox.height + 0.02
+        figure.text(0.01, last_line, what_ran(records), va="bottom", fontsize=7, color="gray")
+        figure.savefig(path)
+        plt.close(figure)
 
 
-def _time(axes: Any, records: Sequence[Record]) -> None:
-    _against_classes(axes, records, lambda record: 1e3 * record.median)
-    for run, own in _by_run(records).items():
-        axes.fill_between(
-            [r.classes for r in own],
-            [1e3 * r.p20 for r in own],
-            [1e3 * r.p80 for r in own],
-            alpha=0.2,
-            label=f"_{run}",
-        )
-    axes.set(ylabel="milliseconds (median; p20 to p80 shaded)", title=f"Aggregator: time\n{_case(records)}")
+def _time(figure: Any, records: Sequence[Record]) -> None:
+    axes = figure.subplots()
+    for colour, (run, own) in _by_run(records).items():
+        classes = [r.classes for r in own]
+        axes.plot(classes, [1e3 * r.median for r in own], marker="o", color=colour, label=run)
+        low, high = [1e3 * r.p20 for r in own], [1e3 * r.p80 for r in own]
+        axes.fill_between(classes, low, high, color=colour, alpha=0.2, linewidth=0)
+    _against_classes(figure, axes, records, "ms (median; shaded: p20 to p80)")
 
 
-def _memory(axes: Any, records: Sequence[Record]) -> None:
-    measured = [record for record in records if record.peak_bytes is not None]
-    _against_classes(axes, measured, lambda record: (record.peak_bytes or 0) / 2**20)
-    axes.set(ylabel="MiB above weights and inputs", title=f"Aggregator: peak memory\n{_case(records)}")
+def _memory(figure: Any, records: Sequence[Record]) -> None:
+    axes = figure.subplots()
+    for colour, (run, own) in _by_run(records).items():
+        mebibytes = [(r.peak_bytes or 0) / 2**20 for r in own]
+        axes.plot([r.classes for r in own], mebibytes, marker="o", color=colour, label=run)
+    _against_classes(figure, axes, records, "MiB")
 
 
-def _against_classes(axes: Any, records: Sequence[Record], value: Callable[[Record], float]) -> None:
-    for run, own in _by_run(records).items():
-        axes.plot([r.classes for r in own], [value(r) for r in own], marker="o", label=run)
+def _against_classes(figure: Any, axes: Any, records: Sequence[Record], unit: str) -> None:
     ticks = sorted({record.classes or 0 for record in records})
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log", xlabel="classes T", ylabel=unit)
     axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("classes T")
-    axes.legend()
+    _plain_numbers(axes.yaxis)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False)
 
 
-def _roofline(axes: Any, records: Sequence[Record]) -> None:
-    """Kernels by their operations a byte, in shares of the matmul rate of their own type."""
-    for kind, marker in (("torch", "o"), ("Triton", "^")):
-        for dtype, colour in (("fp32", "C0"), ("bf16", "C1"), ("fp16", "C2")):
-            own = [
-                r for r in records if r.run == kind and r.case.endswith(dtype) and r.flop and r.least_bytes
-            ]
-            if not own:
-                continue
-            ridge = own[0].matmul_rate / own[0].copy_bandwidth
-            x = [(r.flop or 0) / (r.least_bytes or 1) for r in own]
-            axes.scatter(
-                x, [r.matmul_share for r in own], marker=marker, color=colour, label=f"{kind}, {dtype}"
-            )
-            for place, record in zip(x, own, strict=True):
-                axes.annotate(
-                    record.case.split(", t=")[0], (place, record.matmul_share or 0), fontsize=6,
-                    xytext=(4, 3), textcoords="offset points",
-                )  # fmt: skip
-            axes.plot([1, ridge, 1e4], [1 / ridge, 1, 1], color=colour, alpha=0.5)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set(
-        xlabel="operations a byte of inputs and outputs",
-        ylabel="share of the measured matmul rate",
-        title="Roofline: copy bandwidth and matmul rate as measured in the same run",
-    )
-    axes.legend()
+def _plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis 1, 2, 5, 10, …"""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=50))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_locator(LogLocator(subs=range(1, 10), numticks=50))
+    axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
 
 
-def _ablation(axes: Any, records: Sequence[Record]) -> None:
-    """A bar a step, in the order of measuring; what a step saved is behind its bar."""
-    before: float | None = None
+def _roofline(figure: Any, records: Sequence[Record]) -> None:
+    """A panel a type, each with its own roof."""
+    from matplotlib.lines import Line2D
+
+    records = [r for r in records if r.flop and r.least_bytes]
+    types = [dtype for dtype in DTYPES if any(r.case.endswith(dtype) for r in records)]
+    panels = figure.subplots(1, len(types), sharey=True, squeeze=False)[0]
+    stages = [stage for stage in STAGES if any(_stage(r) == stage for r in records)]
+    for axes, dtype in zip(panels, types, strict=True):
+        own = [record for record in records if record.case.endswith(dtype)]
+        places = [(r.flop or 0) / (r.least_bytes or 1) for r in own]
+        top, slope = own[0].matmul_rate / 1e9, own[0].copy_bandwidth / 1e9
+        ends = (min(*places, top / slope) / 2, 2 * max(*places, top / slope))
+        axes.plot([ends[0], top / slope, ends[1]], [ends[0] * slope, top, top], color="black", linewidth=1)
+        for place, record in zip(places, own, strict=True):
+            colour = f"C{STAGES.index(_stage(record))}"
+            marker = MARKERS[record.run]
+            axes.scatter(place, (record.rate or 0) / 1e9, s=50, marker=marker, color=colour, zorder=3)
+        axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of inputs and outputs")
+        axes.set_title(f"{dtype}: {top:,.0f} GFLOP/s, {slope:,.0f} GB/s", fontsize=10)
+        _plain_numbers(axes.xaxis)
+        _plain_numbers(axes.yaxis)
+    panels[0].set_ylabel("GFLOP/s (line: matrix product and\ncopy, measured in the same run)")
+    handles = [
+        Line2D([], [], linestyle="", marker="s", color=f"C{STAGES.index(stage)}", label=stage)
+        for stage in stages
+    ]
+    handles += [
+        Line2D([], [], linestyle="", marker=marker, color="gray", label=run)
+        for run, marker in MARKERS.items()
+        if any(record.run == run for record in records)
+    ]
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
+
+
+def _ablation(figure: Any, records: Sequence[Record]) -> None:
+    """A bar a step, with what the step saved behind it."""
+    axes = figure.subplots()
+    records = sorted(records, key=lambda record: STEPS.index(record.run))
+    first, before = 1e3 * records[0].median, 1e3 * records[0].median
     for place, record in enumerate(records):
-        milliseconds = 1e3 * record.median
-        if before is not None:
-            axes.barh(place, before - milliseconds, left=milliseconds, color="C0", alpha=0.25)
-        axes.barh(place, milliseconds, color="C0")
-        axes.text(milliseconds, place, f" {seconds(record.median)}", va="center", fontsize=8)
-        before = milliseconds
+        after = 1e3 * record.median
+        if after < before:
+            axes.barh(place, before - after, left=after, color="C0", alpha=0.2)
+        axes.barh(place, after, color="C0")
+        axes.plot([1e3 * record.p20, 1e3 * record.p80], [place, place], color="black", linewidth=1)
+        label = f"{seconds(record.median)}, {first / after:.3g}x"
+        axes.text(max(before, 1e3 * record.p80), place, f"  {label}", va="center")
+        before = after
     axes.set_yticks(range(len(records)), [record.run for record in records])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15e3 * max(record.median for record in records))  # room for the numbers
-    axes.set(xlabel="milliseconds", title=f"What each step saves\n{_case(records)}")
+    axes.set_xlim(0, 1.25e3 * max(record.p80 for record in records))  # room for the labels
+    axes.set_xlabel("ms (median; line: p20 to p80), and how many times as fast as the reference")
 
 
-def _by_run(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records with a number of classes, by what ran, few classes first."""
+def _by_run(records: Sequence[Record]) -> dict[str, tuple[str, list[Record]]]:
+    """Label and records of each run, few classes first, by the colour of its line."""
     found: dict[str, list[Record]] = {}
-    for record in sorted(records, key=lambda record: record.classes or 0):
-        if record.classes is not None:
-            found.setdefault(record.run, []).append(record)
-    return found
+    for record in sorted(records, key=lambda record: (record.run, record.classes or 0)):
+        dtype = next((dtype for dtype in DTYPES if dtype in _parts(record)), "fp32")
+        label = record.run if dtype in record.run else f"{record.run}, {dtype}"
+        found.setdefault(label, []).append(record)
+    return {f"C{place}": item for place, item in enumerate(found.items())}
 
 
 def _case(records: Sequence[Record]) -> str:
     """What the cases have in common."""
-    first = records[0].case.split(", ")
-    return ", ".join(part for part in first if all(part in record.case.split(", ") for record in records))
+    common = [part for part in _parts(records[0]) if all(part in _parts(record) for record in records)]
+    return ", ".join(common)
+
+
+def _parts(record: Record) -> Iterable[str]:
+    return record.case.split(", ")
+
+
+def _stage(record: Record) -> str:
+    return record.case.split(", t=")[0]

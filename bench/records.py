@@ -17,7 +17,7 @@ class Record:
 
     Attributes:
         id: pytest's name of the benchmark.
-        group: "aggregator", "scaling", "kernels", "model", "label map", "ablation".
+        group: of the table: "aggregator", "scaling", "kernels", "model", …
         case: what was computed.
         run: by what.
         median, p20, p80: seconds.
@@ -72,10 +72,12 @@ class Record:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a record to a file of lines."""
+    """Add a record to a file of lines, in place of a last line that was cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(record)) + "\n")
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(asdict(record)).encode() + b"\n")
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
@@ -137,3 +139,9 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
                 f"{change.new.id}: measured on {change.old.device!r}, then on {change.new.device!r}"
             )
     return sorted(changes, key=lambda change: -change.relative)
+
+
+def missing(old: Sequence[Record], new: Sequence[Record]) -> list[str]:
+    """Names of what the new results lack: perhaps what did not pass the gate."""
+    found = {record.id for record in new}
+    return [record.id for record in old if record.id not in found]

@@ -43,8 +43,11 @@ def compare(old: Path, new: Path) -> bool:
     Raises:
         ValueError: if they cannot be compared.
     """
-    found = records.compare(records.read([old]), records.read([new]))
+    before, after = records.read([old]), records.read([new])
+    found = records.compare(before, after)
     print(tables.changes(found))
+    if lost := records.missing(before, after):
+        print(f"not in {new}: {', '.join(lost)}")
     slower = sum(change.slower for change in found)
     print(f"{slower} of {len(found)} slower by more than {records.SLOWER:.0%}")
     return slower == 0

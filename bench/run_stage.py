@@ -1,20 +1,26 @@
-"""One stage's kernels for a profiler: `ncu … python -m bench.run_stage "decode, t=51, B=5, bf16"`.
+"""One stage for a profiler: `ncu … python -m bench.run_stage "decode, t=51, B=5, bf16"`.
 
-The case is named as in the records of `bench_kernels.py`. Only the last of a few calls is profiled.
+The case is named as in the records of `bench_kernels.py`. Only the last of a few calls is profiled: on a GPU
+by a profiler that runs this, or, with `--torch`, by PyTorch's, whose table is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
+from typing import cast
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import DTYPES
 from bench.stage_calls import STAGES, bind, make_inputs
-from catseg_fast.triton_stages import TritonStages
+from catseg_fast import stages as torch_stages
+from catseg_fast.streaming import Stages
 
 WARM_UP = 3
+ROWS = 25
 
 
 def parse(case: str) -> tuple[str, int, int, torch.dtype]:
@@ -32,18 +38,38 @@ def parse(case: str) -> tuple[str, int, int, torch.dtype]:
 
 def main() -> None:
     """The program."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("case")
-    stage, crops, classes, dtype = parse(parser.parse_args().case)
-    inputs = make_inputs(stage, crops, classes, dtype, torch.device("cuda"))
-    call, stages = bind(stage, inputs), TritonStages(inputs.plan)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the stage in torch")
+    parser.add_argument("--torch", action="store_true", help="print PyTorch's own profile")
+    options = parser.parse_args()
+    stage, crops, classes, dtype = parse(options.case)
+    inputs = make_inputs(stage, crops, classes, dtype, torch.device(options.device))
+    call, stages = bind(stage, inputs), cast(Stages, torch_stages)
+    if options.device == "cuda":
+        from catseg_fast.triton_stages import TritonStages  # triton exists for Linux alone
+
+        stages = TritonStages(inputs.plan)
     with torch.no_grad():
         for _ in range(WARM_UP):
             call(stages)
+        if options.torch:
+            _print_profile(lambda: call(stages), options.device)
+            return
         torch.cuda.synchronize()
         with torch.cuda.profiler.profile():
             call(stages)
             torch.cuda.synchronize()
+
+
+def _print_profile(call: Callable[[], object], device: str) -> None:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=activities, record_shapes=True) as found:
+        call()
+    order = f"self_{device}_time_total"
+    print(found.key_averages(group_by_input_shape=True).table(sort_by=order, row_limit=ROWS))
 
 
 if __name__ == "__main__":

@@ -39,13 +39,17 @@ class StageInputs:
     guidance: Tensor  # [2, 1, t, C], the text's share of keys and queries
 
 
+def variant_of(stage: str) -> str:
+    """Whose weights a stage has."""
+    return "v1-vitl-swinb" if stage.endswith("P=80") else "v2-vitl"
+
+
 @torch.no_grad()
 def make_inputs(
     stage: str, crops: int, classes: int, dtype: torch.dtype, device: torch.device
 ) -> StageInputs:
     """Weights and inputs of a stage, the same every time."""
-    variant = "v1-vitl-swinb" if stage.endswith("P=80") else "v2-vitl"
-    call = make_call(Case(variant, classes, crops, dtype), device)
+    call = make_call(Case(variant_of(stage), classes, crops, dtype), device)
     plan = call.aggregator.engine.plan()
     with torch.device(device):
         x = torch.randn(crops, classes, RESOLUTION[0] * RESOLUTION[1], plan.channels)

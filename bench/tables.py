@@ -18,6 +18,7 @@ def cells(record: Record) -> dict[str, str]:
             None if record.classes is None else 1e3 * record.median / record.classes, "{:.3g}"
         ),
         "peak MiB": _number(record.peak_bytes, "{:.4g}", 2**20),
+        "reference GFLOP": _number(record.reference_flop, "{:.3g}", 1e9),
         "GFLOP": _number(record.flop, "{:.3g}", 1e9),
         "TFLOP/s": _number(record.rate, "{:.3g}", 1e12),
         "of matmul": _number(record.matmul_share, "{:.0%}"),
@@ -65,19 +66,24 @@ def changes(found: Sequence[Change]) -> str:
     return "\n".join(_table(rows)) + "\n"
 
 
+def what_ran(records: Sequence[Record]) -> str:
+    """The device of records of one device, and the versions and commits of what ran on it."""
+    ran = dict.fromkeys(
+        ", ".join([*(f"{name} {version}" for name, version in record.versions.items()), record.commit])
+        for record in records
+    )
+    return f"{records[0].device}: {'; '.join(ran)}"
+
+
 def _conditions(records: Sequence[Record]) -> list[str]:
     """Each device, with what ran on it and its own best rates."""
     lines = []
     for device in dict.fromkeys(record.device for record in records):
         own = [record for record in records if record.device == device]
-        ran = dict.fromkeys(
-            ", ".join([*(f"{name} {version}" for name, version in record.versions.items()), record.commit])
-            for record in own
-        )
         rates = sorted({record.matmul_rate / 1e12 for record in own})
         copies = sorted({record.copy_bandwidth / 1e9 for record in own})
         lines.append(
-            f"- {device}: {'; '.join(ran)}; matrix product {_range(rates)} TFLOP/s over all types, "
+            f"- {what_ran(own)}; matrix product {_range(rates)} TFLOP/s over all types, "
             f"copy {_range(copies)} GB/s"
         )
     return lines

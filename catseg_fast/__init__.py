@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from catseg_fast.acceleration import Acceleration, accelerate
     from catseg_fast.aggregator import Aggregator
     from catseg_fast.config import VARIANTS, Variant
-    from catseg_fast.model import CATSeg, Segmentation
+    from catseg_fast.model import CATSeg
     from catseg_fast.reference.inference import SlidingWindow
+    from catseg_fast.segmentation import EncodedImage, Segmentation
 
 if not (Path(__file__).parent / "reference").exists():
     # In a source checkout `kernels/` and `reference/` lie beside this folder; installed, inside it.
@@ -22,6 +23,7 @@ __all__ = [
     "Acceleration",
     "Aggregator",
     "CATSeg",
+    "EncodedImage",
     "Segmentation",
     "SlidingWindow",
     "Variant",
@@ -35,7 +37,8 @@ _MODULES = {
     "Acceleration": "acceleration",
     "Aggregator": "aggregator",
     "CATSeg": "model",
-    "Segmentation": "model",
+    "EncodedImage": "segmentation",
+    "Segmentation": "segmentation",
     "SlidingWindow": "reference.inference",
     "Variant": "config",
     "accelerate": "acceleration",

@@ -41,12 +41,12 @@ def choose_backend(backend: str, device: str | torch.device) -> str:
         return "triton"
     if backend == "triton":
         raise RuntimeError(f"backend: 'triton' cannot run: {reason}")
-    _warn_once(f"running in torch, not in Triton: {reason}")
+    warn_once(f"running in torch, not in Triton: {reason}")
     return "torch"
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 

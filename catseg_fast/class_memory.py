@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,12 @@ class ClassMemory(Protocol):
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Take in a chunk's keys and values `[B, t, hw, C]`."""
+
+    def part(self) -> ClassMemory:
+        """An empty memory for a part of the classes, without the padding tokens."""
+
+    def merge(self, part: Any) -> None:
+        """Take in what a part holds."""
 
     def of(self, crops: slice) -> ClassMemory:
         """The memory of some crops."""
@@ -66,6 +72,12 @@ class LinearMemory:
         key_sum = k.sum(dim=1, dtype=key_value.dtype) + self.key_sum
         self.key_value, self.key_sum = key_value, key_sum
 
+    def part(self) -> LinearMemory:
+        return replace(self, key_value=0.0, key_sum=0.0)
+
+    def merge(self, part: LinearMemory) -> None:
+        self.key_value, self.key_sum = part.key_value + self.key_value, part.key_sum + self.key_sum
+
     def of(self, crops: slice) -> LinearMemory:
         assert isinstance(self.key_value, Tensor)
         assert isinstance(self.key_sum, Tensor)
@@ -99,6 +111,12 @@ class FullMemory:
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         self.chunks.append((keys, values))
+
+    def part(self) -> FullMemory:
+        return replace(self, chunks=[])
+
+    def merge(self, part: FullMemory) -> None:
+        self.chunks += part.chunks
 
     def of(self, crops: slice) -> FullMemory:
         return replace(self, chunks=[(keys[crops], values[crops]) for keys, values in self.chunks])

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,35 +73,30 @@ class ClassShare:
         start = self.rank * each + min(self.rank, rest)
         return slice(start, start + each + (self.rank < rest))
 
+    @cached_property
+    def _names(self) -> str:
+        return hashlib.blake2b(repr(self.classes).encode()).hexdigest()
+
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Turn any error into one that says which rank failed: the others wait for it in vain.
+    def together(self, device: torch.device, *facts: object) -> Iterator[None]:
+        """Make sure that all ranks are about to do the same, and turn any error inside into one that says
+        which rank failed: the others wait for it in vain.
+
+        Args:
+            device: where the ranks' tensors are.
+            facts: what must be the same on all ranks, besides the classes.
 
         Raises:
-            RankError: if anything is raised inside.
+            RankError: if they differ, or anything is raised inside.
         """
         try:
+            self._check_same(device, repr((self._names, facts)))
             yield
         except RankError:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise RankError(f"class parallel: rank {self.rank} of {self.ranks} failed: {reason}") from error
-
-    def check_same(self, image: Tensor, *settings: int) -> None:
-        """Check that all ranks are about to do the same.
-
-        Raises:
-            RankError: if the classes, `image [3, H, W]` or the settings differ.
-        """
-        names = hashlib.sha256("\n".join(self.classes).encode()).digest()[:6]  # exact in float64, as all here
-        pixels = int(image.round().double().sum())
-        given = (int.from_bytes(names, "big"), pixels, *image.shape, *settings)
-        mine = torch.tensor(given, dtype=torch.float64, device=image.device)
-        largest = torch.stack([mine, -mine])
-        self._reduce(largest, dist.ReduceOp.MAX)
-        if not torch.equal(largest[0], -largest[1]):
-            raise RankError("class parallel: the ranks were given different images, classes or settings")
 
     def all_true(self, flag: bool, device: torch.device) -> bool:
         """Whether a flag is set on all ranks."""
@@ -146,7 +142,7 @@ class ClassShare:
         every = scores.new_zeros(len(scores), self.total)
         every[:, self.own] = scores
         self._reduce(every, dist.ReduceOp.SUM)
-        best = every.topk(count, dim=-1).indices.sort(dim=-1).values
+        best = best_classes(every, count)
         start, stop = self.own.start, self.own.stop
         return [kept[None, (kept >= start) & (kept < stop)] - start for kept in best]
 
@@ -171,14 +167,38 @@ class ClassShare:
             keys = torch.where(keys[0] == largest, keys[1:], keys[:-1])
         target.scores, target.labels = _unpack(torch.stack(best).view(-1, *target.scores.shape[1:]))
 
+    def _check_same(self, device: torch.device, facts: str) -> None:
+        digest = int.from_bytes(hashlib.blake2b(facts.encode(), digest_size=7).digest(), "big")
+        largest = torch.tensor([digest, -digest], device=device)
+        self._reduce(largest, dist.ReduceOp.MAX)
+        if largest[0] != -largest[1]:
+            raise RankError("class parallel: the ranks were given different images, classes or settings")
+
     def _reduce(self, tensor: Tensor, operation: ReduceOp.RedOpType) -> None:
-        try:
+        with waiting(self.group):
             dist.all_reduce(tensor, operation, self.group)
-        except RuntimeError as error:
-            raise RankError(
-                f"class parallel: rank {self.rank} of {self.ranks} waited in vain for the others, one of "
-                f"which has ended or hangs: {error}"
-            ) from error
+
+
+@contextmanager
+def waiting(group: ProcessGroup | None) -> Iterator[None]:
+    """Around what a group does together.
+
+    Raises:
+        RankError: if a rank is gone, or takes longer than the group's timeout.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        raise RankError(
+            f"class parallel: rank {rank} of {ranks} waited in vain for the others, one of which has ended "
+            f"or hangs: {error}"
+        ) from error
+
+
+def best_classes(scores: Tensor, count: int) -> Tensor:
+    """Indices `[B, count]` of each crop's best classes by `scores [B, T]`, ascending."""
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
 _LABELS = 2**32  # twice as many as there are: none has the sign bit of an int32

@@ -1,4 +1,4 @@
-"""The published CAT-Seg variants as data.
+"""The published CAT-Seg variants as data, and the small one whose weights come with the package.
 
 Sources: upstream `configs/*.yaml` (v1 at af4fa0b, v2 at 6d3a188), `cat_seg/config.py`, and open_clip's
 model configurations for the CLIP towers.
@@ -141,6 +141,13 @@ VIT_BIGG_14 = CLIPConfig(
     text_width=1280, text_heads=20, text_layers=32, quick_gelu=False,
 )  # fmt: skip
 
+# Trained on generated scenes (`catseg_fast.scenes`); the aggregator behind it has the published shape.
+DEMO_CLIP = CLIPConfig(
+    embed_dim=128, image_size=384, input_size=384, patch_size=16,
+    vision_width=160, vision_layers=6, vision_heads=5, context_length=32,
+    text_width=32, text_heads=1, text_layers=2, quick_gelu=False,
+)  # fmt: skip
+
 _V1_VITL = Variant(
     name="v1-vitl-swinb", version="v1", clip=VIT_L_14, backbone="swin-b",
     appearance_guidance_dim=512, prompt_ensemble="imagenet", pad_len=0,
@@ -162,6 +169,10 @@ VARIANTS: dict[str, Variant] = {
         replace(_V1_VITL, name="v1-vitg-swinb", clip=VIT_BIGG_14),
         _V2_VITL,
         replace(_V2_VITL, name="v2-vitb", clip=VIT_B_16, appearance_guidance_dim=512, guidance_layers=(3, 7)),
+        replace(
+            _V2_VITL, name="demo", clip=DEMO_CLIP, appearance_guidance_dim=128, guidance_layers=(1, 3),
+            decoder_guidance_dims=(64, 32),
+        ),
     )
 }  # fmt: skip
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 # What a user can cause and mend: a line says it all. Anything else is a bug and keeps its traceback.
@@ -50,6 +51,25 @@ def plain_errors(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         stderr.print("interrupted; the results written so far are complete")
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def image_progress(text: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar with images a second and the time left; yields what is called with the images done and of all."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    visible = shown and stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=True, disable=not visible) as bar:
+        task = bar.add_task(text, total=None, rate="")
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if speed := bar.tasks[0].speed:
+                bar.update(task, rate=f"{speed:.2f} img/s")
+
+        yield advance
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

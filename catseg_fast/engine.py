@@ -12,10 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catseg_fast import stages as torch_stages
-from catseg_fast.backend import choose_backend
-from catseg_fast.class_parallel import ClassShare
+from catseg_fast.backend import choose_backend, warn_once
+from catseg_fast.class_parallel import ClassShare, best_classes
+from catseg_fast.gradients import GradientStream
 from catseg_fast.plan import Plan, build_plan
-from catseg_fast.planner import Schedule, Sizes, check_chunk, check_policy, parse_bytes, plan_schedule
+from catseg_fast.planner import (
+    Schedule,
+    Sizes,
+    check_chunk,
+    check_policy,
+    parse_bytes,
+    plan_gradients,
+    plan_schedule,
+)
 from catseg_fast.precision import pays_off_on_cpu
 from catseg_fast.streaming import Consumer, Stages, Stream, run_streams
 from catseg_fast.terms import ImageTerms, VocabularyTerms, chunk_text, image_terms, vocabulary_terms
@@ -34,6 +43,8 @@ class Engine:
 
     Attributes:
         backend: "auto", "triton" or "torch"; calls that need gradients run in torch always.
+        checkpoint: whether such calls compute activations again when their gradient is taken, a chunk of
+            classes at a time, to keep little of them; None: where they would not fit.
         precision: type in which the stages compute. None: autocast's (on a CPU, where that type is the faster
             one, see `catseg_fast.precision`); without autocast the weights' own, but fp16 in place of fp32 on
             a GPU where no gradients are recorded.
@@ -47,6 +58,7 @@ class Engine:
         self.precision: torch.dtype | None = None
         self.input_precision = "ieee"
         self.share: ClassShare | None = None
+        self.checkpoint: bool | None = None
         self._chunk: int | None = None
         self._policy: str | None = None
         self._memory_budget: int | None = None
@@ -120,7 +132,8 @@ class Engine:
         """
         if self.share is not None:
             raise RuntimeError("class parallel: no rank has all logits; label maps alone can be had")
-        vocabulary = self.vocabulary(text_feats, max_classes)
+        plan = self.plan()
+        vocabulary = self.vocabulary(text_feats, max_classes, plan)
         (B, _, H, W), T = img_feats.shape, text_feats.shape[1]
         if self._differentiable(img_feats, text_feats, *appearance_guidance):
             chunks: list[Tensor] = []
@@ -128,7 +141,7 @@ class Engine:
             def keep(_: slice, part: Tensor) -> None:
                 chunks.append(part)
 
-            self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: keep)
+            self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: keep, plan=plan)
             return torch.cat(chunks, dim=1)
         asked = self.precision is not None or torch.is_autocast_enabled(img_feats.device.type)
         dtype = self._compute_dtype() if asked else self.aggregator.conv1.weight.dtype
@@ -137,7 +150,9 @@ class Engine:
         def store(classes: slice, part: Tensor) -> None:
             logits[:, classes] = part
 
-        self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: store, logits.nbytes)
+        self.stream(
+            img_feats, vocabulary, appearance_guidance, max_classes, lambda: store, logits.nbytes, plan
+        )
         return logits
 
     def stream(
@@ -148,10 +163,12 @@ class Engine:
         max_classes: int | None,
         begin: Callable[[], Consumer],
         output_bytes: int = 0,
+        plan: Plan | None = None,
     ) -> None:
         """Compute the logits of all classes, chunk by chunk in ascending order.
 
-        What overflows fp16 is computed again in bf16, with a warning.
+        What overflows fp16 is computed again in bf16, with a warning; not so where gradients are recorded,
+        whose scaling is the caller's.
 
         Args:
             img_feats: `[B, F, H, W]`.
@@ -162,12 +179,14 @@ class Engine:
                 change nothing before it can no longer fail for want of memory: it may then be called again.
                 If all is computed again, `begin` is called again first.
             output_bytes: what the caller holds besides, for the planner.
+            plan: the folded weights, if the caller has them.
 
         Raises:
             ValueError: if the memory budget is too small for one class.
+            RuntimeError: if gradients are wanted of classes that are shared with other processes.
         """
         inputs = (img_feats, vocabulary, appearance_guidance, max_classes)
-        if self._stream(self.plan(), *inputs, begin(), output_bytes):
+        if self._stream(plan or self.plan(), *inputs, begin(), output_bytes):
             return
         given = (img_feats, vocabulary.features, *appearance_guidance)
         if self._all_ranks(all(x is None or bool(x.isfinite().all()) for x in given)):
@@ -190,8 +209,12 @@ class Engine:
         total = self._total(vocabulary.classes)
         count = total if max_classes is None else min(total, max_classes)
         resolution = (img_feats.shape[2], img_feats.shape[3])
-        schedule = self.schedule(len(img_feats), resolution, min(count, vocabulary.classes), output_bytes)
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
+        if differentiable and self.share is not None:
+            raise RuntimeError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
+        held = min(count, vocabulary.classes)
+        sizes = Sizes(plan, len(img_feats), resolution, held, img_feats.device)
+        schedule = self._schedule(sizes, output_bytes, differentiable)
         finite = torch.ones((), dtype=torch.bool, device=img_feats.device)
 
         def watch(classes: slice, logits: Tensor) -> None:
@@ -202,10 +225,15 @@ class Engine:
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, torch.set_grad_enabled(differentiable), self._without_autocast():
             image = image_terms(self.aggregator, plan, img_feats, appearance_guidance)
-            stages = torch_stages if differentiable else self.stages(plan, image)
-            parts = [(image, None)] if count == total else self._select(image, img_feats, vocabulary, count)
-            fixed = (schedule, differentiable, self.share, count)
-            streams = [Stream(stages, plan, crops, vocabulary, kept, *fixed) for crops, kept in parts]
+            if differentiable:
+                if self.backend == "triton":
+                    warn_once("gradients are wanted: running in torch, as Triton's kernels have no backward")
+                selected = None
+                if count < total:
+                    selected = best_classes(self._scores(img_feats, vocabulary), count)
+                GradientStream(torch_stages, plan, image, vocabulary, selected, schedule).run(consume)
+                return True
+            streams = self._streams(plan, image, img_feats, vocabulary, count, schedule)
             if plan.embed.dtype != torch.float16 or _recording(device):
                 run_streams(streams, consume)
                 return True
@@ -221,13 +249,14 @@ class Engine:
             ValueError: if the memory budget is too small for one class.
         """
         device: torch.device = self.aggregator.conv1.weight.device
-        return plan_schedule(
-            Sizes(self.plan(), crops, resolution, classes, device),
-            policy=self.policy,
-            chunk=self.chunk,
-            budget=self.memory_budget,
-            output_bytes=output_bytes,
-        )
+        sizes = Sizes(self.plan(), crops, resolution, classes, device)
+        return self._schedule(sizes, output_bytes, self._differentiable())
+
+    def _schedule(self, sizes: Sizes, output_bytes: int, differentiable: bool) -> Schedule:
+        chunk, budget = self.chunk, self.memory_budget
+        if differentiable:
+            return plan_gradients(sizes, checkpoint=self.checkpoint, chunk=chunk, budget=budget)
+        return plan_schedule(sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes)
 
     def stages(self, plan: Plan, image: ImageTerms | None = None) -> Stages:
         """What runs the stages where no gradients are wanted; with an image, it is checked first."""
@@ -243,13 +272,30 @@ class Engine:
             kept.check(image)
         return kept
 
-    def _select(
-        self, image: ImageTerms, img_feats: Tensor, vocabulary: VocabularyTerms, count: int
-    ) -> Sequence[tuple[ImageTerms, Tensor | None]]:
-        """`catseg_fast.reference.select_classes`, without the whole cost volume: indices `[B, count]`.
-
-        Of a share, every crop comes for itself with `[1, n]`, those of its best classes that this rank has.
+    def _streams(
+        self,
+        plan: Plan,
+        image: ImageTerms,
+        img_feats: Tensor,
+        vocabulary: VocabularyTerms,
+        count: int,
+        schedule: Schedule,
+    ) -> list[Stream]:
+        """What aggregates `count` classes a crop: one stream; but one a crop where the best ones of a share
+        are to be found, as ranks hold different numbers of these.
         """
+        stages, share, parts = self.stages(plan, image), self.share, [(image, None)]
+        if count < self._total(vocabulary.classes):
+            scores = self._scores(img_feats, vocabulary)
+            if share is None:
+                parts = [(image, best_classes(scores, count))]
+            else:
+                kept = share.select(scores, count)
+                parts = [(image.of(slice(crop, crop + 1)), own) for crop, own in enumerate(kept)]
+        return [Stream(stages, plan, crops, vocabulary, own, schedule, share, count) for crops, own in parts]
+
+    def _scores(self, img_feats: Tensor, vocabulary: VocabularyTerms) -> Tensor:
+        """By what `catseg_fast.reference.select_classes` selects, `[B, T]`, without the whole cost volume."""
         precise = torch.promote_types(img_feats.dtype, torch.float32)
         features = F.normalize(img_feats.to(precise), dim=1).flatten(2)
         scores = [features.new_empty(len(features), 0)]
@@ -258,10 +304,7 @@ class Engine:
             text = chunk_text(vocabulary.features[:, part], vocabulary.inverse_norm[:, part], precise)
             cosines = text.flatten(1, 2) @ features  # B, t*P, HW
             scores.append(cosines.amax(dim=-1).unflatten(1, (-1, text.shape[2])).amax(dim=-1))
-        if self.share is None:
-            return [(image, torch.cat(scores, dim=1).topk(count, dim=-1).indices.sort(dim=-1).values)]
-        kept = self.share.select(torch.cat(scores, dim=1), count)
-        return [(image.of(slice(crop, crop + 1)), indices) for crop, indices in enumerate(kept)]
+        return torch.cat(scores, dim=1)
 
     def _total(self, classes: int) -> int:
         """Classes of all ranks, where this one has so many."""

@@ -26,6 +26,8 @@ PUBLISHED = {
     "v2-vitb": ("space", "hamacojr/CAT-Seg-weights", "model_base.pth"),
     "v2-vitl": ("space", "hamacojr/CAT-Seg-weights", "model_large.pth"),
 }
+# Weights that come with the package, by variant.
+BUNDLED = {"demo": Path(__file__).parent / "checkpoints" / "demo.safetensors"}
 SPACES = {repository for kind, repository, _ in PUBLISHED.values() if kind == "space"}
 
 WEIGHTS = (".safetensors", ".pth", ".pt")
@@ -37,7 +39,8 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 
     Args:
         source: a file; a folder that holds one checkpoint (or a `model.safetensors`); a variant's name such
-            as "v2-vitl" (upstream's weights); a hub id "owner/name" or "owner/name/path/to/file.pth".
+            as "v2-vitl" (upstream's weights) or "demo" (in the package); a hub id "owner/name" or
+            "owner/name/path/to/file.pth".
 
     Raises:
         FileNotFoundError: if there is no such file, repository, or file in the repository.
@@ -50,6 +53,8 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return path / _pick((entry.name for entry in path.iterdir() if entry.is_file()), str(path))
     name = os.fspath(source)
+    if name in BUNDLED:
+        return BUNDLED[name]
     if name in PUBLISHED:
         return _download(*PUBLISHED[name])
     parts = name.split("/")

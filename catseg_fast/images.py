@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from pathlib import Path
+from threading import Lock
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tenso
 
 # Interpolating a float image in 0..255 may overshoot by rounding alone.
 _ROUNDING = 1e-3
+_WARNINGS = Lock()  # the filters are the whole process's, and pictures may be read in threads
 _WANTED = "a path, a PIL image, a numpy array [H, W, 3] or a torch tensor [3, H, W]"
 
 
@@ -57,17 +59,21 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
 def _read(path: Path, name: str) -> np.ndarray:
     """Decode a file to an array for `_from_array`."""
     try:
-        # Pillow warns from 89 megapixels on, which cameras reach; twice that it still refuses.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _decode(image)
+        with _open(path) as image:
+            return _decode(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
     except IsADirectoryError:
         raise ValueError(f"{name}: {str(path)!r} is a folder, not an image") from None
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
         raise ValueError(f"{name}: cannot read {str(path)!r}: {error}") from error
+
+
+def _open(path: Path) -> Image.Image:
+    """Pillow warns from 89 megapixels on, which cameras reach; twice that it still refuses."""
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path)
 
 
 def _decode(image: Image.Image) -> np.ndarray:

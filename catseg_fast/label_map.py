@@ -6,7 +6,7 @@ result equals the argmax over all classes at once, ties included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,6 +87,43 @@ def reader(readout: Readout, target: Target, backend: str = "torch") -> Callable
             taken = stop
 
     return consume
+
+
+def read_all(
+    readouts: Sequence[Readout],
+    targets: Sequence[Target],
+    crops: Sequence[int],
+    backend: str,
+    store: LogitStore | None = None,
+) -> Callable[[slice, Tensor], None]:
+    """A `reader` of several pictures, `crops` each, that also puts the logits by where there is a store."""
+    readers = [reader(*pair, backend) for pair in zip(readouts, targets, strict=True)]
+
+    def consume(classes: slice, logits: Tensor) -> None:
+        if store is not None:
+            store.put(classes, logits)
+        for read, part in zip(readers, logits.split(list(crops)), strict=True):
+            read(classes, part)
+
+    return consume
+
+
+class LogitStore:
+    """The crops' logits of T classes, on the CPU, in the type in which they come.
+
+    Attributes:
+        logits: `[B, T, h, w]`, from the first chunk on.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.logits: Tensor | None = None
+
+    def put(self, classes: slice, logits: Tensor) -> None:
+        if self.logits is None or self.logits.dtype != logits.dtype:
+            shape = (logits.shape[0], self.classes, *logits.shape[2:])
+            self.logits = torch.empty(shape, dtype=logits.dtype)
+        self.logits[:, classes] = logits.detach()
 
 
 class Probabilities:

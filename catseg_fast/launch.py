@@ -55,7 +55,7 @@ def process_group(wanted: bool, device: str | None) -> Iterator[str | None]:
 
 
 def is_first() -> bool:
-    """Whether this process writes and speaks: rank 0 of a group, or the only one."""
+    """Whether this process reads, writes and speaks: rank 0 of a group, or the only one."""
     import torch.distributed as dist
 
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,37 +17,29 @@ from catseg_fast.checkpoint import IGNORED_KEYS, load_into, read_checkpoint, rec
 from catseg_fast.class_parallel import SOFTMAX, ClassShare
 from catseg_fast.config import Variant, get_variant
 from catseg_fast.engine import Engine
+from catseg_fast.explain import explain
 from catseg_fast.images import ImageLike, load_image
-from catseg_fast.label_map import READOUT_BYTES, LabelMap, Probabilities, Readout, Target, TopClasses, reader
+from catseg_fast.label_map import (
+    READOUT_BYTES,
+    LabelMap,
+    LogitStore,
+    Probabilities,
+    Readout,
+    Target,
+    TopClasses,
+    read_all,
+)
+from catseg_fast.loss import segmentation_loss
 from catseg_fast.plan import Plan
-from catseg_fast.planner import format_bytes
 from catseg_fast.reference import model as reference_model
 from catseg_fast.reference.inference import pad_to_multiple
 from catseg_fast.reference.model import as_map, normalise
+from catseg_fast.segmentation import EncodedImage, Segmentation, split_encoded
 from catseg_fast.terms import VocabularyTerms
 from catseg_fast.vocabulary import check_classes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """The answer for one picture.
-
-    Attributes:
-        labels: index into `classes` of each pixel's best class, int32 `[H, W]`, on the CPU.
-        scores: that class's probability, float32 `[H, W]`, on the CPU.
-        classes: the class names.
-        top_labels, top_scores: the best k classes and their probabilities, best first, `[k, H, W]`, where
-            they were asked for.
-    """
-
-    labels: Tensor
-    scores: Tensor
-    classes: tuple[str, ...]
-    top_labels: Tensor | None = None
-    top_scores: Tensor | None = None
 
 
 class CATSeg(reference_model.CATSeg):
@@ -155,9 +146,9 @@ class CATSeg(reference_model.CATSeg):
     def split_classes(self, group: ProcessGroup | None = None) -> None:
         """Let each rank of a process group hold a share of the classes, from now on.
 
-        All ranks, with the same weights, settings and class names, must then call `segment` or `label_map`
-        with the same pictures, in the same order; each gets the whole answer. A rank encodes the texts of its
-        own classes alone. Other calls raise: no rank has all the probabilities.
+        All ranks, with the same weights, settings and class names, must then call `segment`, `segment_batch`,
+        `encode` or `label_map` with the same pictures, in the same order; each gets the whole answer. A rank
+        encodes the texts of its own classes alone. What needs the probabilities of all classes raises.
 
         Args:
             group: by default all processes of `torch.distributed`.
@@ -197,9 +188,14 @@ class CATSeg(reference_model.CATSeg):
         results = []
         for image, readout in self._requests(batched_inputs):
             target = Probabilities(len(self.classes), readout.size, self.device)
-            self._read_out(image, readout, target, target.maps.nbytes)
+            self._read_out(self._encode([image], [readout]), [target], target.maps.nbytes)
             results.append({"sem_seg": target.maps})
         return results
+
+    def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if choose_backend(self.backend, logits.device) == "reference":
+            return super()._criterion(logits, labels)
+        return segmentation_loss(logits, labels, self.ignore_label)
 
     def label_map(
         self, batched_inputs: Sequence[dict[str, Any]], *, top_k: int | None = None
@@ -213,10 +209,25 @@ class CATSeg(reference_model.CATSeg):
         Raises:
             TypeError, ValueError: as the call; or if `top_k` is not positive.
         """
-        return [self._label(image, readout, top_k) for image, readout in self._requests(batched_inputs)]
+        return [
+            self._label(self._encode([image], [readout]), top_k)[0]
+            for image, readout in self._requests(batched_inputs)
+        ]
+
+    def encode(self, image: ImageLike, *, sliding_window: bool | None = None) -> EncodedImage:
+        """Run all that does not depend on the classes; `segment` takes the answer in place of the picture.
+
+        It serves as long as the weights stay. Arguments and errors as of `segment`.
+        """
+        return self._encode_all([image], sliding_window)[0]
 
     def segment(
-        self, image: ImageLike, *, sliding_window: bool | None = None, top_k: int | None = None
+        self,
+        image: ImageLike | EncodedImage,
+        *,
+        sliding_window: bool | None = None,
+        top_k: int | None = None,
+        keep_logits: bool = False,
     ) -> Segmentation:
         """Label every pixel of a picture with one of the classes.
 
@@ -224,18 +235,30 @@ class CATSeg(reference_model.CATSeg):
         nothing is padded or cut.
 
         Args:
-            image: path, PIL image, numpy array `[H, W, 3]` or tensor `[3, H, W]`; RGB in 0..255.
+            image: path, PIL image, numpy array `[H, W, 3]` or tensor `[3, H, W]`; RGB in 0..255. Or what
+                `encode` made of one.
             sliding_window: whether to look at overlapping crops; by default the model's own setting.
             top_k: also return so many classes a pixel.
+            keep_logits: let the answer have a `score_map` of every class; 37 KB a class and crop in fp32.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, no classes are
-                set, or `top_k` is not positive.
+            FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, it was encoded
+                otherwise, no classes are set, or `top_k` is not positive.
         """
-        pixels = load_image(image).to(self.device)
-        sliding = self.sliding_window if sliding_window is None else sliding_window
-        height, width = pixels.shape[-2:]
-        return self._label(pixels, Readout((height, width), self.window if sliding else None), top_k)
+        return self._label(self._encode_all([image], sliding_window), top_k, keep_logits)[0]
+
+    def segment_batch(
+        self,
+        images: Sequence[ImageLike | EncodedImage],
+        *,
+        sliding_window: bool | None = None,
+        top_k: int | None = None,
+    ) -> list[Segmentation]:
+        """`segment` of several pictures with all crops in one call; equal to one by one but for rounding.
+
+        It pays where few classes leave a GPU idle. Memory grows with the number of pictures.
+        """
+        return self._label(self._encode_all(images, sliding_window), top_k) if images else []
 
     @torch.no_grad()
     def explain(self, crops: int | None = None) -> str:
@@ -245,31 +268,7 @@ class CATSeg(reference_model.CATSeg):
         Raises:
             ValueError: if no classes are set, or the memory budget is too small.
         """
-        total, limit, share = len(self.classes), self.max_classes, self.engine.share
-        kept = total if limit is None else min(total, limit)
-        crops = crops or (len(self.window.corners()) + 1 if self.sliding_window else 1)
-        backend = choose_backend(self.backend, self.device)
-        lines = {"back end": f"{backend} (asked for: {self.backend})"}
-        lines["classes"] = f"{total}, all aggregated" if kept == total else f"{total}, the best {kept} a crop"
-        if share is not None:
-            own = share.own.stop - share.own.start
-            lines["ranks"] = f"{share.ranks}; rank {share.rank}, this one, has {own} of the classes"
-            kept = min(kept, own)
-        if backend != "reference":
-            resolution = self.variant.feature_resolution
-            schedule = self.engine.schedule(crops, resolution, kept, READOUT_BYTES)
-            plan = self.engine.plan()
-            lines["precision"] = str(plan.embed.dtype).removeprefix("torch.")
-            for stage, reason in getattr(self.engine.stages(plan), "fallbacks", {}).items():
-                lines["in torch"] = "; ".join(filter(None, [lines.get("in torch"), f"{stage} ({reason})"]))
-            lines["policy"] = f"{schedule.policy}: {schedule.reason}"
-            lines["step"] = f"{schedule.chunk} classes of {crops} crops"
-            lines["memory"] = (
-                f"{format_bytes(schedule.total_bytes)} above weights, inputs and answer "
-                f"({format_bytes(schedule.fixed_bytes)} + {format_bytes(schedule.class_bytes)} a class in a "
-                f"step); {format_bytes(schedule.budget)} may be taken"
-            )
-        return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
+        return explain(self, crops)
 
     def _requests(self, batched_inputs: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, Readout]]:
         """Each image and how upstream's call answers it."""
@@ -282,52 +281,104 @@ class CATSeg(reference_model.CATSeg):
             else:
                 yield image, Readout(size, None, (height, width))
 
-    def _label(self, image: Tensor, readout: Readout, top_k: int | None) -> Segmentation:
-        if top_k is not None and top_k <= 0:
-            raise ValueError(f"top_k: {top_k} is not positive")
-        count = min(top_k or 1, len(self.classes))
-        target: LabelMap | TopClasses = LabelMap(readout.size, self.device)
-        if top_k is not None:
-            target = TopClasses(count, readout.size, self.device)
-        share, target_bytes = self.engine.share, 8 * count * readout.size[0] * readout.size[1]
-        if share is None:
-            self._read_out(image, readout, target, target_bytes)
-        else:
-            with share.together():
-                settings = (top_k or 0, self.max_classes or 0, readout.window is not None)
-                share.check_same(image, *readout.size, *settings)
-                self._read_out(image, readout, target, target_bytes)
-                share.merge(target, count)
-        labels, scores = target.labels.cpu(), target.scores.cpu()
-        if top_k is None:
-            return Segmentation(labels, scores, self.classes)
-        return Segmentation(labels[0], scores[0], self.classes, labels, scores)
+    def _encode_all(
+        self, images: Sequence[ImageLike | EncodedImage], sliding_window: bool | None
+    ) -> list[EncodedImage]:
+        """The encoded pictures among `images`, and the others encoded in one call."""
+        sliding = self.sliding_window if sliding_window is None else sliding_window
+        pixels, readouts = [], []
+        for image in images:
+            if isinstance(image, EncodedImage):
+                image.check(self.aggregator.conv1.weight, sliding_window)
+                continue
+            pixels.append(load_image(image).to(self.device))
+            height, width = pixels[-1].shape[-2:]
+            readouts.append(Readout((height, width), self.window if sliding else None))
+        fresh = iter(self._encode(pixels, readouts) if pixels else ())
+        return [image if isinstance(image, EncodedImage) else next(fresh) for image in images]
 
     @torch.no_grad()
-    def _read_out(self, image: Tensor, readout: Readout, target: Target, target_bytes: int) -> None:
-        """Run the model on an image and read the logits out into `target`."""
+    def _encode(self, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
+        """Encode images `[3, H, W]`, in one call where their crops are of one size."""
+        share = self.engine.share
+        if share is None:
+            return self._encode_here(images, readouts)
+        pixels = [(image.shape, int(image.long().sum())) for image in images]
+        with share.together(self.device, pixels, readouts):
+            return self._encode_here(images, readouts)
+
+    def _encode_here(self, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
+        inputs = [self._crops(image, readout) for image, readout in zip(images, readouts, strict=True)]
+        if len({clip_images.shape[1:] for clip_images, _ in inputs}) > 1:
+            pairs = zip(images, readouts, strict=True)
+            return [encoded for image, readout in pairs for encoded in self._encode_here([image], [readout])]
+        clip_images, pixels = (torch.cat(parts) for parts in zip(*inputs, strict=True))
+        features, guidance = self.encode_images(clip_images, pixels)
+        crops = [len(x) for x, _ in inputs]
+        return split_encoded(features, guidance, readouts, crops, self.dtype)
+
+    def _crops(self, image: Tensor, readout: Readout) -> tuple[Tensor, Tensor]:
+        """An image's crops `[B, 3, H, W]`, normalised twice, as `encode_images` wants them."""
         if readout.window is not None:
-            inputs = normalise(readout.window.crops(image))
+            return normalise(readout.window.crops(image))
+        clip_images, images = normalise(image[None])
+        if readout.visible is None:
+            return clip_images, images
+        divisor = self.size_divisibility  # upstream's call
+        return pad_to_multiple(clip_images, divisor), pad_to_multiple(images, divisor)
+
+    def _label(
+        self, encoded: Sequence[EncodedImage], top_k: int | None, keep_logits: bool = False
+    ) -> list[Segmentation]:
+        if top_k is not None and top_k <= 0:
+            raise ValueError(f"top_k: {top_k} is not positive")
+        if keep_logits and self.engine.share is not None:
+            raise RuntimeError("class parallel: no rank has all logits; segment with keep_logits=False")
+        sizes = [image.readout.size for image in encoded]
+        targets: list[LabelMap | TopClasses] = [LabelMap(size, self.device) for size in sizes]
+        if top_k is not None:
+            count = min(top_k, len(self.classes))
+            targets = [TopClasses(count, size, self.device) for size in sizes]
+        target_bytes = sum(8 * (top_k or 1) * height * width for height, width in sizes)
+        share, store = self.engine.share, LogitStore(len(self.classes)) if keep_logits else None
+        if share is None:
+            self._read_out(encoded, targets, target_bytes, store)
         else:
-            inputs = normalise(image[None])
-            if readout.visible is not None:  # upstream's call
-                clip_images, images = inputs
-                inputs = (
-                    pad_to_multiple(clip_images, self.size_divisibility),
-                    pad_to_multiple(images, self.size_divisibility),
-                )
-        features, guidance = self.encode_images(*inputs)
+            dtype, readouts = self.engine.plan().embed.dtype, [image.readout for image in encoded]
+            with share.together(self.device, dtype, top_k, self.max_classes, readouts):
+                self._read_out(encoded, targets, target_bytes)
+                for target in targets:
+                    share.merge(target, min(top_k or 1, len(self.classes)))
+        return [
+            Segmentation.of(target, self.classes, image.readout, None if store is None else store.logits)
+            for image, target in zip(encoded, targets, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _read_out(
+        self,
+        encoded: Sequence[EncodedImage],
+        targets: Sequence[Target],
+        target_bytes: int,
+        store: LogitStore | None = None,
+    ) -> None:
+        """Run the aggregator on pictures' crops together, and read each one's logits out into its target."""
+        crops = [len(image.features) for image in encoded]
+        readouts = [image.readout for image in encoded]
+        features = torch.cat([image.features for image in encoded])
+        guidance = [torch.cat(maps) for maps in zip(*(image.guidance for image in encoded), strict=True)]
         backend = choose_backend(self.backend, self.device)
         if backend == "reference":
             if self.engine.share is not None:
                 raise RuntimeError("class parallel: the back end 'reference' takes all classes at once")
             text = self.text_features().to(features.dtype).expand(len(features), -1, -1, -1)
-            consume = reader(readout, target)
+            consume = read_all(readouts, targets, crops, backend, store)
             consume(slice(0, len(self.classes)), self.aggregator(as_map(features), text, guidance))
             return
         self.engine.stream(
             as_map(features), self._vocabulary_terms(), guidance, self.max_classes,
-            lambda: reader(readout, target, backend), target_bytes + max(READOUT_BYTES, readout.class_bytes),
+            lambda: read_all(readouts, targets, crops, backend, store),
+            target_bytes + max(READOUT_BYTES, *(readout.class_bytes for readout in readouts)),
         )  # fmt: skip
 
     def _vocabulary_terms(self) -> VocabularyTerms:

@@ -16,8 +16,9 @@ POLICIES = ("resident", "offload", "recompute")
 # Crops times classes in one step: enough to fill a GPU, few enough to stay in a CPU's cache.
 CROP_CLASSES = {"cpu": 8, "cuda": 256}
 
-# Share of the free memory that a call takes by default.
+# Share of the free memory that a call takes by default; with gradients the loss needs some as well.
 FREE_SHARE = 0.8
+GRADIENT_SHARE = 0.5
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -28,7 +29,9 @@ class Schedule:
     """How a call runs.
 
     Attributes:
-        policy: where the state of all classes is: "resident", "offload", or nowhere ("recompute").
+        policy: where the state of all classes is: "resident", "offload", or nowhere ("recompute"). Where
+            gradients are wanted, whether all that they need is kept ("keep"), or is computed again
+            ("checkpoint").
         chunk: classes a step.
         reason: why this policy.
         fixed_bytes: what the call holds whatever the chunk: state on the device, class memories, image terms,
@@ -149,6 +152,20 @@ class Sizes:
         return self.positions * max(attention, embedding, decoder) * plan.embed.itemsize
 
     @property
+    def gradient_bytes(self) -> int:
+        """What the gradients need of one class of all crops."""
+        plan, C = self.plan, self.plan.channels
+        kept = plan.prompts * 2 + C + (49 if plan.prompts == 1 else 0)
+        for layer in plan.layers:
+            # Normalised twice, queries, keys and values in order and by head, attended, the sum.
+            kept += sum(11 * C + 2 * block.fc1.shape[0] for block in layer.blocks)
+            pooling = layer.classes.pooling or (1, 1)
+            kept += C + (14 * C + layer.classes.fc1.shape[0]) // (pooling[0] * pooling[1])
+        first, second = (stage.conv.shape[0] for stage in plan.decoder)
+        kept += 4 * 5 * first + 16 * 5 * second
+        return self.positions * kept * plan.embed.itemsize
+
+    @property
     def copy_bytes(self) -> int:
         """Buffers for one class of all crops on its way from host memory and back (`OffloadedState`)."""
         return 2 * self.positions * self.plan.channels * self.plan.embed.itemsize
@@ -195,6 +212,50 @@ def plan_schedule(
             f"(policy {chosen!r}); the least that works is {format_bytes(needed)} ({needed} bytes)"
         )
     return Schedule(chosen, min(wanted, room), reason, fixed[chosen], per_class, free)
+
+
+def plan_gradients(
+    sizes: Sizes, *, checkpoint: bool | None, chunk: int | None, budget: int | None
+) -> Schedule:
+    """The same for a call of which gradients are wanted.
+
+    Args:
+        sizes: of the call.
+        checkpoint: whether to compute activations again on the way back; None: only where those of all
+            classes do not fit.
+        chunk: the caller's choice, or None.
+        budget: bytes, or None for a share of what is free.
+
+    Raises:
+        ValueError: if the budget does not hold what the caller chose; the message has the least that works.
+    """
+    classes, per_class = sizes.classes, sizes.gradient_bytes
+    free = budget if budget is not None else int(free_bytes(sizes.device) * GRADIENT_SHARE)
+    wanted = chunk or usual_chunk(classes, sizes.crops, sizes.device)
+    logits = 2 * 16 * sizes.positions * classes * sizes.plan.embed.itemsize  # and their gradient
+    always = sizes.fixed_bytes * len(sizes.plan.layers) + logits
+    everything = always + classes * per_class
+    if checkpoint is None:
+        checkpoint = everything > free
+        reason = f"the activations of {classes} classes {'do not fit' if checkpoint else 'fit'}"
+    else:
+        reason = "asked for"
+    if not checkpoint:
+        if everything > free:
+            raise ValueError(
+                f"memory_budget: {format_bytes(free)} does not hold the activations of {classes} classes, "
+                f"{format_bytes(everything)}; checkpoint=True computes them again"
+            )
+        return Schedule("keep", wanted, reason, everything, 0, free)
+    fixed = always + (len(sizes.plan.layers) + 1) * sizes.state_bytes  # and one's gradient
+    room, least = (free - fixed) // per_class, chunk or 1
+    if room < least:
+        needed = fixed + least * per_class
+        raise ValueError(
+            f"memory_budget: {format_bytes(free)} does not hold {least} of {classes} classes with gradients; "
+            f"the least that works is {format_bytes(needed)} ({needed} bytes)"
+        )
+    return Schedule("checkpoint", min(wanted, room), reason, fixed, per_class, free)
 
 
 def usual_chunk(classes: int, crops: int, device: torch.device) -> int:

@@ -91,7 +91,9 @@ def recognise_variant(state_dict: Mapping[str, Tensor]) -> Variant:
     if version == "v1":
         variant = replace(variant, backbone=_backbone(_Shapes(state_dict, "backbone.")))
     else:
-        variant = replace(variant, guidance_layers=(7, 15) if clip.vision_layers > 15 else (3, 7))
+        known = _known(clip.vision_width, clip.vision_layers, "v2")
+        layers = known.guidance_layers if known else (7, 15) if clip.vision_layers > 15 else (3, 7)
+        variant = replace(variant, guidance_layers=layers)
     published = (known for known in VARIANTS.values() if replace(variant, name=known.name) == known)
     return next(published, variant)
 
@@ -130,14 +132,7 @@ def _clip(visual: _Shapes, text: _Shapes, grid: int) -> CLIPConfig:
     hidden = visual.get("transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
     layers = visual.count("transformer.resblocks.")
     vocab_size, text_width = text.get("token_embedding.weight", 2)
-    known = next(
-        (
-            variant.clip
-            for variant in VARIANTS.values()
-            if (variant.clip.vision_width, variant.clip.vision_layers) == (width, layers)
-        ),
-        None,
-    )
+    known = _known(width, layers)
     return CLIPConfig(
         embed_dim=visual.get("proj", 2)[1],
         image_size=side * patch_size,
@@ -145,15 +140,24 @@ def _clip(visual: _Shapes, text: _Shapes, grid: int) -> CLIPConfig:
         patch_size=patch_size,
         vision_width=width,
         vision_layers=layers,
-        vision_heads=known.vision_heads if known else max(1, width // 64),
+        vision_heads=known.clip.vision_heads if known else max(1, width // 64),
         vision_mlp_ratio=math.ceil(1e4 * hidden / width) / 1e4,  # int(width * ratio) is `hidden` again
         text_width=text_width,
         text_heads=max(1, text_width // 64),
         text_layers=text.count("transformer.resblocks."),
         context_length=text.get("positional_embedding", 2)[0],
         vocab_size=vocab_size,
-        quick_gelu=known.quick_gelu if known else True,
+        quick_gelu=known.clip.quick_gelu if known else True,
     )
+
+
+def _known(width: int, layers: int, *versions: Version) -> Variant | None:
+    """A variant, of certain versions or any, whose CLIP has an image tower of this size."""
+    for variant in VARIANTS.values():
+        tower = (variant.clip.vision_width, variant.clip.vision_layers)
+        if tower == (width, layers) and variant.version in (versions or ("v1", "v2")):
+            return variant
+    return None
 
 
 def _aggregator(aggregator: _Shapes, version: Version) -> Variant:

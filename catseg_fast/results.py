@@ -15,7 +15,7 @@ from torch import Tensor
 from catseg_fast.overlay import class_shares, label_png, overlay
 
 if TYPE_CHECKING:
-    from catseg_fast.model import Segmentation
+    from catseg_fast.segmentation import Segmentation
 
 
 def unique_stems(paths: Iterable[Path]) -> list[str]:
@@ -82,6 +82,6 @@ def save_segmentation(
         label_png(segmentation.labels).save(scratch / f"{stem}.labels.png")
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (scratch / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
-        for file in sorted(scratch.iterdir()):
+        for file in sorted(scratch.iterdir(), reverse=True):  # the .json, which vouches for the others, last
             os.replace(file, folder / file.name)
     return classes

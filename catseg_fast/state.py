@@ -21,10 +21,8 @@ class State(Protocol):
         """Keep a chunk of all crops."""
 
 
-def new_state(policy: str, plan: Plan, image: ImageTerms, classes: int, differentiable: bool) -> State | None:
+def new_state(policy: str, plan: Plan, image: ImageTerms, classes: int) -> State | None:
     """The state that a memory policy keeps for T classes; None where chunks are computed again."""
-    if differentiable:
-        return ChunkState()
     if policy == "recompute" or not plan.layers:
         return None
     shape = (image.crops, classes, image.features.shape[1], plan.channels)
@@ -102,21 +100,3 @@ class OffloadedState:
     @property
     def _current(self) -> Any:
         return self._module.current_stream()
-
-
-class ChunkState:
-    """The chunks as they are, for gradients to flow through."""
-
-    def __init__(self) -> None:
-        self.chunks: dict[tuple[int, int], Tensor] = {}
-
-    def load(self, crops: slice, classes: slice) -> Tensor:
-        parts = [
-            x[crops, max(classes.start - start, 0) : classes.stop - start]
-            for (start, stop), x in sorted(self.chunks.items())
-            if start < classes.stop and stop > classes.start
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def save(self, classes: slice, x: Tensor) -> None:
-        self.chunks[classes.start, classes.stop] = x

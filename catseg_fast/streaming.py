@@ -58,7 +58,7 @@ class Stages(Protocol):
 class Stream:
     """One call: crops, a vocabulary, and how they go through the stages.
 
-    Where the vocabulary is a `share`, each crop aggregates `length` classes on all ranks.
+    Where the vocabulary is a `share`, each crop aggregates `length` classes on all ranks, else its own.
     """
 
     def __init__(
@@ -69,33 +69,32 @@ class Stream:
         vocabulary: VocabularyTerms,
         selected: Tensor | None,
         schedule: Schedule,
-        differentiable: bool,
-        share: ClassShare | None,
-        length: int,
+        share: ClassShare | None = None,
+        length: int | None = None,
     ) -> None:
-        self.stages, self.share, self.length = stages, share, length
+        self.stages, self.share = stages, share
         self.plan, self.image, self.vocabulary, self.selected = plan, image, vocabulary, selected
         self.schedule, self.chunk = schedule, schedule.chunk
         self.count = vocabulary.classes if selected is None else selected.shape[1]
+        self.length = self.count if length is None else length
         self.memories: list[ClassMemory] = []
         self.spectra: fourier.Spectra | None = None
         if fourier.pays_off(plan, image.crops * self.count):
             self.spectra = fourier.make_spectra(plan, image.features, image.resolution)
-        self.state: State | None = new_state(schedule.policy, plan, image, self.count, differentiable)
+        self.state = self._new_state()
+
+    def run(self, consume: Consumer) -> None:
+        """Fill one class memory a layer, then decode."""
+        run_streams([self], consume)
 
     def aggregate(self) -> None:
         """Fill one class memory a layer."""
-        every, share = slice(0, self.image.crops), self.share
+        share = self.share
         for index, layer in enumerate(self.plan.layers):
             memory = new_memory(layer.classes, self.length, padded=share is None or share.rank == 0)
 
             def fill(classes: slice, index: int = index, memory: ClassMemory = memory) -> None:
-                x = self._spatial(index, every, classes)
-                text = self._text(self.vocabulary.keys[index], every, classes)
-                attention = self.plan.layers[index].classes
-                self.stages.class_collect(attention, memory, x, text, self.image.resolution)
-                if self.state is not None:
-                    self.state.save(classes, x)
+                self._fill(index, memory, classes)
 
             self.for_each_chunk(self.count, fill)
             if share is not None:
@@ -108,6 +107,20 @@ class Stream:
         if self.selected is None:
             return self._decode(slice(0, self.image.crops), classes)
         return self._decode_selected(self.selected, classes)
+
+    def _new_state(self) -> State | None:
+        return new_state(self.schedule.policy, self.plan, self.image, self.count)
+
+    def _fill(self, index: int, memory: ClassMemory, classes: slice) -> None:
+        """Pass a chunk through the window blocks of a layer; its keys and values are left in `memory`."""
+        x = self._spatial(index, slice(0, self.image.crops), classes)
+        self._collect(index, memory, x, classes)
+        if self.state is not None:
+            self.state.save(classes, x)
+
+    def _collect(self, index: int, memory: ClassMemory, x: Tensor, classes: slice) -> None:
+        text = self._text(self.vocabulary.keys[index], slice(0, self.image.crops), classes)
+        self.stages.class_collect(self.plan.layers[index].classes, memory, x, text, self.image.resolution)
 
     def for_each_chunk(self, total: int, step: Callable[[slice], None]) -> None:
         """Call `step` with slices of at most `chunk`; on running out of memory, go on with half of that."""
@@ -131,8 +144,11 @@ class Stream:
 
     def _spatial(self, index: int, crops: slice, classes: slice) -> Tensor:
         """A chunk behind the window blocks of layer `index`: `[b, t, HW, C]`."""
-        image = self.image.of(crops)
         x = self._embed(crops, classes) if index == 0 else self._classes(index - 1, crops, classes)
+        return self._blocks(index, crops, x)
+
+    def _blocks(self, index: int, crops: slice, x: Tensor) -> Tensor:
+        image = self.image.of(crops)
         for block, guidance in zip(self.plan.layers[index].blocks, image.blocks[index], strict=True):
             x = self.stages.window_block(block, guidance, x)
         return x
@@ -143,13 +159,12 @@ class Stream:
             x = self.state.load(crops, classes)
         else:
             x = self._spatial(index, crops, classes)
-        return self.stages.class_apply(
-            self.plan.layers[index].classes,
-            x,
-            self._text(self.vocabulary.queries[index], crops, classes),
-            self.memories[index].of(crops),
-            self.image.resolution,
-        )
+        return self._attend(index, crops, classes, x, self.memories[index].of(crops))
+
+    def _attend(self, index: int, crops: slice, classes: slice, x: Tensor, memory: ClassMemory) -> Tensor:
+        text = self._text(self.vocabulary.queries[index], crops, classes)
+        layer = self.plan.layers[index].classes
+        return self.stages.class_apply(layer, x, text, memory, self.image.resolution)
 
     def _embed(self, crops: slice, classes: slice) -> Tensor:
         features = self._text(self.vocabulary.features, crops, classes)

@@ -13,6 +13,7 @@ from catseg_fast.config import (
     CLIP_PIXEL_MEAN,
     CLIP_PIXEL_STD,
     CROP_SIZE,
+    IGNORE_LABEL,
     PIXEL_MEAN,
     PIXEL_STD,
     Variant,
@@ -58,6 +59,7 @@ class CATSeg(nn.Module):
         size_divisibility: multiple to which the whole image is padded in the call with upstream's contract.
         clip_finetune: what of CLIP is trained: "attention", "full", "prompt" or "none".
         train_backbone: whether v1's guidance backbone is trained.
+        ignore_label: label of training pixels that belong to no class; may be set later, too.
 
     Raises:
         ValueError: from a bad name or class list.
@@ -77,8 +79,10 @@ class CATSeg(nn.Module):
         size_divisibility: int = 32,
         clip_finetune: str = "attention",
         train_backbone: bool = False,
+        ignore_label: int = IGNORE_LABEL,
     ) -> None:
         super().__init__()
+        self.ignore_label = ignore_label
         self.variant = get_variant(variant)
         self.sliding_window = sliding_window
         self.window = window or SlidingWindow()
@@ -240,8 +244,11 @@ class CATSeg(nn.Module):
         clip_images, guidance_images = (
             pad_to_multiple(_stack_padded(batch), self.size_divisibility) for batch in normalised
         )
-        labels = torch.stack([entry["sem_seg"].to(self.device) for entry in batched_inputs])
-        return segmentation_loss(self.logits(clip_images, guidance_images), labels)
+        labels = torch.stack([entry["sem_seg"] for entry in batched_inputs])
+        return self._criterion(self.logits(clip_images, guidance_images), labels)
+
+    def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return segmentation_loss(logits, labels.to(logits.device), self.ignore_label)
 
     def _to_device(self, entry: dict[str, Any], index: int) -> Tensor:
         image = entry["image"]

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import gate, records, report
+from bench import gate, peak_memory, plots, records, report
+from bench.ablation import STEPS
 from bench.baselines import BASELINES
+from bench.bench_aggregator import measure
 from bench.cases import Case, make_call
-from bench.flops import call_flop
+from bench.flops import call_flop, count, stage_flop
 from bench.measure import Timing, time_call
+from bench.meter import Meter
 from bench.records import Record
 from bench.stage_calls import STAGES, bind, make_inputs
-from catseg_fast import stages
-from catseg_fast.plan import cast
+from catseg_fast import plan, stages
+from catseg_fast.streaming import Stages
 
 CPU = torch.device("cpu")
 
@@ -41,18 +47,24 @@ def write_benchmark_file(path: Path, found: list[Record]) -> Path:
 
 @pytest.fixture
 def measured(tmp_path: Path) -> Callable[[str, int], Path]:
-    """Time some matrix products, the last one as often as is said, into a file."""
-    x = torch.randn(256, 256)
+    """Time two stages, the last one with a kernel that runs as often as is said, into a file."""
 
+    @torch.no_grad()
     def measure(name: str, repeats: int) -> Path:
-        def product(times: int) -> None:
-            for _ in range(times):
-                x @ x
+        class Slowed:
+            """Stages whose window blocks are computed several times."""
 
-        timings = {
-            "first": time_call(lambda: product(8), CPU),
-            "second": time_call(lambda: product(repeats), CPU),
+            def window_block(self, *arguments: Any) -> Tensor:
+                for _ in range(repeats):
+                    answer = stages.window_block(*arguments)
+                return answer
+
+        slowed = cast(Stages, Slowed())
+        calls = {
+            "first": (bind("class_collect", make_inputs("class_collect", 1, 1, torch.float32, CPU)), stages),
+            "second": (bind("window_block", make_inputs("window_block", 1, 1, torch.float32, CPU)), slowed),
         }
+        timings = {key: time_call(partial(call, using), CPU) for key, (call, using) in calls.items()}
         return write_benchmark_file(tmp_path / name, [make_record(*item) for item in timings.items()])
 
     return measure
@@ -61,7 +73,7 @@ def measured(tmp_path: Path) -> Callable[[str, int], Path]:
 def test_a_deliberately_slowed_kernel_is_a_regression(
     measured: Callable[[str, int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old, slowed = measured("old.json", 8), measured("new.json", 400)
+    old, slowed = measured("old.json", 1), measured("new.json", 20)
     assert report.main(["--compare", str(old), str(slowed)]) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| second"))
     assert "SLOWER" in line
@@ -96,6 +108,35 @@ def test_records_are_kept_line_by_line(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"id": "cut sho')
     assert records.read([path]) == [second, replace(first, id="y")]
+    records.append(path, first)
+    assert records.read([path]) == [first, replace(first, id="y")], "what was cut short is gone"
+
+
+def test_what_is_no_more_measured_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, lost = (make_record(name, Timing(1, 1, 1, 5)) for name in ("kept", "lost"))
+    old = write_benchmark_file(tmp_path / "old.json", [kept, lost])
+    new = write_benchmark_file(tmp_path / "new.json", [kept])
+    assert report.main(["--compare", str(old), str(new)]) == 0
+    assert f"not in {new}: lost" in capsys.readouterr().out
+
+
+def test_steps_are_drawn_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run has measured them in another one."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn: list[str] = []
+    set_yticks = Axes.set_yticks
+
+    def recording(axes: Axes, ticks: Any, labels: Any = None, **options: Any) -> Any:
+        drawn.extend(labels or ())
+        return set_yticks(axes, ticks, labels, **options)
+
+    monkeypatch.setattr(Axes, "set_yticks", recording)
+    timing = Timing(2e-3, 1e-3, 3e-3, 5)
+    found = [make_record(step, timing, group="ablation", run=step) for step in reversed(STEPS)]
+    plots.draw_all(found, tmp_path)
+    assert drawn == list(STEPS)
 
 
 def test_report_has_a_row_for_each_record_and_the_plots(tmp_path: Path) -> None:
@@ -146,7 +187,7 @@ def test_a_deliberately_wrong_kernel_does_not_pass_the_gate(stage: str) -> None:
 
     inputs = make_inputs(stage, 1, 2, torch.float32, CPU)
     call = bind(stage, inputs)
-    truth = bind(stage, cast(inputs, torch.float64))(stages)
+    truth = bind(stage, plan.cast(inputs, torch.float64))(stages)
     assert gate.check(call(stages), call(stages), truth) == 1
     with pytest.raises(gate.WrongAnswer, match="no speed"):
         gate.check(call(Wrong()), call(stages), truth)
@@ -166,6 +207,20 @@ def test_operations_are_those_of_the_design(variant: str) -> None:
     reference, ours = (flop / (256 * 5) / 1e9 for flop in call_flop(Case(variant, 256, 5)))
     assert reference == pytest.approx({"v2-vitl": 2.88, "v1-vitl-swinb": 3.52}[variant], abs=0.01)
     assert 1.5 < ours < 2.5
+
+
+@torch.no_grad()
+def test_operations_of_stages_are_those_of_the_design() -> None:
+    """DESIGN: MFLOP a class; those of the CPU's fused attention count, too."""
+    inputs = make_inputs("window_block", 1, 2, torch.float32, CPU)
+    ours = count(lambda: bind("window_block", inputs)(stages)) / 2
+    reference = {
+        name: stage_flop(name, "v2-vitl", 2, 1) for name in ("window_block", "decode", "class_apply")
+    }
+    assert reference["class_apply"] is None
+    assert (reference["window_block"] or 0) / 2e6 == pytest.approx(307, abs=1)
+    assert ours == pytest.approx(307 - 38, abs=1)
+    assert (reference["decode"] or 0) / 2e6 == pytest.approx(1138, abs=10)
 
 
 def test_dropped_classes_cost_their_selection_alone() -> None:
@@ -192,3 +247,18 @@ def test_a_baseline_computes_the_case(start: str) -> None:
     baseline = next(baseline for baseline in BASELINES if baseline.name.startswith(start))
     answer = baseline.prepare(make_call(case))()
     assert gate.check(answer, *gate.expected(case, case.dtype, CPU)) <= gate.FACTOR
+
+
+def test_no_speed_is_measured_of_a_wrong_baseline() -> None:
+    wrong = replace(BASELINES[-3], prepare=lambda call: lambda: call() + 1e-3)
+    meter = cast(Meter, SimpleNamespace(device=CPU))  # which cannot be called
+    with pytest.raises(gate.WrongAnswer, match="no speed"):
+        measure("aggregator", meter, Case("v1-vitl-swinb", 2), wrong)
+
+
+def test_peak_memory_is_that_of_each_call_alone() -> None:
+    sizes = (2**26, 2**28, 2**25, 2**26)
+    peaks = [peak_memory.measure(partial, bytearray, size) for size in sizes]
+    if None in peaks:
+        pytest.skip("the system does not tell a process's peak memory")
+    assert [peak.bytes for peak in peaks if peak] == [pytest.approx(size, rel=0.05) for size in sizes]

@@ -94,6 +94,7 @@ def test_segment_writes_what_the_model_says(workplace, weights, path):
         picture.load()
         assert picture.mode == "RGB"
     content = json.loads((folder / "photo.json").read_text())
+    assert len(content.pop("fingerprint")) == 32
     assert content == {
         "image": "photo.png",
         "variant": model.variant.name,
@@ -142,11 +143,12 @@ def test_an_error_of_the_model_names_the_image(workplace, weights, monkeypatch):
     assert not (workplace / "segmented").exists()
 
 
-def test_without_weights_it_says_that_they_are_untrained(workplace, monkeypatch):
-    monkeypatch.setattr(cli, "UNTRAINED_VARIANT", TINY)
+def test_a_variant_without_weights_is_untrained(workplace, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "v2-vitb", TINY)
     labels = []
     for seed in (3, 3, 4):
-        result = run("segment", "photo.png", "--classes", "sky; tree; sea", "--whole", "--seed", seed)
+        options = ("--variant", "v2-vitb", "--whole", "--seed", seed)
+        result = run("segment", "photo.png", "--classes", "sky; tree; sea", *options)
         assert result.exit_code == 0, result.stderr
         assert "untrained" in result.stderr
         assert "labels mean nothing" in result.stderr
@@ -182,6 +184,9 @@ def test_dtype_reaches_the_model(workplace, weights, dtype, monkeypatch):
         (["--classes", " ; "], "no class names"),
         (["--classes", ""], "no class names"),
         (["--classes", "a", "--classes-file", "names.txt"], "not both"),
+        (["--classes", "a", "--classes-list", "ade-150"], "not both"),
+        (["--classes-list", "ade-151"], "lvis-1203"),
+        (["--stats", "table.csv"], "expected a .parquet or a .json file"),
         (["--classes-file", "none.txt"], "none.txt"),
         (["--classes-file", "photo.png"], ".txt or a .json file"),
         (["--dtype", "float8"], "float32, float16, bfloat16"),
@@ -358,7 +363,10 @@ def test_version():
     assert run("--version").stdout == f"catseg-fast {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["segment"], ["convert"], ["env"], ["variants"], ["tune"]])
+COMMANDS = ("app", "convert", "dataset", "env", "eval", "scenes", "segment", "train", "tune", "variants")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_has_examples(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     result = run(*command, "--help")

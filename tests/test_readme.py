@@ -15,14 +15,18 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 from catseg_fast import VARIANTS, CATSeg, reference
 from catseg_fast.cli import app
 from catseg_fast.config import CLIPConfig
+from catseg_fast.scenes import draw_scene
+from catseg_fast.scenes.words import HELD_OUT
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 STREET = ROOT / "examples" / "street.png"
+SCENE, EXAMPLE = ROOT / "examples" / "scene.jpg", (7, 10)  # and what its generator starts from
 TINY = replace(
     VARIANTS["v2-vitb"],
     clip=CLIPConfig(
@@ -53,7 +57,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.manual_seed(0)
     torch.save({"model": CATSeg(TINY).state_dict()}, tmp_path / "model_base.pth")
     (tmp_path / "classes.txt").write_text("sky\ntree\n")
-    for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg", "examples/street.png"):
+    for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg", "examples/street.png", "examples/scene.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(STREET, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -63,7 +67,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_there_are_two_commands_of_one_line_each() -> None:
     commands = [line for line in bash_lines() if line.startswith("python3 -m venv ")]
     assert [line.count("&&") for line in commands] == [2, 2]
-    assert "catseg-fast segment examples/street.png" in commands[0]
+    assert "catseg-fast segment examples/scene.jpg" in commands[0]
     assert ".venv/bin/pytest" in commands[1]
 
 
@@ -86,6 +90,28 @@ def test_python_runs(checkout: Path) -> None:
 def test_the_command_line_takes_the_arguments(arguments: list[str], checkout: Path) -> None:
     group = typer.main.get_group(app)
     group.commands[arguments[0]].make_context(arguments[0], arguments[1:]).close()
+
+
+def test_the_first_command_finds_what_is_in_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundled weights, on README's picture with its classes: most pixels are right."""
+    monkeypatch.chdir(ROOT)
+    arguments = cli_arguments()[0]
+    arguments[arguments.index("--output") + 1] = str(tmp_path)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    scene = draw_scene(np.random.default_rng(EXAMPLE), HELD_OUT, size=(480, 640))
+    with Image.open(SCENE) as picture, Image.open(tmp_path / "scene.labels.png") as labels:
+        assert np.abs(np.asarray(picture, float) - scene.image).mean() < 4  # of JPEG
+        found = np.asarray(labels)
+    names = [thing if isinstance(thing, str) else thing.name for thing in scene.things]
+    classes = arguments[arguments.index("--classes") + 1].split("; ")
+    expected = np.array([classes.index(name) for name in names])[scene.labels]
+    assert (found == expected).mean() > 0.9
+    for index in range(len(classes)):
+        both = ((found == index) & (expected == index)).sum()
+        assert both > 0.5 * ((found == index) | (expected == index)).sum(), classes[index]
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,0 +1,6 @@
+"""Training: upstream's recipe, on one process or several, that can be killed and goes on."""
+
+from catseg_fast.training.recipe import Recipe
+from catseg_fast.training.trainer import Trainer
+
+__all__ = ["Recipe", "Trainer"]

@@ -1,0 +1,108 @@
+"""Checkpoints of a run: written whole or not at all; the last two are kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from catseg_fast._version import __version__
+
+KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints `step-00001000.pt` in a folder, which is made when the first is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        """The steps behind which there is a checkpoint, ascending."""
+        if not self.folder.is_dir():
+            return []
+        found = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        """The file of a step."""
+        return self.folder / f"step-{step:08}.pt"
+
+    def save(self, step: int, content: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, and only then remove the oldest.
+
+        Raises:
+            OSError: if it cannot be written, say because the disk is full; those before it are untouched.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(step)
+        write_whole(path, lambda temporary: _save(content, temporary))
+        for old in self.steps()[:-KEPT]:
+            self.path(old).unlink(missing_ok=True)
+        return path
+
+    def load(self) -> dict[str, Any] | None:
+        """The last checkpoint that can be read, on the CPU; None if there is none.
+
+        Raises:
+            ValueError: if there are some, but all are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                content: dict[str, Any] = torch.load(self.path(step), map_location="cpu", weights_only=True)
+                return content
+            except Exception as error:  # whatever a damaged file makes of the reader
+                warnings.warn(f"{self.path(step)} is damaged: {error}", RuntimeWarning, stacklevel=2)
+        if steps:
+            raise ValueError(f"{self.folder}: every checkpoint is damaged")
+        return None
+
+    def clear(self) -> None:
+        """Remove all checkpoints."""
+        for step in self.steps():
+            self.path(step).unlink()
+
+
+def _save(content: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:  # torch's own writer does not say why it fails
+        torch.save(dict(content), file)
+
+
+def export(state_dict: Mapping[str, Tensor], path: Path, dtype: torch.dtype, variant: str) -> None:
+    """Write weights as safetensors under upstream's keys, numbers with a fraction in `dtype`.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    tensors = {
+        key: value.to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
+        for key, value in state_dict.items()
+    }
+    metadata = {"format": "pt", "variant": variant, "catseg_fast": __version__}
+    write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=metadata))
+
+
+def write_whole(path: Path, write: Any) -> None:
+    """Let `write` fill a temporary file, and put it in place of `path` when it is on the disk.
+
+    Raises:
+        OSError: if that fails; the message names the file, and what was at `path` is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""What a run writes down of each step: lines of JSON, and TensorBoard's events where it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+LOG = "log.jsonl"
+
+
+class Log:
+    """Appends to `log.jsonl` and TensorBoard's events in a folder; what an earlier run wrote of `first_step`
+    and later ones goes.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / LOG
+        if path.exists():
+            _cut(path, first_step)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, **values: float) -> None:
+        """Write down a step's values."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"train/{name}", value, step)
+
+    def flush(self) -> None:
+        """Let everything be in the files."""
+        self._file.flush()
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _cut(path: Path, first_step: int) -> None:
+    """Leave the lines before a step; a line that a killed process left unfinished goes."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < first_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,89 @@
+"""How a model is trained: the recipe, by default upstream's, and its learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from catseg_fast.config import CROP_SIZE
+from catseg_fast.reference.finetune import CLIP_FINETUNE
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the result of a run, beside the data and the first weights.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: pictures in a step, over all processes.
+        accumulate: parts in which each process works through its pictures of a step.
+        lr: largest learning rate, of everything but CLIP and v1's backbone.
+        warmup: steps in which the learning rate rises to what the cosine says.
+        clip_multiplier, backbone_multiplier: of the learning rate of CLIP and of v1's guidance backbone,
+            which is not trained at 0.
+        weight_decay: of everything but normalisations and embeddings.
+        clip_grad: largest norm of the gradient of all parameters together; 0 for no limit.
+        clip_finetune: what of CLIP is trained, as in `CATSeg`.
+        pooling: side of the class attention's average pooling; the weights fit any other one as well.
+        crop_size: side of the pictures in pixels.
+        min_sizes: lengths of which one is drawn for a picture's shorter side before it is cropped; by default
+            `crop_size` alone.
+        category_max_ratio: a crop is drawn again where one class has a larger share of it.
+        colour: whether brightness, contrast, saturation and hue are changed at random.
+        classes_per_step: aggregate the classes that a step's pictures have and, up to this number, others
+            drawn at random; None for all classes.
+        random_synonyms: draw one of a class's synonyms each step, where the model takes the first (v2).
+        precision: "fp32", "fp16" or "bf16"; the last two by autocast.
+        seed: of everything random.
+
+    Raises:
+        ValueError: if a value makes no sense; the message names it.
+    """
+
+    steps: int = 80_000
+    batch_size: int = 4
+    accumulate: int = 1
+    lr: float = 2e-4
+    warmup: int = 0
+    clip_multiplier: float = 0.01
+    backbone_multiplier: float = 0.0
+    weight_decay: float = 1e-4
+    clip_grad: float = 0.01
+    clip_finetune: str = "attention"
+    pooling: int = 2
+    crop_size: int = CROP_SIZE
+    min_sizes: tuple[int, ...] = ()
+    category_max_ratio: float = 1.0
+    colour: bool = True
+    classes_per_step: int | None = None
+    random_synonyms: bool = False
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "lr", "pooling", "crop_size", "category_max_ratio"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)} is not positive")
+        for name in ("warmup", "clip_multiplier", "backbone_multiplier", "weight_decay", "clip_grad", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative or not finite")
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup: {self.warmup} is not below the number of steps, {self.steps}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: {self.accumulate} does not divide the batch size, {self.batch_size}"
+            )
+        if any(size <= 0 for size in self.min_sizes):
+            raise ValueError(f"min_sizes: {self.min_sizes} are not all positive")
+        if self.classes_per_step is not None and self.classes_per_step <= 0:
+            raise ValueError(f"classes_per_step: {self.classes_per_step} is not positive")
+        for name, known in (("precision", PRECISIONS), ("clip_finetune", CLIP_FINETUNE)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: half a cosine, under a linear warm-up."""
+        cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
+        return self.lr * cosine * min(1.0, (step + 1) / (self.warmup + 1))

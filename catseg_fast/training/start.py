@@ -1,0 +1,50 @@
+"""What a run starts from: a whole checkpoint, or CLIP alone, under CAT-Seg's names or open_clip's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from catseg_fast.checkpoint import load_into
+from catseg_fast.model import CATSeg
+from catseg_fast.recognise import CLIP
+
+JOINT, SPLIT = "attn.in_proj_weight", tuple(f"attn.{part}_proj_weight" for part in "qkv")
+
+
+def load_start(model: CATSeg, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Copy a checkpoint into a model, all of it or its CLIP alone; names and shapes must agree.
+
+    Args:
+        model: on any device.
+        state_dict: upstream's, its part under `clip_model`, or that of a CLIP from OpenAI or open_clip.
+        source: what to call it in an error.
+
+    Raises:
+        ValueError: if it does not fit; the model is as before.
+    """
+    clip = clip_alone(state_dict)
+    if clip is None:
+        load_into(model, state_dict, source)
+    else:
+        load_into(model.clip_model, split_attention(clip) if model.variant.version == "v2" else clip, source)
+
+
+def clip_alone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """CLIP's parameters under its own names, where there is nothing else."""
+    if state_dict and all(key.startswith(CLIP) for key in state_dict):
+        return {key.removeprefix(CLIP): value for key, value in state_dict.items()}
+    return dict(state_dict) if "visual.conv1.weight" in state_dict else None
+
+
+def split_attention(clip: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each block's joint weight of queries, keys and values as three, which is what v2 has."""
+    split: dict[str, Tensor] = {}
+    for key, value in clip.items():
+        if key.endswith(JOINT):
+            prefix = key.removesuffix(JOINT)
+            split |= {prefix + part: x for part, x in zip(SPLIT, value.chunk(3), strict=True)}
+        else:
+            split[key] = value
+    return split
