@@ -73,10 +73,9 @@ def answers(split: Callable[[CATSeg], None]) -> dict[str, Segmentation]:
     model.max_classes = 4
     found["the best 4 of 11 classes in each crop"] = model.segment(IMAGE, top_k=3)
     model.sliding_window = False
-    for policy in POLICIES:
-        model.engine.policy = policy
-        pair = model.segment_batch([IMAGE, model.encode(OTHER)])
-        found[f"two images at once, the best 4, {policy}"], found[f"the second one, {policy}"] = pair
+    model.engine.policy = "offload"
+    found["two at once"], found["the second one"] = model.segment_batch([IMAGE, model.encode(OTHER)])
+    model.engine.policy = "recompute"
     batch = [{"image": IMAGE, "height": 20, "width": 30}, {"image": OTHER}]
     found["a call as upstream's"], found["its second image"] = model.label_map(batch)
 
