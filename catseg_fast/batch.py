@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from catseg_fast.class_parallel import RankError
 from catseg_fast.console import USER_ERRORS
 from catseg_fast.images import load_image
 from catseg_fast.inputs import Picture
@@ -19,6 +20,7 @@ from catseg_fast.resume import finished
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from catseg_fast.conductor import Conductor
     from catseg_fast.model import CATSeg
     from catseg_fast.segmentation import Segmentation
 
@@ -47,7 +49,7 @@ class Batch:
     """Segments pictures and saves the results.
 
     Args:
-        model: has its classes.
+        model: has its classes; or a conductor of the ranks that have them, on rank 0.
         about: further entries of the JSON files; its "fingerprint" tells which results are there already.
         alpha: share of the colours in the overlay.
         size: pictures in one call of the model.
@@ -57,7 +59,7 @@ class Batch:
 
     def __init__(
         self,
-        model: CATSeg,
+        model: CATSeg | Conductor,
         about: Mapping[str, Any],
         *,
         alpha: float = 0.55,
@@ -73,6 +75,9 @@ class Batch:
 
         At most `size` and twice `threads` pictures are in memory at a time. If it is interrupted, what the
         model has done is still written.
+
+        Raises:
+            RankError: if the classes are split over ranks, and one is gone or has failed.
         """
         decoders = ThreadPoolExecutor(self.threads, "decode")
         writers = ThreadPoolExecutor(self.threads, "write")
@@ -123,12 +128,16 @@ class Batch:
         if len(images) > 1:
             try:
                 return self.model.segment_batch(images)
+            except RankError:
+                raise
             except USER_ERRORS:
                 pass  # one by one it may go, or it turns out which of them fails
         answers: list[Segmentation | Exception] = []
         for image in images:
             try:
                 answers.append(self.model.segment(image))
+            except RankError:
+                raise
             except USER_ERRORS as error:
                 answers.append(error)
         return answers

@@ -36,9 +36,11 @@ class ClassMemory(Protocol):
         """Attention of `queries [B, t, hw, C]` over all classes that were added."""
 
 
-def new_memory(layer: ClassLayer, classes: int) -> ClassMemory:
-    """A memory for T classes that holds nothing yet but the padding tokens."""
-    return LinearMemory.new(layer, classes) if layer.linear else FullMemory.new(layer, classes)
+def new_memory(layer: ClassLayer, classes: int, padded: bool = True) -> ClassMemory:
+    """A memory for T classes that holds nothing yet but the padding tokens, if `padded`."""
+    if not layer.linear:
+        return FullMemory.new(layer, classes)
+    return LinearMemory.new(layer, classes, padded)
 
 
 @dataclass
@@ -55,11 +57,12 @@ class LinearMemory:
     key_sum: Tensor | float  # [B, hw, heads, d]
 
     @classmethod
-    def new(cls, layer: ClassLayer, classes: int) -> LinearMemory:
+    def new(cls, layer: ClassLayer, classes: int, padded: bool = True) -> LinearMemory:
         # Numbers, or symbols of a graph for any T, which Python's max would tie to one side of `pad_len`.
         length: Any = torch.sym_max(classes, layer.pad_len)
         padding: Any = torch.sym_max(layer.pad_len - classes, 0)
-        if layer.padding is None or (not torch.compiler.is_compiling() and padding == 0):
+        full = not torch.compiler.is_compiling() and padding == 0
+        if layer.padding is None or not padded or full:
             return cls(layer.heads, layer.eps, length, 0.0, 0.0)
         key, value = (wide(x).view(layer.heads, -1) for x in layer.padding.chunk(2))
         key = padding * _feature_map(key)

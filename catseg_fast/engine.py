@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from catseg_fast import stages as torch_stages
 from catseg_fast.backend import choose_backend, warn_once
+from catseg_fast.class_parallel import ClassShare, best_classes
 from catseg_fast.gradients import GradientStream
 from catseg_fast.plan import Plan, build_plan
 from catseg_fast.planner import (
@@ -26,7 +27,7 @@ from catseg_fast.planner import (
     plan_schedule,
 )
 from catseg_fast.precision import pays_off_on_cpu
-from catseg_fast.streaming import Consumer, Stages, Stream
+from catseg_fast.streaming import Consumer, Stages, Stream, run_streams
 from catseg_fast.terms import ImageTerms, VocabularyTerms, chunk_text, image_terms, vocabulary_terms
 from catseg_fast.weights import weights_state
 
@@ -49,6 +50,7 @@ class Engine:
             one, see `catseg_fast.precision`); without autocast the weights' own, but fp16 in place of fp32 on
             a GPU where no gradients are recorded.
         input_precision: of products of fp32 numbers in Triton: "ieee", or "tf32x3" on tensor cores.
+        share: where other processes hold the rest of the classes, this one's share; all must call together.
     """
 
     def __init__(self, aggregator: nn.Module) -> None:
@@ -56,6 +58,7 @@ class Engine:
         self.backend = "auto"
         self.precision: torch.dtype | None = None
         self.input_precision = "ieee"
+        self.share: ClassShare | None = None
         self.checkpoint: bool | None = None
         self._chunk: int | None = None
         self._policy: str | None = None
@@ -109,7 +112,7 @@ class Engine:
         self, text_feats: Tensor, max_classes: int | None, plan: Plan | None = None
     ) -> VocabularyTerms:
         """What depends on `text_feats [B or 1, T, P, F]` alone, for the next call or a call with `plan`."""
-        selects = max_classes is not None and text_feats.shape[1] > max_classes
+        selects = max_classes is not None and self._total(text_feats.shape[1]) > max_classes
         plan = plan or self.plan()
         with self._without_autocast():
             return vocabulary_terms(self.aggregator, plan, text_feats, selects)
@@ -124,7 +127,12 @@ class Engine:
         """All logits `[B, T, 4H, 4W]` in one tensor; arguments as in `stream`.
 
         They are in the type that was asked for, of autocast or `precision`, else in that of the weights.
+
+        Raises:
+            RuntimeError: if the classes are shared with other processes.
         """
+        if self.share is not None:
+            raise RuntimeError("class parallel: no rank has all logits; label maps alone can be had")
         plan = self.plan()
         vocabulary = self.vocabulary(text_feats, max_classes, plan)
         (B, _, H, W), T = img_feats.shape, text_feats.shape[1]
@@ -176,12 +184,13 @@ class Engine:
 
         Raises:
             ValueError: if the memory budget is too small for one class.
+            RuntimeError: if gradients are wanted of classes that are shared with other processes.
         """
         inputs = (img_feats, vocabulary, appearance_guidance, max_classes)
         if self._stream(plan or self.plan(), *inputs, begin(), output_bytes):
             return
         given = (img_feats, vocabulary.features, *appearance_guidance)
-        if all(x is None or x.isfinite().all() for x in given):
+        if self._all_ranks(all(x is None or bool(x.isfinite().all()) for x in given)):
             warnings.warn("fp16 overflows: computing again in bf16", RuntimeWarning, stacklevel=2)
             plan = self.plan(torch.bfloat16)
             vocabulary = self.vocabulary(vocabulary.features, max_classes, plan)
@@ -198,11 +207,14 @@ class Engine:
         output_bytes: int,
     ) -> bool:
         """Whether all logits were finite, as far as fp16 is at stake."""
-        total = vocabulary.classes
+        total = self._total(vocabulary.classes)
         count = total if max_classes is None else min(total, max_classes)
         resolution = (img_feats.shape[2], img_feats.shape[3])
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
-        sizes = Sizes(plan, len(img_feats), resolution, count, img_feats.device)
+        if differentiable and self.share is not None:
+            raise RuntimeError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
+        held = min(count, vocabulary.classes)
+        sizes = Sizes(plan, len(img_feats), resolution, held, img_feats.device)
         schedule = self._schedule(sizes, output_bytes, differentiable)
         finite = torch.ones((), dtype=torch.bool, device=img_feats.device)
 
@@ -214,18 +226,20 @@ class Engine:
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, torch.set_grad_enabled(differentiable), self._without_autocast():
             image = image_terms(self.aggregator, plan, img_feats, appearance_guidance)
-            selected = self._select(img_feats, vocabulary, count) if count < total else None
             if differentiable:
                 if self.backend == "triton":
                     warn_once("gradients are wanted: running in torch, as Triton's kernels have no backward")
+                selected = None
+                if count < total:
+                    selected = best_classes(self._scores(img_feats, vocabulary), count)
                 GradientStream(torch_stages, plan, image, vocabulary, selected, schedule).run(consume)
                 return True
-            stream = Stream(self.stages(plan, image), plan, image, vocabulary, selected, schedule)
+            streams = self._streams(plan, image, img_feats, vocabulary, count, schedule)
             if plan.embed.dtype != torch.float16 or _recording(device):
-                stream.run(consume)
+                run_streams(streams, consume)
                 return True
-            stream.run(watch)
-            return bool(finite)
+            run_streams(streams, watch)
+            return self._all_ranks(bool(finite))
 
     def schedule(
         self, crops: int, resolution: tuple[int, int], classes: int, output_bytes: int = 0
@@ -259,17 +273,47 @@ class Engine:
             kept.check(image)
         return kept
 
-    def _select(self, img_feats: Tensor, vocabulary: VocabularyTerms, count: int) -> Tensor:
-        """`catseg_fast.reference.select_classes`, without the whole cost volume: indices `[B, count]`."""
+    def _streams(
+        self,
+        plan: Plan,
+        image: ImageTerms,
+        img_feats: Tensor,
+        vocabulary: VocabularyTerms,
+        count: int,
+        schedule: Schedule,
+    ) -> list[Stream]:
+        """What aggregates `count` classes a crop: one stream; but one a crop where the best ones of a share
+        are to be found, as ranks hold different numbers of these.
+        """
+        stages, share, parts = self.stages(plan, image), self.share, [(image, None)]
+        if count < self._total(vocabulary.classes):
+            scores = self._scores(img_feats, vocabulary)
+            if share is None:
+                parts = [(image, best_classes(scores, count))]
+            else:
+                kept = share.select(scores, count)
+                parts = [(image.of(slice(crop, crop + 1)), own) for crop, own in enumerate(kept)]
+        return [Stream(stages, plan, crops, vocabulary, own, schedule, share, count) for crops, own in parts]
+
+    def _scores(self, img_feats: Tensor, vocabulary: VocabularyTerms) -> Tensor:
+        """By what `catseg_fast.reference.select_classes` selects, `[B, T]`, without the whole cost volume."""
         precise = torch.promote_types(img_feats.dtype, torch.float32)
-        image = F.normalize(img_feats.to(precise), dim=1).flatten(2)
-        scores = []
+        features = F.normalize(img_feats.to(precise), dim=1).flatten(2)
+        scores = [features.new_empty(len(features), 0)]
         for start in range(0, vocabulary.classes, 64):
             part = slice(start, start + 64)
             text = chunk_text(vocabulary.features[:, part], vocabulary.inverse_norm[:, part], precise)
-            cosines = text.flatten(1, 2) @ image  # B, t*P, HW
+            cosines = text.flatten(1, 2) @ features  # B, t*P, HW
             scores.append(cosines.amax(dim=-1).unflatten(1, (-1, text.shape[2])).amax(dim=-1))
-        return torch.cat(scores, dim=1).topk(count, dim=-1).indices.sort(dim=-1).values
+        return torch.cat(scores, dim=1)
+
+    def _total(self, classes: int) -> int:
+        """Classes of all ranks, where this one has so many."""
+        return classes if self.share is None else self.share.total
+
+    def _all_ranks(self, flag: bool) -> bool:
+        """Whether something holds on all ranks."""
+        return flag if self.share is None else self.share.all_true(flag, self.aggregator.conv1.weight.device)
 
     def _compute_dtype(self) -> torch.dtype:
         weight: Tensor = self.aggregator.conv1.weight

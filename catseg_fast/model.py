@@ -14,6 +14,7 @@ from typing_extensions import Self
 from catseg_fast.aggregator import Aggregator
 from catseg_fast.backend import choose_backend, default_device
 from catseg_fast.checkpoint import IGNORED_KEYS, load_into, read_checkpoint, recognise_variant, resolve
+from catseg_fast.class_parallel import SOFTMAX, ClassShare
 from catseg_fast.config import Variant, get_variant
 from catseg_fast.engine import Engine
 from catseg_fast.explain import explain
@@ -35,6 +36,10 @@ from catseg_fast.reference.inference import pad_to_multiple
 from catseg_fast.reference.model import as_map, normalise
 from catseg_fast.segmentation import EncodedImage, Segmentation, split_encoded
 from catseg_fast.terms import VocabularyTerms
+from catseg_fast.vocabulary import check_classes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 if TYPE_CHECKING:
     from catseg_fast.graphs import ModelGraphs
@@ -141,10 +146,46 @@ class CATSeg(reference_model.CATSeg):
         load_into(model, state_dict, str(path))
         return model.to(device or default_device(), dtype).eval()
 
+    def split_classes(self, group: ProcessGroup | None = None) -> None:
+        """Let each rank of a process group hold a share of the classes, from now on.
+
+        All ranks, with the same weights, settings and class names, must then call `segment`, `segment_batch`,
+        `encode` or `label_map` with the same pictures, in the same order; each gets the whole answer. A rank
+        encodes the texts of its own classes alone. What needs the probabilities of all classes raises.
+
+        Args:
+            group: by default all processes of `torch.distributed`.
+
+        Raises:
+            ValueError: if no classes are set, or class attention is by softmax, which needs every class.
+        """
+        if not all(layer.classes.linear for layer in self.engine.plan().layers):
+            raise ValueError(SOFTMAX)
+        self._share_out(ClassShare(self.classes, group))
+
+    def set_classes(self, classes: Sequence[str], training: bool = False) -> None:
+        share = self.engine.share
+        if share is None:
+            super().set_classes(classes, training)
+        elif training:
+            raise RuntimeError("class parallel: a model whose classes are split cannot be trained")
+        else:
+            self._share_out(ClassShare(check_classes(classes), share.group))
+
+    def _share_out(self, share: ClassShare) -> None:
+        self._keep_classes(share.classes, share.classes[share.own], training=False)
+        self.engine.share = share
+
     def forward(
         self, batched_inputs: Sequence[dict[str, Any]]
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
-        """As `catseg_fast.reference.model.CATSeg`; in evaluation mode without gradients."""
+        """As `catseg_fast.reference.model.CATSeg`; in evaluation mode without gradients.
+
+        Raises:
+            RuntimeError: if the classes are split over ranks.
+        """
+        if self.engine.share is not None:
+            raise RuntimeError("class parallel: no rank has all classes; call segment() or label_map()")
         if self.training:
             return super().forward(batched_inputs)
         results = []
@@ -281,10 +322,18 @@ class CATSeg(reference_model.CATSeg):
     @torch.no_grad()
     def _encode(self, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
         """Encode images `[3, H, W]`, in one call where their crops are of one size."""
+        share = self.engine.share
+        if share is None:
+            return self._encode_here(images, readouts)
+        pixels = [(image.shape, int(image.long().sum())) for image in images]
+        with share.together(self.device, pixels, readouts):
+            return self._encode_here(images, readouts)
+
+    def _encode_here(self, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
         inputs = [self._crops(image, readout) for image, readout in zip(images, readouts, strict=True)]
         if len({clip_images.shape[1:] for clip_images, _ in inputs}) > 1:
             pairs = zip(images, readouts, strict=True)
-            return [encoded for image, readout in pairs for encoded in self._encode([image], [readout])]
+            return [encoded for image, readout in pairs for encoded in self._encode_here([image], [readout])]
         clip_images, pixels = (torch.cat(parts) for parts in zip(*inputs, strict=True))
         features, guidance = self.encode_images(clip_images, pixels)
         crops = [len(x) for x, _ in inputs]
@@ -305,14 +354,23 @@ class CATSeg(reference_model.CATSeg):
     ) -> list[Segmentation]:
         if top_k is not None and top_k <= 0:
             raise ValueError(f"top_k: {top_k} is not positive")
+        if keep_logits and self.engine.share is not None:
+            raise RuntimeError("class parallel: no rank has all logits; segment with keep_logits=False")
         sizes = [image.readout.size for image in encoded]
         targets: list[LabelMap | TopClasses] = [LabelMap(size, self.device) for size in sizes]
         if top_k is not None:
             count = min(top_k, len(self.classes))
             targets = [TopClasses(count, size, self.device) for size in sizes]
         target_bytes = sum(8 * (top_k or 1) * height * width for height, width in sizes)
-        store = LogitStore(len(self.classes)) if keep_logits else None
-        self._read_out(encoded, targets, target_bytes, store)
+        share, store = self.engine.share, LogitStore(len(self.classes)) if keep_logits else None
+        if share is None:
+            self._read_out(encoded, targets, target_bytes, store)
+        else:
+            dtype, readouts = self.engine.plan().embed.dtype, [image.readout for image in encoded]
+            with share.together(self.device, dtype, top_k, self.max_classes, readouts):
+                self._read_out(encoded, targets, target_bytes)
+                for target in targets:
+                    share.merge(target, min(top_k or 1, len(self.classes)))
         return [
             Segmentation.of(target, self.classes, image.readout, None if store is None else store.logits)
             for image, target in zip(encoded, targets, strict=True)
@@ -333,6 +391,8 @@ class CATSeg(reference_model.CATSeg):
         guidance = [torch.cat(maps) for maps in zip(*(image.guidance for image in encoded), strict=True)]
         backend = choose_backend(self.backend, self.device)
         if backend == "reference":
+            if self.engine.share is not None:
+                raise RuntimeError("class parallel: the back end 'reference' takes all classes at once")
             text = self.text_features().to(features.dtype).expand(len(features), -1, -1, -1)
             consume = read_all(readouts, targets, crops, backend, store)
             consume(slice(0, len(self.classes)), self.aggregator(as_map(features), text, guidance))

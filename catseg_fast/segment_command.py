@@ -23,6 +23,7 @@ from rich.text import Text
 from catseg_fast._version import __version__
 from catseg_fast.backend import choose_backend, default_device
 from catseg_fast.console import Debug, plain_errors, say_error, stderr, stdout
+from catseg_fast.launch import is_first, process_group
 from catseg_fast.model_options import (
     Backend,
     Classes,
@@ -49,6 +50,7 @@ EXAMPLES = (
     "catseg-fast segment photos/*.jpg --classes-file classes.txt --weights v2-vitl --output results",
     "catseg-fast segment photos --classes-list ade-150 --weights v2-vitl --stats classes.parquet",
     "catseg-fast segment photo.jpg --device cuda --dtype float16 --whole",
+    "torchrun --nproc-per-node 8 -m catseg_fast segment photo.jpg --classes-file c.txt --class-parallel",
 )
 LISTED = 20  # a line for each picture up to so many; beyond, a line for each of the largest classes
 
@@ -98,6 +100,14 @@ def segment(
     backend: Backend = "auto",
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     seed: Seed = 0,
+    class_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--class-parallel",
+            help="Split the classes over the processes (GPUs) that torchrun has started; rank 0 alone reads "
+            "pictures and writes.",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Label every pixel of pictures with one of the classes.
@@ -115,12 +125,12 @@ def segment(
             check_target(stats)
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
-    with plain_errors(debug):
+    with plain_errors(debug), process_group(class_parallel, device) as device:
         from catseg_fast.hub import resolve
         from catseg_fast.inputs import find_pictures
         from catseg_fast.resume import fingerprint
 
-        pictures = find_pictures(images, output)
+        pictures = find_pictures(images, output) if is_first() else []
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
@@ -134,12 +144,23 @@ def segment(
                 "catseg_fast": __version__,
                 "fingerprint": fingerprint(model, file, seed, alpha),
             }
+        conductor = None
+        if class_parallel:
+            from catseg_fast.conductor import Conductor
+
+            model.split_classes()
+            conductor = Conductor(model)
+            if not is_first():
+                conductor.follow()
+                return
         from catseg_fast.batch import Batch
 
         start = time.perf_counter()
-        work = Batch(model, about, alpha=alpha, size=batch, overwrite=overwrite)
+        work = Batch(conductor or model, about, alpha=alpha, size=batch, overwrite=overwrite)
         outcomes = _segment_all(work, pictures, debug)
         seconds = time.perf_counter() - start
+        if conductor is not None:
+            conductor.end()
         if stats is not None:
             write_statistics(stats, [outcome.picture.result("json") for outcome in outcomes])
     if outcomes:

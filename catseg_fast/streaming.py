@@ -8,7 +8,7 @@ passes is either stored, or computed again from the features.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from catseg_fast import fourier
 from catseg_fast.class_memory import ClassMemory, new_memory
+from catseg_fast.class_parallel import ClassShare
 from catseg_fast.plan import ClassLayer, Plan, WindowBlock
 from catseg_fast.planner import Schedule
 from catseg_fast.reference.aggregator import DROPPED_LOGIT
@@ -55,7 +56,10 @@ class Stages(Protocol):
 
 
 class Stream:
-    """One call: crops, a vocabulary, and how they go through the stages."""
+    """One call: crops, a vocabulary, and how they go through the stages.
+
+    Where the vocabulary is a `share`, each crop aggregates `length` classes on all ranks, else its own.
+    """
 
     def __init__(
         self,
@@ -65,11 +69,14 @@ class Stream:
         vocabulary: VocabularyTerms,
         selected: Tensor | None,
         schedule: Schedule,
+        share: ClassShare | None = None,
+        length: int | None = None,
     ) -> None:
-        self.stages = stages
+        self.stages, self.share = stages, share
         self.plan, self.image, self.vocabulary, self.selected = plan, image, vocabulary, selected
         self.schedule, self.chunk = schedule, schedule.chunk
         self.count = vocabulary.classes if selected is None else selected.shape[1]
+        self.length = self.count if length is None else length
         self.memories: list[ClassMemory] = []
         self.spectra: fourier.Spectra | None = None
         if fourier.pays_off(plan, image.crops * self.count):
@@ -78,23 +85,28 @@ class Stream:
 
     def run(self, consume: Consumer) -> None:
         """Fill one class memory a layer, then decode."""
-        every = slice(0, self.image.crops)
+        run_streams([self], consume)
+
+    def aggregate(self) -> None:
+        """Fill one class memory a layer."""
+        share = self.share
         for index, layer in enumerate(self.plan.layers):
-            memory = new_memory(layer.classes, self.count)
+            memory = new_memory(layer.classes, self.length, padded=share is None or share.rank == 0)
 
             def fill(classes: slice, index: int = index, memory: ClassMemory = memory) -> None:
                 self._fill(index, memory, classes)
 
-            self._for_each_chunk(self.count, fill)
+            self.for_each_chunk(self.count, fill)
+            if share is not None:
+                (H, W), (h, w) = self.image.resolution, layer.classes.pooling or (1, 1)
+                share.add_up(memory, self.image.crops, (H // h) * (W // w), layer.classes.q)
             self.memories.append(memory)
-        selected = self.selected
-        if selected is None:
-            self._for_each_chunk(self.count, lambda classes: consume(classes, self._decode(every, classes)))
-        else:
-            total = self.vocabulary.classes
-            self._for_each_chunk(
-                total, lambda classes: consume(classes, self._decode_selected(selected, classes))
-            )
+
+    def decode(self, classes: slice) -> Tensor:
+        """Logits `[B, t, 4H, 4W]` of a chunk of all classes, once they are aggregated."""
+        if self.selected is None:
+            return self._decode(slice(0, self.image.crops), classes)
+        return self._decode_selected(self.selected, classes)
 
     def _new_state(self) -> State | None:
         return new_state(self.schedule.policy, self.plan, self.image, self.count, self.chunk)
@@ -110,7 +122,7 @@ class Stream:
         text = self._text(self.vocabulary.keys[index], slice(0, self.image.crops), classes)
         self.stages.class_collect(self.plan.layers[index].classes, memory, x, text, self.image.resolution)
 
-    def _for_each_chunk(self, total: int, step: Callable[[slice], None]) -> None:
+    def for_each_chunk(self, total: int, step: Callable[[slice], None]) -> None:
         """Call `step` with slices of at most `chunk`; on running out of memory, go on with half of that."""
         start = 0
         while start < total:
@@ -195,6 +207,18 @@ class Stream:
         return tensor.gather(
             1, kept.view(*kept.shape, *[1] * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
         )
+
+
+def run_streams(streams: Sequence[Stream], consume: Consumer) -> None:
+    """Run the streams of one vocabulary, each of other crops."""
+    for stream in streams:
+        stream.aggregate()
+
+    def decode(classes: slice) -> None:
+        logits = [stream.decode(classes) for stream in streams]
+        consume(classes, logits[0] if len(logits) == 1 else torch.cat(logits))
+
+    streams[0].for_each_chunk(streams[0].vocabulary.classes, decode)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

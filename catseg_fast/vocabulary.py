@@ -153,6 +153,8 @@ def encode_classes(
         batch_size: texts in one call of the text tower.
         progress: called with the number of texts done and the number of all.
     """
+    if not tokens:
+        return clip.text_projection.new_empty(0, prompts, clip.text_projection.shape[1])
     flat = torch.cat(list(tokens))
     encoded = []
     for start in range(0, len(flat), batch_size):

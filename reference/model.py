@@ -140,10 +140,13 @@ class CATSeg(nn.Module):
                 CLIP. The present classes then stay.
         """
         checked = check_classes(classes)
-        tokens = tokenize_classes(
-            checked, self.templates, self.variant.version, self.variant.clip.context_length
-        )
-        self._classes[training], self._tokens[training] = checked, tokens
+        self._keep_classes(checked, checked, training)
+
+    def _keep_classes(self, classes: tuple[str, ...], encoded: Sequence[str], training: bool) -> None:
+        """Replace the class names and, as a part of them, those whose text features are to be had here."""
+        length = self.variant.clip.context_length
+        tokens = tokenize_classes(encoded, self.templates, self.variant.version, length)
+        self._classes[training], self._tokens[training] = classes, tokens
         self._text_cache.pop(training, None)
 
     def text_features(self, progress: Progress | None = None) -> Tensor:

@@ -1,0 +1,139 @@
+"""Segmentation of a Ray dataset: each actor holds a model, on this machine or on a cluster."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from PIL import Image
+from torch import Tensor
+
+from catseg_fast.images import load_image
+from catseg_fast.model import CATSeg
+from catseg_fast.overlay import label_png
+from catseg_fast.results import summarise
+
+try:
+    import ray
+    from ray.data import ActorPoolStrategy, Dataset
+except ImportError as error:
+    raise ImportError('catseg_fast.ray needs Ray: pip install "catseg-fast[ray]"') from error
+
+Source = str | os.PathLike[str] | Callable[[], CATSeg]
+
+# Where a row's picture is looked for, and whether the column is worth keeping behind it.
+COLUMNS = {"image": False, "bytes": False, "path": True}
+LABELS = ("png", "array")
+ON_ERROR = ("raise", "record")
+
+
+def segment_dataset(
+    ds: Dataset,
+    source: Source,
+    classes: Sequence[str] | None = None,
+    *,
+    column: str | None = None,
+    labels: Literal["png", "array"] = "png",
+    on_error: Literal["raise", "record"] = "raise",
+    sliding_window: bool | None = None,
+    actors: int = 1,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    **options: Any,
+) -> Dataset:
+    """Segment every row's picture; as lazy as `ds`.
+
+    Args:
+        ds: rows with a picture: an array `[H, W, 3]` in "image", a file's content in "bytes", or its path, on
+            file systems that every node sees, in "path"; the first of these that a row has.
+        source: what `CATSeg.from_pretrained` takes, seen from every node; or a function that builds a model.
+        classes: class names; those of the model that the function builds where None.
+        column: the picture's column, where it has another name; it must hold what one of these does.
+        labels: "png", a file's content with 16 bits a pixel; or "array", int32 `[H, W]`.
+        on_error: what to do about a picture that cannot be read: "raise", or "record" it and go on.
+        sliding_window: as in `CATSeg.segment`.
+        actors: models at a time.
+        num_cpus: CPUs of each; on a CPU a model uses as many threads.
+        num_gpus: GPUs of each; by default 1 where the cluster has any.
+        **options: further arguments of `CATSeg.from_pretrained`.
+
+    Returns:
+        The rows' other columns ("path" among them) with "labels"; "mean_score", of the labels' scores; and
+        "classes", those in the picture: their index, name, share of the pixels and mean score. With
+        on_error="record" also "error", None where all went well; else the three others are None.
+
+    Raises:
+        TypeError, ValueError: from a bad argument. Other errors are raised where the dataset is consumed.
+    """
+    for name, value, allowed in (("labels", labels, LABELS), ("on_error", on_error, ON_ERROR)):
+        if value not in allowed:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+    if actors <= 0:
+        raise ValueError(f"actors: {actors} is not positive")
+    if callable(source) and options:
+        raise TypeError(f"{min(options)}: is for from_pretrained; the function builds the model by itself")
+    if num_gpus is None:
+        num_gpus = min(1, ray.cluster_resources().get("GPU", 0))
+    return ds.map(
+        _Segmenter,
+        fn_constructor_args=(source, classes, options, column, labels, on_error, sliding_window),
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    )
+
+
+class _Segmenter:
+    """An actor: a model, called with one row after the other; arguments as in `segment_dataset`."""
+
+    def __init__(
+        self,
+        source: Source,
+        classes: Sequence[str] | None,
+        options: dict[str, Any],
+        column: str | None,
+        labels: str,
+        on_error: str,
+        sliding_window: bool | None,
+    ) -> None:
+        if callable(source):
+            self.model = source()
+            if classes is not None:
+                self.model.set_classes(classes)
+        else:
+            self.model = CATSeg.from_pretrained(source, classes, **options)
+        self.column, self.labels, self.on_error = column, labels, on_error
+        self.sliding_window = sliding_window
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        column = self.column or next((name for name in COLUMNS if name in row), None)
+        if column is None or column not in row:
+            raise ValueError(f"column: a row has {', '.join(row)}, not {column or ' or '.join(COLUMNS)}")
+        kept = {name: value for name, value in row.items() if name != column or COLUMNS.get(name, True)}
+        try:
+            image = _load(row[column], column)
+        except (OSError, TypeError, ValueError) as error:
+            if self.on_error == "raise":
+                raise
+            return {**kept, "labels": None, "mean_score": None, "classes": None, "error": str(error)}
+        segmentation = self.model.segment(image, sliding_window=self.sliding_window)
+        kept["labels"] = segmentation.labels.numpy()
+        if self.labels == "png":
+            file = io.BytesIO()
+            label_png(segmentation.labels).save(file, "PNG")
+            kept["labels"] = file.getvalue()
+        kept["mean_score"] = segmentation.scores.double().mean().item()
+        kept["classes"] = [entry for entry in summarise(segmentation) if entry["share"]]
+        return kept if self.on_error == "raise" else {**kept, "error": None}
+
+
+def _load(picture: Any, column: str) -> Tensor:
+    """As `load_image`, of a file's content, too."""
+    if isinstance(picture, bytes):
+        try:
+            picture = Image.open(io.BytesIO(picture))
+        except OSError as error:
+            raise ValueError(f"{column}: cannot decode the {len(picture)} bytes as an image") from error
+    return load_image(picture, column)
