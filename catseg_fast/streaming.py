@@ -215,7 +215,9 @@ def run_streams(streams: Sequence[Stream], consume: Consumer) -> None:
         stream.aggregate()
 
     def decode(classes: slice) -> None:
-        logits = [stream.decode(classes) for stream in streams]
+        logits = []
+        for stream in streams:  # no comprehension: `torch.compile` would hold `classes` for a constant there
+            logits.append(stream.decode(classes))
         consume(classes, logits[0] if len(logits) == 1 else torch.cat(logits))
 
     streams[0].for_each_chunk(streams[0].vocabulary.classes, decode)

@@ -38,7 +38,7 @@ NAMES = ("wall", "building, edifice", "sky", "floor", "tree", "car", "cat", "dog
 IMAGE, OTHER = picture(40, 30), picture(26, 34, "other")
 WINDOW = SlidingWindow(96, 0.25, (96, 140))  # two crops, and the whole image
 POLICIES = ("resident", "offload", "recompute")
-PATIENCE = 200.0  # seconds, on a busy machine
+PATIENCE = 300.0  # seconds, on a machine that is busy with other tests
 HASTE = 3.0  # seconds that a rank waits for one that hangs
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed"),
@@ -421,7 +421,7 @@ def test_torchrun_writes_what_one_process_does(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "catseg_fast", *arguments, "--class-parallel", "--batch", "2"]
     command += ["-o", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "500"}
     two = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     one = CliRunner().invoke(cli.app, [*arguments, "-o", str(tmp_path / "one")])
     assert two.returncode == one.exit_code == 1, two.stderr
