@@ -38,9 +38,6 @@ NAMES = ("wall", "building, edifice", "sky", "floor", "tree", "car", "cat", "dog
 IMAGE, OTHER = picture(40, 30), picture(26, 34, "other")
 WINDOW = SlidingWindow(96, 0.25, (96, 140))  # two crops, and the whole image
 POLICIES = ("resident", "offload", "recompute")
-# Tests of one group of processes, which they stop and kill in turns.
-pytestmark = pytest.mark.xdist_group("class_parallel")
-
 PATIENCE = 300.0  # seconds, on a machine that is busy with other tests
 HASTE = 3.0  # seconds that a rank waits for one that hangs
 pytestmark = [
