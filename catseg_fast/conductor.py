@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,6 @@ from torch import Tensor
 from catseg_fast.class_parallel import waiting
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from catseg_fast.model import CATSeg
     from catseg_fast.segmentation import Segmentation
 
@@ -30,7 +28,7 @@ class Conductor:
 
     def __init__(self, model: CATSeg) -> None:
         self.model = model
-        self._group: ProcessGroup = dist.new_group(backend="gloo", timeout=REST)
+        self._group: Any = dist.new_group(backend="gloo", timeout=REST)
 
     def segment(self, image: Tensor) -> Segmentation:
         """On rank 0: `CATSeg.segment` of `[3, H, W]`, uint8, on the CPU, on all ranks."""

@@ -285,7 +285,8 @@ class Engine:
         """What aggregates `count` classes a crop: one stream; but one a crop where the best ones of a share
         are to be found, as ranks hold different numbers of these.
         """
-        stages, share, parts = self.stages(plan, image), self.share, [(image, None)]
+        stages, share = self.stages(plan, image), self.share
+        parts: list[tuple[ImageTerms, Tensor | None]] = [(image, None)]
         if count < self._total(vocabulary.classes):
             scores = self._scores(img_feats, vocabulary)
             if share is None:
