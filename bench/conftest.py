@@ -41,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     full = _full(metafunc.config)
     choices = {
         "aggregator_case": aggregator_cases(full),
-        "scaling_case": scaling_cases(full),
+        "scaling_case": scaling_cases(full, gpu=DEVICE.type == "cuda"),
         "baseline": BASELINES,
     }
     for name, values in choices.items():

@@ -94,11 +94,11 @@ def _against_classes(figure: Any, axes: Any, records: Sequence[Record], unit: st
     figure.legend(loc="outside lower left", ncols=2, frameon=False)
 
 
-def _plain_numbers(axis: Any) -> None:
-    """Label a logarithmic axis 1, 2, 5, 10, …"""
+def _plain_numbers(axis: Any, labelled: tuple[int, ...] = (1, 2, 5)) -> None:
+    """Label a logarithmic axis 1, 2, 5, 10, …, or at fewer places of a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=50))
+    axis.set_major_locator(LogLocator(subs=labelled, numticks=50))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_locator(LogLocator(subs=range(1, 10), numticks=50))
     axis.set_minor_formatter(FuncFormatter(lambda *_: ""))
@@ -124,7 +124,7 @@ def _roofline(figure: Any, records: Sequence[Record]) -> None:
             axes.scatter(place, (record.rate or 0) / 1e9, s=50, marker=marker, color=colour, zorder=3)
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of inputs and outputs")
         axes.set_title(f"{dtype}: {top:,.0f} GFLOP/s, {slope:,.0f} GB/s", fontsize=10)
-        _plain_numbers(axes.xaxis)
+        _plain_numbers(axes.xaxis, labelled=(1,))
         _plain_numbers(axes.yaxis)
     panels[0].set_ylabel("GFLOP/s (line: matrix product and\ncopy, measured in the same run)")
     handles = [
