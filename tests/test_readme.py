@@ -1,97 +1,33 @@
-"""README's commands and code, run as printed where that is cheap."""
+"""README's two commands, and its pictures."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
-import shlex
-import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from catseg_fast import VARIANTS, CATSeg, reference
 from catseg_fast.cli import app
-from catseg_fast.config import CLIPConfig
 from catseg_fast.scenes import draw_scene
 from catseg_fast.scenes.words import HELD_OUT
+from documents import README, ROOT, SCENE, STREET, blocks, calls
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-STREET = ROOT / "examples" / "street.png"
-SCENE, EXAMPLE = ROOT / "examples" / "scene.jpg", (7, 10)  # and what its generator starts from
-TINY = replace(
-    VARIANTS["v2-vitb"],
-    clip=CLIPConfig(
-        embed_dim=32, image_size=64, input_size=384, patch_size=16, vision_width=64, vision_layers=9,
-        vision_heads=1, text_width=64, text_heads=1, text_layers=1,
-    ),
-    appearance_guidance_dim=32, hidden_dim=64, num_layers=1,
-)  # fmt: skip
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-
-
-def bash_lines() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-
-
-def cli_arguments() -> list[list[str]]:
-    """The arguments of every call of `catseg-fast` in README."""
-    words = (shlex.split(line.split("&&")[-1]) for line in bash_lines())
-    return [call[1:] for call in words if Path(call[0]).name == "catseg-fast"]
-
-
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with the files that README's examples name; the weights are a tiny model's."""
-    torch.manual_seed(0)
-    torch.save({"model": CATSeg(TINY).state_dict()}, tmp_path / "model_base.pth")
-    (tmp_path / "classes.txt").write_text("sky\ntree\n")
-    for name in ("ade150", "coco-stuff", "scenes/held-out"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg", "examples/street.png", "examples/scene.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(STREET, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+EXAMPLE = (7, 10)  # what the generator of README's picture starts from
+SHELL = [code.strip() for language, code in blocks(README) if language == "bash"]
+COMMANDS = [code for code in SHELL if code.startswith("python3 -m venv ")]
 
 
 def test_there_are_two_commands_of_one_line_each() -> None:
-    commands = [line for line in bash_lines() if line.startswith("python3 -m venv ")]
-    assert [line.count("&&") for line in commands] == [2, 2]
-    assert "catseg-fast segment examples/scene.jpg" in commands[0]
-    assert ".venv/bin/pytest" in commands[1]
+    assert [(code.count("\n"), code.count("&&")) for code in COMMANDS] == [(0, 2), (0, 2)]
+    assert "catseg-fast segment examples/scene.jpg" in COMMANDS[0]
+    assert ".venv/bin/pytest" in COMMANDS[1]
 
 
 def test_ci_runs_the_test_command_as_printed() -> None:
-    (command,) = (line for line in bash_lines() if ".venv/bin/pytest" in line)
-    assert command in [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
-
-
-def test_python_runs(checkout: Path) -> None:
-    upstreams = torch.nn.Sequential(reference.Aggregator(**TINY.aggregator_arguments(1)))
-    names: dict[str, object] = {"upstream_model": upstreams}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
-    model = names["model"]
-    assert isinstance(model, CATSeg)
-    assert any(parameter.grad is not None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("arguments", cli_arguments(), ids=" ".join)
-def test_the_command_line_takes_the_arguments(arguments: list[str], checkout: Path) -> None:
-    group = typer.main.get_group(app)
-    group.commands[arguments[0]].make_context(arguments[0], arguments[1:]).close()
+    assert COMMANDS[1] in [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
 
 
 def test_the_first_command_finds_what_is_in_the_picture(
@@ -99,7 +35,7 @@ def test_the_first_command_finds_what_is_in_the_picture(
 ) -> None:
     """The bundled weights, on README's picture with its classes: most pixels are right."""
     monkeypatch.chdir(ROOT)
-    arguments = cli_arguments()[0]
+    arguments = calls(COMMANDS[0])[-1][1:]
     arguments[arguments.index("--output") + 1] = str(tmp_path)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -114,12 +50,6 @@ def test_the_first_command_finds_what_is_in_the_picture(
     for index in range(len(classes)):
         both = ((found == index) & (expected == index)).sum()
         assert both > 0.5 * ((found == index) | (expected == index)).sum(), classes[index]
-
-
-def test_links_lead_somewhere() -> None:
-    targets = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
 def test_the_example_is_what_its_script_draws() -> None:

@@ -1,0 +1,162 @@
+"""Every code block of README and docs/ runs as printed, top to bottom, in a folder with the files it names.
+
+What is too long is shortened by options at its end. What needs a GPU, a server or other processes is read by
+the command that it calls, but not run: other tests do that at a size of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import typer
+from typer.testing import CliRunner
+
+from catseg_fast import VARIANTS, hub, reference
+from catseg_fast.cli import app
+from documents import DOCUMENTS, ROOT, TINY, blocks, calls, make_checkout
+
+# Options that make a command small enough; of an option that comes twice the last counts.
+SHORT = {
+    "segment": ["--device", "cpu"],
+    "scenes": ["--count", "2"],
+    "train": ["--steps", "1", "--batch-size", "1"],
+    "eval": ["--limit", "1"],
+}
+READ_ALONE = ("app", "tune", "export")
+NOT_HERE = {
+    ".",
+    "cd",
+    "git",
+    "pre-commit",
+    "python3",
+}  # the way into a checkout; README's two commands are CI's
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the blocks run; upstream's weights are a tiny model's there."""
+    make_checkout(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "_download", lambda *_: tmp_path / "model_base.pth")
+    for name in ("v2-vitl", "v2-vitb"):
+        monkeypatch.setitem(VARIANTS, name, TINY)
+    return tmp_path
+
+
+def run_command(words: list[str]) -> None:
+    command, *arguments = words
+    if command in READ_ALONE:
+        read_command(words)
+        return
+    result = CliRunner().invoke(app, [command, *arguments, *SHORT.get(command, [])])
+    assert result.exit_code == 0, f"catseg-fast {' '.join(words)}: {result.output}"
+
+
+def read_command(words: list[str]) -> None:
+    typer.main.get_group(app).commands[words[0]].make_context(words[0], words[1:]).close()
+
+
+def run_torchrun(words: list[str]) -> None:
+    script = words.index("-m")
+    assert words[script + 1] == "catseg_fast"
+    read_command(words[script + 2 :])
+
+
+def run_module(words: list[str]) -> None:
+    flag, name, *arguments = words
+    assert flag == "-m"
+    text = subprocess.run(
+        [sys.executable, "-m", name, "--help"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    for option in (word for word in arguments if word.startswith("--")):
+        assert re.search(rf"{option}\b", text), f"{name} has no option {option}"
+
+
+def collect(words: list[str]) -> None:
+    """Pytest takes the arguments and finds tests; these run elsewhere."""
+    if words[0] == "-n":  # the whole test suite, which is what CI runs
+        return
+    call = [sys.executable, "-m", "pytest", *words, "--collect-only", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def check_extras(words: list[str]) -> None:
+    extras = metadata("catseg-fast").get_all("Provides-Extra")
+    asked = re.findall(r"\[(.+)\]", words[-1])
+    assert words[0] == "install"
+    assert {name for names in asked for name in names.split(",")} <= set(extras)
+
+
+def check_session(words: list[str]) -> None:
+    assert words[0] == "-s"
+    assert f"def {words[1].replace('-', '_')}(session" in (ROOT / "noxfile.py").read_text()
+
+
+PROGRAMS: dict[str, Callable[[list[str]], None]] = {
+    "catseg-fast": run_command,
+    "torchrun": run_torchrun,
+    "python": run_module,
+    "pytest": collect,
+    "pip": check_extras,
+    "nox": check_session,
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_runs(document: Path, checkout: Path) -> None:
+    names: dict[str, object] = {"upstream_model": reference.Aggregator(**TINY.aggregator_arguments(1))}
+    for language, code in blocks(document):
+        if language == "python":
+            exec(compile(code, str(document), "exec"), names)
+            continue
+        assert language == "bash", f"{document}: a block of {language} is not run"
+        for program, *words in calls(code):
+            if program not in NOT_HERE:
+                PROGRAMS[Path(program).name](words)
+
+
+def test_one_rank_of_a_class_parallel_job(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Callable[..., object]] = {}
+    (code,) = (
+        code for _, code in blocks(ROOT / "docs/class_parallel.md") if "def segment_on_this_rank" in code
+    )
+    exec(compile(code, "class_parallel.md", "exec"), names)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        segmentation = names["segment_on_this_rank"]("photo.jpg", ["sky", "tree"])
+    finally:
+        with suppress(ValueError, AssertionError):
+            dist.destroy_process_group()
+    assert segmentation.labels.shape == (448, 640)
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
+            if not (document.parent / target).exists():
+                broken.append(f"{document.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+def test_links_within_the_site_stay_there() -> None:
+    """What is not in docs/ is not on the site."""
+    docs = ROOT / "docs"
+    targets = {
+        document.parent / target
+        for document in DOCUMENTS[1:]
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8"))
+    }
+    assert len(targets) > 10
+    assert all(Path(os.path.normpath(target)).is_relative_to(docs) for target in targets)
