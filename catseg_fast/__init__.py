@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from catseg_fast.acceleration import Acceleration, accelerate
     from catseg_fast.aggregator import Aggregator
     from catseg_fast.config import VARIANTS, Variant
+    from catseg_fast.encoding import EncodedImage
     from catseg_fast.model import CATSeg
     from catseg_fast.reference.inference import SlidingWindow
-    from catseg_fast.segmentation import EncodedImage, Segmentation
+    from catseg_fast.segmentation import Segmentation
 
 if not (Path(__file__).parent / "reference").exists():
     # In a source checkout `kernels/` and `reference/` lie beside this folder; installed, inside it.
@@ -37,7 +38,7 @@ _MODULES = {
     "Acceleration": "acceleration",
     "Aggregator": "aggregator",
     "CATSeg": "model",
-    "EncodedImage": "segmentation",
+    "EncodedImage": "encoding",
     "Segmentation": "segmentation",
     "SlidingWindow": "reference.inference",
     "Variant": "config",

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from catseg_fast.class_memory import ClassMemory, LinearMemory
+from catseg_fast.selection import best_classes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, ReduceOp
@@ -194,11 +195,6 @@ def waiting(group: ProcessGroup | None) -> Iterator[None]:
             f"class parallel: rank {rank} of {ranks} waited in vain for the others, one of which has ended "
             f"or hangs: {error}"
         ) from error
-
-
-def best_classes(scores: Tensor, count: int) -> Tensor:
-    """Indices `[B, count]` of each crop's best classes by `scores [B, T]`, ascending."""
-    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
 _LABELS = 2**32  # twice as many as there are: none has the sign bit of an int32

@@ -9,12 +9,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catseg_fast import stages as torch_stages
 from catseg_fast.backend import choose_backend, warn_once
-from catseg_fast.class_parallel import ClassShare, best_classes
+from catseg_fast.class_parallel import ClassShare
 from catseg_fast.gradients import GradientStream
 from catseg_fast.plan import Plan, build_plan
 from catseg_fast.planner import (
@@ -26,9 +25,10 @@ from catseg_fast.planner import (
     plan_gradients,
     plan_schedule,
 )
-from catseg_fast.precision import pays_off_on_cpu
+from catseg_fast.precision import compute_dtype
+from catseg_fast.selection import best_classes, class_scores
 from catseg_fast.streaming import Consumer, Stages, Stream, run_streams
-from catseg_fast.terms import ImageTerms, VocabularyTerms, chunk_text, image_terms, vocabulary_terms
+from catseg_fast.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
 from catseg_fast.weights import weights_state
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ class Engine:
                     warn_once("gradients are wanted: running in torch, as Triton's kernels have no backward")
                 selected = None
                 if count < total:
-                    selected = best_classes(self._scores(img_feats, vocabulary), count)
+                    selected = best_classes(class_scores(img_feats, vocabulary), count)
                 GradientStream(torch_stages, plan, image, vocabulary, selected, schedule).run(consume)
                 return True
             streams = self._streams(plan, image, img_feats, vocabulary, count, schedule)
@@ -288,25 +288,13 @@ class Engine:
         stages, share = self.stages(plan, image), self.share
         parts: list[tuple[ImageTerms, Tensor | None]] = [(image, None)]
         if count < self._total(vocabulary.classes):
-            scores = self._scores(img_feats, vocabulary)
+            scores = class_scores(img_feats, vocabulary)
             if share is None:
                 parts = [(image, best_classes(scores, count))]
             else:
                 kept = share.select(scores, count)
                 parts = [(image.of(slice(crop, crop + 1)), own) for crop, own in enumerate(kept)]
         return [Stream(stages, plan, crops, vocabulary, own, schedule, share, count) for crops, own in parts]
-
-    def _scores(self, img_feats: Tensor, vocabulary: VocabularyTerms) -> Tensor:
-        """By what `catseg_fast.reference.select_classes` selects, `[B, T]`, without the whole cost volume."""
-        precise = torch.promote_types(img_feats.dtype, torch.float32)
-        features = F.normalize(img_feats.to(precise), dim=1).flatten(2)
-        scores = [features.new_empty(len(features), 0)]
-        for start in range(0, vocabulary.classes, 64):
-            part = slice(start, start + 64)
-            text = chunk_text(vocabulary.features[:, part], vocabulary.inverse_norm[:, part], precise)
-            cosines = text.flatten(1, 2) @ features  # B, t*P, HW
-            scores.append(cosines.amax(dim=-1).unflatten(1, (-1, text.shape[2])).amax(dim=-1))
-        return torch.cat(scores, dim=1)
 
     def _total(self, classes: int) -> int:
         """Classes of all ranks, where this one has so many."""
@@ -317,17 +305,7 @@ class Engine:
         return flag if self.share is None else self.share.all_true(flag, self.aggregator.conv1.weight.device)
 
     def _compute_dtype(self) -> torch.dtype:
-        weight: Tensor = self.aggregator.conv1.weight
-        if self.precision is not None:
-            return self.precision
-        device = weight.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            if device != "cpu" or pays_off_on_cpu(dtype):
-                return dtype
-        if device == "cuda" and weight.dtype == torch.float32 and not torch.is_grad_enabled():
-            return torch.float16
-        return weight.dtype
+        return compute_dtype(self.precision, self.aggregator.conv1.weight)
 
     def _without_autocast(self) -> torch.autocast:
         """The stages choose their types themselves."""

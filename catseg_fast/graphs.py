@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from catseg_fast.encoding import encode
 from catseg_fast.engine import Engine
 from catseg_fast.images import ImageLike, load_image
 from catseg_fast.label_map import READOUT_BYTES, LabelMap, Probabilities, Readout
+from catseg_fast.labelling import read_out
 from catseg_fast.model import CATSeg
 from catseg_fast.planner import Schedule
 from catseg_fast.segmentation import Segmentation
@@ -171,7 +173,7 @@ class ModelGraphs:
         target: Probabilities | LabelMap = LabelMap(size, model.device)
         if self.probabilities:
             target = Probabilities(len(model.classes), size, model.device)
-        model._read_out(model._encode([pixels], [self._readout(size)]), [target], 0)
+        read_out(model, encode(model, [pixels], [self._readout(size)]), [target], 0)
         return target
 
 

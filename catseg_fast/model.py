@@ -16,32 +16,25 @@ from catseg_fast.backend import choose_backend, default_device
 from catseg_fast.checkpoint import IGNORED_KEYS, load_into, read_checkpoint, recognise_variant, resolve
 from catseg_fast.class_parallel import SOFTMAX, ClassShare
 from catseg_fast.config import Variant, get_variant
+from catseg_fast.encoding import EncodedImage, encode
 from catseg_fast.engine import Engine
 from catseg_fast.explain import explain
 from catseg_fast.images import ImageLike, load_image
 from catseg_fast.label_map import (
-    READOUT_BYTES,
-    LabelMap,
-    LogitStore,
     Probabilities,
     Readout,
-    Target,
-    TopClasses,
-    read_all,
 )
+from catseg_fast.labelling import label, read_out
 from catseg_fast.loss import segmentation_loss
 from catseg_fast.plan import Plan
 from catseg_fast.reference import model as reference_model
-from catseg_fast.reference.inference import pad_to_multiple
-from catseg_fast.reference.model import as_map, normalise
-from catseg_fast.segmentation import EncodedImage, Segmentation, split_encoded
+from catseg_fast.segmentation import Segmentation
 from catseg_fast.terms import VocabularyTerms
 from catseg_fast.vocabulary import check_classes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-if TYPE_CHECKING:
     from catseg_fast.graphs import ModelGraphs
 
 
@@ -191,7 +184,7 @@ class CATSeg(reference_model.CATSeg):
         results = []
         for image, readout in self._requests(batched_inputs):
             target = Probabilities(len(self.classes), readout.size, self.device)
-            self._read_out(self._encode([image], [readout]), [target], target.maps.nbytes)
+            read_out(self, self._encode([image], [readout]), [target], target.maps.nbytes)
             results.append({"sem_seg": target.maps})
         return results
 
@@ -213,7 +206,7 @@ class CATSeg(reference_model.CATSeg):
             TypeError, ValueError: as the call; or if `top_k` is not positive.
         """
         return [
-            self._label(self._encode([image], [readout]), top_k)[0]
+            label(self, self._encode([image], [readout]), top_k)[0]
             for image, readout in self._requests(batched_inputs)
         ]
 
@@ -248,7 +241,7 @@ class CATSeg(reference_model.CATSeg):
             FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, it was encoded
                 otherwise, no classes are set, or `top_k` is not positive.
         """
-        return self._label(self._encode_all([image], sliding_window), top_k, keep_logits)[0]
+        return label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
 
     def segment_batch(
         self,
@@ -261,7 +254,7 @@ class CATSeg(reference_model.CATSeg):
 
         It pays where few classes leave a GPU idle. Memory grows with the number of pictures.
         """
-        return self._label(self._encode_all(images, sliding_window), top_k) if images else []
+        return label(self, self._encode_all(images, sliding_window), top_k) if images else []
 
     def cuda_graph(
         self,
@@ -319,91 +312,16 @@ class CATSeg(reference_model.CATSeg):
         fresh = iter(self._encode(pixels, readouts) if pixels else ())
         return [image if isinstance(image, EncodedImage) else next(fresh) for image in images]
 
-    @torch.no_grad()
     def _encode(self, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
-        """Encode images `[3, H, W]`, in one call where their crops are of one size."""
+        """`catseg_fast.encoding.encode`, where classes are shared on all ranks alike."""
         share = self.engine.share
         if share is None:
-            return self._encode_here(images, readouts)
+            return encode(self, images, readouts)
         pixels = [(image.shape, int(image.long().sum())) for image in images]
         with share.together(self.device, pixels, readouts):
-            return self._encode_here(images, readouts)
+            return encode(self, images, readouts)
 
-    def _encode_here(self, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
-        inputs = [self._crops(image, readout) for image, readout in zip(images, readouts, strict=True)]
-        if len({clip_images.shape[1:] for clip_images, _ in inputs}) > 1:
-            pairs = zip(images, readouts, strict=True)
-            return [encoded for image, readout in pairs for encoded in self._encode_here([image], [readout])]
-        clip_images, pixels = (torch.cat(parts) for parts in zip(*inputs, strict=True))
-        features, guidance = self.encode_images(clip_images, pixels)
-        crops = [len(x) for x, _ in inputs]
-        return split_encoded(features, guidance, readouts, crops, self.dtype)
-
-    def _crops(self, image: Tensor, readout: Readout) -> tuple[Tensor, Tensor]:
-        """An image's crops `[B, 3, H, W]`, normalised twice, as `encode_images` wants them."""
-        if readout.window is not None:
-            return normalise(readout.window.crops(image))
-        clip_images, images = normalise(image[None])
-        if readout.visible is None:
-            return clip_images, images
-        divisor = self.size_divisibility  # upstream's call
-        return pad_to_multiple(clip_images, divisor), pad_to_multiple(images, divisor)
-
-    def _label(
-        self, encoded: Sequence[EncodedImage], top_k: int | None, keep_logits: bool = False
-    ) -> list[Segmentation]:
-        if top_k is not None and top_k <= 0:
-            raise ValueError(f"top_k: {top_k} is not positive")
-        if keep_logits and self.engine.share is not None:
-            raise RuntimeError("class parallel: no rank has all logits; segment with keep_logits=False")
-        sizes = [image.readout.size for image in encoded]
-        targets: list[LabelMap | TopClasses] = [LabelMap(size, self.device) for size in sizes]
-        if top_k is not None:
-            count = min(top_k, len(self.classes))
-            targets = [TopClasses(count, size, self.device) for size in sizes]
-        target_bytes = sum(8 * (top_k or 1) * height * width for height, width in sizes)
-        share, store = self.engine.share, LogitStore(len(self.classes)) if keep_logits else None
-        if share is None:
-            self._read_out(encoded, targets, target_bytes, store)
-        else:
-            dtype, readouts = self.engine.plan().embed.dtype, [image.readout for image in encoded]
-            with share.together(self.device, dtype, top_k, self.max_classes, readouts):
-                self._read_out(encoded, targets, target_bytes)
-                for target in targets:
-                    share.merge(target, min(top_k or 1, len(self.classes)))
-        return [
-            Segmentation.of(target, self.classes, image.readout, None if store is None else store.logits)
-            for image, target in zip(encoded, targets, strict=True)
-        ]
-
-    @torch.no_grad()
-    def _read_out(
-        self,
-        encoded: Sequence[EncodedImage],
-        targets: Sequence[Target],
-        target_bytes: int,
-        store: LogitStore | None = None,
-    ) -> None:
-        """Run the aggregator on pictures' crops together, and read each one's logits out into its target."""
-        crops = [len(image.features) for image in encoded]
-        readouts = [image.readout for image in encoded]
-        features = torch.cat([image.features for image in encoded])
-        guidance = [torch.cat(maps) for maps in zip(*(image.guidance for image in encoded), strict=True)]
-        backend = choose_backend(self.backend, self.device)
-        if backend == "reference":
-            if self.engine.share is not None:
-                raise RuntimeError("class parallel: the back end 'reference' takes all classes at once")
-            text = self.text_features().to(features.dtype).expand(len(features), -1, -1, -1)
-            consume = read_all(readouts, targets, crops, backend, store)
-            consume(slice(0, len(self.classes)), self.aggregator(as_map(features), text, guidance))
-            return
-        self.engine.stream(
-            as_map(features), self._vocabulary_terms(), guidance, self.max_classes,
-            lambda: read_all(readouts, targets, crops, backend, store),
-            target_bytes + max(READOUT_BYTES, *(readout.class_bytes for readout in readouts)),
-        )  # fmt: skip
-
-    def _vocabulary_terms(self) -> VocabularyTerms:
+    def vocabulary_terms(self) -> VocabularyTerms:
         """The engine's terms of the present classes, kept until these, a weight, or `max_classes` change."""
         text, plan = self.text_features(), self.engine.plan()
         key = (text, plan, self.max_classes)

@@ -11,6 +11,22 @@ import torch.nn.functional as F
 ROUNDS = 5
 
 
+def compute_dtype(asked: torch.dtype | None, weight: torch.Tensor) -> torch.dtype:
+    """What the stages of an aggregator with such a weight compute in, as `Engine.precision` tells; `asked` is
+    that setting.
+    """
+    if asked is not None:
+        return asked
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if device != "cpu" or pays_off_on_cpu(dtype):
+            return dtype
+    if device == "cuda" and weight.dtype == torch.float32 and not torch.is_grad_enabled():
+        return torch.float16
+    return weight.dtype
+
+
 @functools.cache
 def pays_off_on_cpu(dtype: torch.dtype) -> bool:
     """Whether a matrix product of the stages' size, measured once, is faster on this CPU than in fp32.

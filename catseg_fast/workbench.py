@@ -15,11 +15,12 @@ from torch import Tensor
 
 from catseg_fast.backend import BACKENDS, choose_backend
 from catseg_fast.class_list import parse_classes
+from catseg_fast.encoding import EncodedImage
 from catseg_fast.images import load_image
 from catseg_fast.memory_meter import MemoryMeter
 from catseg_fast.model import CATSeg
 from catseg_fast.planner import format_bytes
-from catseg_fast.segmentation import EncodedImage, Segmentation
+from catseg_fast.segmentation import Segmentation
 from catseg_fast.vocabulary import Progress
 
 MAX_SIDE = 1600  # larger pictures are reduced: the model looks at 640 pixels in any case

@@ -122,7 +122,7 @@ def test_no_worse_than_the_reference_at_the_same_type(dtype: torch.dtype, classe
 def test_precision_and_autocast_choose_the_stages_type(
     pays_off: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("catseg_fast.engine.pays_off_on_cpu", lambda dtype: pays_off)
+    monkeypatch.setattr("catseg_fast.precision.pays_off_on_cpu", lambda dtype: pays_off)
     aggregator = make_aggregator().float()
     inputs = [x.float() if isinstance(x, Tensor) else [y.float() for y in x] for x in features(aggregator)]
     full = logits(aggregator, inputs)

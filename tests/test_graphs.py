@@ -189,7 +189,7 @@ def test_nothing_is_copied_between_host_and_device(version: Any, monkeypatch: py
     graphs = ModelGraphs.__new__(ModelGraphs)
     graphs.model, graphs.sliding_window, graphs.probabilities = model, True, False
     model.engine.policy, model.engine.chunk, model.engine.memory_budget = "resident", 2, 2**60
-    model._vocabulary_terms()
+    model.vocabulary_terms()
     with NoCopies():
         graphs._read_out(torch.zeros(3, *SIZE, device="meta"))
 
