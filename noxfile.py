@@ -64,6 +64,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation's site, in site/; a warning is an error."""
+    session.install("-e", ".[docs]")
+    session.run("mkdocs", "build", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Source archive and wheel in dist/; the wheel must hold the tree's modules and no other package."""
     session.install("build>=1.2")

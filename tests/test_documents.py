@@ -160,3 +160,13 @@ def test_links_within_the_site_stay_there() -> None:
     }
     assert len(targets) > 10
     assert all(Path(os.path.normpath(target)).is_relative_to(docs) for target in targets)
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    call = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "WARNING" not in result.stderr
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    for name in ("catseg_fast.CATSeg.segment", "catseg_fast.engine.Engine", "catseg_fast.ray.segment_dataset"):
+        assert f'id="{name}"' in api
