@@ -117,7 +117,27 @@ def _decoder_stage(stage: DecoderStage, guidance: Tensor, maps: Tensor, t: int) 
 
 
 def _group_norm_relu(norm: Normalisation, maps: Tensor) -> Tensor:
+    if maps.device.type == "cpu" and maps.dtype in (torch.float32, torch.float64):
+        return F.relu_(_group_norm(norm, maps))
     return F.relu_(F.group_norm(maps, norm.groups, norm.weight, norm.bias, norm.eps))
+
+
+def _group_norm(norm: Normalisation, maps: Tensor) -> Tensor:
+    """As `F.group_norm`, which on a CPU has 5 to 30 times the rounding error on channels-last maps.
+
+    The maps are overwritten.
+    """
+    N, C, H, W = maps.shape
+    groups = (N, norm.groups, -1)
+    mean = maps.sum(dim=(2, 3), keepdim=True) / (H * W)
+    centred = maps.sub_(mean)
+    square = centred.square().sum(dim=(2, 3)).view(groups) / (H * W)
+    of_channel = mean.view(groups)
+    shift = of_channel - of_channel.mean(dim=-1, keepdim=True)  # of a channel's mean from its group's
+    variance = (square + shift.square()).mean(dim=-1, keepdim=True)
+    scale = norm.weight.view(1, norm.groups, -1) * (variance + norm.eps).rsqrt()
+    bias = norm.bias.view(1, norm.groups, -1) + shift * scale
+    return torch.addcmul(bias.view(N, C, 1, 1), centred, scale.view(N, C, 1, 1))
 
 
 def _attend(qkv: Tensor, mask: Tensor | None) -> Tensor:
