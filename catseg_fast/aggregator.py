@@ -17,7 +17,8 @@ class Aggregator(reference.Aggregator):
     """`catseg_fast.reference.Aggregator`, run by the back end of the user's choice.
 
     Args:
-        *args, **kwargs: those of `catseg_fast.reference.Aggregator`.
+        *args: those of `catseg_fast.reference.Aggregator`.
+        **kwargs: the same.
         backend: "auto", "triton", "torch" or "reference"; may be set later, too.
 
     Attributes:

@@ -157,6 +157,14 @@ class CATSeg(reference_model.CATSeg):
         self._share_out(ClassShare(self.classes, group))
 
     def set_classes(self, classes: Sequence[str], training: bool = False) -> None:
+        """Name the classes, or with `training` those of training mode; counts from the next call on.
+
+        Classes that are split over ranks are split anew.
+
+        Raises:
+            TypeError, ValueError: if they are no list of names, or one is empty.
+            RuntimeError: if classes for training are to be split over ranks.
+        """
         share = self.engine.share
         if share is None:
             super().set_classes(classes, training)

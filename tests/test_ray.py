@@ -15,6 +15,7 @@ from PIL import Image
 
 from catseg_fast import CATSeg
 from catseg_fast.results import summarise
+from documents import ROOT, blocks
 from tiny import CLASSES, V2, picture, tiny_model
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: it is in the extra 'ray'")
@@ -82,6 +83,19 @@ def test_pictures_by_path_come_as_from_the_plain_loop(weights: Path, photos: lis
             assert entry["mean_score"] == pytest.approx(summary[entry["index"]]["mean_score"], abs=1e-6)
     assert (refused["labels"], refused["mean_score"], refused["classes"]) == (None, None, None)
     assert re.search(r"cannot read '.*bad\.png'", refused["error"])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_guides_code(weights: Path, photos: list[Path], tmp_path: Path) -> None:
+    (code,) = (code for _, code in blocks(ROOT / "docs" / "guide" / "programs.md") if "import ray" in code)
+    code = code.replace('"v2-vitl"', repr(str(weights))).replace("actors=4", "actors=1, variant=V2")
+    code = code.replace('"segmented"', repr(str(tmp_path / "segmented")))  # actors have a folder of their own
+    names: dict[str, Any] = {"V2": V2}
+    exec(compile(code, "programs.md", "exec"), names)
+    names["segment_all"]([str(path) for path in photos])
+    rows = ray.data.read_parquet(str(tmp_path / "segmented")).take_all()
+    assert len(rows) == len(photos)
+    assert load(rows[0]).ndim == 2
 
 
 @pytest.mark.usefixtures("cluster")
