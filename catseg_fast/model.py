@@ -162,7 +162,8 @@ class CATSeg(reference_model.CATSeg):
         Classes that are split over ranks are split anew.
 
         Raises:
-            TypeError, ValueError: if they are no list of names, or one is empty.
+            TypeError, ValueError: if the list is empty, a name is blank or stands twice, or is too long for
+                CLIP. The present classes then stay.
             RuntimeError: if classes for training are to be split over ranks.
         """
         share = self.engine.share
