@@ -13,7 +13,7 @@ FACTOR = 2.0  # largest error, in units of plain torch's in the same type
 
 # Above these numbers of crops times classes the reference's own tensors fill a GPU, or in float64 a common
 # computer's memory; torch maths stand in for it.
-MOST_CROP_CLASSES = {"cuda": 5 * 256, "cpu": 512}
+MOST_CROP_CLASSES = {"cuda": 5 * 256, "cpu": 256}
 
 
 class WrongAnswer(AssertionError):
