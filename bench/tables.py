@@ -68,11 +68,12 @@ def changes(found: Sequence[Change]) -> str:
 
 def what_ran(records: Sequence[Record]) -> str:
     """The device of records of one device, and the versions and commits of what ran on it."""
-    ran = dict.fromkeys(
-        ", ".join([*(f"{name} {version}" for name, version in record.versions.items()), record.commit])
-        for record in records
-    )
-    return f"{records[0].device}: {'; '.join(ran)}"
+    ran: dict[str, dict[str, None]] = {}  # commits by versions, each once and in order
+    for record in records:
+        versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+        ran.setdefault(versions, {})[record.commit] = None
+    parts = (f"{versions}, {' and '.join(commits)}" for versions, commits in ran.items())
+    return f"{records[0].device}: {'; '.join(parts)}"
 
 
 def _conditions(records: Sequence[Record]) -> list[str]:
