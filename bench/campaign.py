@@ -233,7 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the step ends, too
     folder = options.output
     steps = all_steps(options.device, folder, options.minutes)
-    outcomes = run(steps, folder, 60 * options.minutes)
+    try:
+        outcomes = run(steps, folder, 60 * options.minutes)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {folder} keeps what there is, and the same command goes on")
+        return 128 + signal.SIGINT
     print("", report(outcomes, folder), sep="\n")
     if shipped := ship.ship(folder):
         print(ship.describe(shipped))
