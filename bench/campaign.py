@@ -27,6 +27,7 @@ import torch
 
 from bench import records, ship
 from bench.report import write as write_report
+from catseg_fast.files import replacing
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ("kernels", "ablation", "model", "label_map", "scaling", "aggregator")  # the longest ones last
@@ -119,9 +120,8 @@ def _run_step(step: Step, folder: Path, deadline: float) -> Outcome:
     if code:
         return Outcome(step.name, "failed", time.monotonic() - start, f"exit code {code}, see {log.name}")
     outcome = Outcome(step.name, "done", time.monotonic() - start)
-    part = done.with_suffix(".part")
-    part.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
-    part.replace(done)
+    with replacing(done) as temporary:
+        temporary.write_text(json.dumps(asdict(outcome)), encoding="utf-8")
     return outcome
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from catseg_fast._version import __version__
+from catseg_fast.files import replacing
 from catseg_fast.hub import WEIGHTS, resolve
 from catseg_fast.recognise import describe, recognise_variant
 from catseg_fast.unpickle import PICKLE, ZIP, NumpyArray, unpickle
@@ -149,15 +150,11 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     tensors = _own_storage(tensors)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(target) as temporary:
         if target.suffix == ".safetensors":
             safetensors.torch.save_file(tensors, temporary, metadata=metadata)
         else:
             torch.save({"model": tensors, "metadata": metadata}, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 

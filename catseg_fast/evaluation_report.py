@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from catseg_fast.environment import describe_environment
 from catseg_fast.evaluation import Evaluation
+from catseg_fast.files import replacing
 
 FP16_LARGEST = 65504.0
 
@@ -46,10 +46,9 @@ def write_results(
             "classes": [dict(zip(keys, row, strict=True)) for row in values],
         })  # fmt: skip
     content = _finite({**about, "environment": describe_environment(), "results": results})
-    part = path.with_name(path.name + ".part")
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from catseg_fast.data import MOST_CLASSES, files_by_name, ignore_label_of, read_index_map
+from catseg_fast.files import replacing
 
 
 def import_dataset(
@@ -64,9 +64,8 @@ def import_dataset(
         _place(pictures[name], target / "images" / pictures[name].name, copy)
         written = target / "annotations" / f"{name}.png"
         if not written.exists():
-            part = written.with_name(written.name + ".part")
-            Image.fromarray(_indices(path, len(classes), first)).save(part, format="PNG")
-            os.replace(part, written)
+            with replacing(written) as temporary:
+                Image.fromarray(_indices(path, len(classes), first)).save(temporary, format="PNG")
         advance(done, len(maps))
     return len(maps)
 
@@ -90,18 +89,15 @@ def _write_classes(path: Path, classes: Sequence[str]) -> None:
     text = json.dumps(list(classes), indent=0, ensure_ascii=False) + "\n"
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path}: the folder has other classes; choose another")
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _place(source: Path, target: Path, copy: bool) -> None:
     if target.exists():
         return
-    part = target.with_name(target.name + ".part")
-    part.unlink(missing_ok=True)
-    if copy:
-        shutil.copyfile(source, part)
-    else:
-        part.symlink_to(source.resolve())
-    os.replace(part, target)
+    with replacing(target) as temporary:
+        if copy:
+            shutil.copyfile(source, temporary)
+        else:
+            temporary.symlink_to(source.resolve())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from catseg_fast.files import replacing
 
 GROUP = 50_000  # rows that are in memory at a time
 
@@ -37,13 +38,9 @@ def write_statistics(path: Path, results: Iterable[Path]) -> int:
     """
     check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        count = (_write_parquet if path.suffix == ".parquet" else _write_json)(part, _rows(results))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return count
+    write = _write_parquet if path.suffix == ".parquet" else _write_json
+    with replacing(path) as temporary:
+        return write(temporary, _rows(results))
 
 
 def _rows(results: Iterable[Path]) -> Iterator[dict[str, Any]]:

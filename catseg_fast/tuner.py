@@ -6,13 +6,11 @@ import functools
 import importlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ import triton
 from torch import Tensor
 
 from catseg_fast._version import __version__
+from catseg_fast.files import replacing
 from catseg_fast.kernels import TUNABLE_OPS, tuning
 from catseg_fast.kernels.compile_target import capability_of
 from catseg_fast.kernels.launch_config import LaunchConfig
@@ -178,16 +177,8 @@ def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
     others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
     path.parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(json.dumps(item) for item in [*others, entry])
-    with NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
-    ) as file:
-        try:
-            file.write(f"[\n{text}\n]\n")
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(path) as temporary:
+        temporary.write_text(f"[\n{text}\n]\n", encoding="utf-8")
     tuning.clear()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from catseg_fast.files import replacing
 from catseg_fast.scenes.scene import draw_scene
 from catseg_fast.scenes.words import (
     GROUNDS,
@@ -130,9 +130,8 @@ def _write_scene(folder: Path, split: str, seed: int, size: tuple[int, int], num
         (folder / "images" / f"{stem}.jpg", scene.image, {"format": "JPEG", "quality": 92}),
         (folder / "annotations" / f"{stem}.png", annotation, {"format": "PNG"}),
     ):
-        part = path.with_suffix(".part")
-        Image.fromarray(array).save(part, **options)
-        os.replace(part, path)
+        with replacing(path) as temporary:
+            Image.fromarray(array).save(temporary, **options)
 
 
 def _write_once(path: Path, content: object) -> None:
@@ -141,6 +140,5 @@ def _write_once(path: Path, content: object) -> None:
         if (found := json.loads(path.read_text(encoding="utf-8"))) != content:
             raise ValueError(f"folder: {path} is of other scenes: {found!s:.60}, not {content!s:.60}")
         return
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from catseg_fast._version import __version__
+from catseg_fast.files import replacing
 
 KEPT = 2
 
@@ -96,13 +97,10 @@ def write_whole(path: Path, write: Any) -> None:
     Raises:
         OSError: if that fails; the message names the file, and what was at `path` is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

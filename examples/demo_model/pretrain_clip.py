@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from catseg_fast import CATSeg
 from catseg_fast.checkpoint import load_into, read_checkpoint
 from catseg_fast.config import VARIANTS
+from catseg_fast.files import replacing
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.model import normalise
 from catseg_fast.scenes.dataset import SPLITS
@@ -259,9 +260,8 @@ def train(options: argparse.Namespace) -> None:
 
 
 def save(model: CATSeg, path: Path) -> None:
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, part)
-    part.replace(path)
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
 
 
 def main() -> None:
