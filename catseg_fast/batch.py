@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from catseg_fast.ahead import ahead
 from catseg_fast.class_parallel import RankError
 from catseg_fast.console import USER_ERRORS
 from catseg_fast.images import load_image
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from catseg_fast.conductor import Conductor
     from catseg_fast.model import CATSeg
     from catseg_fast.segmentation import Segmentation
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Batch:
                 while len(writing) > self.threads:
                     yield _written(*writing.popleft())
 
-            decoded = _ahead(decoders, self._decode, pictures, self.threads)
+            decoded = ahead(decoders, self._decode, pictures, self.threads)
             for index, (picture, job) in enumerate(zip(pictures, decoded, strict=True)):
                 try:
                     found = job.result()
@@ -156,15 +154,3 @@ def _written(index: int, picture: Picture, seconds: float, job: Future[list[dict
         return Outcome(index, picture, job.result(), seconds)
     except USER_ERRORS as error:
         return Outcome(index, picture, error=error)
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], count: int
-) -> Iterator[Future[R]]:
-    """The jobs of `items` in order, of which `count` are under way beyond the one that is yielded."""
-    jobs: deque[Future[R]] = deque()
-    for item in items:
-        jobs.append(pool.submit(work, item))
-        if len(jobs) > count:
-            yield jobs.popleft()
-    yield from jobs

@@ -6,12 +6,11 @@ nor the number of processes changes a result.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,7 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from catseg_fast.ahead import ahead
 from catseg_fast.data import read_index_map
+from catseg_fast.files import replacing
 from catseg_fast.ledger import Ledger, Record
 from catseg_fast.metrics import ClassCounts
 from catseg_fast.overlay import label_png
@@ -34,6 +35,7 @@ Segmenter = Callable[[Tensor], Tensor]  # image uint8 [3, H, W] to class indices
 
 # The size that upstream's evaluation gives images, before the model sees them.
 SHORTEST, LONGEST = 640, 2560
+READERS = 2  # threads that read the next images
 
 
 class Data(Protocol):
@@ -124,8 +126,10 @@ def evaluate(
     advance(0, len(todo))
     if ledger is not None and todo:
         ledger.open(sharing.rank)
-    try:
-        for done, entry in enumerate(_prefetch(data, todo), 1):
+    keeping = nullcontext() if ledger is None else closing(ledger)
+    with keeping, ThreadPoolExecutor(READERS) as readers:
+        for done, job in enumerate(ahead(readers, data.__getitem__, todo, READERS), 1):
+            entry = job.result()
             if activations is not None:
                 activations.clear()
             start = time.perf_counter()
@@ -144,9 +148,6 @@ def evaluate(
             if ledger is not None:
                 ledger.add(record)
             advance(done, len(todo))
-    finally:
-        if ledger is not None:
-            ledger.close()
     records = sharing.gather(records)
     return [records[name] for name in names]
 
@@ -199,17 +200,6 @@ def summarise(records: Sequence[Record], classes: int) -> Evaluation:
     )
 
 
-def _prefetch(data: Data, indices: Sequence[int], ahead: int = 2) -> Iterator[dict[str, Any]]:
-    """Entries in order, the next ones being read meanwhile."""
-    with ThreadPoolExecutor(ahead) as pool:
-        waiting = deque(pool.submit(data.__getitem__, index) for index in indices[:ahead])
-        for index in (*indices[ahead:], *[None] * min(ahead, len(indices))):
-            entry = waiting.popleft().result()
-            if index is not None:
-                waiting.append(pool.submit(data.__getitem__, index))
-            yield entry
-
-
 def _sparse(counts: ClassCounts) -> list[list[int]]:
     """The indices of classes that occur, and their intersection, truth and predicted."""
     table = torch.stack([counts.intersection, counts.truth, counts.predicted])
@@ -228,6 +218,5 @@ def _agreeing(labels: Tensor, path: Path) -> int:
 
 def _save_labels(labels: Tensor, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{name}.png.part"
-    label_png(labels).save(part, format="PNG")
-    os.replace(part, folder / f"{name}.png")
+    with replacing(folder / f"{name}.png") as path:
+        label_png(labels).save(path, format="PNG")
