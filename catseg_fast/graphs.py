@@ -151,7 +151,7 @@ class ModelGraphs:
     def _record(self, size: Size, record: Callable[[Callable[[], Any]], Callable[[], Any]]) -> Any:
         """The buffer that the pixels go to, and what replays the call on it."""
         model, buffer = self.model, torch.zeros(3, *size, device=self.model.device)
-        crops = len(model.window.corners()) + 1 if self.sliding_window else 1
+        crops = model.window.count if self.sliding_window else 1
         classes = len(model.classes)
         answer_bytes = 4 * size[0] * size[1] * (classes if self.probabilities else 2)
         output_bytes = answer_bytes + max(READOUT_BYTES, self._readout(size).class_bytes)

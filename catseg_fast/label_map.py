@@ -50,7 +50,7 @@ class Readout:
         pixels = 3 * self.size[0] * self.size[1]
         if self.window is not None:
             side, (height, width) = self.window.crop_size, self.window.resolution
-            pixels += 2 * (len(self.window.corners()) + 1) * side**2 + 3 * height * width
+            pixels += 2 * self.window.count * side**2 + 3 * height * width
         return 4 * pixels
 
 

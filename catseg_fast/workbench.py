@@ -131,7 +131,7 @@ class Workbench:
         model = self.model
         if choose_backend(model.backend, model.device) != "reference":
             return
-        crops = len(model.window.corners()) + 1 if sliding_window else 1
+        crops = model.window.count if sliding_window else 1
         count = min(len(model.classes), model.max_classes or len(model.classes))
         wanted = crops * max(count, model.variant.pad_len) * REFERENCE_BYTES
         free = psutil.virtual_memory().available

@@ -44,6 +44,11 @@ class SlidingWindow:
         """Pixels from one crop to the next."""
         return int(self.crop_size * (1 - self.overlap))
 
+    @property
+    def count(self) -> int:
+        """Crops of an image, the whole one included."""
+        return len(self.corners()) + 1
+
     def corners(self) -> list[tuple[int, int]]:
         """Top-left corners of the crops; the last row and column end at the border."""
         rows, columns = (self._starts(size) for size in self.resolution)
