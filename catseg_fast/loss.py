@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from catseg_fast.config import IGNORE_LABEL
+from catseg_fast.reference.finetune import check_labels
 
 # Values of a resized chunk: enough to fill a GPU, few enough for a CPU's cache.
 CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**27}
@@ -38,13 +39,6 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE
     check_labels(labels, logits.shape[1], ignore_label)
     loss: Tensor = _Loss.apply(logits, labels.to(logits.device, non_blocking=True), ignore_label)
     return loss
-
-
-def check_labels(labels: Tensor, classes: int, ignore_label: int) -> None:
-    """Raise a ValueError unless every label is a class index or the ignore label."""
-    wrong = labels[(labels != ignore_label) & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        raise ValueError(f"labels: {int(wrong[0])} is neither one of {classes} classes nor {ignore_label}")
 
 
 class _Loss(torch.autograd.Function):

@@ -54,6 +54,13 @@ def freeze(
             parameter.requires_grad_(train_backbone and "norm0" not in name)
 
 
+def check_labels(labels: Tensor, classes: int, ignore_label: int, name: str = "labels:") -> None:
+    """Raise a ValueError, which starts with `name`, unless all are class indices or the ignore label."""
+    wrong = labels[(labels != ignore_label) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise ValueError(f"{name} {int(wrong[0])} is neither one of {classes} classes nor {ignore_label}")
+
+
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE_LABEL) -> Tensor:
     """Mean binary cross-entropy over pixels and classes.
 
@@ -67,11 +74,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE
     Raises:
         ValueError: if a label is neither a class index nor the ignore label.
     """
-    classes = logits.shape[1]
+    check_labels(labels, logits.shape[1], ignore_label)
     known = labels != ignore_label
-    wrong = labels[known & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        raise ValueError(f"labels: {int(wrong[0])} is neither one of {classes} classes nor {ignore_label}")
     logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
     targets = torch.zeros_like(logits)
     targets.scatter_(1, torch.where(known, labels, 0)[:, None].long(), known[:, None].to(logits.dtype))
