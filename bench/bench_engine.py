@@ -1,4 +1,4 @@
-"""The engine on two threads of a CPU: the figures that README quotes.
+"""The engine on two threads of a CPU: speeds that BENCHMARKS.md quotes, and peak memory of long calls.
 
     pytest bench/bench_engine.py --benchmark-only --full
 
