@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,18 @@ def choice(flag: str, choices: Sequence[str], text: str) -> Any:
         return value
 
     return typer.Option(flag, callback=check, metavar="NAME", help=f"{text}: {', '.join(choices)}.")
+
+
+def check_folder(path: Path | None) -> Path | None:
+    """An option's callback: what is there already must be a folder."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"{path} is not a folder")
+    return path
+
+
+def output_folder(text: str) -> Any:
+    """The option --output, a folder that is made if need be."""
+    return typer.Option("--output", "-o", metavar="DIR", callback=check_folder, help=text)
 
 
 def say_error(message: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -15,17 +14,30 @@ import typer
 from catseg_fast._version import __version__
 from catseg_fast.backend import BACKENDS, choose_backend, default_device
 from catseg_fast.class_list import read_classes
-from catseg_fast.config import VARIANTS
-from catseg_fast.console import Debug, choice, image_progress, plain_errors, stderr, stdout
-from catseg_fast.model_options import build_model, weights_or_bundled
+from catseg_fast.console import (
+    Debug,
+    choice,
+    image_progress,
+    output_folder,
+    plain_errors,
+    stderr,
+    stdout,
+)
+from catseg_fast.launch import own_device
+from catseg_fast.model_options import (
+    DTYPES,
+    Device,
+    Seed,
+    VariantName,
+    build_model,
+    weights_or_bundled,
+)
 
 if TYPE_CHECKING:
     from catseg_fast.data import FolderDataset
     from catseg_fast.evaluation import Evaluation
     from catseg_fast.model import CATSeg
     from catseg_fast.sharing import Sharing
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 EXAMPLES = (
     "catseg-fast eval --data ade150 --weights v2-vitl",
@@ -59,10 +71,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="W", help="Checkpoint, as for `segment`; by default those in this package."),
     ] = None,
-    variant: Annotated[
-        str | None,
-        choice("--variant", tuple(VARIANTS), "What the checkpoint must be, else told from its content"),
-    ] = None,
+    variant: VariantName = None,
     classes_file: Annotated[
         Path | None,
         typer.Option(
@@ -104,17 +113,12 @@ def evaluate(
     top: Annotated[
         int, typer.Option(metavar="N", min=0, help="Also list the N classes of least IoU, and of most.")
     ] = 0,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the results go.")
-    ] = Path("evaluated"),
+    output: Annotated[Path, output_folder("Where the results go.")] = Path("evaluated"),
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget what an interrupted evaluation left in --output.")
     ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …; by default a GPU if there is one."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of untrained weights.")] = 0,
+    device: Device = None,
+    seed: Seed = 0,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Measure a model on labelled pictures: mIoU, fwIoU, pixel accuracy, class accuracy.
@@ -125,8 +129,6 @@ def evaluate(
     Writes results.json, the first combination's label maps, and a file of counts for each combination, from
     which an interrupted evaluation goes on. Under torchrun the processes share the images.
     """
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"{output} is not a folder", param_hint="--output")
     combinations = combine(backend, dtype, precision)
     weights = weights_or_bundled(weights, variant)
     with plain_errors(debug):
@@ -142,9 +144,7 @@ def evaluate(
         from catseg_fast.sharing import Sharing
         from catseg_fast.weights import weights_hash
 
-        target = device or str(default_device())
-        if target == "cuda" and "LOCAL_RANK" in os.environ:
-            target = f"cuda:{os.environ['LOCAL_RANK']}"
+        target = own_device(device or str(default_device()))
         for name in backend:
             choose_backend(name, target)  # fail before anything is loaded
         dataset = FolderDataset(data)

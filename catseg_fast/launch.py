@@ -38,9 +38,7 @@ def process_group(wanted: bool, device: str | None) -> Iterator[str | None]:
         )
     import torch.distributed as dist
 
-    device = device or default_device().type
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = own_device(device or default_device().type)
     if device.startswith("cuda"):
         import torch
 
@@ -52,6 +50,13 @@ def process_group(wanted: bool, device: str | None) -> Iterator[str | None]:
         dist.destroy_process_group()  # which waits for the others: not after an error
     finally:
         stdout.quiet = stderr.quiet = False
+
+
+def own_device(device: str) -> str:
+    """The device of this process: a GPU of its own under torchrun, where GPUs are asked for by no number."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
 
 
 def is_first() -> bool:

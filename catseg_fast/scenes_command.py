@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from catseg_fast.console import Debug, choice, plain_errors, stderr, stdout
+from catseg_fast.console import Debug, check_folder, choice, plain_errors, stderr, stdout
 
 SPLITS = ("train", "held-out", "held-out-200", "synonyms")
 
@@ -20,7 +20,10 @@ EXAMPLES = (
 
 def scenes(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where images/, annotations/ and classes.json go.")
+        Path,
+        typer.Argument(
+            metavar="DIR", callback=check_folder, help="Where images/, annotations/ and classes.json go."
+        ),
     ],
     split: Annotated[
         str,
@@ -40,8 +43,6 @@ def scenes(
     Things of a pattern, a colour and a shape ("striped red ring") overlap on grounds ("wooden floor"). Scenes
     that the folder has already stay, so that an interrupted call can be repeated.
     """
-    if folder.exists() and not folder.is_dir():
-        raise typer.BadParameter(f"{folder} is not a folder", param_hint="DIR")
     with plain_errors(debug):
         from catseg_fast.scenes import write_dataset
 

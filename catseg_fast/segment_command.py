@@ -8,21 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import choose_backend, default_device
-from catseg_fast.console import Debug, plain_errors, say_error, stderr, stdout
+from catseg_fast.console import Debug, image_progress, output_folder, plain_errors, say_error, stderr, stdout
 from catseg_fast.launch import is_first, process_group
 from catseg_fast.model_options import (
     Backend,
@@ -55,13 +46,6 @@ EXAMPLES = (
 LISTED = 20  # a line for each picture up to so many; beyond, a line for each of the largest classes
 
 
-class _Speed(ProgressColumn):
-    """Pictures a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.2f} img/s" if task.speed else "")
-
-
 def segment(
     images: Annotated[
         list[Path],
@@ -74,9 +58,7 @@ def segment(
     classes_list: ClassesList = None,
     weights: Weights = None,
     variant: VariantName = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the results go.")
-    ] = Path("segmented"),
+    output: Annotated[Path, output_folder("Where the results go.")] = Path("segmented"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Also do pictures whose results are there and valid.")
     ] = False,
@@ -118,8 +100,6 @@ def segment(
     """
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"{output} is not a folder", param_hint="--output")
     try:
         if stats is not None:
             check_target(stats)
@@ -175,11 +155,10 @@ def segment(
 def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[Outcome]:
     """Report the pictures that fail; return the others' outcomes in the pictures' order."""
     outcomes = []
-    columns = (
-        TextColumn("Segmenting"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        for outcome in progress.track(work.run(pictures), total=len(pictures)):
+    with image_progress("Segmenting") as advance:
+        advance(0, len(pictures))
+        for done, outcome in enumerate(work.run(pictures), 1):
+            advance(done, len(pictures))
             error, path = outcome.error, str(outcome.picture.path)
             if error is None:
                 outcomes.append(outcome)

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from catseg_fast.backend import default_device
 from catseg_fast.config import VARIANTS
-from catseg_fast.console import Debug, choice, plain_errors, stderr, stdout
+from catseg_fast.console import Debug, choice, output_folder, plain_errors, stderr, stdout
+from catseg_fast.model_options import Device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,9 +43,7 @@ def train(
             help="Data set: images/, annotations/ and classes.json.",
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where checkpoints, log and weights go.")
-    ] = Path("trained"),
+    output: Annotated[Path, output_folder("Where checkpoints, log and weights go.")] = Path("trained"),
     variant: Annotated[str, choice("--variant", tuple(VARIANTS), "What is trained")] = "v2-vitb",
     init: Annotated[
         str | None,
@@ -132,10 +131,7 @@ def train(
     weights_type: Annotated[
         str, choice("--weights-type", tuple(WEIGHT_TYPES), "Type of the weights written at the end")
     ] = "fp32",
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …; by default a GPU if there is one."),
-    ] = None,
+    device: Device = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Train a model on a folder of labelled pictures; what is not said is upstream's recipe.
@@ -144,8 +140,6 @@ def train(
     norm and time), and at the end model.safetensors. A run that was killed goes on where its last checkpoint
     was written, to the same result. Under torchrun each process takes its share of every batch.
     """
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"{output} is not a folder", param_hint="--output")
     with plain_errors(debug):
         import torch
 

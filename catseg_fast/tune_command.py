@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from catseg_fast.console import Debug, choice, plain_errors, say_error, stderr, stdout
+from catseg_fast.console import Debug, check_folder, choice, plain_errors, say_error, stderr, stdout
 from catseg_fast.kernels import TUNABLE_OPS
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def tune(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FOLDER",
+            "--output", "-o", metavar="FOLDER", callback=check_folder,
             help="Where GPU/OP.json go; by default where they are found: ~/.cache/catseg-fast/configs.",
         ),
     ] = None,
@@ -62,8 +62,6 @@ def tune(
     else should run on the GPU meanwhile. What is found adds to what the folder holds, and is written kernel
     by kernel: it can be interrupted at any time.
     """
-    if output is not None and output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"{output} is not a folder", param_hint="--output")
     with plain_errors(debug):
         import torch
 
