@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from accuracy import assert_no_worse_than_eager, upcast
+from accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
 from catseg_fast import stages
 from catseg_fast.kernels import convolution, decoder, group_norm
 from catseg_fast.kernels.convolution import Config, Size
@@ -124,12 +124,20 @@ def test_takes_offsets_beyond_32_bits() -> None:
 
 def test_is_deterministic_and_classes_do_not_meet() -> None:
     torch.manual_seed(5)
-    plan = make_plan(32, (32, 16), torch.float16)
-    guidance, x = make_inputs(plan, 1, 3, 3, 3)
-    logits = decoder.decode(plan, guidance, x, (3, 3))
-    assert torch.equal(decoder.decode(plan, guidance, x, (3, 3)), logits)
+    plan = make_plan(32, (16, 16), torch.float16)
+    guidance, x = make_inputs(plan, 1, 3, 2, 3)
+    assert_classes_are_apart(lambda x: decoder.decode(plan, guidance, x, (2, 3)), x)
+
+
+def test_order_of_classes_does_not_matter() -> None:
+    torch.manual_seed(5)
+    plan = make_plan(32, (16, 16), torch.float16)
+    guidance, x = make_inputs(plan, 1, 3, 2, 3)
+    truth = stages.decode(upcast(plan), upcast(guidance), upcast(x), (2, 3))
     order = torch.tensor([2, 0, 1])
-    assert torch.equal(decoder.decode(plan, guidance, x[:, order], (3, 3)), logits[:, order])
+    ours = decoder.decode(plan, guidance, x[:, order], (2, 3))
+    eager = stages.decode(plan, guidance, x, (2, 3))
+    assert_no_worse_than_eager(ours, eager[:, order], truth[:, order])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
