@@ -142,8 +142,8 @@ def test_one_bad_image_among_many(workplace, weights):
             IndexError("list index out of range"),
             [
                 "error: photo.png: IndexError: list index out of range",
-                "This is a bug in catseg-fast. Please report it with the output of the same command with --debug, "
-                "and of `catseg-fast env`.",
+                "This is a bug in catseg-fast. Please report it with the output of the same command with "
+                "--debug, and of `catseg-fast env`.",
             ],
         ),
     ],
