@@ -162,13 +162,15 @@ def test_what_is_not_a_number_before_fp16_is_not_computed_again(recwarn: pytest.
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("limit", [None, 2])
 @pytest.mark.parametrize("policy", ["resident", "recompute"])  # streams, as for "offload", cannot be traced
-def test_a_call_compiles_into_one_graph(policy: str) -> None:
+def test_a_call_compiles_into_one_graph(policy: str, limit: int | None) -> None:
     aggregator = make_aggregator()
+    aggregator.max_classes = limit
     engine = Engine(aggregator)
     engine.policy = policy
     inputs = features(aggregator, 3)
-    compiled = torch.compile(lambda *x: engine.logits(*x, None), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda *x: engine.logits(*x, limit), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*inputs), aggregator(*inputs), rtol=1e-11, atol=1e-11)
 
 

@@ -242,7 +242,7 @@ class Engine:
         if differentiable and self.share is not None:
             raise RunError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
         held = min(count, vocabulary.classes)
-        sizes = Sizes(plan, len(img_feats), resolution, held, img_feats.device)
+        sizes = Sizes(plan, len(img_feats), resolution, held, img_feats.device, count < total)
         schedule = self._schedule(sizes, output_bytes, differentiable)
         finite = torch.ones((), dtype=torch.bool, device=img_feats.device)
 
@@ -270,15 +270,20 @@ class Engine:
             return self._all_ranks(bool(finite))
 
     def schedule(
-        self, crops: int, resolution: tuple[int, int], classes: int, output_bytes: int = 0
+        self,
+        crops: int,
+        resolution: tuple[int, int],
+        classes: int,
+        output_bytes: int = 0,
+        selects: bool = False,
     ) -> Schedule:
-        """How a call would run that aggregates so many classes.
+        """Return how a call would run that aggregates so many classes, of more where it `selects`.
 
         Raises:
             ValueError: if the memory budget is too small for one class.
         """
         device: torch.device = self.aggregator.conv1.weight.device
-        sizes = Sizes(self.plan(), crops, resolution, classes, device)
+        sizes = Sizes(self.plan(), crops, resolution, classes, device, selects)
         return self._schedule(sizes, output_bytes, self._differentiable())
 
     def _schedule(self, sizes: Sizes, output_bytes: int, differentiable: bool) -> Schedule:
