@@ -37,6 +37,7 @@ from catseg_fast.inference.readout import (
 from catseg_fast.inference.segment import label, label_pixels, read_out
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.reference import model as reference_model
+from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
@@ -311,8 +312,9 @@ class CATSeg(reference_model.CATSeg):
 
     def _requests(self, batched_inputs: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, Readout]]:
         """Each image and how upstream's call answers it."""
-        for index, entry in enumerate(batched_inputs):
-            image = self._to_device(entry, index)
+        check_requests(batched_inputs)
+        for entry in batched_inputs:
+            image = entry["image"].to(self.device, torch.float32)
             height, width = self.window.resolution if self.sliding_window else image.shape[-2:]
             size = (entry.get("height", height), entry.get("width", width))
             if self.sliding_window:
