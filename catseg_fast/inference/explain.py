@@ -26,11 +26,18 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
         kept = min(kept, own)
     if backend != "reference":
         resolution = model.variant.feature_resolution
-        schedule = model.engine.schedule(crops, resolution, kept, READOUT_BYTES)
+        schedule = model.engine.schedule(
+            crops, resolution, kept, READOUT_BYTES, limit is not None and total > limit
+        )
         plan = model.engine.plan()
         lines["precision"] = str(plan.embed.dtype).removeprefix("torch.")
         for stage, reason in getattr(model.engine.stages(plan), "fallbacks", {}).items():
             lines["in torch"] = "; ".join(filter(None, [lines.get("in torch"), f"{stage} ({reason})"]))
+        kept_bytes = model.engine.recordings.kept
+        lines["graphs"] = (
+            f"{model.engine.graphs}; {model.engine.recordings.replays} calls replayed, "
+            f"{len(kept_bytes)} recordings hold {format_bytes(sum(kept_bytes))}"
+        )
         lines["policy"] = f"{schedule.policy}: {schedule.reason}"
         lines["step"] = f"{schedule.chunk} classes of {crops} crops"
         lines["memory"] = (
