@@ -25,6 +25,8 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from support import interpreter  # noqa: E402
+
 # What plain torch computes is what the kernels are measured by.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
@@ -35,6 +37,20 @@ os.environ.pop(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--upstream", metavar="FOLDER", help="a checkout of upstream, for the tests marked so")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Leave out what the interpreter does besides running the kernels."""
+    with interpreter.overflow_checks(False), interpreter.one_search_per_launch():
+        yield
+
+
+@pytest.fixture
+def overflow_checks() -> Iterator[None]:
+    """Let the interpreter check 32-bit integers for overflow."""
+    with interpreter.overflow_checks(True):
+        yield
 
 
 @pytest.fixture

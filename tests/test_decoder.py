@@ -115,6 +115,7 @@ def test_takes_any_strides() -> None:
         assert torch.equal(decoder.decode(plan, (channels_last, second), strided, (2, 3)), expected)
 
 
+@pytest.mark.usefixtures("overflow_checks")
 def test_takes_offsets_beyond_32_bits() -> None:
     torch.manual_seed(4)
     plan = make_plan(16, (16, 16), torch.float16)

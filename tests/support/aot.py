@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -89,10 +90,11 @@ def key(module: str, capability: int, target: CompileTarget) -> str:
     return f"{module} / {target.name} / sm_{capability}"
 
 
-def resources_of(module: str) -> dict[str, Resources | str]:
-    """Compile a module's targets in another process: resources by `key`, or the error where one fails."""
+def resources_of(modules: Iterable[str], capabilities: Iterable[int]) -> dict[str, Resources | str]:
+    """Compile modules' targets in another process: resources by `key`, or the error where one fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, module, "--json"]
+    chosen = [*modules, "--capabilities", *map(str, capabilities)]
+    command = [sys.executable, __file__, *chosen, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -160,12 +162,12 @@ def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if match is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
-    registers, stack = int(match[1]), int(match[2])
-    spills, spills_in_loops = count_spills(code)
+        match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if match is None:
+            raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
+        registers, stack = int(match[1]), int(match[2])
+        # Registers are spilled to the stack; the disassembler takes as long as ptxas.
+        spills, spills_in_loops = count_spills(_run("nvdisasm", "-c", file.name)) if stack else (0, 0)
     shared = compiled.metadata.shared
     by_warp = -(-registers * 32 // 256) * 256  # registers come in units of 256 a warp
     programs = min(
@@ -219,11 +221,11 @@ def _compile(module: str, capability: int, index: int) -> tuple[str, dict[str, A
         return name, f"{type(cause).__name__}: {str(cause)[-600:]}"
 
 
-def _compile_all(names: list[str]) -> dict[str, dict[str, Any] | str]:
+def _compile_all(names: list[str], capabilities: list[int]) -> dict[str, dict[str, Any] | str]:
     jobs = [
         (module, capability, index)
         for module in names
-        for capability in CAPABILITIES
+        for capability in capabilities
         for index in range(len(targets(module, capability)))
     ]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
@@ -266,11 +268,14 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", help="modules of catseg_fast.kernels; all without a name")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--write", action="store_true", help=f"record the result in {RECORD.name}")
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES)
     arguments = parser.parse_args()
+    if arguments.write and len(arguments.capabilities) < len(CAPABILITIES):
+        parser.error("--write: records all capabilities")
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("TRITON_INTERPRET is set: interpreted kernels do not compile")
     names = arguments.modules or modules()
-    compiled = _compile_all(names)
+    compiled = _compile_all(names, arguments.capabilities)
     print(json.dumps(compiled) if arguments.json else table(compiled))
     if arguments.write:
         write(compiled, names)
