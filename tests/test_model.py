@@ -366,9 +366,9 @@ def test_nan_pixels_propagate(version: Version, backend: str) -> None:
 )
 def test_bad_images(sliding: bool, image: Any, error: type[Exception], message: str) -> None:
     model = tiny_model(sliding_window=sliding, window=WINDOW)
+    labels = torch.zeros(IMAGE.shape[1:], dtype=torch.long)
     for call in (model, model.label_map, model.train()):
         with pytest.raises(error, match=r"^batched_inputs\[1\]\['image'\]: .*" + message):
-            labels = torch.zeros(IMAGE.shape[1:], dtype=torch.long)
             call([{"image": IMAGE, "sem_seg": labels, **SMALL}, {"image": image, "sem_seg": labels}])
 
 
