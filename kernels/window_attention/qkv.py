@@ -127,14 +127,14 @@ def interpreter_config(problem: Problem) -> QKVConfig:
 
 
 def _is_narrow(capability: int, problem: Problem) -> bool:
-    """Whether a program must be small, the weights' tile or shared memory (99 KB on 86 and 89) being large."""
+    """Whether the tile of weights must be small: of many channels, or with 99 KB of shared memory."""
     return problem.size("channels") > 128 or capability in (86, 89)
 
 
 def problem(x: Tensor, *_: object, input_precision: str) -> Problem:
     """What a measured config is found by."""
-    _, _, HW, C = x.shape
-    return Problem.of("window_block", "qkv", QKVConfig, x, input_precision, positions=HW, channels=C)
+    sizes = {"positions": x.shape[2], "channels": x.shape[3]}
+    return Problem.of("window_block", "qkv", QKVConfig, x, input_precision, **sizes)
 
 
 def launch(
