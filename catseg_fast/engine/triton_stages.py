@@ -177,12 +177,12 @@ def class_collect(
     input_precision: str = "ieee",
 ) -> None:
     """`torch_stages.class_collect` on kernels; the memory's sums become new tensors."""
-    memory, pooling = _linear(memory), layer.pooling or (1, 1)
+    memory, pooling = _linear(layer, memory), layer.pooling or (1, 1)
     key_value = memory.key_value if isinstance(memory.key_value, Tensor) else None
     key_sum = memory.key_sum if isinstance(memory.key_sum, Tensor) else None
     memory.key_value, memory.key_sum = class_attention.class_collect(
-        x, layer.kv, layer.kv_bias, text_key, key_value, key_sum, memory.heads, memory.length, resolution, pooling,
-        input_precision,
+        x, layer.kv, layer.kv_bias, text_key, key_value, key_sum, memory.heads, memory.length, resolution,
+        pooling, input_precision,
     )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def class_apply(
     input_precision: str = "ieee",
 ) -> Tensor:
     """`torch_stages.class_apply` on kernels."""
-    memory = _linear(memory)
+    memory = _linear(layer, memory)
     key_value, key_sum = memory.key_value, memory.key_sum
     if not isinstance(key_value, Tensor) or not isinstance(key_sum, Tensor) or key_sum.ndim == 2:
         raise ValueError("memory: it is empty, no class was added")
@@ -217,7 +217,9 @@ def unsupported_classes(layer: ClassLayer) -> str | None:
     return class_attention.unsupported(len(layer.q))
 
 
-def _linear(memory: ClassMemory) -> LinearMemory:
+def _linear(layer: ClassLayer, memory: ClassMemory) -> LinearMemory:
+    if reason := unsupported_classes(layer):
+        raise ValueError(f"layer: {reason}")
     if not isinstance(memory, LinearMemory):
         raise ValueError(f"memory: {type(memory).__name__} has no kernel, LinearMemory has")
     return memory

@@ -104,15 +104,23 @@ class Target:
 
 @functools.cache
 def targets(op: str, capability: int) -> tuple[Target, ...]:
-    """What an op launches at its sizes in all types; launches that compile alike are one."""
+    """What an op launches at its sizes: a kernel in all types where it first appears, later in fp16 only.
+
+    Launches that compile alike are one.
+    """
     declared, found, seen = load(op), [], set()
+    known: set[str] = set()
     for variant, sizes in {**declared.sizes, **declared.special}.items():
+        before = frozenset(known)
         for kind, dtype, precision in TYPES:
             _, launches = declared.dry_run(sizes, dtype, precision, capability)
             of_kernel: dict[str, int] = {}
             for launch in launches:
                 name = launch.kernel.__name__
                 of_kernel[name] = number = of_kernel.get(name, 0) + 1
+                known.add(name)
+                if name in before and dtype != torch.float16:
+                    continue
                 alike = (name, specialise(launch), repr(sorted(launch.options.items())))
                 if alike in seen:
                     continue
@@ -140,14 +148,9 @@ def specialise(launch: Launch) -> str:
         elif isinstance(value, float) and name in launch.arguments:
             value = "a number"
         elif isinstance(value, int) and name in launch.arguments:
-            fixed = name in _unspecialised(launch.kernel)
-            value = "any" if fixed else 1 if value == 1 else value % 16 == 0
+            value = 1 if value == 1 else value % 16 == 0
         described[name] = value
     return repr(described)
-
-
-def _unspecialised(kernel: Any) -> set[str]:
-    return {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
 
 
 def _is_split(launch: Launch) -> bool:
@@ -196,14 +199,19 @@ def recorded() -> dict[str, dict[str, Any]] | None:
 
 def compile_target(target: Target) -> Resources:
     """Compile as a launch would, and read the cubin."""
-    from triton.backends.compiler import GPUTarget
-
     launch = target.launch
     compiled = compile_launch(
         launch.kernel, launch.arguments, launch.constants, launch.options,
-        GPUTarget("cuda", target.capability, 32),
+        gpu(target.capability),
     )  # fmt: skip
     return _read(compiled, launch.options.get("num_warps", 4), CHIPS[target.capability])
+
+
+def gpu(capability: int) -> Any:
+    """Triton's description of a GPU."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", capability, 32)
 
 
 def compile_launch(
@@ -211,7 +219,7 @@ def compile_launch(
     arguments: Mapping[str, Any],
     constants: Mapping[str, Any],
     options: Mapping[str, Any],
-    gpu: Any,
+    target: Any,
 ) -> Any:
     """`kernel[grid](*arguments, **constants, **options)` up to the compiled kernel, for a GPU.
 
@@ -221,14 +229,14 @@ def compile_launch(
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    backend = make_backend(gpu)
+    backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     given = {**constants, **options}
     bound, specialization, _ = bind(*arguments.values(), **given)
     given["debug"] = False
     parsed, signature, constexprs, attrs = kernel._pack_args(backend, given, bound, specialization, given)
     source = ASTSource(kernel, signature, constexprs, attrs)
-    return triton.compile(source, target=gpu, options=parsed.__dict__)
+    return triton.compile(source, target=target, options=parsed.__dict__)
 
 
 def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:
