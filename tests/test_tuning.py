@@ -314,11 +314,8 @@ def test_tunes_on_a_gpu(op):
 
 def make_tunable(*times: float | str) -> tuple[Tunable, Callable[[Callable[[], object]], float]]:
     """A kernel with a candidate for each time, or for a fault, and a timer that knows the times."""
-    (original,) = (
-        tunable
-        for tunable in tunables_of("window_block", TINY, torch.float32)
-        if tunable.problem.kernel == "qkv"
-    )
+    found = tunables_of("window_block", TINY, torch.float32)
+    original = next(tunable for tunable in found if tunable.problem.kernel == "qkv")
     configs = [replace(original.candidates[0], num_stages=number) for number, _ in enumerate(times, 1)]
 
     def run(inputs: Any, config: Any) -> Any:
