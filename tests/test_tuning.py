@@ -251,7 +251,7 @@ def test_tunables_run_and_the_candidates_agree(op):
     variants = [TINY, replace(TINY, prompts=1)] if op == "embed_cost_volume" else [TINY]
     for tunable in (tunable for sizes in variants for tunable in tunables_of(op, sizes)):
         largest = max(
-            tunable.candidates[1:], key=lambda config: math.prod(filter(None, vars(config).values()))
+            tunable.candidates[1:], key=lambda config: math.prod(filter(None, asdict(config).values()))
         )
         chosen = (tunable.candidates[0], largest)
         outcome = tuner.tune(replace(tunable, candidates=chosen), CPU, run_once)
