@@ -25,8 +25,10 @@ from catseg_fast.engine.class_parallel import SOFTMAX, ClassShare
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.loss import segmentation_loss
+from catseg_fast.engine.recording import Recorder
 from catseg_fast.engine.terms import VocabularyTerms
 from catseg_fast.errors import RunError
+from catseg_fast.graphs import ModelGraphs
 from catseg_fast.inference.encoding import EncodedImage, encode
 from catseg_fast.inference.explain import explain
 from catseg_fast.inference.images import ImageLike, load_image
@@ -42,8 +44,6 @@ from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from catseg_fast.graphs import ModelGraphs
 
 
 class CATSeg(reference_model.CATSeg):
@@ -289,9 +289,6 @@ class CATSeg(reference_model.CATSeg):
             RuntimeError: if the model is not on a CUDA GPU.
             ValueError: if there are no sizes, or the model selects classes.
         """
-        from catseg_fast.engine.recording import Recorder
-        from catseg_fast.graphs import ModelGraphs  # imports this module
-
         record = Recorder(self.device)
         return ModelGraphs(self, sizes, record, sliding_window=sliding_window, probabilities=probabilities)
 

@@ -15,8 +15,6 @@ from typing import Any
 
 from catseg_fast.kernels.launch.config import LaunchConfig
 
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")  # fields of a config that are Triton's
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -68,8 +66,7 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: LaunchConfi
             passed as constants by the caller.
         **constants: its `tl.constexpr` arguments.
     """
-    options = {name: value for name in _OPTIONS if (value := getattr(config, name, None)) is not None}
-    options["enable_fp_fusion"] = True
+    options = config.options
     if _recorder.launches is not None:
         names = [name for name in kernel.arg_names if name not in constants]
         named = dict(zip(names, arguments, strict=True))
