@@ -2,8 +2,8 @@
 
 `prepare` runs a function that launches kernels, and notes what each launch takes: of every pointer, from
 which tensor it comes and at which byte. A `Prepared` repeats the launches on other tensors of the same
-shapes, strides, types and alignment. Buffers that live only inside the function share one allocation, in which those
-that are never needed at the same time overlap.
+shapes, strides, types and alignment. Buffers that live only inside the function share one allocation, in
+which those that are never needed at the same time overlap.
 
 On a GPU the compiled kernels are called directly; `launch_compiled` is the one place that knows how Triton
 does it. In the interpreter the same plan runs on views of tensors.
