@@ -159,7 +159,7 @@ def _is_split(launch: Launch) -> bool:
 
 
 def resources_of(op: str, capability: int) -> dict[str, Resources | str]:
-    """Compile an op's kernels for a chip in another process: resources by name, or the error where one fails."""
+    """Compile an op for a chip in another process: resources by name, or the error where one fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, op, "--capabilities", str(capability), "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
