@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
+_numbers = itertools.count()
 
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -29,6 +31,13 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--upstream", metavar="FOLDER", help="a checkout of upstream, for the tests marked so")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let each test have an empty cache folder of the user, which is made when something is written."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 @pytest.fixture
