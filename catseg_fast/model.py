@@ -60,8 +60,8 @@ class CATSeg(reference_model.CATSeg):
             all. By default as upstream has it: 256 in v2, None in v1.
         memory_budget: bytes (or "2GiB") that a call may take above weights and inputs; by default what is
             free. `engine` has further settings.
-        text_cache: whether text features are kept in the user's cache folder, so that a second start with the
-            same classes encodes none of them; or another folder, or a `FeaturesCache` with a limit of its own.
+        text_cache: True to keep text features in the user's cache folder, so that the next start with the
+            same classes encodes none; False for not; another folder; or a `FeaturesCache` with its own limit.
         **kwargs: further arguments of `catseg_fast.reference.model.CATSeg`.
     """
 
@@ -78,8 +78,8 @@ class CATSeg(reference_model.CATSeg):
         text_cache: bool | str | os.PathLike[str] | FeaturesCache = True,
         **kwargs: Any,
     ) -> None:
-        self.text_encoder = TextEncoder(FeaturesCache.of(text_cache))
         super().__init__(variant, classes, **kwargs)
+        self.text_encoder = TextEncoder(FeaturesCache.of(text_cache))
         self.backend = backend
         if max_classes != "upstream":
             self.max_classes = max_classes

@@ -118,9 +118,10 @@ def test_good_classes() -> None:
 
 # What a tokenizer may treat otherwise within a text than at its end or by itself.
 PIECES = (
-    "cat", "Traffic_Light", "crème brûlée", "猫", "🐈", "ΑΣ", "ſ", "ﬁ", "’", "e\u0301", "10", "2.5", "'s", "'LL", "'", "''", ".",
-    ",", ").", "(x)", "-", "_", "&", "&amp", "&amp;", "&#65", ";", "<", "<end_of_text>", "<start_of", "_text>", " ", "  ",
-    "\t", "\n", "\r\n", "\x1b[1m", "\x00", "\x1f", "\x7f", "\xa0", "\u2028", "Ã©", "a", "s", "re", "x" * 30,
+    "cat", "Traffic_Light", "crème brûlée", "猫", "🐈", "ΑΣ", "\u017f", "ﬁ", "\u2019", "e\u0301", "10", "2.5",
+    "'s", "'LL", "'", "''", ".", ",", ").", "(x)", "-", "_", "&", "&amp", "&amp;", "&#65", ";", "<",
+    "<end_of_text>", "<start_of", "_text>", " ", "  ", "\t", "\n", "\r\n", "\x1b[1m", "\x00", "\x1f", "\x7f",
+    "\xa0", "\u2028", "Ã©", "a", "s", "re", "x" * 30,
 )  # fmt: skip
 
 

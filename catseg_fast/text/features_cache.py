@@ -1,9 +1,9 @@
 """Text features on disk, so that a second start encodes nothing.
 
-A cache's folder holds a folder for each key (text tower, prompts, type), with safetensors files of some thousand
-texts' features each. A file's entries are classes, so that a changed list of classes finds those that it had.
-Files are written whole, read with their checksums, and removed where they are broken. Above the cache's limit the
-files that were not used for longest go.
+A cache's folder holds one folder per key (text tower, number of prompts, type), with safetensors files of
+some thousand texts' features each. A file's entries are classes, so that a changed list of classes finds
+those that it had. Files are written whole, their checksums are compared when they are read, and broken ones
+are removed. Above the cache's limit, the files that were not used for longest are removed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from catseg_fast.errors import InputError, InputTypeError
 from catseg_fast.files import replacing, user_cache
 
 LIMIT = 2 * 2**30
@@ -42,7 +43,7 @@ class FeaturesCache:
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, limit: int = LIMIT) -> None:
         if limit <= 0:
-            raise ValueError(f"limit: {limit} bytes are not positive")
+            raise InputError(f"limit: {limit} bytes are not positive")
         self.folder = user_cache() / "text-features" if folder is None else Path(folder)
         self.limit = limit
         self._used: set[Path] = set()  # by the present vocabulary: not to be removed
@@ -61,7 +62,9 @@ class FeaturesCache:
             return cls() if setting else None
         if isinstance(setting, (str, os.PathLike)):
             return cls(setting)
-        raise TypeError(f"text_cache: expected True, False, a folder or a FeaturesCache, got {setting!r}")
+        raise InputTypeError(
+            f"text_cache: expected True, False, a folder or a FeaturesCache, not {setting!r}"
+        )
 
     def load(self, key: str, names: set[str]) -> dict[str, Tensor]:
         """The entries among `names` that are there, on the CPU; a new vocabulary begins."""

@@ -1,9 +1,9 @@
 """Prompts to CLIP's token ids.
 
-Cleaning a text (ftfy, HTML entities) takes most of a tokenizer's time. It leaves plain ASCII without "&" as it
-is, but for case and white space, and no token spans white space. So the tokens of a plain text are those of its
-words one after the other, and a class list has few words: each is tokenised once. Other texts go through
-open_clip's tokenizer whole.
+Cleaning a text (ftfy, HTML entities) takes most of a tokenizer's time. Of plain ASCII without "&" it changes
+only case and white space, and no token spans white space. So the tokens of a plain text are those of its
+words, one after the other. A class list has few different words, and each is tokenised once. open_clip's
+tokenizer takes other texts as a whole.
 """
 
 from __future__ import annotations
