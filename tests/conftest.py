@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 GPU = torch.cuda.is_available()
+_numbers = itertools.count()
 
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -54,6 +56,13 @@ def overflow_checks() -> Iterator[None]:
     """Let the interpreter check 32-bit integers for overflow."""
     with interpreter.overflow_checks(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let each test have an empty cache folder of the user, which is made when something is written."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 @pytest.fixture

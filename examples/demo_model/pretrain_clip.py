@@ -38,7 +38,8 @@ from catseg_fast.data.scenes.words import GROUNDS, SYNONYMS, Composition
 from catseg_fast.files import replacing
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.model import normalise
-from catseg_fast.text.prompts import get_templates, tokenize
+from catseg_fast.text.prompts import get_templates
+from catseg_fast.text.tokens import tokenize
 
 DEMO = VARIANTS["demo"]
 SIDE, GRID, WINDOW = 384, 24, 12
