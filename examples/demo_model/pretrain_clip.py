@@ -39,14 +39,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from catseg_fast import CATSeg
-from catseg_fast.checkpoint import load_into, read_checkpoint
+from catseg_fast.checkpoints.checkpoint import load_into, read_checkpoint
 from catseg_fast.config import VARIANTS
+from catseg_fast.data.scenes.dataset import SPLITS, Thing
+from catseg_fast.data.scenes.words import GROUNDS, SHAPES, SYNONYMS
 from catseg_fast.files import replacing
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.model import normalise
-from catseg_fast.scenes.dataset import SPLITS, Thing
-from catseg_fast.scenes.words import GROUNDS, SHAPES, SYNONYMS
-from catseg_fast.vocabulary import get_templates, tokenize
+from catseg_fast.text.prompts import get_templates, tokenize
 
 DEMO = VARIANTS["demo"]
 WIDTH, PATCH, GRID, WINDOW = DEMO.clip.vision_width, DEMO.clip.patch_size, 24, 12
@@ -172,7 +172,9 @@ class Guide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.silhouette = nn.Linear(WIDTH, (3 * POINTS) ** 2)
-        self.shapes = nn.ModuleList(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(SHAPES))) for _ in READ)
+        self.shapes = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(SHAPES))) for _ in READ
+        )
         shapes = [-100 if isinstance(thing, str) else thing.shape for thing in CLASSES]
         self.register_buffer("shape_of", torch.tensor(shapes), persistent=False)
 
