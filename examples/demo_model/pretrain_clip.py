@@ -1,12 +1,12 @@
 """Train the demo model's CLIP: a name for every patch of generated scenes.
 
     catseg-fast scenes scenes/train --split train --count 5000
-    python examples/demo_model/pretrain_clip.py --data scenes/train --output clip.safetensors --minutes 60
+    python examples/demo_model/pretrain_clip.py --data scenes/train --init start.safetensors --output clip.safetensors
 
 Each patch's feature is classified by the text features of whole vocabularies (cross-entropy over cosines): of
 full names ("striped red ring") and of shorter ones ("red ring", "striped thing", "ring"), of which any word,
-but never two, may be replaced by its synonym. A shape's word is the only one that some of these names have, so
-the shape cannot be left out; and full names that differ in the shape only are each other's negatives.
+but never two, may be replaced by its synonym. Some of these names have no word but the shape's, so that it
+cannot be left out; and full names that differ in the shape only are each other's negatives.
 
 Colours and patterns are in a patch, shapes are not: they take most of the training. Three losses guide the
 image tower to them; their heads are thrown away afterwards.
@@ -16,8 +16,10 @@ image tower to them; their heads are thrown away afterwards.
   patch's own class, so that a patch can gather what the whole thing's outline is like.
 - Shapes: after the fourth and the fifth block, a linear layer reads the shape directly.
 
-Most of the time the tower sees windows of 12x12 patches around things, at the end whole pictures of 24x24. The
-rest of the model is saved as it was. A run that was interrupted goes on where its last state was saved.
+Most of the time the tower sees windows of 12x12 patches around things, at the end whole pictures of 24x24.
+The rest of the model is saved as it was. A run that was interrupted goes on where its last state was saved;
+SIGTERM saves it first. Where other programs run besides, two processes of one thread each (torchrun) share a
+step better than one process of two threads.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -73,8 +76,14 @@ class Views:
     def __init__(self, folder: Path, rank: int, count: int, seed: int) -> None:
         self.random = np.random.default_rng([seed, rank])
         paths = sorted((folder / "annotations").iterdir())[rank::count]
-        self.annotations = np.stack([_read(path)[1::2, 1::2] for path in paths])
-        self.images = np.stack([_read(folder / "images" / f"{path.stem}.jpg") for path in paths])
+        if not paths:
+            raise ValueError(f"data: {folder} has too few scenes for {count} processes")
+        side = len(_read(paths[0]))
+        self.annotations = np.empty((len(paths), side // 2, side // 2), np.uint16)
+        self.images = np.empty((len(paths), side, side, 3), np.uint8)
+        for index, path in enumerate(paths):
+            self.annotations[index] = _read(path)[1::2, 1::2]
+            self.images[index] = _read(folder / "images" / f"{path.stem}.jpg")
 
     def batch(self, count: int, side: int, patches: int) -> tuple[Tensor, Tensor, Tensor]:
         """Views of `side x side` patches, of which those are looked at that are of things or near some.
@@ -104,8 +113,8 @@ class Views:
         pixels = pixels.transpose(0, 2, 4, 1, 3).reshape(side * side, -1)
         points = np.ascontiguousarray(points.reshape(side, POINTS, side, POINTS).transpose(0, 2, 1, 3))
 
-        near = np.pad((points >= len(GROUNDS)).any((2, 3)), 1)
-        near = np.lib.stride_tricks.sliding_window_view(near, (3, 3)).any((2, 3))
+        things = np.pad((points >= len(GROUNDS)).any((2, 3)), 1)
+        near = np.lib.stride_tricks.sliding_window_view(things, (3, 3)).any((2, 3))
         chosen = np.sort(np.argsort(random.random(side * side) - near.flatten())[:patches])
         row, column = random.integers(0, GRID - side + 1, 2)
         places = (row + chosen // side) * GRID + column + chosen % side
@@ -176,7 +185,7 @@ class Guide(nn.Module):
             nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(SHAPES))) for _ in READ
         )
         shapes = [-100 if isinstance(thing, str) else thing.shape for thing in CLASSES]
-        self.register_buffer("shape_of", torch.tensor(shapes), persistent=False)
+        self.shapes_of_classes = torch.tensor(shapes)
 
     def silhouette_loss(self, tokens: Tensor, points: Tensor, own: Tensor, chosen: Tensor) -> Tensor:
         """Cross-entropy of which points of a patch and its eight neighbours are of the patch's class.
@@ -198,7 +207,7 @@ class Guide(nn.Module):
 
     def shape_loss(self, tokens: list[Tensor], own: Tensor) -> Tensor:
         """Cross-entropy of the shape that each patch `own [B, N]` is of, the grounds left out."""
-        target = self.shape_of[own].flatten()
+        target = self.shapes_of_classes[own].flatten()
         losses = [
             F.cross_entropy(head(x).float().flatten(0, 1), target)
             for head, x in zip(self.shapes, tokens, strict=True)
@@ -206,31 +215,39 @@ class Guide(nn.Module):
         return torch.stack(losses).mean()
 
 
-def companion_loss(block: nn.Module, x: Tensor, own: Tensor) -> Tensor:
-    """Negative logarithm of the attention that a block's first head pays to patches of a patch's class.
+def run_block(block: Any, x: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A block of CLIP's image tower, with its three projections in one product.
 
     Args:
-        block: of CLIP's image tower.
+        block: the block.
         x: its input `[B, 1 + N, C]`, the class token first.
-        own: class indices `[B, N]`.
+        own: class indices `[B, N]`, or None.
+
+    Returns:
+        The output; and, with `own`, the mean negative logarithm of the attention that the first head pays to
+        patches of a patch's own class.
     """
-    attention: Any = block.attn
-    width = x.shape[2] // attention.num_heads
-    h = block.ln_1(x)
-    q = F.linear(h[:, 1:], attention.q_proj_weight[:width], attention.in_proj_bias[:width])
-    start = x.shape[2]
-    k = F.linear(h, attention.k_proj_weight[:width], attention.in_proj_bias[start : start + width])
-    scores = (q @ k.transpose(1, 2)).float() / width**0.5
-    same = own[:, :, None] == own[:, None]
-    total = scores.logsumexp(2)
-    to_own = scores[..., 1:].masked_fill(~same, float("-inf")).logsumexp(2)
-    return (total - to_own).mean()
+    attention = block.attn
+    weight = torch.cat([attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight])
+    qkv = F.linear(block.ln_1(x), weight, attention.in_proj_bias)
+    q, k, v = qkv.view(*x.shape[:2], 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    companions = None
+    if own is not None:
+        first = scores[:, 0, 1:].float()
+        same = own[:, :, None] == own[:, None]
+        to_own = first[..., 1:].masked_fill(~same, float("-inf")).logsumexp(2)
+        companions = (first.logsumexp(2) - to_own).mean()
+    with torch.autocast("cpu", enabled=False):
+        weights = scores.softmax(3)
+    x = x + attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    return x + block.mlp(block.ln_2(x)), companions
 
 
 def losses_of(
     clip: DenseCLIP, guide: Guide, batch: tuple[Tensor, Tensor, Tensor], vocabularies: list[Vocabulary]
 ) -> Tensor:
-    """Losses of the vocabularies over patches of things and a quarter of the others; and those that guide."""
+    """Losses of the vocabularies over half of the things' patches, a tenth of others; and the guides'."""
     patches, all_points, (chosen, places) = batch
     points = all_points.flatten(3).flatten(1, 2)
     points = points.gather(1, chosen[..., None].expand(-1, -1, points.shape[2]))
@@ -244,16 +261,16 @@ def losses_of(
     *blocks, last = visual.transformer.resblocks
     companions, read = [], []
     for index, block in enumerate(blocks):
-        if index in COMPANIONS:
-            companions.append(companion_loss(block, x, own))
-        x = block(x)
+        x, loss = run_block(block, x, own if index in COMPANIONS else None)
+        if loss is not None:
+            companions.append(loss)
         if index == SILHOUETTE:
             silhouette = guide.silhouette_loss(x[:, 1:], all_points, own, chosen)
         if index in READ:
             read.append(x[:, 1:])
     guiding = [silhouette, torch.stack(companions).mean(), guide.shape_loss(read, own)]
 
-    judged = (points >= len(GROUNDS)).any(2) | (torch.rand(own.shape) < 0.25)
+    judged = torch.rand(own.shape) < torch.where((points >= len(GROUNDS)).any(2), 0.5, 0.1)
     # The last block attends to nothing, so a patch needs nothing but the class token beside it.
     pairs = torch.stack([x[:, :1].expand_as(x[:, 1:])[judged], x[:, 1:][judged]], dim=1)
     features = (visual.ln_post(clip._value_path(last, pairs)) @ visual.proj)[:, 1].float()
@@ -281,22 +298,22 @@ def make_optimisers(clip: DenseCLIP, guide: Guide, rate: float) -> list[torch.op
     ]
 
 
-def rate_at(step: int, share: float, decay: float) -> float:
-    """The learning rate's factor: it rises for 100 steps, stays, and falls to 0 in the last part of the time."""
-    return min(1.0, step / 100, (1 - share) / decay)
+def rate_at(step: int, total: int, decay: float) -> float:
+    """The learning rate's factor: it rises for 100 steps, stays, and falls to 0 in the last share `decay`."""
+    return min(1.0, (step + 1) / 100, (1 - step / total) / decay)
 
 
-def average_gradients(parameters: list[nn.Parameter], seconds: float) -> float:
-    """Replace gradients by their mean over the processes; return the mean of `seconds`, too."""
-    if dist.is_initialized():
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([torch.tensor([seconds]), *(x.flatten() for x in gradients)])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        seconds = float(flat[0])
-        for gradient, mean in zip(gradients, flat[1:].split([x.numel() for x in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-    return seconds
+def average(parameters: list[nn.Parameter], *values: float) -> list[float]:
+    """Replace gradients by their mean over the processes; the means of some values."""
+    if not dist.is_initialized():
+        return list(values)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([torch.tensor(values), *(x.flatten() for x in gradients)])
+    dist.all_reduce(flat)
+    means, *parts = (flat / dist.get_world_size()).split([len(values), *(x.numel() for x in gradients)])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return means.tolist()
 
 
 def train(options: argparse.Namespace) -> None:
@@ -310,7 +327,7 @@ def train(options: argparse.Namespace) -> None:
     guide = Guide()
     optimisers = make_optimisers(clip, guide, options.lr)
     parameters = [*clip.parameters(), *guide.parameters()]
-    step, before = 0, 0.0
+    step, minutes = 0, 0.0
     state_file = options.output.with_suffix(".state.pt")
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -318,11 +335,15 @@ def train(options: argparse.Namespace) -> None:
         guide.load_state_dict(state["guide"])
         for optimiser, its in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(its)
-        step, before = state["step"], state["seconds"]
+        step, minutes = state["step"], state["minutes"]
 
-    def save(seconds: float) -> None:
+    def spent() -> float:
+        """Minutes of this process's CPU that the run took."""
+        return minutes + time.process_time() / 60
+
+    def save() -> None:
         state = {
-            "clip": clip.state_dict(), "guide": guide.state_dict(), "step": step, "seconds": seconds,
+            "clip": clip.state_dict(), "guide": guide.state_dict(), "step": step, "minutes": spent(),
             "optimisers": [optimiser.state_dict() for optimiser in optimisers],
         }  # fmt: skip
         with replacing(state_file) as temporary:
@@ -336,20 +357,21 @@ def train(options: argparse.Namespace) -> None:
     full, shape = vocabularies[0], vocabularies[3]
     others = [vocabulary for vocabulary in vocabularies if vocabulary not in (full, shape)]
     log = options.output.with_suffix(".jsonl").open("a", encoding="utf-8")
-    start, seconds, total = time.monotonic() - before, before, 60 * options.minutes
-    while seconds < total:
-        if seconds < options.windows * total:
+    stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    while step < options.steps:
+        if step < options.windows * options.steps:
             batch = views.batch(options.batch_size, WINDOW, SEEN)
         else:
             batch = views.batch(options.batch_size // 6, GRID, GRID * GRID)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = options.lr * rate_at(step, seconds / total, options.decay)
+                group["lr"] = options.lr * rate_at(step, options.steps, options.decay)
         drawn = others[int(torch.randint(len(others), ()))]
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
             losses = losses_of(clip, guide, batch, [full, shape, drawn])
         (losses @ torch.tensor(WEIGHTS) / sum(WEIGHTS)).backward()
-        seconds = average_gradients(parameters, time.monotonic() - start)
+        (stopped,) = average(parameters, float(bool(stop)))
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimiser in optimisers:
             optimiser.step()
@@ -360,13 +382,15 @@ def train(options: argparse.Namespace) -> None:
         if rank == 0 and step % 10 == 0:
             row = {
                 "step": step,
-                "minutes": round(seconds / 60, 2),
+                "cpu_minutes": round(spent(), 2),
                 "loss": [round(x, 3) for x in losses.tolist()],
                 "scale": round(clip.logit_scale.exp().item(), 2),
             }
             print(json.dumps(row), file=log, flush=True)
-        if rank == 0 and (step % 100 == 0 or seconds >= total):
-            save(seconds)
+        if rank == 0 and (step % 50 == 0 or step == options.steps or stopped):
+            save()
+        if stopped:
+            break
     if count > 1:
         dist.destroy_process_group()
 
@@ -378,11 +402,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="scenes of the split 'train'")
     parser.add_argument("--output", type=Path, required=True, help="a .safetensors file")
     parser.add_argument("--init", type=Path, required=True, help="weights of the demo variant to start from")
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--batch-size", type=int, default=48, help="windows per step and process")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch-size", type=int, default=32, help="windows per step and process")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--windows", type=float, default=0.85, help="share of the time with windows")
-    parser.add_argument("--decay", type=float, default=0.4, help="share of the time in which the rate falls")
+    parser.add_argument("--windows", type=float, default=0.85, help="share of the steps with windows")
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the steps in which the rate falls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     train(parser.parse_args())
