@@ -1,7 +1,8 @@
 """Train the demo model's CLIP: a name for every patch of generated scenes.
 
     catseg-fast scenes scenes/train --split train --count 5000
-    python examples/demo_model/pretrain_clip.py --data scenes/train --init start.safetensors --output clip.safetensors
+    torchrun --nproc-per-node 2 examples/demo_model/pretrain_clip.py --data scenes/train \\
+        --init start.safetensors --output clip.safetensors
 
 Each patch's feature is classified by the text features of whole vocabularies (cross-entropy over cosines): of
 full names ("striped red ring") and of shorter ones ("red ring", "striped thing", "ring"), of which any word,
@@ -363,7 +364,7 @@ def train(options: argparse.Namespace) -> None:
         if step < options.windows * options.steps:
             batch = views.batch(options.batch_size, WINDOW, SEEN)
         else:
-            batch = views.batch(options.batch_size // 6, GRID, GRID * GRID)
+            batch = views.batch(max(1, options.batch_size // 6), GRID, GRID * GRID)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = options.lr * rate_at(step, options.steps, options.decay)
