@@ -337,10 +337,14 @@ class CATSeg(reference_model.CATSeg):
         with share.together(self.device, pixels, readouts):
             return encode(self, images, readouts)
 
-    def vocabulary_terms(self) -> VocabularyTerms:
-        """The engine's terms of the present classes, kept until these, a weight, or `max_classes` change."""
-        text, plan = self.text_features(), self.engine.plan()
+    def vocabulary_terms(self, plan: Plan | None = None) -> VocabularyTerms:
+        """Return the terms of the present classes, kept until these, a weight, or `max_classes` change.
+
+        Args:
+            plan: the folded weights, if the caller has them.
+        """
+        text, plan = self.text_features(), plan or self.engine.plan()
         key = (text, plan, self.max_classes)
         if self._vocabulary is None or not all(map(operator.is_, self._vocabulary[0], key)):
-            self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes))
+            self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes, plan))
         return self._vocabulary[1]
