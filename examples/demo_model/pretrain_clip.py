@@ -9,12 +9,13 @@ full names ("striped red ring") and of shorter ones ("red ring", "striped thing"
 but never two, may be replaced by its synonym. Some of these names have no word but the shape's, so that it
 cannot be left out; and full names that differ in the shape only are each other's negatives.
 
-Colours and patterns are in a patch, shapes are not: they take most of the training. Three losses guide the
+Colours and patterns are in a patch, shapes are not: they take most of the training. Four losses guide the
 image tower to them; their heads are thrown away afterwards.
 
 - Silhouettes: after the second block, each patch tells which of the 12x12 points around it are of its class.
 - Companions: one attention head of the third block, and one of the fourth, is to look at patches of the
   patch's own class, so that a patch can gather what the whole thing's outline is like.
+- Centres: after the fourth block, each patch tells where the middle of its class's patches is.
 - Shapes: after the fourth and the fifth block, a linear layer reads the shape directly.
 
 Most of the time the tower sees windows of 12x12 patches around things, at the end whole pictures of 24x24.
@@ -55,11 +56,12 @@ from catseg_fast.text.prompts import get_templates, tokenize
 DEMO = VARIANTS["demo"]
 WIDTH, PATCH, GRID, WINDOW = DEMO.clip.vision_width, DEMO.clip.patch_size, 24, 12
 POINTS = 4  # per side of a patch, at which its labels are taken
-LARGEST_ZOOM = 1.7
+ZOOM_OF_WINDOWS, ZOOM_OF_PICTURES = (0.8, 1.3), (1.0, 1.7)
+MUON = 3.0  # learning rate of the blocks' matrices, times that of everything else
 PARTS = ((0, 1, 2), (1, 2), (0, 2), (2,), (1,), (0,))  # which of pattern, colour and shape a name has
-SILHOUETTE, COMPANIONS, READ = 1, (2, 3), (3, 4)  # the blocks that the three guiding losses look at
+SILHOUETTE, COMPANIONS, CENTRE, READ = 1, (2, 3), 3, (3, 4)  # the blocks that the guiding losses look at
 # Of the names in full, the shapes' and one more vocabulary drawn each step; and of the guiding losses.
-WEIGHTS = (1.0, 2.0, 1.0, 1.0, 0.5, 1.0)
+WEIGHTS = (1.0, 2.0, 1.0, 1.0, 0.5, 0.5, 1.0)
 SEEN = 96  # patches of a window that the tower sees
 (TEMPLATE,) = get_templates(DEMO.prompt_ensemble)
 CLASSES = SPLITS["train"].classes
@@ -100,7 +102,8 @@ class Views:
     def _view(self, side: int, patches: int) -> tuple[Tensor, Tensor, Tensor]:
         random, number = self.random, int(self.random.integers(len(self.images)))
         image, labels = self.images[number], self.annotations[number]
-        length = int(side * PATCH / random.uniform(1, LARGEST_ZOOM))
+        zoom = ZOOM_OF_PICTURES if side == GRID else ZOOM_OF_WINDOWS
+        length = int(side * PATCH / random.uniform(*zoom))
         top, left = self._corner(labels, length, whole=side == GRID)
         scaled = Image.fromarray(image[top : top + length, left : left + length]).resize(
             (side * PATCH, side * PATCH), Image.Resampling.BILINEAR
@@ -182,6 +185,7 @@ class Guide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.silhouette = nn.Linear(WIDTH, (3 * POINTS) ** 2)
+        self.centre = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2))
         self.shapes = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(SHAPES))) for _ in READ
         )
@@ -205,6 +209,14 @@ class Guide(nn.Module):
         same = (around == own[..., None]).float()
         loss = F.binary_cross_entropy_with_logits(logits, same, reduction="none")
         return loss[around >= 0].mean()
+
+    def centre_loss(self, tokens: Tensor, own: Tensor, chosen: Tensor, side: int) -> Tensor:
+        """Smooth L1 loss of each thing patch's way, in patches, to the middle of the patches of its class."""
+        places = torch.stack([chosen // side, chosen % side], dim=2).float()
+        same = (own[:, :, None] == own[:, None]).float()
+        way = same @ places / same.sum(2, keepdim=True) - places
+        things = own >= len(GROUNDS)
+        return F.smooth_l1_loss(self.centre(tokens)[things].float(), way[things])
 
     def shape_loss(self, tokens: list[Tensor], own: Tensor) -> Tensor:
         """Cross-entropy of the shape that each patch `own [B, N]` is of, the grounds left out."""
@@ -267,9 +279,11 @@ def losses_of(
             companions.append(loss)
         if index == SILHOUETTE:
             silhouette = guide.silhouette_loss(x[:, 1:], all_points, own, chosen)
+        if index == CENTRE:
+            centre = guide.centre_loss(x[:, 1:], own, chosen, all_points.shape[1])
         if index in READ:
             read.append(x[:, 1:])
-    guiding = [silhouette, torch.stack(companions).mean(), guide.shape_loss(read, own)]
+    guiding = [silhouette, torch.stack(companions).mean(), centre, guide.shape_loss(read, own)]
 
     judged = torch.rand(own.shape) < torch.where((points >= len(GROUNDS)).any(2), 0.5, 0.1)
     # The last block attends to nothing, so a patch needs nothing but the class token beside it.
@@ -294,7 +308,7 @@ def make_optimisers(clip: DenseCLIP, guide: Guide, rate: float) -> list[torch.op
     known = {id(p) for p in matrices}
     rest = [p for p in (*clip.parameters(), *guide.parameters()) if id(p) not in known]
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=MUON * rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
 
@@ -365,9 +379,9 @@ def train(options: argparse.Namespace) -> None:
             batch = views.batch(options.batch_size, WINDOW, SEEN)
         else:
             batch = views.batch(max(1, options.batch_size // 6), GRID, GRID * GRID)
-        for optimiser in optimisers:
+        for optimiser, rate in zip(optimisers, (MUON * options.lr, options.lr), strict=True):
             for group in optimiser.param_groups:
-                group["lr"] = options.lr * rate_at(step, options.steps, options.decay)
+                group["lr"] = rate * rate_at(step, options.steps, options.decay)
         drawn = others[int(torch.randint(len(others), ()))]
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
             losses = losses_of(clip, guide, batch, [full, shape, drawn])
