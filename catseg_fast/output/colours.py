@@ -101,6 +101,7 @@ def colours_for(
     beside = _touching(index, len(present))
     reach = alpha * _ADJACENT
     spare = class_colours(count + _CANDIDATES)[count:]
+    seen = np.empty_like(means)  # each class's pixels on average, its colour over them
     done: list[int] = []
     order = sorted(range(len(present)), key=lambda i: (present[i] not in named, -pixels[i], i))
     for i in order:
@@ -108,13 +109,13 @@ def colours_for(
         more = shades(named[label], _CANDIDATES) if label in named else spare
         candidates = np.concatenate([colours[label][None], more]).astype(float)
         near = [j for j in done if beside[i, j]]
-        seen = (1 - alpha) * means + alpha * colours[present]
         mine = (1 - alpha) * means[i] + alpha * candidates
         room = _distance(mine[:, None], seen[near][None]).min(axis=1, initial=reach) / max(reach, 1e-9)
         if label not in named:
             others = _distance(candidates[:, None], colours[present[done]][None].astype(float))
             room = np.minimum(room, others.min(axis=1, initial=_ANYWHERE) / _ANYWHERE)
-        colours[label] = candidates[int(room.argmax())]  # the first of those that have room enough
+        best = int(room.argmax())  # the first of those that have room enough
+        colours[label], seen[i] = candidates[best], mine[best]
         done.append(i)
     return colours
 
