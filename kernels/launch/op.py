@@ -144,6 +144,16 @@ class Op:
     mma: Mapping[str, str] = field(default_factory=dict)
     max_stack: Mapping[str, int] = field(default_factory=dict)
 
+    def call(self, custom_op: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `launch(*arguments)`, through the custom op only where PyTorch needs to see it.
+
+        That is while a graph is traced, and where gradients are recorded, which the custom op refuses; its
+        dispatch takes as long as a kernel's launch.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return custom_op(*arguments)
+        return self.launch(*arguments)
+
     def launch(self, *arguments: Any) -> Any:
         """Run the first form that supports the call; the first argument is a tensor on the device.
 
