@@ -1,7 +1,8 @@
 """A GPU that only takes orders: everything that the host does in a call happens, and nothing is computed.
 
 Tensors are on the meta device, kernels are bound and launched by Triton's own code, and only what would
-compile them and hand them to the driver is replaced. So the host's work can be counted and timed without a GPU. It
+compile them and hand them to the driver is replaced. So the host's work can be counted and timed without a
+GPU. It
 needs a process of its own, in which Triton's interpreter is off:
 
     python -m bench.fake_gpu --classes 150
@@ -31,7 +32,7 @@ MEMORY = 2**37  # bytes, as an H200 has
 IDLE = {
     "empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "detach", "alias", "view",
     "_unsafe_view", "_reshape_alias", "expand", "slice", "select", "as_strided", "permute", "transpose", "t",
-    "unsqueeze", "squeeze", "split", "split_with_sizes", "unbind", "unfold",
+    "unsqueeze", "squeeze", "split", "promote_types", "split_with_sizes", "unbind", "unfold",
 }  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def fake_gpu() -> Iterator[Orders]:
     from catseg_fast import backend
     from catseg_fast.engine import schedule
     from catseg_fast.engine.engine import Engine
-    from catseg_fast.kernels.launch import checks
+    from catseg_fast.kernels.launch import checks, prepared
 
     orders = Orders()
     check = checks.check_runnable
@@ -116,6 +117,7 @@ def fake_gpu() -> Iterator[Orders]:
         (torch, "is_autocast_enabled", lambda *_: False),  # which knows no "meta"
         (Engine, "_without_autocast", lambda _: nullcontext()),
         (JITFunction, "_do_compile", stand_in),
+        (prepared, "_same_bits", lambda *_: True),
         *((module, "check_runnable", lambda *_: None) for module in modules),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in patched]
