@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -24,9 +25,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 GPU = torch.cuda.is_available()
+_numbers = itertools.count()
 
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from support import interpreter  # noqa: E402
 
 # What plain torch computes is what the kernels are measured by.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -38,6 +42,27 @@ os.environ.pop(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--upstream", metavar="FOLDER", help="a checkout of upstream, for the tests marked so")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Leave out what the interpreter does besides running the kernels."""
+    with interpreter.overflow_checks(False), interpreter.one_search_per_launch():
+        yield
+
+
+@pytest.fixture
+def overflow_checks() -> Iterator[None]:
+    """Let the interpreter check 32-bit integers for overflow."""
+    with interpreter.overflow_checks(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let each test have an empty cache folder of the user, which is made when something is written."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 @pytest.fixture

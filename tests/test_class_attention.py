@@ -176,6 +176,7 @@ def test_strided_views() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.usefixtures("overflow_checks")
 def test_offsets_beyond_two_billion() -> None:
     """Of the memory between classes no page is touched."""
     layer = cast(make_layer(16, 1, 32), torch.float16)

@@ -122,6 +122,7 @@ def test_takes_any_strides() -> None:
         assert torch.equal(decode(plan, (channels_last, second), strided, (2, 3)), expected)
 
 
+@pytest.mark.usefixtures("overflow_checks")
 def test_takes_offsets_beyond_32_bits() -> None:
     torch.manual_seed(4)
     plan = make_plan(16, (16, 16), torch.float16)

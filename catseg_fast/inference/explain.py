@@ -33,6 +33,11 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
         lines["precision"] = str(plan.embed.dtype).removeprefix("torch.")
         for stage, reason in getattr(model.engine.stages(plan), "fallbacks", {}).items():
             lines["in torch"] = "; ".join(filter(None, [lines.get("in torch"), f"{stage} ({reason})"]))
+        kept_bytes = model.engine.recordings.kept
+        lines["graphs"] = (
+            f"{model.engine.graphs}; {model.engine.recordings.replays} calls replayed, "
+            f"{len(kept_bytes)} recordings hold {format_bytes(sum(kept_bytes))}"
+        )
         lines["policy"] = f"{schedule.policy}: {schedule.reason}"
         lines["step"] = f"{schedule.chunk} classes of {crops} crops"
         lines["memory"] = (

@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -159,11 +159,11 @@ def _is_split(launch: Launch) -> bool:
     return launch.constants.get("PRECISION") != "ieee"
 
 
-def resources_of(op: str) -> dict[str, Resources | str]:
-    """Compile an op's kernels in another process: resources by name, or the error where one fails."""
+def resources_of(op: str, capability: int) -> dict[str, Resources | str]:
+    """Compile an op for a chip in another process: resources by name, or the error where one fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, __file__, op, "--json"]
+    command = [sys.executable, __file__, op, "--capabilities", str(capability), "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -300,11 +300,11 @@ def _compile(op: str, capability: int, index: int) -> tuple[str, dict[str, Any] 
         return target.name, f"{type(cause).__name__}: {str(cause)[-600:]}"
 
 
-def _compile_all(ops: list[str]) -> dict[str, dict[str, Any] | str]:
+def _compile_all(ops: list[str], capabilities: Sequence[int]) -> dict[str, dict[str, Any] | str]:
     jobs = [
         (op, capability, index)
         for op in ops
-        for capability in CAPABILITIES
+        for capability in capabilities
         for index in range(len(targets(op, capability)))
     ]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
@@ -349,11 +349,14 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", help="ops of catseg_fast.kernels; all without a name")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--write", action="store_true", help=f"record the result in {RECORD.name}")
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES)
     arguments = parser.parse_args()
+    if arguments.write and len(arguments.capabilities) < len(CAPABILITIES):
+        parser.error("--write: records all capabilities")
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("TRITON_INTERPRET is set: interpreted kernels do not compile")
     ops = arguments.ops or list(OPS)
-    compiled = _compile_all(ops)
+    compiled = _compile_all(ops, arguments.capabilities)
     print(json.dumps(compiled) if arguments.json else table(compiled))
     if arguments.write:
         write(compiled, ops)
