@@ -27,8 +27,10 @@ from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.loss import segmentation_loss
 from catseg_fast.engine.precision import text_dtype
+from catseg_fast.engine.recording import Recorder
 from catseg_fast.engine.terms import VocabularyTerms
 from catseg_fast.errors import RunError
+from catseg_fast.graphs import ModelGraphs
 from catseg_fast.inference.encoding import EncodedImage, encode
 from catseg_fast.inference.explain import explain
 from catseg_fast.inference.images import ImageLike, load_image
@@ -39,14 +41,13 @@ from catseg_fast.inference.readout import (
 from catseg_fast.inference.segment import label, label_pixels, read_out
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.reference import model as reference_model
+from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, TextEncoder
 from catseg_fast.text.features_cache import FeaturesCache
 from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from catseg_fast.graphs import ModelGraphs
 
 
 class CATSeg(reference_model.CATSeg):
@@ -312,9 +313,6 @@ class CATSeg(reference_model.CATSeg):
             RuntimeError: if the model is not on a CUDA GPU.
             ValueError: if there are no sizes, or the model selects classes.
         """
-        from catseg_fast.engine.recording import Recorder
-        from catseg_fast.graphs import ModelGraphs  # imports this module
-
         record = Recorder(self.device)
         return ModelGraphs(self, sizes, record, sliding_window=sliding_window, probabilities=probabilities)
 
@@ -335,8 +333,9 @@ class CATSeg(reference_model.CATSeg):
 
     def _requests(self, batched_inputs: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, Readout]]:
         """Each image and how upstream's call answers it."""
-        for index, entry in enumerate(batched_inputs):
-            image = self._to_device(entry, index)
+        check_requests(batched_inputs)
+        for entry in batched_inputs:
+            image = entry["image"].to(self.device, torch.float32)
             height, width = self.window.resolution if self.sliding_window else image.shape[-2:]
             size = (entry.get("height", height), entry.get("width", width))
             if self.sliding_window:
