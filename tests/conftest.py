@@ -45,6 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--upstream", metavar="FOLDER", help="a checkout of upstream, for the tests marked so")
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let each test have an empty cache folder of the user, which is made when something is written."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter() -> Iterator[None]:
     """Leave out what the interpreter does besides running the kernels."""
@@ -57,13 +64,6 @@ def overflow_checks() -> Iterator[None]:
     """Let the interpreter check 32-bit integers for overflow."""
     with interpreter.overflow_checks(True):
         yield
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let each test have an empty cache folder of the user, which is made when something is written."""
-    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 @pytest.fixture
