@@ -14,10 +14,10 @@ from bench.cases import DTYPES
 from bench.flops import count, phase_surplus, stage_flop
 from bench.meter import Meter
 from bench.stage_calls import RESOLUTION, STAGES, bind, least_bytes, make_inputs, variant_of
-from catseg_fast import stages
-from catseg_fast.plan import cast as cast_plan
-from catseg_fast.planner import usual_chunk
-from catseg_fast.streaming import Stages
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.folding import cast as cast_plan
+from catseg_fast.engine.schedule import usual_chunk
+from catseg_fast.engine.streaming import Stages
 
 torch_stages = cast(Stages, stages)
 
@@ -36,7 +36,7 @@ def bench_kernels(meter: Meter, full: bool, stage: str, dtype: torch.dtype, run:
     inputs = make_inputs(stage, crops, classes, dtype, device)
     ours = torch_stages
     if run == "Triton":
-        from catseg_fast.triton_stages import TritonStages  # triton exists for Linux alone
+        from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux alone
 
         ours = TritonStages(inputs.plan)
     bound = bind(stage, inputs)

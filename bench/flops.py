@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.cases import Call, Case, make_call
-from catseg_fast import fourier, stages
-from catseg_fast.class_memory import new_memory
-from catseg_fast.plan import Plan
+from catseg_fast.engine import fourier
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.class_memory import new_memory
+from catseg_fast.engine.folding import Plan
+from catseg_fast.engine.terms import chunk_text, image_terms, vocabulary_terms
 from catseg_fast.reference.aggregator import AggregatorLayer
-from catseg_fast.terms import chunk_text, image_terms, vocabulary_terms
 
 
 def count(run: Callable[[], Any]) -> float:

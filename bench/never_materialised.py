@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import Case, make_call
 from catseg_fast import reference
-from catseg_fast.planner import format_bytes, usual_chunk
-from catseg_fast.triton_stages import TritonStages
+from catseg_fast.engine.schedule import format_bytes, usual_chunk
+from catseg_fast.engine.triton_stages import TritonStages
 
 RECORD = Path(__file__).parent / "results" / "never_materialised.md"
 CROPS = 5

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import DTYPES
 from bench.stage_calls import STAGES, bind, make_inputs
-from catseg_fast import stages as torch_stages
-from catseg_fast.streaming import Stages
+from catseg_fast.engine import torch_stages
+from catseg_fast.engine.streaming import Stages
 
 WARM_UP = 3
 ROWS = 25
@@ -49,7 +49,7 @@ def main() -> None:
     inputs = make_inputs(stage, crops, classes, dtype, torch.device(options.device))
     call, stages = bind(stage, inputs), cast(Stages, torch_stages)
     if options.device == "cuda":
-        from catseg_fast.triton_stages import TritonStages  # triton exists for Linux alone
+        from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux alone
 
         stages = TritonStages(inputs.plan)
     with torch.no_grad():

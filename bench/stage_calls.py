@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case, make_call
-from catseg_fast import stages as torch_stages
-from catseg_fast.class_memory import LinearMemory, new_memory
-from catseg_fast.plan import Plan
-from catseg_fast.streaming import Stages
-from catseg_fast.terms import ImageTerms, image_terms
+from catseg_fast.engine import torch_stages
+from catseg_fast.engine.class_memory import LinearMemory, new_memory
+from catseg_fast.engine.folding import Plan
+from catseg_fast.engine.streaming import Stages
+from catseg_fast.engine.terms import ImageTerms, image_terms
 
 RESOLUTION = (24, 24)
 STAGES = (

@@ -70,6 +70,6 @@ def why_no_triton(device: str | torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the model is on {device.type!r}, and Triton kernels need a CUDA GPU"
-    from catseg_fast.kernels.checks import too_old
+    from catseg_fast.kernels.launch.checks import too_old
 
     return too_old(device)

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from catseg_fast.checkpoint import IGNORED_KEYS
+from catseg_fast.checkpoints.checkpoint import IGNORED_KEYS
+from catseg_fast.checkpoints.upstream_config import model_arguments
 from catseg_fast.model import CATSeg
-from catseg_fast.upstream_config import model_arguments
 
 try:
     from detectron2.config import configurable
@@ -46,7 +46,7 @@ class CATSegFast(CATSeg):
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
-        """See `catseg_fast.upstream_config.model_arguments`."""
+        """See `catseg_fast.checkpoints.upstream_config.model_arguments`."""
         return model_arguments(cfg)
 
     def forward(

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from catseg_fast.encoding import encode
-from catseg_fast.engine import Engine
-from catseg_fast.images import ImageLike, load_image
-from catseg_fast.label_map import READOUT_BYTES, LabelMap, Probabilities, Readout
-from catseg_fast.labelling import read_out
+from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.schedule import Schedule
+from catseg_fast.inference.encoding import encode
+from catseg_fast.inference.images import ImageLike, load_image
+from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
+from catseg_fast.inference.segment import read_out
+from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
-from catseg_fast.planner import Schedule
-from catseg_fast.segmentation import Segmentation
 from catseg_fast.weights import weights_state
 
 Answer = TypeVar("Answer")

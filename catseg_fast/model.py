@@ -13,24 +13,30 @@ from typing_extensions import Self
 
 from catseg_fast.aggregator import Aggregator
 from catseg_fast.backend import choose_backend, default_device
-from catseg_fast.checkpoint import IGNORED_KEYS, load_into, read_checkpoint, recognise_variant, resolve
-from catseg_fast.class_parallel import SOFTMAX, ClassShare
+from catseg_fast.checkpoints.checkpoint import (
+    IGNORED_KEYS,
+    load_into,
+    read_checkpoint,
+    recognise_variant,
+    resolve,
+)
 from catseg_fast.config import Variant, get_variant
-from catseg_fast.encoding import EncodedImage, encode
-from catseg_fast.engine import Engine
-from catseg_fast.explain import explain
-from catseg_fast.images import ImageLike, load_image
-from catseg_fast.label_map import (
+from catseg_fast.engine.class_parallel import SOFTMAX, ClassShare
+from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.folding import Plan
+from catseg_fast.engine.loss import segmentation_loss
+from catseg_fast.engine.terms import VocabularyTerms
+from catseg_fast.inference import explain
+from catseg_fast.inference.encoding import EncodedImage, encode
+from catseg_fast.inference.images import ImageLike, load_image
+from catseg_fast.inference.readout import (
     Probabilities,
     Readout,
 )
-from catseg_fast.labelling import label, read_out
-from catseg_fast.loss import segmentation_loss
-from catseg_fast.plan import Plan
+from catseg_fast.inference.segment import label, read_out
+from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.reference import model as reference_model
-from catseg_fast.segmentation import Segmentation
-from catseg_fast.terms import VocabularyTerms
-from catseg_fast.vocabulary import check_classes
+from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -322,7 +328,7 @@ class CATSeg(reference_model.CATSeg):
         return [image if isinstance(image, EncodedImage) else next(fresh) for image in images]
 
     def _encode(self, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
-        """`catseg_fast.encoding.encode`, where classes are shared on all ranks alike."""
+        """`catseg_fast.inference.encoding.encode`, where classes are shared on all ranks alike."""
         share = self.engine.share
         if share is None:
             return encode(self, images, readouts)

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
-from catseg_fast.images import load_image
+from catseg_fast.inference.images import load_image
 from catseg_fast.model import CATSeg
-from catseg_fast.overlay import label_png
-from catseg_fast.results import summarise
+from catseg_fast.output.overlay import label_png
+from catseg_fast.output.results import summarise
 
 try:
     import ray

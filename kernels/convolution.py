@@ -25,12 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels import tuning
-from catseg_fast.kernels.checks import DTYPES
-from catseg_fast.kernels.compile_target import CompileTarget
-from catseg_fast.kernels.launch_config import LaunchConfig, default_first, grid
-from catseg_fast.kernels.tunable import Workload
-from catseg_fast.kernels.tuning import Problem
+from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch.checks import DTYPES
+from catseg_fast.kernels.launch.compile_target import CompileTarget
+from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.launch.configs import Problem
+from catseg_fast.kernels.launch.tunable import Workload
 
 
 @triton.jit(do_not_specialize=["classes", "images"])

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.checks import check_runnable
-from catseg_fast.kernels.compile_target import CompileTarget
-from catseg_fast.label_map import LabelMap, Readout
+from catseg_fast.inference.readout import LabelMap, Readout
+from catseg_fast.kernels.launch.checks import check_runnable
+from catseg_fast.kernels.launch.compile_target import CompileTarget
 
 # Pixels a program; in the interpreter, few large programs are faster.
 BLOCK, INTERPRETER_BLOCK = 256, 16384

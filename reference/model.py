@@ -24,7 +24,7 @@ from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.finetune import freeze, segmentation_loss
 from catseg_fast.reference.guidance import build_guidance
 from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resize
-from catseg_fast.vocabulary import Progress, check_classes, encode_classes, get_templates, tokenize_classes
+from catseg_fast.text.prompts import Progress, check_classes, encode_classes, get_templates, tokenize_classes
 from catseg_fast.weights import weights_state
 
 

@@ -24,8 +24,9 @@ from bench.measure import Timing, time_call
 from bench.meter import Meter
 from bench.records import Record
 from bench.stage_calls import STAGES, bind, make_inputs
-from catseg_fast import plan, stages
-from catseg_fast.streaming import Stages
+from catseg_fast.engine import folding as plan
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.streaming import Stages
 
 CPU = torch.device("cpu")
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_bench_report import make_record
 
 from bench import campaign, ship
 from bench.campaign import Outcome, Step
 from bench.measure import Timing
 from bench.records import append
-from catseg_fast import tuner
-from catseg_fast.kernels import mlp, tuning
-from test_bench_report import make_record
+from catseg_fast.engine import tuner
+from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.window_attention import mlp
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from accuracy import assert_no_worse_than_eager, upcast
-from catseg_fast import stages
-from catseg_fast.class_memory import FullMemory, LinearMemory
-from catseg_fast.kernels import class_apply, class_attention, class_collect
-from catseg_fast.kernels.compile_target import CAPABILITIES
-from catseg_fast.plan import ClassLayer
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.class_memory import FullMemory, LinearMemory
+from catseg_fast.engine.folding import ClassLayer
+from catseg_fast.kernels.class_attention import apply as class_apply
+from catseg_fast.kernels.class_attention import collect as class_collect
+from catseg_fast.kernels.class_attention import op as class_attention
+from catseg_fast.kernels.launch.compile_target import CAPABILITIES
+from support.accuracy import assert_no_worse_than_eager, upcast
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from catseg_fast import CATSeg, __version__, cli
-from catseg_fast.class_list import EVERYDAY_CLASSES, parse_classes, read_classes
+from catseg_fast import CATSeg, __version__
+from catseg_fast.cli import main as cli
 from catseg_fast.config import VARIANTS
-from catseg_fast.images import load_image
+from catseg_fast.inference.images import load_image
 from catseg_fast.model import Segmentation
-from catseg_fast.results import save_segmentation, summarise, unique_stems
+from catseg_fast.output.results import save_segmentation, summarise, unique_stems
+from catseg_fast.text.class_lists import EVERYDAY_CLASSES, parse_classes, read_classes
 
 V2_VITB = VARIANTS["v2-vitb"]
 TINY = replace(
@@ -242,7 +243,7 @@ def test_a_failing_write_leaves_nothing_behind(workplace, weights, monkeypatch):
     def disk_full(labels):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("catseg_fast.results.label_png", disk_full)
+    monkeypatch.setattr("catseg_fast.output.results.label_png", disk_full)
     result = run("segment", "photo.png", "--weights", weights, "--whole")
     assert result.exit_code == 1
     assert "photo.png: [Errno 28] No space left" in result.stderr

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every supported GPU, and takes no more of it than it says (`tests/aot.py`)."""
+"""Every kernel compiles for every supported GPU, and takes no more of it than it says (`support/aot.py`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-import aot
-from catseg_fast.kernels.compile_target import CAPABILITIES, CompileTarget
+from catseg_fast.kernels.launch.compile_target import CAPABILITIES, CompileTarget
+from support import aot
 
 TARGETS = [
     pytest.param(module, capability, target, id=aot.key(module, capability, target))
@@ -43,7 +43,7 @@ def test_takes_no_more_than_it_says(module: str, capability: int, target: Compil
 
 @pytest.mark.parametrize("module", aot.modules())
 def test_takes_what_was_recorded(module: str) -> None:
-    """A change that costs registers is to be seen in review: `python tests/aot.py --write` records it."""
+    """A change that costs registers is to be seen in review: `tests/support/aot.py --write` records it."""
     record = aot.recorded()
     if record is None:
         pytest.skip(f"nothing is recorded of triton {aot.triton.__version__}")

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from accuracy import assert_no_worse_than_eager, upcast
-from catseg_fast import stages
-from catseg_fast.kernels import cost_volume, single_prompt
-from catseg_fast.plan import Plan
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.folding import Plan
+from catseg_fast.kernels.cost_volume import op as cost_volume
+from catseg_fast.kernels.cost_volume import single_prompt
+from support.accuracy import assert_no_worse_than_eager, upcast
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 

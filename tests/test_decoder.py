@@ -11,11 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from accuracy import assert_no_worse_than_eager, upcast
-from catseg_fast import stages
-from catseg_fast.kernels import convolution, decoder, group_norm
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.folding import DecoderStage, Normalisation, Plan
+from catseg_fast.kernels import convolution
 from catseg_fast.kernels.convolution import Config, Size
-from catseg_fast.plan import DecoderStage, Normalisation, Plan
+from catseg_fast.kernels.decoder import group_norm
+from catseg_fast.kernels.decoder import op as decoder
+from support.accuracy import assert_no_worse_than_eager, upcast
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 

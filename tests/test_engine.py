@@ -9,14 +9,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_plan import chunk, features, make_aggregator, terms
 from torch import Tensor
 
-from catseg_fast import reference, stages
-from catseg_fast.class_memory import new_memory
-from catseg_fast.engine import Engine
-from catseg_fast.planner import parse_bytes
-from catseg_fast.precision import pays_off_on_cpu
-from test_plan import chunk, features, make_aggregator, terms
+from catseg_fast import reference
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.class_memory import new_memory
+from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.precision import pays_off_on_cpu
+from catseg_fast.engine.schedule import parse_bytes
 
 POLICIES = ("resident", "offload", "recompute")
 T = 7
@@ -122,7 +123,7 @@ def test_no_worse_than_the_reference_at_the_same_type(dtype: torch.dtype, classe
 def test_precision_and_autocast_choose_the_stages_type(
     pays_off: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("catseg_fast.precision.pays_off_on_cpu", lambda dtype: pays_off)
+    monkeypatch.setattr("catseg_fast.engine.precision.pays_off_on_cpu", lambda dtype: pays_off)
     aggregator = make_aggregator().float()
     inputs = [x.float() if isinstance(x, Tensor) else [y.float() for y in x] for x in features(aggregator)]
     full = logits(aggregator, inputs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from catseg_fast import CATSeg
 from catseg_fast.config import Version
 from catseg_fast.reference.finetune import is_trained, segmentation_loss
-from tiny import CLASSES, picture, tiny_model
+from support.tiny import CLASSES, picture, tiny_model
 
 VERSIONS: tuple[Version, ...] = ("v1", "v2")
 versions = pytest.mark.parametrize("version", VERSIONS)

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from catseg_fast import CATSeg
-from catseg_fast.engine import Engine
+from catseg_fast.engine.engine import Engine
 from catseg_fast.graphs import ModelGraphs, Recorder
 from catseg_fast.reference.window_attention import shifted_window_mask
-from tiny import CLASSES, close, picture, tiny_model
+from support.tiny import CLASSES, close, picture, tiny_model
 
 SIZE = (64, 96)
 

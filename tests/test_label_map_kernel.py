@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from accuracy import assert_no_worse_than_eager
+from catseg_fast.inference.readout import LabelMap, Readout
 from catseg_fast.kernels import label_map
-from catseg_fast.label_map import LabelMap, Readout
 from catseg_fast.reference.inference import SlidingWindow, resize
+from support.accuracy import assert_no_worse_than_eager
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 READOUTS = [

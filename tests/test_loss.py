@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from catseg_fast import loss, reference
-from catseg_fast.loss import segmentation_loss
+from catseg_fast import reference
+from catseg_fast.engine import loss
+from catseg_fast.engine.loss import segmentation_loss
 from catseg_fast.reference.finetune import segmentation_loss as reference_loss
 
 

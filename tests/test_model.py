@@ -16,8 +16,8 @@ from torch import Tensor
 
 from catseg_fast import CATSeg, SlidingWindow
 from catseg_fast.config import CLIP_PIXEL_MEAN, CLIP_PIXEL_STD, PIXEL_MEAN, PIXEL_STD, Version
-from golden_rule import fill, weight
-from tiny import CLASSES, TEMPLATES, V1, V2, close, picture, sem_seg, tiny_model
+from support.golden_rule import fill, weight
+from support.tiny import CLASSES, TEMPLATES, V1, V2, close, picture, sem_seg, tiny_model
 
 VERSIONS: tuple[Version, ...] = ("v1", "v2")
 OTHERS = ("cat", "dog, hound", "wall")

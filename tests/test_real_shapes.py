@@ -14,15 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accuracy import assert_no_worse_than_eager, upcast
-from catseg_fast import Aggregator, stages
-from catseg_fast.class_memory import new_memory
-from catseg_fast.kernels import class_attention, cost_volume, decoder, window_attention
+from catseg_fast import Aggregator
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.class_memory import new_memory
+from catseg_fast.engine.folding import Plan
+from catseg_fast.engine.terms import ImageTerms, image_terms
+from catseg_fast.inference.readout import LabelMap, Readout
 from catseg_fast.kernels import label_map as label_map_kernel
-from catseg_fast.label_map import LabelMap, Readout
-from catseg_fast.plan import Plan
+from catseg_fast.kernels.class_attention import op as class_attention
+from catseg_fast.kernels.cost_volume import op as cost_volume
+from catseg_fast.kernels.decoder import op as decoder
+from catseg_fast.kernels.window_attention import op as window_attention
 from catseg_fast.reference.inference import SlidingWindow
-from catseg_fast.terms import ImageTerms, image_terms
+from support.accuracy import assert_no_worse_than_eager, upcast
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

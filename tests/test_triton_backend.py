@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 import torch
 import triton
-from torch import Tensor
-
-from catseg_fast import Aggregator, CATSeg, backend, stages
-from catseg_fast.backend import choose_backend, why_no_triton
-from catseg_fast.engine import Engine
-from catseg_fast.kernels import class_attention, decoder
-from catseg_fast.reference import Aggregator as Reference
-from catseg_fast.self_check import wrong_stages
-from catseg_fast.terms import image_terms
-from golden_rule import assert_output, fill, load_case, make_inputs
 from test_golden import build_model, constructor_arguments, golden_image
 from test_plan import features, make_aggregator
+from torch import Tensor
+
+from catseg_fast import Aggregator, CATSeg, backend
+from catseg_fast.backend import choose_backend, why_no_triton
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.self_check import wrong_stages
+from catseg_fast.engine.terms import image_terms
+from catseg_fast.kernels.class_attention import op as class_attention
+from catseg_fast.kernels.decoder import op as decoder
+from catseg_fast.reference import Aggregator as Reference
+from support.golden_rule import assert_output, fill, load_case, make_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -12,16 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from test_plan import features, make_aggregator
 from typer.testing import CliRunner
 
-from catseg_fast import cli, planner, tuner
-from catseg_fast.engine import Engine
-from catseg_fast.kernels import TUNABLE_OPS, class_apply, convolution, mlp, qkv, tuning
-from catseg_fast.kernels.checks import INTERPRETED
-from catseg_fast.kernels.compile_target import CAPABILITIES
-from catseg_fast.kernels.tunable import Tunable, Workload
-from catseg_fast.kernels.tuning import Problem
-from test_plan import features, make_aggregator
+from catseg_fast.cli import main as cli
+from catseg_fast.engine import schedule as planner
+from catseg_fast.engine import tuner
+from catseg_fast.engine.engine import Engine
+from catseg_fast.kernels import TUNABLE_OPS, convolution
+from catseg_fast.kernels.class_attention import apply as class_apply
+from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch.checks import INTERPRETED
+from catseg_fast.kernels.launch.compile_target import CAPABILITIES
+from catseg_fast.kernels.launch.configs import Problem
+from catseg_fast.kernels.launch.tunable import Tunable, Workload
+from catseg_fast.kernels.window_attention import mlp, qkv
 
 GPU = "NVIDIA H200"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -436,7 +441,7 @@ def run_tune(*arguments: str) -> Any:
 def test_command(folders, monkeypatch, tmp_path):
     tunable, timer = make_tunable(3.0, "wrong", 2.0, "fails")
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("catseg_fast.tune_command._require_gpu", lambda: CUDA)
+    monkeypatch.setattr("catseg_fast.cli.tune._require_gpu", lambda: CUDA)
     monkeypatch.setattr(tuner, "list_tunables", lambda *_: [tunable])
     monkeypatch.setattr(tuner, "median_milliseconds", timer)
     tune_on = tuner.tune
@@ -473,7 +478,7 @@ def test_command_without_a_gpu_to_time_on(available, capability, message, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr("catseg_fast.kernels.checks.INTERPRETED", True)
+    monkeypatch.setattr("catseg_fast.kernels.launch.checks.INTERPRETED", True)
     result = run_tune()
     assert result.exit_code == 1
     assert result.stderr.startswith("error: tune: ")

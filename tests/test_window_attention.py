@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from accuracy import assert_no_worse_than_eager, upcast
-from catseg_fast import stages
-from catseg_fast.kernels import mlp, window_attention
-from catseg_fast.kernels.compile_target import CAPABILITIES
-from catseg_fast.kernels.window_attention import window_block
-from catseg_fast.kernels.windows import Windows, token_position, token_region
-from catseg_fast.plan import WindowBlock
-from catseg_fast.terms import BlockGuidance, _block_guidance
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.folding import WindowBlock
+from catseg_fast.engine.terms import BlockGuidance, _block_guidance
+from catseg_fast.kernels.launch.compile_target import CAPABILITIES
+from catseg_fast.kernels.window_attention import mlp
+from catseg_fast.kernels.window_attention import op as window_attention
+from catseg_fast.kernels.window_attention.op import window_block
+from catseg_fast.kernels.window_attention.windows import Windows, token_position, token_region
+from support.accuracy import assert_no_worse_than_eager, upcast
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 G = 48  # channels of the guidance

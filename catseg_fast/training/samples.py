@@ -23,7 +23,7 @@ ORDER, AUGMENTATION, CLASSES, MODEL = range(4)
 
 
 class Pictures(Protocol):
-    """A labelled data set, as `catseg_fast.data.FolderDataset`."""
+    """A labelled data set, as `catseg_fast.data.folder.FolderDataset`."""
 
     classes: tuple[str, ...]
     ignore_label: int

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from catseg_fast.distributed.processes import Processes
 from catseg_fast.model import CATSeg
+from catseg_fast.text.prompts import synonyms
 from catseg_fast.training.checkpoints import Checkpoints, export
 from catseg_fast.training.log import Log
 from catseg_fast.training.optimiser import make_optimiser, set_learning_rate
-from catseg_fast.training.processes import Processes
 from catseg_fast.training.recipe import Recipe
 from catseg_fast.training.samples import (
     CLASSES,
@@ -30,7 +31,6 @@ from catseg_fast.training.samples import (
     remap,
     step_batches,
 )
-from catseg_fast.vocabulary import synonyms
 
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = "model.safetensors"
@@ -61,7 +61,7 @@ class Trainer:
 
     Args:
         model: on this process's device, with the weights to start from, and the recipe's pooling.
-        pictures: a `catseg_fast.data.FolderDataset`, or what is like it.
+        pictures: a `catseg_fast.data.folder.FolderDataset`, or what is like it.
         recipe: how.
         output: folder of checkpoints, log and final weights.
         processes: this process among those of the run; by default the only one.
