@@ -124,10 +124,8 @@ def _profile(figure: Any, records: Sequence[Record]) -> None:
     for record in sorted((r for r in records if r.busy), key=lambda record: record.busy or 0):
         least.setdefault(record.classes or 0, record)
     panels = figure.subplots(1, len(least), squeeze=False)[0]
-    own = dict.fromkeys(
-        name for record in least.values() for name in profile_parts(record) if name not in OTHERS
-    )
-    names = [*dict.fromkeys(found), *OTHERS]
+    found = dict.fromkeys(name for record in least.values() for name in profile_parts(record))
+    names = [*(name for name in found if name not in OTHERS), *OTHERS]
     for axes, (classes, record) in zip(panels, sorted(least.items()), strict=True):
         parts = profile_parts(record)
         for place, name in enumerate(names):
