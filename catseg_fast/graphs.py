@@ -16,6 +16,7 @@ from torch import Tensor
 
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.schedule import Schedule
+from catseg_fast.errors import RunError
 from catseg_fast.inference.encoding import encode
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
@@ -40,7 +41,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda" or not torch.cuda.is_available():
             build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-            raise RuntimeError(
+            raise RunError(
                 f"cuda_graph: needs a CUDA GPU; the model is on {str(device)!r}, with torch "
                 f"{torch.__version__} {build}"
             )
@@ -132,7 +133,7 @@ class ModelGraphs:
         present = _settings(self.model)
         changed = [name for name, value in self._settings.items() if present[name] != value]
         if changed:
-            raise RuntimeError(
+            raise RunError(
                 f"cuda_graph: {' and '.join(changed)} changed since the recording; call cuda_graph again"
             )
         buffer, replay = self._recordings[size]
@@ -157,7 +158,7 @@ class ModelGraphs:
         output_bytes = answer_bytes + max(READOUT_BYTES, self._readout(size).class_bytes)
         schedule = model.engine.schedule(crops, model.variant.feature_resolution, classes, output_bytes)
         if schedule.policy == "offload":
-            raise RuntimeError(
+            raise RunError(
                 f"cuda_graph: {schedule.reason}, and copies to the host are not recorded; set "
                 "model.engine.policy = 'recompute'"
             )

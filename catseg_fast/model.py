@@ -26,7 +26,8 @@ from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.loss import segmentation_loss
 from catseg_fast.engine.terms import VocabularyTerms
-from catseg_fast.inference import explain
+from catseg_fast.errors import RunError
+from catseg_fast.inference.explain import explain
 from catseg_fast.inference.encoding import EncodedImage, encode
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import (
@@ -176,7 +177,7 @@ class CATSeg(reference_model.CATSeg):
         if share is None:
             super().set_classes(classes, training)
         elif training:
-            raise RuntimeError("class parallel: a model whose classes are split cannot be trained")
+            raise RunError("class parallel: a model whose classes are split cannot be trained")
         else:
             self._share_out(ClassShare(check_classes(classes), share.group))
 
@@ -193,7 +194,7 @@ class CATSeg(reference_model.CATSeg):
             RuntimeError: if the classes are split over ranks.
         """
         if self.engine.share is not None:
-            raise RuntimeError("class parallel: no rank has all classes; call segment() or label_map()")
+            raise RunError("class parallel: no rank has all classes; call segment() or label_map()")
         if self.training:
             return super().forward(batched_inputs)
         results = []

@@ -8,6 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+# Read when torch and numpy are imported, here and in the processes that tests start. Threads that spin while
+# they wait take ten times as long where processes share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    threads = str(max(1, len(os.sched_getaffinity(0)) // int(workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", threads)
+
 import torch
 from torch import Tensor
 
@@ -22,9 +31,6 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 os.environ.pop(
     "COLUMNS", None
 )  # which pytest-xdist sets to the terminal's; tables are made for a fixed width
-
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

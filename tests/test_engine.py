@@ -322,3 +322,20 @@ def test_bad_settings() -> None:
     assert [parse_bytes(text) for text in ("2GiB", "1.5 gb", "500MB", "7", 12)] == [
         2**31, 1_500_000_000, 500_000_000, 7, 12,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "valid"),
+    [
+        ("backend", "tritn", "auto, triton, torch, reference"),
+        ("precision", "fp16", "torch.float16, torch.bfloat16, torch.float32, torch.float64, or None"),
+        ("precision", torch.int8, "torch.float16"),
+        ("input_precision", "tf32x", "ieee, tf32x3, tf32"),
+    ],
+)
+def test_settings_are_checked_where_they_are_set(setting: str, value: object, valid: str) -> None:
+    engine = Engine(make_aggregator())
+    before = getattr(engine, setting)
+    with pytest.raises(ValueError, match=rf"{setting}: {value!r} is not one of .*{valid}"):
+        setattr(engine, setting, value)
+    assert getattr(engine, setting) == before

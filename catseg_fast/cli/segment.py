@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +30,7 @@ from catseg_fast.cli.options import (
     weights_or_bundled,
 )
 from catseg_fast.console import Debug, image_progress, output_folder, plain_errors, say_error, stderr, stdout
-from catseg_fast.distributed.launch import is_first, process_group
+from catseg_fast.distributed.torchrun import Processes, join, own_device
 from catseg_fast.output.statistics import check_target, write_statistics
 
 if TYPE_CHECKING:
@@ -105,12 +106,12 @@ def segment(
             check_target(stats)
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
-    with plain_errors(debug), process_group(class_parallel, device) as device:
+    with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
         from catseg_fast.checkpoints.hub import resolve
         from catseg_fast.cli.inputs import find_pictures
         from catseg_fast.cli.resume import fingerprint
 
-        pictures = find_pictures(images, output) if is_first() else []
+        pictures = find_pictures(images, output) if processes.first else []
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
@@ -130,7 +131,7 @@ def segment(
 
             model.split_classes()
             conductor = Conductor(model)
-            if not is_first():
+            if not processes.first:
                 conductor.follow()
                 return
         from catseg_fast.cli.batch import Batch
@@ -150,6 +151,17 @@ def segment(
     if len(outcomes) < len(pictures):
         stderr.print(f"{len(pictures) - len(outcomes)} of {len(pictures)} images failed", highlight=False)
         raise typer.Exit(1)
+
+
+@contextmanager
+def _processes(class_parallel: bool, device: str | None) -> Iterator[tuple[Processes, str | None]]:
+    """Yield the processes that share the classes, and this one's device; None for the default one."""
+    if not class_parallel:
+        yield Processes(), device
+        return
+    device = own_device(device or default_device().type)
+    with join(device, needed_by="--class-parallel") as processes:
+        yield processes, device
 
 
 def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[Outcome]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.backend import choose_backend, warn_once
+from catseg_fast.backend import check_backend, choose_backend, warn_once
 from catseg_fast.engine import torch_stages
 from catseg_fast.engine.class_parallel import ClassShare
 from catseg_fast.engine.folding import Plan, build_plan
 from catseg_fast.engine.gradients import GradientStream
-from catseg_fast.engine.precision import compute_dtype
+from catseg_fast.engine.precision import check_input_precision, check_precision, compute_dtype
 from catseg_fast.engine.schedule import (
     Schedule,
     Sizes,
@@ -29,6 +29,7 @@ from catseg_fast.engine.schedule import (
 from catseg_fast.engine.selection import best_classes, class_scores
 from catseg_fast.engine.streaming import Consumer, Stages, Stream, run_streams
 from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
+from catseg_fast.errors import RunError
 from catseg_fast.weights import weights_state
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ class Engine:
 
     def __init__(self, aggregator: nn.Module) -> None:
         self.aggregator: Any = aggregator
-        self.backend = "auto"
-        self.precision: torch.dtype | None = None
-        self.input_precision = "ieee"
+        self._backend = "auto"
+        self._precision: torch.dtype | None = None
+        self._input_precision = "ieee"
         self.share: ClassShare | None = None
         self.checkpoint: bool | None = None
         self._chunk: int | None = None
@@ -65,6 +66,33 @@ class Engine:
         self._memory_budget: int | None = None
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
+
+    @property
+    def backend(self) -> str:
+        """ "auto", "triton", "torch" or "reference"."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self._backend = check_backend(backend)
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """Type in which the stages compute; None follows autocast and the weights."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, dtype: torch.dtype | None) -> None:
+        self._precision = check_precision(dtype)
+
+    @property
+    def input_precision(self) -> str:
+        """Of products of fp32 numbers in Triton: "ieee", "tf32x3" or "tf32"."""
+        return self._input_precision
+
+    @input_precision.setter
+    def input_precision(self, precision: str) -> None:
+        self._input_precision = check_input_precision(precision)
 
     @property
     def chunk(self) -> int | None:
@@ -132,7 +160,7 @@ class Engine:
             RuntimeError: if the classes are shared with other processes.
         """
         if self.share is not None:
-            raise RuntimeError("class parallel: no rank has all logits; label maps alone can be had")
+            raise RunError("class parallel: no rank has all logits; label maps alone can be had")
         plan = self.plan()
         vocabulary = self.vocabulary(text_feats, max_classes, plan)
         (B, _, H, W), T = img_feats.shape, text_feats.shape[1]
@@ -212,7 +240,7 @@ class Engine:
         resolution = (img_feats.shape[2], img_feats.shape[3])
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
         if differentiable and self.share is not None:
-            raise RuntimeError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
+            raise RunError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
         held = min(count, vocabulary.classes)
         sizes = Sizes(plan, len(img_feats), resolution, held, img_feats.device)
         schedule = self._schedule(sizes, output_bytes, differentiable)

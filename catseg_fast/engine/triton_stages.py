@@ -16,6 +16,7 @@ from catseg_fast.engine.class_memory import ClassMemory
 from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
 from catseg_fast.engine.self_check import wrong_stages
 from catseg_fast.engine.terms import BlockGuidance, ImageTerms
+from catseg_fast.errors import RunError
 from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
@@ -115,7 +116,7 @@ class TritonStages:
 
     def _fall_back(self, stage: str, reason: str, error: Exception | None = None) -> None:
         if os.environ.get("CATSEG_FAST_STRICT") == "1":
-            raise RuntimeError(f"{stage}: the Triton kernel fails: {reason}") from error
+            raise RunError(f"{stage}: the Triton kernel fails: {reason}") from error
         self.fallbacks[stage] = reason
         warnings.warn(
             f"{stage} runs in torch, because the Triton kernel fails: {reason}", RuntimeWarning, stacklevel=2

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from catseg_fast.backend import choose_backend
+from catseg_fast.errors import RunError
 from catseg_fast.inference.encoding import EncodedImage
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, LogitStore, Target, TopClasses, read_all
 from catseg_fast.inference.segmentation import Segmentation
@@ -29,7 +30,7 @@ def label(
     if top_k is not None and top_k <= 0:
         raise ValueError(f"top_k: {top_k} is not positive")
     if keep_logits and model.engine.share is not None:
-        raise RuntimeError("class parallel: no rank has all logits; segment with keep_logits=False")
+        raise RunError("class parallel: no rank has all logits; segment with keep_logits=False")
     sizes = [image.readout.size for image in encoded]
     targets: list[LabelMap | TopClasses] = [LabelMap(size, model.device) for size in sizes]
     if top_k is not None:
@@ -67,7 +68,7 @@ def read_out(
     backend = choose_backend(model.backend, model.device)
     if backend == "reference":
         if model.engine.share is not None:
-            raise RuntimeError("class parallel: the back end 'reference' takes all classes at once")
+            raise RunError("class parallel: the back end 'reference' takes all classes at once")
         text = model.text_features().to(features.dtype).expand(len(features), -1, -1, -1)
         consume = read_all(readouts, targets, crops, backend, store)
         consume(slice(0, len(model.classes)), model.aggregator(as_map(features), text, guidance))
