@@ -21,6 +21,7 @@ from bench.records import append
 from catseg_fast.engine import tuner
 from catseg_fast.kernels.launch import configs as tuning
 from catseg_fast.kernels.window_attention import mlp
+from support.gpus import fake_gpus
 
 ROOT = Path(__file__).parent.parent
 
@@ -179,8 +180,7 @@ def test_tuned_configs_of_a_campaign_go_into_the_package(
     """A GPU has its defaults until configs for it are in the package, and from then on those."""
     gpu, package, default = "NVIDIA H200", tmp_path / "package", mlp.default_config(90, torch.bfloat16, 128)
     monkeypatch.setattr(tuning, "SHIPPED", package)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    fake_gpus(monkeypatch, (gpu, 90, 132))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of the user"))
 
     def chosen(hidden: int) -> object:

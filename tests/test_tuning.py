@@ -27,6 +27,7 @@ from catseg_fast.kernels.launch.compile_target import CAPABILITIES
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.tunable import Tunable, Workload
 from catseg_fast.kernels.window_attention import mlp, qkv
+from support.gpus import fake_gpus
 
 GPU = "NVIDIA H200"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -44,13 +45,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     """The user's folder and the package's, both empty, on a machine with two GPUs of other names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(
-        torch.cuda, "get_device_name", lambda device: GPU if device.index == 0 else "RTX 4090"
-    )
-    monkeypatch.setattr(
-        torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (8, 9)
-    )
-    tuning.clear()
+    fake_gpus(monkeypatch, (GPU, 90, 132), ("RTX 4090", 89, 128))
     return tmp_path / "catseg-fast" / "configs", tmp_path / "shipped"
 
 

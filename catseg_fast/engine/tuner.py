@@ -40,6 +40,7 @@ class Outcome:
         failed: how many did not compile, or asked for more than the GPU has.
         wrong: configs whose result differs from the default's.
         reason: why the default itself is of no use, if so; then nothing was timed.
+        unsaved: why the fastest config could not be written, if so.
     """
 
     tunable: Tunable
@@ -47,6 +48,7 @@ class Outcome:
     failed: int = 0
     wrong: list[LaunchConfig] = field(default_factory=list)
     reason: str | None = None
+    unsaved: str | None = None
 
     @property
     def default_milliseconds(self) -> float:
@@ -58,7 +60,7 @@ class Outcome:
         """The fastest config."""
         return min(self.milliseconds, key=self.milliseconds.__getitem__)
 
-    def entry(self, gpu: str) -> dict[str, Any]:
+    def entry(self, gpu: str, **facts: int) -> dict[str, Any]:
         """The fastest config as an entry of a file, with all that its time depends on."""
         problem = self.tunable.problem
         return {
@@ -70,6 +72,7 @@ class Outcome:
             "milliseconds": round(self.milliseconds[self.best], 5),
             "default_milliseconds": round(self.default_milliseconds, 5),
             "gpu": gpu,
+            **facts,
             "triton": triton.__version__,
             "torch": torch.__version__,
             "catseg_fast": __version__,
@@ -124,8 +127,23 @@ def tune_all(
         if outcome is None:
             return
         if outcome.reason is None:
-            save(tuning.config_path(folder, gpu, tunable.problem.op), gpu, outcome.entry(gpu))
+            path = tuning.config_path(folder, gpu, tunable.problem.op)
+            try:
+                save(path, gpu, outcome.entry(gpu, **_facts(device)))
+            except OSError as error:
+                outcome.unsaved = f"{path} cannot be written: {error}"
         yield outcome
+
+
+def _facts(device: torch.device) -> dict[str, int]:
+    """What tells which GPUs may borrow a config of this one."""
+    if device.type != "cuda":
+        return {}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "capability": 10 * found.major + found.minor,
+        "multiprocessors": found.multi_processor_count,
+    }
 
 
 def tune(
