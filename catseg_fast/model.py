@@ -27,8 +27,8 @@ from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.loss import segmentation_loss
 from catseg_fast.engine.terms import VocabularyTerms
 from catseg_fast.errors import RunError
-from catseg_fast.inference.explain import explain
 from catseg_fast.inference.encoding import EncodedImage, encode
+from catseg_fast.inference.explain import explain
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import (
     Probabilities,

@@ -29,7 +29,16 @@ from catseg_fast.cli.options import (
     class_names,
     weights_or_bundled,
 )
-from catseg_fast.console import Debug, image_progress, output_folder, plain_errors, say_error, stderr, stdout
+from catseg_fast.console import (
+    Debug,
+    describe,
+    image_progress,
+    output_folder,
+    plain_errors,
+    say_error,
+    stderr,
+    stdout,
+)
 from catseg_fast.distributed.torchrun import Processes, join, own_device
 from catseg_fast.output.statistics import check_target, write_statistics
 
@@ -177,7 +186,8 @@ def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[
             elif debug:
                 raise error
             else:
-                say_error(error if path in str(error) else f"{path}: {error}")
+                message = describe(error)
+                say_error(message if path in message else f"{path}: {message}")
     return sorted(outcomes, key=lambda outcome: outcome.index)
 
 
