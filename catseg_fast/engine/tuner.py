@@ -26,6 +26,7 @@ from catseg_fast.kernels.launch.compile_target import capability_of
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.tunable import Tunable, Workload
 
+TIMED = (5, 25)  # milliseconds of warming up and of timing a config: 90 of them take 35 s
 # Milliseconds that a call takes.
 Timer = Callable[[Callable[[], object]], float]
 
@@ -118,11 +119,12 @@ def tune_all(
         gpu: the device's name.
         folder: of the files, as `tuning.user_folder()`.
         timer: measures a call.
-        seconds: after which it ends; a kernel that is not done by then is left out.
+        seconds: after which it ends; a kernel that is not done by then is left out. Where there is such a
+            limit, the kernels that take longest with their default configs come first.
         advance: called after each candidate.
     """
     deadline = time.monotonic() + seconds
-    for tunable in tunables:
+    for tunable in tunables if math.isinf(seconds) else slowest_first(tunables, device, timer, deadline):
         outcome = tune(tunable, device, timer, deadline, advance)
         if outcome is None:
             return
@@ -133,6 +135,27 @@ def tune_all(
             except OSError as error:
                 outcome.unsaved = f"{path} cannot be written: {error}"
         yield outcome
+
+
+def slowest_first(
+    tunables: Sequence[Tunable], device: torch.device, timer: Timer, deadline: float = math.inf
+) -> list[Tunable]:
+    """Sort kernels by the time of their default configs; those that do not run, or come too late, go last."""
+
+    def milliseconds(tunable: Tunable) -> float:
+        if time.monotonic() >= deadline:
+            return 0.0
+        torch.manual_seed(0)
+        inputs = tunable.make_inputs(device)
+        try:
+            tunable.run(inputs, tunable.candidates[0])
+            return timer(functools.partial(tunable.run, inputs, tunable.candidates[0]))
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # which `tune` reports
+            return 0.0
+
+    return sorted(tunables, key=milliseconds, reverse=True)
 
 
 def _facts(device: torch.device) -> dict[str, int]:
@@ -186,7 +209,7 @@ def median_milliseconds(call: Callable[[], object]) -> float:
     """Median time of a call on the current GPU, with nothing in its cache."""
     from triton.testing import do_bench
 
-    median: float = do_bench(call, return_mode="median")
+    median: float = do_bench(call, *TIMED, return_mode="median")
     return median
 
 
