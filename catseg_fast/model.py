@@ -34,7 +34,7 @@ from catseg_fast.inference.readout import (
     Probabilities,
     Readout,
 )
-from catseg_fast.inference.segment import label, read_out
+from catseg_fast.inference.segment import label, label_pixels, read_out
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.reference import model as reference_model
 from catseg_fast.text.prompts import check_classes
@@ -221,10 +221,7 @@ class CATSeg(reference_model.CATSeg):
         Raises:
             TypeError, ValueError: as the call; or if `top_k` is not positive.
         """
-        return [
-            label(self, self._encode([image], [readout]), top_k)[0]
-            for image, readout in self._requests(batched_inputs)
-        ]
+        return [self._label(image, readout, top_k) for image, readout in self._requests(batched_inputs)]
 
     def encode(self, image: ImageLike, *, sliding_window: bool | None = None) -> EncodedImage:
         """Run all that does not depend on the classes; `segment` takes the answer in place of the picture.
@@ -257,7 +254,12 @@ class CATSeg(reference_model.CATSeg):
             FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, it was encoded
                 otherwise, no classes are set, or `top_k` is not positive.
         """
-        return label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
+        if isinstance(image, EncodedImage) or keep_logits:
+            return label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
+        sliding = self.sliding_window if sliding_window is None else sliding_window
+        pixels = load_image(image).to(self.device)
+        readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
+        return self._label(pixels, readout, top_k)
 
     def segment_batch(
         self,
@@ -286,7 +288,8 @@ class CATSeg(reference_model.CATSeg):
             RuntimeError: if the model is not on a CUDA GPU.
             ValueError: if there are no sizes, or the model selects classes.
         """
-        from catseg_fast.graphs import ModelGraphs, Recorder  # which import this module
+        from catseg_fast.engine.recording import Recorder
+        from catseg_fast.graphs import ModelGraphs  # imports this module
 
         record = Recorder(self.device)
         return ModelGraphs(self, sizes, record, sliding_window=sliding_window, probabilities=probabilities)
@@ -300,6 +303,11 @@ class CATSeg(reference_model.CATSeg):
             ValueError: if no classes are set, or the memory budget is too small.
         """
         return explain(self, crops)
+
+    def _label(self, pixels: Tensor, readout: Readout, top_k: int | None) -> Segmentation:
+        if top_k is None and self.engine.share is None:
+            return label_pixels(self, pixels, readout)
+        return label(self, self._encode([pixels], [readout]), top_k)[0]
 
     def _requests(self, batched_inputs: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, Readout]]:
         """Each image and how upstream's call answers it."""
@@ -337,10 +345,14 @@ class CATSeg(reference_model.CATSeg):
         with share.together(self.device, pixels, readouts):
             return encode(self, images, readouts)
 
-    def vocabulary_terms(self) -> VocabularyTerms:
-        """The engine's terms of the present classes, kept until these, a weight, or `max_classes` change."""
-        text, plan = self.text_features(), self.engine.plan()
+    def vocabulary_terms(self, plan: Plan | None = None) -> VocabularyTerms:
+        """Return the terms of the present classes, kept until these, a weight, or `max_classes` change.
+
+        Args:
+            plan: the folded weights, if the caller has them.
+        """
+        text, plan = self.text_features(), plan or self.engine.plan()
         key = (text, plan, self.max_classes)
         if self._vocabulary is None or not all(map(operator.is_, self._vocabulary[0], key)):
-            self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes))
+            self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes, plan))
         return self._vocabulary[1]

@@ -34,11 +34,13 @@ def record_activations(engine: Engine) -> Iterator[dict[str, float]]:
     def stages(plan: Plan, *arguments: Any) -> _Recorder:
         return _Recorder(original(plan, *arguments), _names(plan), largest)
 
+    graphs, engine.graphs = engine.graphs, "off"  # a recording does not call the stages
     vars(engine)["stages"] = stages
     try:
         yield largest
     finally:
         del vars(engine)["stages"]  # the class's own again
+        engine.graphs = graphs
 
 
 class _Recorder:

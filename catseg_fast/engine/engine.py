@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from catseg_fast.engine.class_parallel import ClassShare
 from catseg_fast.engine.folding import Plan, build_plan
 from catseg_fast.engine.gradients import GradientStream
 from catseg_fast.engine.precision import check_input_precision, check_precision, compute_dtype
+from catseg_fast.engine.recording import GraphCache, ambient_settings, check_graphs
 from catseg_fast.engine.schedule import (
     Schedule,
     Sizes,
@@ -34,6 +37,11 @@ from catseg_fast.weights import weights_state
 
 if TYPE_CHECKING:
     from catseg_fast.engine.triton_stages import TritonStages
+
+# Asking a GPU for its free memory takes longer than a kernel. A call that takes less than 1/AMPLE of what was
+# free is scheduled without asking again; if memory does run out, the stream goes on with smaller steps.
+AMPLE = 4
+SCHEDULES = 64
 
 
 class Engine:
@@ -66,6 +74,10 @@ class Engine:
         self._memory_budget: int | None = None
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
+        self._vocabulary: tuple[object, Plan, VocabularyTerms] | None = None
+        self._schedules: dict[object, Schedule] = {}
+        self._graphs = "auto"
+        self.recordings = GraphCache()
 
     @property
     def backend(self) -> str:
@@ -93,6 +105,16 @@ class Engine:
     @input_precision.setter
     def input_precision(self, precision: str) -> None:
         self._input_precision = check_input_precision(precision)
+
+    @property
+    def graphs(self) -> str:
+        """ "auto": equal calls on a GPU are recorded as CUDA graphs at the third one; or "off"."""
+        return self._graphs
+
+    @graphs.setter
+    def graphs(self, setting: str) -> None:
+        self._graphs = check_graphs(setting)
+        self.recordings.clear()
 
     @property
     def chunk(self) -> int | None:
@@ -145,6 +167,17 @@ class Engine:
         with self._without_autocast():
             return vocabulary_terms(self.aggregator, plan, text_feats, selects)
 
+    def _kept_vocabulary(self, text_feats: Tensor, max_classes: int | None, plan: Plan) -> VocabularyTerms:
+        """Return the last call's terms if it had the same text tensor, unchanged since."""
+        if self._differentiable(text_feats) or torch.compiler.is_compiling() or text_feats.is_inference():
+            return self.vocabulary(text_feats, max_classes, plan)
+        # The terms hold the text's storage, so that no other tensor can come to lie at its address.
+        key = (weights_state([text_feats]), text_feats.shape, text_feats.stride(), max_classes)
+        kept = self._vocabulary
+        if kept is None or kept[0] != key or kept[1] is not plan:
+            kept = self._vocabulary = (key, plan, self.vocabulary(text_feats, max_classes, plan))
+        return kept[2]
+
     def logits(
         self,
         img_feats: Tensor,
@@ -162,7 +195,7 @@ class Engine:
         if self.share is not None:
             raise RunError("class parallel: no rank has all logits; label maps alone can be had")
         plan = self.plan()
-        vocabulary = self.vocabulary(text_feats, max_classes, plan)
+        vocabulary = self._kept_vocabulary(text_feats, max_classes, plan)
         (B, _, H, W), T = img_feats.shape, text_feats.shape[1]
         if self._differentiable(img_feats, text_feats, *appearance_guidance):
             chunks: list[Tensor] = []
@@ -170,19 +203,44 @@ class Engine:
             def keep(_: slice, part: Tensor) -> None:
                 chunks.append(part)
 
-            self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: keep, plan=plan)
+            self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: keep, plan)
             return torch.cat(chunks, dim=1)
         asked = self.precision is not None or torch.is_autocast_enabled(img_feats.device.type)
         dtype = self._compute_dtype() if asked else self.aggregator.conv1.weight.dtype
-        logits = img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype)
+        output_bytes = B * T * 16 * H * W * dtype.itemsize
+        schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
 
-        def store(classes: slice, part: Tensor) -> None:
-            logits[:, classes] = part
+        def run(img_feats: Tensor, *maps: Tensor) -> Tensor:
+            logits = img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype)
 
-        self.stream(
-            img_feats, vocabulary, appearance_guidance, max_classes, lambda: store, _nbytes(logits), plan
-        )
-        return logits
+            def store(classes: slice, part: Tensor) -> None:
+                logits[:, classes] = part
+
+            given = iter(maps)
+            guidance = [None if x is None else next(given) for x in appearance_guidance]
+            self.stream(img_feats, vocabulary, guidance, max_classes, lambda: store, plan, schedule)
+            return logits
+
+        inputs = [img_feats, *(x for x in appearance_guidance if x is not None)]
+        if not self.records(img_feats.device, schedule):
+            return run(*inputs)
+        guided = tuple(x is not None for x in appearance_guidance)
+        key = ("logits", guided, max_classes, dtype, self.recording_key(plan, vocabulary, schedule))
+        logits = self.recordings(key, inputs, run, Tensor.clone)
+        # What overflows fp16 is computed again, which a recording cannot decide.
+        return logits if bool(logits.isfinite().all()) else run(*inputs)
+
+    def records(self, device: torch.device, schedule: Schedule) -> bool:
+        """Check whether a call may be answered by a recording."""
+        if self.graphs == "off" or self.share is not None or schedule.policy == "offload":
+            return False
+        return self.recordings.serves(device) and not self._differentiable()
+
+    def recording_key(self, plan: Plan, vocabulary: VocabularyTerms, schedule: Schedule) -> object:
+        """Return what a recorded run of the stages depends on besides its inputs."""
+        settings = (self.backend, self.input_precision, schedule.policy, schedule.chunk)
+        ambient = ambient_settings(self.aggregator.conv1.weight.device)
+        return (weakref.ref(plan), weakref.ref(vocabulary), settings, ambient)
 
     def stream(
         self,
@@ -191,8 +249,8 @@ class Engine:
         appearance_guidance: Sequence[Tensor | None],
         max_classes: int | None,
         begin: Callable[[], Consumer],
-        output_bytes: int = 0,
         plan: Plan | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         """Compute the logits of all classes, chunk by chunk in ascending order.
 
@@ -207,22 +265,22 @@ class Engine:
             begin: returns what is called with a slice of classes and their logits `[B, t, 4H, 4W]`. That must
                 change nothing before it can no longer fail for want of memory: it may then be called again.
                 If all is computed again, `begin` is called again first.
-            output_bytes: what the caller holds besides, for the planner.
             plan: the folded weights, if the caller has them.
+            schedule: from `schedule_of`; by default one for a caller who holds nothing besides.
 
         Raises:
             ValueError: if the memory budget is too small for one class.
             RuntimeError: if gradients are wanted of classes that are shared with other processes.
         """
         inputs = (img_feats, vocabulary, appearance_guidance, max_classes)
-        if self._stream(plan or self.plan(), *inputs, begin(), output_bytes):
+        if self._stream(plan or self.plan(), *inputs, begin(), schedule):
             return
         given = (img_feats, vocabulary.features, *appearance_guidance)
         if self._all_ranks(all(x is None or bool(x.isfinite().all()) for x in given)):
             warnings.warn("fp16 overflows: computing again in bf16", RuntimeWarning, stacklevel=2)
             plan = self.plan(torch.bfloat16)
             vocabulary = self.vocabulary(vocabulary.features, max_classes, plan)
-            self._stream(plan, img_feats, vocabulary, appearance_guidance, max_classes, begin(), output_bytes)
+            self._stream(plan, img_feats, vocabulary, appearance_guidance, max_classes, begin(), schedule)
 
     def _stream(
         self,
@@ -232,18 +290,16 @@ class Engine:
         appearance_guidance: Sequence[Tensor | None],
         max_classes: int | None,
         consume: Consumer,
-        output_bytes: int,
+        schedule: Schedule | None,
     ) -> bool:
         """Whether all logits were finite, as far as fp16 is at stake."""
         total = self._total(vocabulary.classes)
         count = total if max_classes is None else min(total, max_classes)
-        resolution = (img_feats.shape[2], img_feats.shape[3])
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
         if differentiable and self.share is not None:
             raise RunError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
-        held = min(count, vocabulary.classes)
-        sizes = Sizes(plan, len(img_feats), resolution, held, img_feats.device)
-        schedule = self._schedule(sizes, output_bytes, differentiable)
+        if schedule is None or differentiable:
+            schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, 0, differentiable)
         finite = torch.ones((), dtype=torch.bool, device=img_feats.device)
 
         def watch(classes: slice, logits: Tensor) -> None:
@@ -269,23 +325,60 @@ class Engine:
             run_streams(streams, watch)
             return self._all_ranks(bool(finite))
 
-    def schedule(
-        self, crops: int, resolution: tuple[int, int], classes: int, output_bytes: int = 0
+    def schedule_of(
+        self,
+        plan: Plan,
+        img_feats: Tensor,
+        vocabulary: VocabularyTerms,
+        max_classes: int | None,
+        output_bytes: int,
+        differentiable: bool = False,
     ) -> Schedule:
-        """How a call would run that aggregates so many classes.
+        """Return how a call with these arguments runs, if the caller holds `output_bytes` besides.
+
+        Raises:
+            ValueError: if the memory budget is too small for one class.
+        """
+        total = self._total(vocabulary.classes)
+        count = total if max_classes is None else min(total, max_classes)
+        B, _, H, W = img_feats.shape
+        held = min(count, vocabulary.classes)
+        sizes = Sizes(plan, B, (H, W), held, img_feats.device, count < total)
+        return self._schedule(sizes, output_bytes, differentiable)
+
+    def schedule(
+        self,
+        crops: int,
+        resolution: tuple[int, int],
+        classes: int,
+        output_bytes: int = 0,
+        selects: bool = False,
+    ) -> Schedule:
+        """Return how a call would run that aggregates so many classes, of more where it `selects`.
 
         Raises:
             ValueError: if the memory budget is too small for one class.
         """
         device: torch.device = self.aggregator.conv1.weight.device
-        sizes = Sizes(self.plan(), crops, resolution, classes, device)
+        sizes = Sizes(self.plan(), crops, resolution, classes, device, selects)
         return self._schedule(sizes, output_bytes, self._differentiable())
 
     def _schedule(self, sizes: Sizes, output_bytes: int, differentiable: bool) -> Schedule:
         chunk, budget = self.chunk, self.memory_budget
         if differentiable:
             return plan_gradients(sizes, checkpoint=self.checkpoint, chunk=chunk, budget=budget)
-        return plan_schedule(sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes)
+        needs = (sizes.state_bytes, sizes.fixed_bytes, sizes.class_bytes, output_bytes)
+        key = (sizes.crops, sizes.classes, sizes.device, needs, self.policy, chunk, budget)
+        if key in self._schedules and not torch.compiler.is_compiling():
+            return self._schedules[key]
+        schedule = plan_schedule(
+            sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes
+        )
+        if sizes.device.type == "cuda" and schedule.total_bytes * AMPLE < schedule.budget:
+            if len(self._schedules) >= SCHEDULES:
+                self._schedules.clear()
+            self._schedules[key] = schedule
+        return schedule
 
     def stages(self, plan: Plan, image: ImageTerms | None = None) -> Stages:
         """What runs the stages where no gradients are wanted; with an image, it is checked first."""
@@ -340,8 +433,10 @@ class Engine:
         return torch.autocast(self.aggregator.conv1.weight.device.type, enabled=False)
 
     def _differentiable(self, *inputs: Tensor | None) -> bool:
-        tensors = (*inputs, *self.aggregator.parameters())
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        if not torch.is_grad_enabled():
+            return False
+        tensors = itertools.chain(inputs, self.aggregator.parameters())
+        return any(x is not None and x.requires_grad for x in tensors)
 
 
 # For `torch.compile` a constant: what it reads of the machine cannot be traced.

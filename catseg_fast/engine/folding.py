@@ -94,7 +94,7 @@ class Layer:
     classes: ClassLayer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The whole aggregator. Projections of guidance are left to its own modules: they run once an image."""
 

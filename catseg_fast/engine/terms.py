@@ -55,7 +55,7 @@ class ImageTerms:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VocabularyTerms:
     """Everything of T classes that no image has a say in; the leading 1 stands for "all crops alike".
 

@@ -26,7 +26,9 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
         kept = min(kept, own)
     if backend != "reference":
         resolution = model.variant.feature_resolution
-        schedule = model.engine.schedule(crops, resolution, kept, READOUT_BYTES)
+        schedule = model.engine.schedule(
+            crops, resolution, kept, READOUT_BYTES, limit is not None and total > limit
+        )
         plan = model.engine.plan()
         lines["precision"] = str(plan.embed.dtype).removeprefix("torch.")
         for stage, reason in getattr(model.engine.stages(plan), "fallbacks", {}).items():
@@ -35,6 +37,11 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
             from catseg_fast.kernels.launch import configs  # triton exists only for Linux
 
             lines["configs"] = configs.describe(model.device, plan.embed.dtype)
+        kept_bytes = model.engine.recordings.kept
+        lines["graphs"] = (
+            f"{model.engine.graphs}; {model.engine.recordings.replays} calls replayed, "
+            f"{len(kept_bytes)} recordings hold {format_bytes(sum(kept_bytes))}"
+        )
         lines["policy"] = f"{schedule.policy}: {schedule.reason}"
         lines["step"] = f"{schedule.chunk} classes of {crops} crops"
         lines["memory"] = (
