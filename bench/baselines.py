@@ -60,8 +60,6 @@ class Baseline:
             return self.gpu_only
         if self.gpu_only and (reason := why_no_triton(device)):
             return reason
-        if self.is_graph and case.selects:
-            return "which classes are kept is looked up on the host, which no graph records"
         if self.compiles and case.selects:
             return "features in bf16 pick other classes than those in fp32"
         if self.prepare is _autotuned and (case.variant, case.classes) != AUTOTUNED:

@@ -26,7 +26,7 @@ def _on_a_gpu() -> dict[str, list[tuple[Case, str]]]:
         ],
         "compiled": [(Case("v2-vitl", CLASSES[0], CROPS, torch.bfloat16), "compiled")],
         "best256": [
-            (Case("v2-vitl", 847, CROPS, torch.float16, SELECTED), "triton"),
+            *((Case("v2-vitl", 847, CROPS, torch.float16, SELECTED), run) for run in ("triton", "graph")),
             (Case("v2-vitl", 847, CROPS, max_classes=SELECTED), "reference"),
         ],
     }

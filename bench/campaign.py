@@ -28,7 +28,7 @@ import torch
 from bench import ship
 from bench.measure import device_name
 from bench.report import write as write_report
-from bench.runner import MOST_BYTES, Outcome, run, size, unfinished
+from bench.runner import MOST_BYTES, Outcome, left, run, size, unfinished
 from bench.steps import WORKERS, all_steps
 
 REPORT_SHARE = 0.1  # of the time is kept for the report,
@@ -66,9 +66,14 @@ def check_device(folder: Path, device: str) -> None:
     path.write_text(f"{name}\n", encoding="utf-8")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code: 1 if a step failed or is not finished, or the folder is too big."""
-    begun = time.time() - psutil.Process().create_time()  # importing torch takes seconds
+def main(arguments: Sequence[str] | None = None, begun: float | None = None) -> int:
+    """The program; returns its exit code: 1 if a step failed or is not finished, or the folder is too big.
+
+    Args:
+        arguments: those of the command line.
+        begun: since when the time counts, as of `time.time()`; by default now.
+    """
+    begun = begun or time.time()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,23 +101,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that the step ends, too
         signal.signal(number, _stop)
     total = 60 * options.minutes
-    steps = all_steps(options.device, folder, options.minutes, options.parallel_checks)
+    plan = (options.device, folder, options.minutes, options.parallel_checks)
+    reserve = min(REPORT_SECONDS, REPORT_SHARE * total)
     try:
-        outcomes = run(steps, folder, total - begun - min(REPORT_SECONDS, REPORT_SHARE * total))
+        outcomes = run(all_steps(*plan), folder, total - reserve - (time.time() - begun))
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted; {folder} keeps what there is, and the same command goes on")
+        print(f"\ninterrupted; not finished: {', '.join(left(all_steps(*plan), folder))}")
+        print(f"{folder} keeps what there is, and the same command goes on")
         return 128 + (interrupt.args[0] if isinstance(interrupt, Stopped) else signal.SIGINT)
     print("", report(outcomes, folder), sep="\n")
     if shipped := ship.ship(folder):
         print(ship.describe(shipped))
     taken = size(folder)
     print(f"{folder} holds {taken / 1e6:.1f} MB")
-    if left := unfinished(outcomes):
-        print(f"{left}; the same command goes on where it stopped, and with more --minutes gets further")
+    if missing := unfinished(outcomes):
+        print(f"{missing}; the same command goes on where it stopped, and with more --minutes gets further")
     if taken > MOST_BYTES:
         print(f"that is more than {MOST_BYTES / 1e6:.0f} MB", file=sys.stderr)
         return 1
-    return 1 if left else 0
+    return 1 if missing else 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -120,4 +127,4 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(begun=psutil.Process().create_time()))  # importing torch takes seconds

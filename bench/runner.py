@@ -71,8 +71,8 @@ def run(steps: Iterable[Step], folder: Path, seconds: float) -> list[Outcome]:
     deadline = time.monotonic() + seconds
     outcomes = []
     for step in steps:
-        left = max(0, deadline - time.monotonic()) / 60
-        print(f"[{left:.1f} min left] {step.name} …", end=" ", flush=True)
+        minutes = max(0, deadline - time.monotonic()) / 60
+        print(f"[{minutes:.1f} min left] {step.name} …", end=" ", flush=True)
         outcome = _run_step(step, folder, deadline)
         print(f"{outcome.state}, {outcome.seconds:.0f} s {outcome.detail}".rstrip(), flush=True)
         outcomes.append(outcome)
@@ -81,8 +81,15 @@ def run(steps: Iterable[Step], folder: Path, seconds: float) -> list[Outcome]:
 
 def unfinished(outcomes: Sequence[Outcome]) -> str:
     """Say what is not finished; empty if all is."""
-    left = [f"{outcome.name} ({outcome.state})" for outcome in outcomes if not outcome.finished]
-    return f"not finished: {', '.join(left)}" if left else ""
+    names = [f"{outcome.name} ({outcome.state})" for outcome in outcomes if not outcome.finished]
+    return f"not finished: {', '.join(names)}" if names else ""
+
+
+def left(steps: Iterable[Step], folder: Path) -> list[str]:
+    """Names of the steps that can run here and are not finished."""
+    return [
+        step.name for step in steps if step.command and _read_done(folder / f"{step.name}.done", step) is None
+    ]
 
 
 def _run_step(step: Step, folder: Path, deadline: float) -> Outcome:
@@ -94,7 +101,7 @@ def _run_step(step: Step, folder: Path, deadline: float) -> Outcome:
     start = time.monotonic()
     if start >= deadline:
         return Outcome(step.name, "no time left")
-    left = min(deadline - start, step.seconds or deadline - start)
+    limit = min(deadline - start, step.seconds or deadline - start)
     log = folder / f"{step.name}.log"
     with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(
@@ -106,7 +113,7 @@ def _run_step(step: Step, folder: Path, deadline: float) -> Outcome:
             start_new_session=True,
         )
         try:
-            code = child.wait(timeout=left)
+            code = child.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             return Outcome(step.name, "cut short", time.monotonic() - start, f"see {log.name}")
         finally:  # of an interruption, too

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = sorted(path for path in options.folder.glob("*.jsonl") if path.stat().st_size)
     if measured:
         print(write_report(measured, options.folder / "report"))
-    if shipped := ship.ship(options.folder):
+    if shipped := ship.ship(options.folder, ship.PACKAGE):
         print(ship.describe(shipped))
     print(f"{options.folder}: {len(measured)} files of records")
     return 0

@@ -399,7 +399,7 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     first, timer = make_tunable(3.0, 2.0)
     second = replace(first, problem=first.problem._replace(crop_classes=1000))
     advanced: list[None] = []
-    # The clock goes on by a second a look: at the start, then before each candidate.
+    # The clock goes on by a second per look: at the start, at each default, then before each candidate.
     outcomes = list(
         tuner.tune_all(
             [first, second],
@@ -407,13 +407,34 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
             GPU,
             tmp_path,
             timer=timer,
-            seconds=3.5,
+            seconds=5.5,
             advance=lambda: advanced.append(None),
         )
     )
     assert [outcome.tunable for outcome in outcomes] == [first]
     assert len(advanced) == 3
     assert len(tuning.read(tuning.config_path(tmp_path, GPU, "window_block"), GPU)) == 1
+
+
+@interpreted
+def test_in_little_time_the_slowest_kernels_come_first(tmp_path):
+    times = {10: 1.0, 1000: 3.0, 100: 2.0, 1: "fails"}
+    made = {count: make_tunable(time) for count, time in times.items()}
+    tunables = [
+        replace(tunable, problem=tunable.problem._replace(crop_classes=count))
+        for count, (tunable, _) in made.items()
+    ]
+    timers = {id(tunable.run): timer for tunable, (_, timer) in zip(tunables, made.values(), strict=True)}
+
+    def timer(call: Any) -> float:
+        return timers[id(call.func)](call)
+
+    def order(**limit: float) -> list[int]:
+        outcomes = tuner.tune_all(tunables, CPU, GPU, tmp_path, timer=timer, **limit)
+        return [outcome.tunable.problem.crop_classes for outcome in outcomes]
+
+    assert order(seconds=1e6) == [1000, 100, 10, 1]
+    assert order() == [10, 1000, 100, 1]
 
 
 @pytest.mark.usefixtures("folders")
@@ -423,7 +444,7 @@ def test_vocabularies_become_launches():
         return [(tunable.problem.precision, tunable.problem.crop_classes) for tunable in found]
 
     step = planner.CROP_CLASSES["cuda"]
-    assert launches(1_000_000, 2_000_000) == [("ieee", step // 5 * 5)]
+    assert launches(1_000_000, 2_000_000) == [("ieee", 192 * 5)]  # whole tiles of 64
     assert launches(2, 3, 1_000_000, crops=1) == [("ieee", 2), ("ieee", 3), ("ieee", step)]
     assert launches(2, dtype=torch.float32) == [("ieee", 10), ("tf32x3", 10)]
 
