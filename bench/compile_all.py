@@ -16,27 +16,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from itertools import chain, zip_longest
 from multiprocessing import get_context
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench.cases import CROPS
-from bench.model_parts import SIZE
-from bench.stage_calls import STAGES, StageInputs, bind, make_inputs
-from catseg_fast import SlidingWindow
 from catseg_fast.engine import tuner
 from catseg_fast.engine.schedule import usual_chunk
-from catseg_fast.engine.streaming import Stages
-from catseg_fast.inference.readout import LabelMap, Readout, reader
-from catseg_fast.kernels import TUNABLE_OPS
-from catseg_fast.kernels.launch.config import LaunchConfig
-from catseg_fast.kernels.launch.tunable import Tunable
+from catseg_fast.engine.tuner import Tunable
+from catseg_fast.kernels import OPS, TUNABLE_OPS, load
+from catseg_fast.kernels.launch import configs
+from catseg_fast.kernels.launch.capability import assume, capability_of
+from catseg_fast.kernels.launch.launcher import Launch, record
 
 CLASSES = (150, 1203)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,12 +40,48 @@ SAID_EVERY = 5.0  # seconds
 
 
 @dataclass(frozen=True)
+class Descriptor:
+    """A tensor descriptor without its tensor, which is told by its type."""
+
+    kind: type
+    values: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, descriptor: Any) -> Descriptor:
+        """The description of a descriptor, which is a dataclass."""
+        values = {field.name: getattr(descriptor, field.name) for field in fields(descriptor)}
+        told = {name: x.dtype if isinstance(x, Tensor) else _frozen(x) for name, x in values.items()}
+        return cls(type(descriptor), tuple(told.items()))
+
+    def make(self) -> Any:
+        """A descriptor of the same kind, of a tensor on the meta device."""
+        values: dict[str, Any] = {name: list(x) if isinstance(x, tuple) else x for name, x in self.values}
+        base = torch.empty_strided(values["shape"], values["strides"], dtype=values["base"], device="meta")
+        return self.kind(**{**values, "base": base})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _told(value: Any) -> Any:
+    """What Triton makes different kernels of: the type of a tensor, and which kind of number it is."""
+    if isinstance(value, Tensor):
+        return value.dtype
+    if hasattr(value, "block_shape"):
+        return Descriptor.of(value)
+    if type(value) is not int or value == 1:
+        return value
+    return (2**32 if value >= 2**31 else 0) + (16 if value % 16 == 0 else 7)
+
+
+@dataclass(frozen=True)
 class Job:
     """A kernel to compile for certain arguments; can be sent to another process.
 
     Attributes:
         module, name: of the `@triton.jit` function.
-        arguments: in order; a tensor is told by its type, and is aligned as PyTorch's are.
+        arguments: in order, as far as they matter; tensors are aligned as PyTorch's are.
         options: `tl.constexpr` arguments and Triton's options, by name.
     """
 
@@ -60,83 +91,58 @@ class Job:
     options: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of(cls, kernel: Any, arguments: Sequence[Any], options: dict[str, Any]) -> Job:
+    def of(cls, launch: Launch) -> Job:
         """The job that compiles a launch."""
-        told = tuple(x.dtype if isinstance(x, Tensor) else x for x in arguments)
-        return cls(kernel.fn.__module__, kernel.fn.__name__, told, tuple(options.items()))
+        options = (*launch.constants.items(), *launch.options.items())
+        function = launch.kernel.fn
+        return cls(
+            function.__module__, function.__name__, tuple(map(_told, launch.arguments.values())), options
+        )
 
     def compile(self) -> str | None:
         """Compile the kernel for the current GPU; why it does not compile, if so."""
         kernel = getattr(importlib.import_module(self.module), self.name)
         try:
-            kernel.warmup(*self.arguments, grid=(1,), **dict(self.options))
+            arguments = (x.make() if isinstance(x, Descriptor) else x for x in self.arguments)
+            kernel.warmup(*arguments, grid=(1,), **dict(self.options))
         except Exception as error:  # whatever the compiler says is the result
             cause = error.__cause__ or error
             return f"{type(cause).__name__}: {str(cause).strip()[-300:]}"
         return None
 
 
-@contextmanager
-def listing() -> Iterator[list[Job]]:
-    """List the launches of Triton kernels in place of making them."""
-    from triton.runtime.jit import JITFunction
-
-    jobs: list[Job] = []
-
-    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        jobs.append(Job.of(kernel, arguments, options))
-
-    with mock.patch.object(JITFunction, "run", run):
-        yield jobs
+def op_launches(dtype: torch.dtype, device: torch.device) -> Iterator[Launch]:
+    """What each op launches at each of its sizes, on the chunk that most calls have, by default configs."""
+    classes, capability = usual_chunk(max(CLASSES), CROPS, device), capability_of(device)
+    for op in map(load, OPS):
+        for sizes in (*op.sizes.values(), *op.special.values()):
+            yield from op.dry_run(replace(sizes, crops=CROPS, classes=classes), dtype, "ieee", capability)[1]
 
 
-def jobs_of(calls: Iterable[Callable[[], object]]) -> list[Job]:
-    """What calls would compile, each once and in their order."""
-    found: dict[Job, None] = {}
-    for call in calls:
-        with listing() as jobs, torch.no_grad():
-            call()
-        found |= dict.fromkeys(jobs)
-    return list(found)
+def candidate_launches(dtype: torch.dtype, device: torch.device) -> Iterator[Launch]:
+    """What the tuner times: each kernel with the config that it has now, its default, then the others."""
+    tunables = tuner.list_tunables(TUNABLE_OPS, dtype, CLASSES, CROPS, device)
+    by_kernel = [_launches(tunable, device) for tunable in tunables]
+    return filter(None, chain.from_iterable(zip_longest(*by_kernel)))
 
 
-def stage_calls(dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[], object]]:
-    """Each stage on the chunk that most calls have."""
-    from catseg_fast.engine.triton_stages import TritonStages  # triton exists only for Linux
-
-    classes = usual_chunk(max(CLASSES), CROPS, device)
-    for stage in STAGES:
-        inputs = make_inputs(stage, CROPS, classes, dtype, device)
-        yield partial(_run_stage, stage, inputs, TritonStages(inputs.plan))
-    logits = torch.zeros(CROPS, classes, 96, 96, dtype=dtype, device=device)
-    readout, target = Readout(SIZE, SlidingWindow()), LabelMap(SIZE, device)
-    yield lambda: reader(readout, target, "triton")(slice(0, classes), logits)
-
-
-def _run_stage(stage: str, inputs: StageInputs, stages: Stages) -> None:
-    bind(stage, inputs)(stages)
-
-
-def candidate_calls(dtype: torch.dtype, device: torch.device) -> Iterator[Callable[[], object]]:
-    """Each candidate of the tuner, the default of each kernel first."""
-    tunables = tuner.list_tunables(tuple(TUNABLE_OPS), dtype, CLASSES, CROPS, device)
-    for place in range(max(len(tunable.candidates) for tunable in tunables)):
-        for tunable in tunables:
-            if place < len(tunable.candidates):
-                yield partial(_run_candidate, tunable, tunable.candidates[place])
-
-
-def _run_candidate(tunable: Tunable, config: LaunchConfig) -> None:
-    tunable.run(tunable.make_inputs(torch.device("meta")), config)
+def _launches(tunable: Tunable, device: torch.device) -> list[Launch]:
+    chosen = configs.choose(tunable.problem, device, lambda *_: tunable.candidates[0])
+    with assume(capability_of(device)), record(execute=False) as launches:
+        call = tunable.make_inputs(torch.device("meta"))
+        launches.clear()  # of the whole op
+        for config in dict.fromkeys((chosen, *tunable.candidates)):
+            tunable.run(call, config)
+    return launches
 
 
 def all_jobs(device: torch.device) -> list[Job]:
-    """Every kernel of a campaign, in the order of their value."""
+    """Every kernel of a campaign once, in the order of their value."""
     in_fp16, *others = DTYPES
-    calls = [*stage_calls(in_fp16, device), *candidate_calls(in_fp16, device)]
-    calls += [call for dtype in others for call in stage_calls(dtype, device)]
-    calls += [call for dtype in others for call in candidate_calls(dtype, device)]
-    return jobs_of(calls)
+    launches: list[Iterable[Launch]] = [op_launches(in_fp16, device), candidate_launches(in_fp16, device)]
+    launches += [op_launches(dtype, device) for dtype in others]
+    launches += [candidate_launches(dtype, device) for dtype in others]
+    return list(dict.fromkeys(map(Job.of, chain.from_iterable(launches))))
 
 
 @dataclass

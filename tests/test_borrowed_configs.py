@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import json
 import math
 from dataclasses import asdict, replace
@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from catseg_fast.engine import tuner
+from catseg_fast.engine.tuner import Tunable
 from catseg_fast.environment import describe_environment
 from catseg_fast.inference import explain
 from catseg_fast.kernels import TUNABLE_OPS
 from catseg_fast.kernels.launch import configs
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.configs import Problem
-from catseg_fast.kernels.launch.tunable import Workload
 from catseg_fast.kernels.window_attention import mlp
 from support.gpus import fake_gpus
 from support.tiny import tiny_model
@@ -27,7 +27,6 @@ from support.tiny import tiny_model
 CUDA = torch.device("cuda", 0)
 H200, H100, A100 = ("NVIDIA H200", 90, 132), ("NVIDIA H100 PCIe", 90, 114), ("NVIDIA A100-SXM4-80GB", 80, 108)
 DEFAULT = mlp.MLPConfig(rows=128, hidden=64, num_warps=8, num_stages=2)
-PROBLEM = mlp.problem(torch.float16, "ieee", 255, 576, 128, 512)
 SHIPPED = sorted(configs.SHIPPED.glob("*/*.json"))
 
 
@@ -61,23 +60,26 @@ def put(folder: Path, gpu: str, rows: int, capability: int | None, count: int | 
     return path
 
 
-def rows(problem: Problem = PROBLEM) -> int:
-    return configs.choose(problem, CUDA, lambda _: DEFAULT).rows
+def problem(hidden: int = 512) -> Problem:
+    x = torch.empty(5, 51, 576, 128, dtype=torch.float16, device="meta")
+    sizes = {"positions": 576, "channels": 128, "hidden": hidden}
+    return Problem.of("window_block", "mlp", mlp.MLPConfig, x, "ieee", **sizes)
 
 
+def rows(hidden: int = 512) -> int:
+    return configs.choose(problem(hidden), CUDA, lambda *_: DEFAULT).rows
+
+
+@functools.cache
 def problems() -> dict[Problem, LaunchConfig]:
     """The kernels at the sizes of the published variants in fp16, with their default configs on Hopper."""
-    workload = Workload(90, torch.float16, "ieee", 5, 51)
-    modules = [importlib.import_module(f"catseg_fast.kernels.{name}") for name in {*TUNABLE_OPS.values()}]
-    found = [tunable for module in modules for tunable in module.tunables(workload)]
+    found = tuner.list_tunables(TUNABLE_OPS, torch.float16, [51], 5, torch.device("cpu"))
     return {tunable.problem: tunable.candidates[0] for tunable in found}
 
 
 def chosen() -> dict[Problem, LaunchConfig]:
-    return {
-        problem: configs.choose(problem, CUDA, lambda _, default=default: default)  # type: ignore[misc]
-        for problem, default in problems().items()
-    }
+    defaults = problems()
+    return {problem: configs.choose(problem, CUDA, lambda _, p: defaults[p]) for problem in defaults}
 
 
 def entries() -> list[dict[str, Any]]:
@@ -177,7 +179,7 @@ def test_what_a_gpu_has_not_measured_is_borrowed(shipped: Path, monkeypatch: pyt
     path.write_text(json.dumps([{**entry, "shape": {**entry["shape"], "hidden": 256}}]))
     configs.clear()
     assert rows() == 16
-    assert rows(mlp.problem(torch.float16, "ieee", 255, 576, 128, 256)) == 32
+    assert rows(256) == 32
 
 
 def test_a_broken_file_of_another_gpu_is_named_and_the_call_goes_on(
@@ -231,8 +233,9 @@ def test_a_tuned_config_says_who_may_borrow_it(monkeypatch: pytest.MonkeyPatch) 
 def test_tuning_into_a_folder_that_cannot_be_written_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = Workload(90, torch.float16, "ieee", 5, 51)
-    tunables = [mlp.tunable(found), mlp.tunable(replace(found, classes=4))]
+    tunables = [
+        Tunable(problem(hidden), (DEFAULT,), lambda _: pytest.fail("is not run")) for hidden in (256, 512)
+    ]
     monkeypatch.setattr(
         tuner, "tune", lambda tunable, *_: tuner.Outcome(tunable, {tunable.candidates[0]: 1.0})
     )

@@ -30,7 +30,7 @@ EXAMPLES = (
 
 def tune(
     op: Annotated[
-        list[str] | None, choice("--op", tuple(TUNABLE_OPS), "What to tune, repeatable; by default all of")
+        list[str] | None, choice("--op", TUNABLE_OPS, "What to tune, repeatable; by default all of")
     ] = None,
     dtype: Annotated[str, choice("--dtype", tuple(DTYPES), "Type of the tensors")] = "fp16",
     classes: Annotated[
@@ -71,7 +71,7 @@ def tune(
         from catseg_fast.engine import tuner
 
         tunables = tuner.list_tunables(
-            op or tuple(TUNABLE_OPS), getattr(torch, DTYPES[dtype]), classes, crops, device
+            op or TUNABLE_OPS, getattr(torch, DTYPES[dtype]), classes, crops, device
         )
         folder, gpu = output or _default_folder(), torch.cuda.get_device_name(device)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,15 @@ class LaunchConfig:
                 continue
             any_number = field.name in ("num_stages", "maxnreg")
             if type(value) is not int or value < 1 or (value & (value - 1) and not any_number):
-                wanted = "a positive integer" if any_number else "a power of two"
-                raise ValueError(f"{field.name}: {value!r} is not {wanted}")
+                expected = "a positive integer" if any_number else "a power of two"
+                raise ValueError(f"{field.name}: {value!r} is not {expected}")
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told besides the kernel's arguments."""
+        given = {name: getattr(self, name, None) for name in ("num_warps", "num_stages", "maxnreg")}
+        options = {name: value for name, value in given.items() if value is not None}
+        return {**options, "enable_fp_fusion": True}
 
 
 C = TypeVar("C", bound=LaunchConfig)
