@@ -15,7 +15,7 @@ from PIL import Image
 
 from catseg_fast.checkpoints.checkpoint import convert, read_checkpoint
 from catseg_fast.checkpoints.hub import resolve
-from catseg_fast.data import FolderDataset, read_annotation
+from catseg_fast.data.folder import FolderDataset, read_annotation
 from catseg_fast.data.published import import_dataset
 from catseg_fast.files import open_regular, read_text
 from catseg_fast.inference.images import load_image

@@ -1,7 +1,7 @@
 """A process that reads hostile checkpoint files, and may crash, under limits of memory and time.
 
-`python -m support.fuzz_checkpoints FOLDER SHARE SEED` writes one file after the other to FOLDER/case.pth, reads
-it, and prints a line of JSON at the end. The file that crashes the process stays there.
+`python -m support.fuzz_checkpoints FOLDER SHARE SEED` writes one file after the other to FOLDER/case.pth,
+reads it, and prints a line of JSON at the end. The file that crashes the process stays there.
 """
 
 from __future__ import annotations
