@@ -40,3 +40,9 @@ def load_matrix(
     if EVEN:
         return tl.load(p)
     return tl.load(p, mask=(o_row < ROWS)[:, None] & (o_column < COLUMNS)[None, :], other=0.0)
+
+
+@triton.jit
+def feature_map(x):
+    """`elu(x) + 1`; NaN where x is."""
+    return tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)))

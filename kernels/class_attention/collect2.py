@@ -1,0 +1,202 @@
+"""First pass of the linear attention over classes: what it must know of all classes, from a chunk of them.
+
+With phi(x) = elu(x) + 1, for each crop, position and head, over the chunk's classes t:
+
+    n = LN(x);  k = phi(W_k n + b_k + text_key);  v = W_v n + b_v
+    key_value += sum_t k_t v_t^T / length;  key_sum += sum_t k_t
+
+x is `[B, t, HW, C]`, the sums are `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32, d = C / heads. With
+pooling (h, w) a token is the average of h x w positions, taken while x is read. Normalised tokens, keys and
+values never reach memory. The last chunk may write, in place of `key_value`, what `class_apply` reads: the
+means of values `key_value_j length / key_sum_j` in the type of x.
+
+A program holds the weights of some heads and walks over the classes of one position: every sum has one owner,
+there are no atomics, and the bits are the same every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from catseg_fast.kernels.class_attention.tokens import feature_map, load_tokens
+from catseg_fast.kernels.launch import launcher
+from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
+from catseg_fast.kernels.layer_norm import normalise
+
+
+@triton.jit(do_not_specialize=["classes"])
+def collect_kernel(
+    x_ptr,  # [B, t, HW, C], strided over B, t and HW
+    weight_ptr,  # [2C, C], keys then values
+    bias_ptr,  # [2C]
+    text_ptr,  # [B or 1, t, C], strided over the first two, or None
+    old_key_value_ptr,  # [B, hw, heads, d, d] or [heads, d, d] fp32, or None
+    old_key_sum_ptr,  # [B, hw, heads, d] or [heads, d] fp32, or None
+    key_value_ptr,  # [B, hw, heads, d, d], output: fp32 sums, or means of values in the type of x
+    key_sum_ptr,  # [B, hw, heads, d] fp32, output
+    classes,  # t
+    inverse_length,
+    x_stride_b,
+    x_stride_t,
+    x_stride_p,
+    text_stride_b,
+    text_stride_t,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    POOL_H: tl.constexpr,
+    POOL_W: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # d, rounded up
+    OLD_IS_SHARED: tl.constexpr,  # all positions add to the same old sums
+    MEANS: tl.constexpr,
+    GROUP: tl.constexpr,  # heads per program
+    BLOCK_GROUP: tl.constexpr,  # GROUP, rounded up
+    CLASSES: tl.constexpr,  # classes per step
+    PRECISION: tl.constexpr,
+):
+    D: tl.constexpr = C // HEADS
+    HW: tl.constexpr = (H // POOL_H) * (W // POOL_W)
+    CHANNELS: tl.constexpr = BLOCK_GROUP * BLOCK_D
+    dtype = x_ptr.dtype.element_ty
+    token = tl.program_id(0) // (HEADS // GROUP)
+    first = tl.program_id(0) % (HEADS // GROUP) * (GROUP * D)
+    b, p = (token // HW).to(tl.int64), token % HW
+
+    o_c = tl.arange(0, BLOCK_C)
+    o_g = tl.arange(0, CHANNELS)
+    EVEN: tl.constexpr = (C == BLOCK_C) and (D == BLOCK_D) and (GROUP == BLOCK_GROUP)
+    if EVEN:
+        m_g = tl.full((CHANNELS,), True, tl.int1)
+        channel = first + o_g
+    else:
+        m_g = (o_g // BLOCK_D < GROUP) & (o_g % BLOCK_D < D)
+        channel = first + o_g // BLOCK_D * D + o_g % BLOCK_D
+    m_weight = (o_c < C)[:, None] & m_g[None, :]
+    p_weight = weight_ptr + channel[None, :] * C + o_c[:, None]
+    w_k = tl.load(p_weight, m_weight, 0.0)
+    w_v = tl.load(p_weight + C * C, m_weight, 0.0)
+    b_k = tl.load(bias_ptr + channel, m_g, 0.0).to(tl.float32)
+    b_v = tl.load(bias_ptr + C + channel, m_g, 0.0).to(tl.float32)
+
+    key_value = tl.zeros((BLOCK_GROUP, BLOCK_D, BLOCK_D), tl.float32)
+    key_sum = tl.zeros((CHANNELS,), tl.float32)
+    for start in range(0, classes, CLASSES):
+        o_t = start + tl.arange(0, CLASSES)
+        m_t = o_t < classes
+        p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
+        x = load_tokens(p_x, p, m_t, x_stride_p, C, BLOCK_C, W, POOL_H, POOL_W)
+        x = normalise(x, C, BLOCK_C).to(dtype)
+        k = tl.dot(x, w_k, input_precision=PRECISION) + b_k[None, :]
+        m = m_t[:, None] & m_g[None, :]
+        if text_ptr is not None:
+            p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64)[:, None] * text_stride_t
+            k += tl.load(p_text + channel[None, :], m, 0.0).to(tl.float32)
+        k = tl.where(m, feature_map(k), 0.0)
+        v = tl.dot(x, w_v, input_precision=PRECISION) + b_v[None, :]
+        key_sum += tl.sum(k, 0)
+        k = tl.reshape(k.to(dtype), (CLASSES, BLOCK_GROUP, BLOCK_D))
+        v = tl.reshape(v.to(dtype), (CLASSES, BLOCK_GROUP, BLOCK_D))
+        k, v = tl.permute(k, (1, 2, 0)), tl.permute(v, (1, 0, 2))
+        key_value = tl.dot(k, v, key_value, input_precision=PRECISION)
+    key_value *= inverse_length
+
+    o_h = tl.arange(0, BLOCK_GROUP)[:, None, None]
+    o_k, o_v = tl.arange(0, BLOCK_D)[None, :, None], tl.arange(0, BLOCK_D)[None, None, :]
+    o_key_value = (first + o_h * D + o_k) * D + o_v
+    m_key_value = (o_h < GROUP) & (o_k < D) & (o_v < D)
+    if old_key_value_ptr is not None:
+        old = token.to(tl.int64) * (0 if OLD_IS_SHARED else C)
+        key_sum += tl.load(old_key_sum_ptr + old + channel, m_g, 0.0)
+        key_value += tl.load(old_key_value_ptr + old * D + o_key_value, m_key_value, 0.0)
+    new = token.to(tl.int64) * C
+    tl.store(key_sum_ptr + new + channel, key_sum, m_g)
+    if MEANS:
+        mean_key = tl.maximum(key_sum * inverse_length, 1e-37)
+        key_value /= tl.reshape(mean_key, (BLOCK_GROUP, BLOCK_D))[:, :, None]
+    tl.store(key_value_ptr + new * D + o_key_value, key_value.to(key_value_ptr.dtype.element_ty), m_key_value)
+
+
+@dataclass(frozen=True)
+class CollectConfig(LaunchConfig):
+    """Launch config: channels per program at most (whole heads), and classes per step."""
+
+    channels: int
+    classes: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+
+# Few steps: each takes the interpreter milliseconds, however large it is.
+INTERPRETER = CollectConfig(channels=256, classes=32, num_warps=1, num_stages=1)
+
+
+@cache
+def default_config(capability: int, dtype: torch.dtype, channels: int) -> CollectConfig:
+    """A config for GPUs of a compute capability (as 80, 86, 89, 90, 100), at `channels` channels."""
+    if dtype == torch.float32:
+        return CollectConfig(channels=32, classes=16, num_warps=8, num_stages=1)
+    return CollectConfig(channels=128, classes=32, num_warps=4, num_stages=3)
+
+
+def candidates(capability: int, dtype: torch.dtype, channels: int) -> tuple[CollectConfig, ...]:
+    """Configs worth timing, the default first."""
+    default = default_config(capability, dtype, channels)
+    tiles = ((32, 4), (32, 8), (64, 8)) if dtype == torch.float32 else ((32, 4), (64, 4), (64, 8), (128, 8))
+    others = [
+        replace(tiled, channels=channels, num_warps=num_warps)
+        for channels, num_warps in tiles
+        for tiled in grid(default, classes=(16, 32, 64))
+    ]
+    return default_first(default, [*others, *grid(default, num_stages=(1, 2, 3, 4))])
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    text_key: Tensor | None,
+    key_value: Tensor | None,
+    key_sum: Tensor | None,
+    heads: int,
+    length: int,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    means: bool,
+    input_precision: str,
+    config: CollectConfig,
+) -> tuple[Tensor, Tensor]:
+    """New sums `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32.
+
+    The old ones, `key_value` and `key_sum`, are like them, or `[heads, …]` and the same everywhere, or None.
+    With `means`, the first result is what `class_apply` reads, in the type of x.
+    """
+    (B, classes, _, C), (H, W), (pool_h, pool_w), d = x.shape, resolution, pooling, x.shape[-1] // heads
+    positions = (H // pool_h) * (W // pool_w)
+    new_key_value = x.new_empty((B, positions, heads, d, d), dtype=x.dtype if means else torch.float32)
+    new_key_sum = x.new_empty((B, positions, heads, d), dtype=torch.float32)
+    group = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * d <= config.channels))
+    text_strides = text_key.expand(B, -1, -1).stride()[:2] if text_key is not None else (0, 0)
+    launcher.run(
+        collect_kernel,
+        (B * positions * (heads // group),),
+        x, weight, bias, text_key, key_value, key_sum, new_key_value, new_key_sum,
+        classes, 1 / length, *x.stride()[:3], *text_strides,
+        config=config,
+        H=H, W=W, POOL_H=pool_h, POOL_W=pool_w,
+        C=C, BLOCK_C=max(16, triton.next_power_of_2(C)),
+        HEADS=heads, BLOCK_D=max(16, triton.next_power_of_2(d)),
+        OLD_IS_SHARED=key_sum is not None and key_sum.ndim == 2, MEANS=means,
+        GROUP=group, BLOCK_GROUP=triton.next_power_of_2(group), CLASSES=config.classes,
+        PRECISION=input_precision,
+    )  # fmt: skip
+    return new_key_value, new_key_sum
