@@ -1,10 +1,23 @@
-"""Triton kernels of the CAT-Seg aggregator, one op a file."""
+"""A library of ops: functions of tensors and numbers on Triton kernels, each with a plain form in torch.
 
-# Ops whose launch configs can be tuned, by the module that declares `tunables`.
-TUNABLE_OPS = {
-    "embed_cost_volume": "cost_volume.op",
+It imports torch, triton and itself. Each op is a folder, whose `op.py` declares it; `launch/` is shared.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from catseg_fast.kernels.launch.op import Op
+
+# The module of each op that declares it as `OP`; importing one needs triton.
+OPS = {
     "window_block": "window_attention.op",
-    "class_collect": "class_attention.op",
-    "class_apply": "class_attention.op",
-    "decode": "decoder.op",
 }
+
+
+def load(name: str) -> Op:
+    """Return an op's declaration."""
+    op: Op = import_module(f"{__name__}.{OPS[name]}").OP
+    return op
