@@ -144,8 +144,10 @@ class Op:
     mma: Mapping[str, str] = field(default_factory=dict)
     max_stack: Mapping[str, int] = field(default_factory=dict)
 
-    def launch(self, *arguments: Any) -> Any:
+    def launch(self, *arguments: Any, **options: Any) -> Any:
         """Run the first form that supports the call; the first argument is a tensor on the device.
+
+        `options` are passed on to the form: where the result goes, for instance.
 
         Raises:
             ValueError: if none does; the message has the last one's reason.
@@ -154,7 +156,7 @@ class Op:
         for form in self.forms:
             reason = form.unsupported(capability, *arguments)
             if reason is None:
-                return form.launch(*arguments)
+                return form.launch(*arguments, **options)
         raise ValueError(f"{self.name}: {reason}")
 
     def dry_run(
