@@ -11,13 +11,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from catseg_fast.kernels.launch.op import Op
 
-# The module of each op that declares it as `OP`; importing one needs triton.
+# By op, the module and the name of its declaration; importing one needs triton.
 OPS = {
-    "window_block": "window_attention.op",
+    "embed_cost_volume": "cost_volume.op:OP",
+    "window_block": "window_attention.op:OP",
+    "class_collect": "class_attention.op:COLLECT",
+    "class_apply": "class_attention.op:APPLY",
+    "decode": "decoder.op:OP",
+    "update_label_map": "label_map.op:OP",
 }
+
+# Ops whose launch configs can be tuned; of the others, they are fixed.
+TUNABLE_OPS = tuple(name for name in OPS if name != "update_label_map")
 
 
 def load(name: str) -> Op:
     """Return an op's declaration."""
-    op: Op = import_module(f"{__name__}.{OPS[name]}").OP
+    module, attribute = OPS[name].split(":")
+    op: Op = getattr(import_module(f"{__name__}.{module}"), attribute)
     return op

@@ -12,16 +12,15 @@ stored.
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.convolution import Config, Size, norm_dtype
-from catseg_fast.kernels.launch.checks import DTYPES
-from catseg_fast.kernels.launch.compile_target import CompileTarget
-
-PARTS = 64  # parts a step
+from catseg_fast.kernels.convolution import Size, norm_dtype
+from catseg_fast.kernels.launch import launcher
+from catseg_fast.kernels.launch.config import LaunchConfig
 
 
 @triton.jit
@@ -33,36 +32,36 @@ def merge_kernel(
     eps,
     C: tl.constexpr,
     GROUPS: tl.constexpr,
-    PIXELS: tl.constexpr,  # of an image, in each phase
+    HW: tl.constexpr,  # pixels of an image in each phase
     PHASES: tl.constexpr,
-    TILE: tl.constexpr,  # pixels of a part; the last one of an image may have fewer
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # channels of a group, rounded up
+    PIXELS: tl.constexpr,  # pixels of a part; the last one of an image may have fewer
+    BLOCK_G: tl.constexpr,  # channels of a group, rounded up
+    PARTS: tl.constexpr,  # parts per step
 ):
     WIDTH: tl.constexpr = C // GROUPS
-    COUNT: tl.constexpr = (PIXELS + TILE - 1) // TILE * PHASES
+    COUNT: tl.constexpr = (HW + PIXELS - 1) // PIXELS * PHASES
     image = (tl.program_id(0) // GROUPS).to(tl.int64)
-    o_c = tl.arange(0, BLOCK_C)
+    o_c = tl.arange(0, BLOCK_G)
     m_c = o_c < WIDTH
     channel = tl.program_id(0) % GROUPS * WIDTH + o_c
     p_sum = statistics_ptr + image * (COUNT * 2 * C) + channel[None, :]
 
-    total = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
-    for start in range(0, COUNT, BLOCK_PARTS):
-        part = (start + tl.arange(0, BLOCK_PARTS))[:, None]
+    total = tl.zeros((PARTS, BLOCK_G), tl.float32)
+    for start in range(0, COUNT, PARTS):
+        part = (start + tl.arange(0, PARTS))[:, None]
         total += tl.load(p_sum + part * (2 * C), mask=(part < COUNT) & m_c[None, :], other=0.0)
-    mean = tl.sum(total) / (PIXELS * PHASES * WIDTH)
+    mean = tl.sum(total) / (HW * PHASES * WIDTH)
 
-    squares = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
-    for start in range(0, COUNT, BLOCK_PARTS):
-        part = (start + tl.arange(0, BLOCK_PARTS))[:, None]
+    squares = tl.zeros((PARTS, BLOCK_G), tl.float32)
+    for start in range(0, COUNT, PARTS):
+        part = (start + tl.arange(0, PARTS))[:, None]
         m = (part < COUNT) & m_c[None, :]
         sums = tl.load(p_sum + part * (2 * C), mask=m, other=0.0)
         inner = tl.load(p_sum + part * (2 * C) + C, mask=m, other=0.0)
-        pixels = tl.maximum(tl.minimum(PIXELS - part // PHASES * TILE, TILE), 1)
+        pixels = tl.maximum(tl.minimum(HW - part // PHASES * PIXELS, PIXELS), 1)
         apart = sums / pixels - mean
         squares += tl.where(m, inner + pixels * apart * apart, 0.0)
-    variance = tl.sum(squares) / (PIXELS * PHASES * WIDTH)
+    variance = tl.sum(squares) / (HW * PHASES * WIDTH)
 
     weight = tl.load(weight_ptr + channel, mask=m_c, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=m_c, other=0.0).to(tl.float32)
@@ -72,57 +71,37 @@ def merge_kernel(
     tl.store(p_out + C, bias - mean * scale, mask=m_c)
 
 
-def launch(
-    statistics: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, size: Size, config: Config
-) -> Tensor:
-    """Scale and shift `[N, 2, C]` for the output of a convolution of that size and config.
+@dataclass(frozen=True)
+class MergeConfig(LaunchConfig):
+    """Launch config: parts per step."""
 
-    Nothing is checked.
+    parts: int = 64
+    num_warps: int = 4
+
+
+def launch(
+    statistics: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    size: Size,
+    pixels: int,
+    config: MergeConfig = MergeConfig(),
+) -> Tensor:
+    """Scale and shift `[N, 2, C]` for the output of a convolution of a size. Arguments are not checked.
 
     Args:
         statistics: the convolution's, `[N, parts, 2, C]`.
         weight: `[C]`.
         bias: `[C]`.
+        pixels: of a part, as the convolution's config has them.
     """
-    out = statistics.new_empty((len(statistics), 2, size.channels_out), dtype=norm_dtype(weight.dtype))
-    merge_kernel[(len(statistics) * groups,)](
-        statistics,
-        weight,
-        bias,
-        out,
-        eps,
-        **_constants(groups, size, config),
-        num_warps=4,
-    )
+    N, C = len(statistics), size.channels_out
+    out = statistics.new_empty((N, 2, C), dtype=norm_dtype(weight.dtype))
+    launcher.run(
+        merge_kernel, (N * groups,), statistics, weight, bias, out, eps,
+        C=C, GROUPS=groups, HW=size.pixels, PHASES=size.phases, PIXELS=pixels,
+        BLOCK_G=triton.next_power_of_2(C // groups), PARTS=config.parts, config=config,
+    )  # fmt: skip
     return out
-
-
-def compile_target(name: str, size: Size, dtype: torch.dtype, groups: int, config: Config) -> CompileTarget:
-    """The kernel as `launch` starts it."""
-    storage = f"*{DTYPES[dtype]}"
-    return CompileTarget(
-        name=f"{name} {DTYPES[dtype]}",
-        kernel=merge_kernel,
-        signature={
-            "statistics_ptr": "*fp32",
-            "weight_ptr": storage,
-            "bias_ptr": storage,
-            "out_ptr": f"*{DTYPES[norm_dtype(dtype)]}",
-            "eps": "fp32",
-        },
-        constexprs=_constants(groups, size, config),
-        num_warps=4,
-        num_stages=3,
-    )
-
-
-def _constants(groups: int, size: Size, config: Config) -> dict[str, int]:
-    return {
-        "C": size.channels_out,
-        "GROUPS": groups,
-        "PIXELS": size.pixels,
-        "PHASES": size.phases,
-        "TILE": config.pixels,
-        "BLOCK_PARTS": PARTS,
-        "BLOCK_C": triton.next_power_of_2(size.channels_out // groups),
-    }

@@ -162,7 +162,7 @@ class Op:
     def dry_run(
         self, sizes: Sizes, dtype: torch.dtype, input_precision: str, capability: int
     ) -> tuple[list[Call], list[Launch]]:
-        """Calls of kernels and their launches on a GPU of a capability; nothing runs, and no memory is taken."""
+        """Calls of kernels and their launches on GPUs of a capability; nothing runs or takes memory."""
         inputs = self.make_inputs(sizes, Random(dtype, torch.device("meta")))
         with assume(capability), record_calls() as calls, record(execute=False) as launches:
             self.launch(*inputs.values(), input_precision)

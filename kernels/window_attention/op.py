@@ -223,7 +223,7 @@ OP = Op(
     triton=window_block,
     forms=(Form(_launch),),
     make_inputs=_make_inputs,
-    sizes={"": Sizes(), "shifted": Sizes(shift=6)},
+    sizes={"shifted": Sizes(shift=6), "": Sizes()},
     odd=(
         Sizes(1, 1, 8, 12, channels=16, heads=1, window=4, shift=1, hidden=17, guided=False),
         Sizes(2, 3, 6, 9, channels=48, heads=3, window=3, hidden=100),

@@ -29,7 +29,7 @@ def window_block(
     """`op.window_block`, for the windows' order and masks at a resolution."""
     weights = (qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias)
     order = window_order(resolution, window, shift, x.device)
-    masks = window_masks(resolution, window, shift, x)
+    masks = window_masks(resolution, window, shift, x.dtype, x.device)
     return ordered_block(x, query_key, weights, order, order.argsort(), masks, heads)
 
 
@@ -78,9 +78,9 @@ def window_order(resolution: Sequence[int], window: int, shift: int, device: tor
 
 
 def window_masks(
-    resolution: Sequence[int], window: int, shift: int, like: Tensor
+    resolution: Sequence[int], window: int, shift: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, ...]:
-    """Each window's mask `[N, N]` in the type of `like`: 0 within a region of the image, else `MASKED`.
+    """Each window's mask `[N, N]`, 0 within a region of the image, else `MASKED`; None where all is seen.
 
     After the cyclic shift, the last windows of a row or column hold tokens from opposite borders, which must
     not see each other; the other windows have no mask.
@@ -90,11 +90,11 @@ def window_masks(
     if not shift:
         return (None,) * (down * across)
     rows, columns = (
-        (place >= size - window).int() + (place >= size - shift).int()
-        for place, size in ((torch.arange(size, device=like.device), size) for size in (H, W))
+        (place >= len(place) - window).int() + (place >= len(place) - shift).int()
+        for place in (torch.arange(size, device=device) for size in (H, W))
     )
     regions = _in_windows(rows[:, None] * 3 + columns[None, :], window)  # windows, N
-    masks = (regions[:, :, None] != regions[:, None, :]).to(like.dtype) * MASKED
+    masks = (regions[:, :, None] != regions[:, None, :]).to(dtype) * MASKED
     return tuple(
         mask if w // across == down - 1 or w % across == across - 1 else None for w, mask in enumerate(masks)
     )
