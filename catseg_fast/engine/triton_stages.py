@@ -59,6 +59,11 @@ class TritonStages:
         self._embedding, self._decoding = kernel_embedding(plan), kernel_decoding(plan)
         self._checked = False
 
+    @property
+    def collects_at_once(self) -> bool:
+        """Whether `class_collect` is best called once with all classes, where they are at hand."""
+        return "class_attention" not in self.fallbacks
+
     def check(self, image: ImageTerms) -> None:
         """Compare each kernel with torch on this GPU, once; stages that differ run in torch from then on.
 
@@ -82,11 +87,13 @@ class TritonStages:
 
         return self._run("embed_cost_volume", kernel, stages.embed_cost_volume, plan, image, text, resolution)
 
-    def window_block(self, block: WindowBlock, guidance: BlockGuidance, x: Tensor) -> Tensor:
+    def window_block(
+        self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         def kernel() -> Tensor:
-            return window_block(block, guidance, x, self.input_precision)
+            return window_block(block, guidance, x, out, self.input_precision)
 
-        return self._run("window_block", kernel, stages.window_block, block, guidance, x)
+        return self._run("window_block", kernel, stages.window_block, block, guidance, x, out)
 
     def class_collect(
         self,
@@ -95,11 +102,13 @@ class TritonStages:
         x: Tensor,
         text_key: Tensor | None,
         resolution: Resolution,
+        last: bool = False,
     ) -> None:
         def kernel() -> None:
-            class_collect(layer, memory, x, text_key, resolution, self.input_precision)
+            class_collect(layer, memory, x, text_key, resolution, last, self.input_precision)
 
-        self._run("class_attention", kernel, stages.class_collect, layer, memory, x, text_key, resolution)
+        arguments = (layer, memory, x, text_key, resolution, last)
+        self._run("class_attention", kernel, stages.class_collect, *arguments)
 
     def class_apply(
         self,
@@ -159,12 +168,16 @@ def kernel_decoding(plan: Plan) -> Decoding:
 
 
 def window_block(
-    block: WindowBlock, guidance: BlockGuidance, x: Tensor, input_precision: str = "ieee"
+    block: WindowBlock,
+    guidance: BlockGuidance,
+    x: Tensor,
+    out: Tensor | None = None,
+    input_precision: str = "ieee",
 ) -> Tensor:
     """`torch_stages.window_block` on kernels."""
     return window_attention.window_block(
         x, guidance.query_key, *arguments.window_weights(block),
-        guidance.resolution, guidance.window, guidance.shift, block.heads, input_precision,
+        guidance.resolution, guidance.window, guidance.shift, block.heads, input_precision, out,
     )  # fmt: skip
 
 
@@ -174,16 +187,21 @@ def class_collect(
     x: Tensor,
     text_key: Tensor | None,
     resolution: Resolution,
+    last: bool = False,
     input_precision: str = "ieee",
 ) -> None:
     """`torch_stages.class_collect` on kernels; the memory's sums become new tensors."""
     memory, pooling = _linear(layer, memory), layer.pooling or (1, 1)
     key_value = memory.key_value if isinstance(memory.key_value, Tensor) else None
     key_sum = memory.key_sum if isinstance(memory.key_sum, Tensor) else None
-    memory.key_value, memory.key_sum = class_attention.class_collect(
+    result, memory.key_sum = class_attention.class_collect(
         x, layer.kv, layer.kv_bias, text_key, key_value, key_sum, memory.heads, memory.length, resolution,
-        pooling, input_precision,
+        pooling, last, input_precision,
     )  # fmt: skip
+    if last:
+        memory.key_value, memory.means = 0.0, result
+    else:
+        memory.key_value = result
 
 
 def class_apply(
@@ -196,11 +214,8 @@ def class_apply(
 ) -> Tensor:
     """`torch_stages.class_apply` on kernels."""
     memory = _linear(layer, memory)
-    key_value, key_sum = memory.key_value, memory.key_sum
-    if not isinstance(key_value, Tensor) or not isinstance(key_sum, Tensor) or key_sum.ndim == 2:
-        raise ValueError("memory: it is empty, no class was added")
     return class_attention.class_apply(
-        x, text_query, key_value, key_sum, *arguments.apply_weights(layer), memory.heads, memory.length,
+        x, text_query, *memory.closed(), *arguments.apply_weights(layer), memory.heads, memory.length,
         memory.eps, resolution, layer.pooling or (1, 1), input_precision,
     )  # fmt: skip
 

@@ -34,6 +34,7 @@ class Sizes:
         decoder: output channels of each decoder stage.
         groups: of the decoder's normalisations, in channels.
         guided: whether each crop has guidance of its own; else one serves all.
+        streamed: whether classes come in several chunks, of which this is not the last.
     """
 
     crops: int = 5
@@ -51,6 +52,7 @@ class Sizes:
     decoder: tuple[int, ...] = (64, 32)
     group: int = 16
     guided: bool = True
+    streamed: bool = False
 
     @property
     def resolution(self) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
     q, k, v = norm(x) W^T + (g_q, g_k, 0)
 
-for x `[B, t, HW, C]`, norm without affine part, and guidance g that is the same for every class. The result is
-`[B, t, HW, 3C]`. Everything is in image order. Fused: norm and addition; norm(x) and `[x ; guidance]`
+for x `[B, t, HW, C]`, norm without affine part, and guidance g that is the same for every class. The result
+is `[B, t, HW, 3C]`. Everything is in image order. Fused: norm and addition; norm(x) and `[x ; guidance]`
 `[B, t, HW, C + G]` are never written to memory. A program holds a tile of W and of g, and takes its tokens of
 one class after another.
 
@@ -70,7 +70,7 @@ def qkv_kernel(
     guidance_q = tl.load(p_guidance, m, 0.0)
     guidance_k = tl.load(p_guidance + C, m, 0.0)
 
-    for step in range(0, tl.minimum(classes - first, CLASSES)):
+    for step in range(tl.minimum(classes - first, CLASSES)):
         i = first + step
         if TMA:
             tokens = x.load([b, i, first_row, 0]).reshape(ROWS, BLOCK_C)
@@ -120,8 +120,9 @@ class QKVConfig(LaunchConfig):
 def default_config(capability: int, problem: Problem) -> QKVConfig:
     """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if problem.dtype == "fp32":
-        num_warps, num_stages = (8, 1) if problem.precision == "ieee" else (4, 2)
-        return QKVConfig(32, 16, 8, num_warps, num_stages)
+        ieee = problem.precision == "ieee"
+        rows, num_warps, num_stages = (16, 8, 1) if ieee else (32, 4, 2)
+        return QKVConfig(rows, 16, 8, num_warps, num_stages)
     if _is_narrow(capability, problem):
         return QKVConfig(32, 32, 8, num_warps=4, num_stages=2)
     if capability < 90:
