@@ -21,7 +21,7 @@ Geometry = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
 
 @dataclass(frozen=True)
 class BlockGuidance:
-    """A window block's share of the appearance guidance, in window order, and the order itself."""
+    """A window block's share of the appearance guidance, and how its windows lie."""
 
     resolution: tuple[int, int]
     window: int  # as it fits the resolution
@@ -160,7 +160,7 @@ def _block_guidance(
     order, inverse, masks = _geometry(resolution, window, shift, block.qkv.dtype, device)
     query_key = block.guidance_bias.view(1, 1, -1)
     if block.guidance is not None and tokens is not None:
-        query_key = F.linear(tokens[:, order], block.guidance, block.guidance_bias)
+        query_key = F.linear(tokens, block.guidance, block.guidance_bias)
     return BlockGuidance(resolution, window, shift, order, inverse, masks, query_key)
 
 
