@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from catseg_fast.engine.folding import ClassLayer, wide
+from catseg_fast.engine.kept import kept
 from catseg_fast.kernels.class_attention import plain
 
 
@@ -70,9 +71,14 @@ class LinearMemory:
         full = not torch.compiler.is_compiling() and padding == 0
         if layer.padding is None or not padded or full:
             return cls(layer.heads, layer.eps, length, 0.0, 0.0)
-        key, value = (wide(x).view(layer.heads, -1) for x in layer.padding.chunk(2))
-        key = padding * plain.feature_map(key)
-        key_value = torch.einsum("hd,hv->hdv", key, value / length)
+        tokens = layer.padding
+
+        def sums() -> tuple[Tensor, Tensor]:
+            key, value = (wide(x).view(layer.heads, -1) for x in tokens.chunk(2))
+            key = padding * plain.feature_map(key)
+            return torch.einsum("hd,hv->hdv", key, value / length), key
+
+        key_value, key = kept(layer, (padding, length), tokens.device, sums)
         return cls(layer.heads, layer.eps, length, key_value, key)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
