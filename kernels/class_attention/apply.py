@@ -29,6 +29,7 @@ from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
+from catseg_fast.kernels.products import add_after
 
 
 @triton.jit(do_not_specialize=["classes", "tokens"])
@@ -95,7 +96,8 @@ def apply_kernel(
         channel = head * D + o_d
         w_q = load_matrix(q_ptr, channel, o_c, C, C, C, EVEN and D == BLOCK_D)
         q = tl.dot(normalised, tl.trans(w_q), input_precision=PRECISION)
-        q += tl.load(q_bias_ptr + channel, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        q_bias = tl.load(q_bias_ptr + channel, mask=m_d, other=0.0).to(tl.float32)
+        q = add_after(q, q_bias[None, :], dtype)
         if text_ptr is not None:
             p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64) * text_stride_t
             m_text = m_row[:, None] & m_d[None, :]
@@ -125,7 +127,8 @@ def apply_kernel(
         o_h = start + tl.arange(0, HIDDEN)
         fc1 = load_matrix(fc1_ptr, o_h, o_c, C, M, C, EVEN_HIDDEN)
         hidden = tl.dot(normalised, tl.trans(fc1), input_precision=PRECISION)
-        hidden += tl.load(fc1_bias_ptr + o_h, mask=o_h < M, other=0.0).to(tl.float32)[None, :]
+        fc1_bias = tl.load(fc1_bias_ptr + o_h, mask=o_h < M, other=0.0).to(tl.float32)
+        hidden = add_after(hidden, fc1_bias[None, :], dtype)
         fc2 = load_matrix(fc2_ptr, o_c, o_h, M, C, M, EVEN_HIDDEN)
         z = tl.dot(tl.maximum(hidden, 0.0).to(dtype), tl.trans(fc2), z, input_precision=PRECISION)
     if APART:

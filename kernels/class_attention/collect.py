@@ -29,6 +29,7 @@ from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
+from catseg_fast.kernels.products import add_after
 
 
 @triton.jit(do_not_specialize=["classes", "tokens"])
@@ -90,13 +91,13 @@ def collect_kernel(
             p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
             x = load_tokens(p_x, p, m_t, x_stride_p, C, BLOCK_C, W, POOL_H, POOL_W)
             x = tl.trans(normalise(x, C, BLOCK_C).to(dtype))
-            k = tl.dot(w_k, x, input_precision=PRECISION) + b_k[:, None]
+            k = add_after(tl.dot(w_k, x, input_precision=PRECISION), b_k[:, None], dtype)
             m = m_g[:, None] & m_t[None, :]
             if text_ptr is not None:
                 p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64) * text_stride_t
                 k += tl.load(p_text[None, :] + channel[:, None], mask=m, other=0.0).to(tl.float32)
             k = tl.where(m, tl.where(k > 0, k + 1.0, tl.exp(tl.minimum(k, 0.0))), 0.0)
-            v = tl.dot(w_v, x, input_precision=PRECISION) + b_v[:, None]
+            v = add_after(tl.dot(w_v, x, input_precision=PRECISION), b_v[:, None], dtype)
             key_sum += tl.sum(k, 1)
             key_value = tl.dot(k.to(dtype), tl.trans(v.to(dtype)), key_value, input_precision=PRECISION)
         key_value *= inverse_length

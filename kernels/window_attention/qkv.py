@@ -22,6 +22,7 @@ from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
+from catseg_fast.kernels.products import add_after
 from catseg_fast.kernels.window_attention.windows import Windows, token_position
 
 
@@ -71,8 +72,8 @@ def qkv_kernel(
     for i in range(first, tl.minimum(first + CLASSES, classes)):
         x = tl.load(x_ptr + i * x_stride_t, valid & (c < C)[None, :], 0.0).to(tl.float32)
         x = normalise(x, C, BLOCK_C).to(dtype)
-        q = tl.dot(x, weight_q, input_precision=PRECISION) + guidance_q.to(tl.float32)
-        k = tl.dot(x, weight_k, input_precision=PRECISION) + guidance_k.to(tl.float32)
+        q = add_after(tl.dot(x, weight_q, input_precision=PRECISION), guidance_q.to(tl.float32), dtype)
+        k = add_after(tl.dot(x, weight_k, input_precision=PRECISION), guidance_k.to(tl.float32), dtype)
         v = tl.dot(x, weight_v, input_precision=PRECISION)
         p_qkv = qkv_ptr + i * (H * W * 3 * C)
         tl.store(p_qkv, q.to(dtype), mask)
