@@ -172,10 +172,10 @@ class Prepared:
         outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._outputs]
         shared = torch.empty(self.shared_bytes, dtype=torch.uint8, device=device)
         buffers: list[Any] = [*(inputs[index] for index in self._inputs), *outputs, shared]
-        if device.type == "cuda":
-            self._launch([x.data_ptr() for x in buffers], torch._C._cuda_getCurrentRawStream(device.index))
-        else:
+        if device.type == "cpu":
             self._interpret([_bytes_of(x) for x in buffers])
+        else:
+            self._launch([x.data_ptr() for x in buffers], _stream_of(device))
         return tree_unflatten(outputs, self._structure)
 
     def _launch(self, addresses: list[int], stream: int) -> None:
@@ -306,6 +306,13 @@ def _capturing(inputs: Sequence[Tensor | None]) -> bool:
 def _same_bits(first: Any, second: Any) -> bool:
     pairs = zip(tree_flatten(first)[0], tree_flatten(second)[0], strict=True)
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+
+
+def _stream_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return stream
 
 
 @dataclass(frozen=True)
