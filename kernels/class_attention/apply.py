@@ -35,6 +35,7 @@ from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.descriptors import describe, fits
 from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
+from catseg_fast.kernels.products import add_after
 
 
 @triton.jit(do_not_specialize=["classes"])
@@ -113,7 +114,8 @@ def apply_kernel(
             channel = head * D + o_d
             w_q = _load(q, head * D, 0, BLOCK_D, BLOCK_C, head * D + D, C, C, TMA)
             query = tl.dot(normalised, tl.trans(w_q), input_precision=PRECISION)
-            query += tl.load(q_bias_ptr + channel, m_d, 0.0).to(tl.float32)[None, :]
+            q_bias = tl.load(q_bias_ptr + channel, m_d, 0.0).to(tl.float32)
+            query = add_after(query, q_bias[None, :], dtype)
             if text_ptr is not None:
                 p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64)[:, None] * text_stride_t
                 m_text = m_row[:, None] & m_d[None, :]
@@ -141,7 +143,8 @@ def apply_kernel(
         o_h = k + tl.arange(0, HIDDEN)
         w_1 = _load(fc1, k, 0, HIDDEN, BLOCK_C, M, C, C, TMA)
         hidden = tl.dot(normalised, tl.trans(w_1), input_precision=PRECISION)
-        hidden += tl.load(fc1_bias_ptr + o_h, o_h < M, 0.0).to(tl.float32)[None, :]
+        fc1_bias = tl.load(fc1_bias_ptr + o_h, o_h < M, 0.0).to(tl.float32)
+        hidden = add_after(hidden, fc1_bias[None, :], dtype)
         hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL).to(dtype)
         w_2 = _load(fc2, 0, k, BLOCK_C, HIDDEN, C, M, M, TMA)
         z = tl.dot(hidden, tl.trans(w_2), z, input_precision=PRECISION)

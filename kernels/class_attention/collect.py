@@ -31,6 +31,7 @@ from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
+from catseg_fast.kernels.products import add_after
 
 
 @triton.jit(do_not_specialize=["classes"])
@@ -97,13 +98,13 @@ def collect_kernel(
         p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
         x = load_tokens(p_x, p, m_t, x_stride_p, C, BLOCK_C, W, POOL_H, POOL_W)
         x = normalise(x, C, BLOCK_C).to(dtype)
-        k = tl.dot(x, w_k, input_precision=PRECISION) + b_k[None, :]
+        k = add_after(tl.dot(x, w_k, input_precision=PRECISION), b_k[None, :], dtype)
         m = m_t[:, None] & m_g[None, :]
         if text_ptr is not None:
             p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64)[:, None] * text_stride_t
             k += tl.load(p_text + channel[None, :], m, 0.0).to(tl.float32)
         k = tl.where(m, feature_map(k), 0.0)
-        v = tl.dot(x, w_v, input_precision=PRECISION) + b_v[None, :]
+        v = add_after(tl.dot(x, w_v, input_precision=PRECISION), b_v[None, :], dtype)
         key_sum += tl.sum(k, 0)
         k = tl.reshape(k.to(dtype), (CLASSES, BLOCK_GROUP, BLOCK_D))
         v = tl.reshape(v.to(dtype), (CLASSES, BLOCK_GROUP, BLOCK_D))

@@ -25,6 +25,7 @@ from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
+from catseg_fast.kernels.products import add_after
 
 
 @triton.jit
@@ -98,7 +99,8 @@ def project_mlp_kernel(
         fc1 = tl.load(fc1_ptr + h[:, None] * C + c[None, :], (h < M)[:, None] & m_c[None, :], 0.0)
         fc2 = tl.load(fc2_ptr + c[:, None] * M + h[None, :], m_c[:, None] & (h < M)[None, :], 0.0)
         hidden = tl.dot(normalised, tl.trans(fc1), input_precision=PRECISION)
-        hidden += tl.load(fc1_bias_ptr + h, h < M, 0.0).to(tl.float32)[None, :]
+        fc1_bias = tl.load(fc1_bias_ptr + h, h < M, 0.0).to(tl.float32)
+        hidden = add_after(hidden, fc1_bias[None, :], dtype)
         hidden = gelu(hidden, dtype == tl.float32).to(dtype)
         z = tl.dot(hidden, tl.trans(fc2), z, input_precision=PRECISION)
     if APART:

@@ -26,6 +26,7 @@ from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.descriptors import describe, fits
 from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
+from catseg_fast.kernels.products import add_after
 
 
 @triton.jit(do_not_specialize=["classes"])
@@ -79,9 +80,11 @@ def qkv_kernel(
             tokens = tl.load(p_x + row[:, None] * C + c[None, :], m_row & (c < C)[None, :], 0.0)
         tokens = normalise(tokens.to(tl.float32), C, BLOCK_C).to(dtype)
         sample = b * classes + i
-        q = tl.dot(tokens, weight_q, input_precision=PRECISION) + guidance_q.to(tl.float32)
+        q = tl.dot(tokens, weight_q, input_precision=PRECISION)
+        q = add_after(q, guidance_q.to(tl.float32), dtype)
         _store(qkv, q.to(dtype), sample, first_row, first_channel, m, HW, 3 * C, TMA)
-        k = tl.dot(tokens, weight_k, input_precision=PRECISION) + guidance_k.to(tl.float32)
+        k = tl.dot(tokens, weight_k, input_precision=PRECISION)
+        k = add_after(k, guidance_k.to(tl.float32), dtype)
         _store(qkv, k.to(dtype), sample, first_row, C + first_channel, m, HW, 3 * C, TMA)
         v = tl.dot(tokens, weight_v, input_precision=PRECISION)
         _store(qkv, v.to(dtype), sample, first_row, 2 * C + first_channel, m, HW, 3 * C, TMA)
