@@ -457,9 +457,9 @@ def test_vocabularies_become_launches():
         found = tuner.list_tunables(["class_apply"], dtype, classes, crops, CUDA)
         return [(tunable.problem.precision, tunable.problem.crop_classes) for tunable in found]
 
-    step = planner.CROP_CLASSES["cuda"]
-    assert launches(1_000_000, 2_000_000) == [("ieee", 192 * 5)]  # whole tiles of 64
-    assert launches(2, 3, 1_000_000, crops=1) == [("ieee", 2), ("ieee", 3), ("ieee", step)]
+    many, alone = (planner.usual_chunk(1_000_000, crops, CUDA) for crops in (5, 1))
+    assert launches(1_000_000, 2_000_000) == [("ieee", 5 * many)]
+    assert launches(2, 3, 1_000_000, crops=1) == [("ieee", 2), ("ieee", 3), ("ieee", alone)]
     assert launches(2, dtype=torch.float32) == [("ieee", 10), ("tf32x3", 10)]
 
 
