@@ -94,7 +94,7 @@ def test_an_h200_finds_its_own(user: Path, monkeypatch: pytest.MonkeyPatch) -> N
         for e in entries()
     }
     assert sum(found[problem] != default for problem, default in problems().items()) > 5
-    assert configs.describe(CUDA, torch.float16) == "measured on NVIDIA H200"
+    assert configs.describe(TUNABLE_OPS, CUDA, torch.float16) == "measured on NVIDIA H200"
 
 
 def test_an_h100_borrows_them(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_an_h100_borrows_them(user: Path, monkeypatch: pytest.MonkeyPatch) -> No
     of_h200 = chosen()
     fake_gpus(monkeypatch, H100)
     assert chosen() == of_h200
-    assert configs.describe(CUDA, torch.float16) == (
+    assert configs.describe(TUNABLE_OPS, CUDA, torch.float16) == (
         "borrowed from NVIDIA H200, of the same compute capability 9.0; "
         "`catseg-fast tune` measures this GPU's own"
     )
@@ -111,7 +111,7 @@ def test_an_h100_borrows_them(user: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_a100_has_the_defaults(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, A100)
     assert chosen() == problems()
-    assert configs.describe(CUDA, torch.float16).startswith(
+    assert configs.describe(TUNABLE_OPS, CUDA, torch.float16).startswith(
         "defaults (none were measured in fp16 on a GPU of"
     )
 
@@ -154,7 +154,9 @@ def test_the_nearest_gpu_of_the_same_capability_lends(shipped: Path, monkeypatch
     assert rows() == 32
     put(shipped, "A chip of unknown size", 256, 90)
     assert rows() == 32
-    assert "; window_block: borrowed from NVIDIA H100 PCIe, of" in configs.describe(CUDA, torch.float16)
+    assert "; window_block: borrowed from NVIDIA H100 PCIe, of" in configs.describe(
+        TUNABLE_OPS, CUDA, torch.float16
+    )
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -29,7 +29,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from catseg_fast.kernels import TUNABLE_OPS
 from catseg_fast.kernels.launch import capability
 from catseg_fast.kernels.launch.checks import DTYPES
 from catseg_fast.kernels.launch.config import LaunchConfig
@@ -131,10 +130,10 @@ def user_folder() -> Path:
     return cache_home / "catseg-fast" / "configs"
 
 
-def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """Say in a line where a GPU's launch configs come from: measured on it, borrowed, or defaults."""
+def describe(ops: Sequence[str], device: torch.device, dtype: torch.dtype) -> str:
+    """Say in a line where ops' launch configs on a GPU come from: measured on it, borrowed, or defaults."""
     found: dict[str, list[str]] = {}
-    for op in TUNABLE_OPS:
+    for op in ops:
         found.setdefault(_origin(op, DTYPES[dtype], device), []).append(op)
     parts = [origin if len(found) == 1 else f"{', '.join(ops)}: {origin}" for origin, ops in found.items()]
     own = all(origin.startswith("measured") for origin in found)
@@ -175,7 +174,7 @@ def read(path: Path, gpu: str) -> list[dict[str, Any]]:
 
 def clear() -> None:
     """Forget files and GPUs, so that they are looked at again."""
-    for function in (_read_once, _measured, _chip, capability.of_gpu):
+    for function in (_read_once, _others, _measured, _chip, capability.of_gpu):
         function.cache_clear()
 
 
@@ -233,8 +232,10 @@ def _files(op: str, device: torch.device) -> Iterator[tuple[Path, list[dict[str,
         yield path, entries
 
 
-def _others(folder: Path, op: str, chip: _Chip) -> Iterator[tuple[float, Path, list[dict[str, Any]]]]:
+@cache
+def _others(folder: Path, op: str, chip: _Chip) -> tuple[tuple[float, Path, list[dict[str, Any]]], ...]:
     """Distance, file and entries of each other GPU of a chip's compute capability in a folder."""
+    found = []
     for path in sorted(folder.glob(f"*/{op}.json")):
         if path.parent.name == _slug(chip.name):
             continue
@@ -243,7 +244,8 @@ def _others(folder: Path, op: str, chip: _Chip) -> Iterator[tuple[float, Path, l
             count: Any = entries[0].get("multiprocessors")
             known = isinstance(count, int) and count > 0
             distance = abs(math.log(int(count) / chip.multiprocessors)) if known else math.inf
-            yield distance, path, entries
+            found.append((distance, path, entries))
+    return tuple(found)
 
 
 def _serves(entry: dict[str, Any], problem: Problem) -> bool:
