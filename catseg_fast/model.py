@@ -123,6 +123,8 @@ class CATSeg(reference_model.CATSeg):
         variant: str | Variant | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        sha256: str | None = None,
         **kwargs: Any,
     ) -> Self:
         """A model in evaluation mode with a checkpoint's weights.
@@ -133,14 +135,16 @@ class CATSeg(reference_model.CATSeg):
             variant: what the checkpoint must be; by default what its keys and shapes say.
             device: where the model goes; by default a GPU where there is one.
             dtype: type of the weights.
+            revision: branch, tag or commit of the repository on the hub; by default its main branch.
+            sha256: the SHA-256 that the file must have, as 64 hexadecimal digits.
             **kwargs: further arguments of the constructor.
 
         Raises:
             FileNotFoundError, RuntimeError: if there is no such file, or the hub cannot be reached.
-            ValueError: if the file is no checkpoint, or not one of this variant; the message says what the
-                file looks like.
+            ValueError: if the file is no checkpoint, or not one of this variant, and the message says what
+                it looks like; or if its digest is another one.
         """
-        path = resolve(source)
+        path = resolve(source, revision=revision, sha256=sha256)
         state_dict = read_checkpoint(path)
         if variant is None:
             try:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from catseg_fast.kernels import OPS, TUNABLE_OPS, load
 from catseg_fast.kernels.launch import configs
@@ -129,6 +130,8 @@ def test_a_dry_run_launches_what_a_run_does(name: str, capability: int) -> None:
 
 
 def describe(value: Any) -> Any:
+    if isinstance(value, TensorDescriptor):
+        return describe(value.base), value.shape, value.strides, value.block_shape
     return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 

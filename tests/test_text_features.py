@@ -7,7 +7,7 @@ import io
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from catseg_fast.text import features, features_cache
 from catseg_fast.text.class_lists import SCENE_CLASSES
 from catseg_fast.text.features_cache import FeaturesCache
 from catseg_fast.text.tokens import tokenize
+from catseg_fast.weights import weights_hash
 from support.tiny import TEMPLATES, tiny_model
 
 NAMES = (*(f"thing number {index}" for index in range(38)), "building, edifice", "sky")
@@ -123,8 +124,12 @@ def test_few_texts_are_not_worth_hashing_the_weights(
     encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[int] = []
-    weights_hash = features.weights_hash
-    monkeypatch.setattr(features, "weights_hash", lambda named: hashed.append(1) or weights_hash(named))
+
+    def counted(named: Mapping[str, Tensor]) -> str:
+        hashed.append(len(named))
+        return weights_hash(named)
+
+    monkeypatch.setattr(features, "weights_hash", counted)
     model = tiny_model("v1", NAMES[:10])
     model.text_features()
     assert not hashed
@@ -211,7 +216,7 @@ def test_a_cache_that_can_only_be_read_serves(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(features_cache.os, "utime", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
     assert torch.equal(text_features(text_cache=tmp_path), first)
     assert not encoded
 
@@ -434,27 +439,27 @@ def test_sixteen_bits_keep_the_bundled_models_labels(monkeypatch: pytest.MonkeyP
 
 
 def test_a_bar_appears_only_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(console, "stderr", terminal)
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "stderr", Console(file=shown, force_terminal=True, width=80))
     now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with console.late_progress("Encoding class names") as advance:
         advance(10, 100)
-        assert not terminal.file.getvalue()
+        assert not shown.getvalue()
         now[0] = 2.1
         advance(30, 100)
-    assert "Encoding class names" in terminal.file.getvalue()
-    assert "30/100" in terminal.file.getvalue()
+    assert "Encoding class names" in shown.getvalue()
+    assert "30/100" in shown.getvalue()
 
 
 def test_no_bar_where_another_is_on_show_or_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for terminal in (True, False):
-        shown = Console(file=io.StringIO(), force_terminal=terminal, width=80)
-        monkeypatch.setattr(console, "stderr", shown)
+        shown = io.StringIO()
+        monkeypatch.setattr(console, "stderr", Console(file=shown, force_terminal=terminal, width=80))
         with console.image_progress("Segmenting") as outer, console.late_progress("Texts", 0) as advance:
             outer(1, 2)
             advance(1, 2)
-        assert ("1/2" in shown.file.getvalue()) == terminal
+        assert ("1/2" in shown.getvalue()) == terminal
 
 
 @pytest.mark.parametrize(("flags", "kept"), [([], 1), (["--no-text-cache"], 0)])

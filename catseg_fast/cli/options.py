@@ -49,8 +49,9 @@ Weights = Annotated[
     typer.Option(
         metavar="W",
         help="Checkpoint: a .pth or .safetensors file, its folder, a hub id, or a variant's name for "
-        "upstream's weights. By default those in this package, which know generated scenes alone; with "
-        "--variant and no weights they are random.",
+        "upstream's weights. A hub id or name may end in @REVISION (a commit, best), and all in "
+        "#sha256=HEX, which the file must then have. By default those in this package, which know generated "
+        "scenes alone; with --variant and no weights they are random.",
     ),
 ]
 VariantName = Annotated[

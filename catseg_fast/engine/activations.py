@@ -49,6 +49,8 @@ class _Recorder:
     def __init__(self, stages: Stages, names: Mapping[int, str], largest: dict[str, float]) -> None:
         self._stages, self._names, self._largest = stages, names, largest
 
+    collects_at_once = False  # as in torch: nothing is written to a chunk's place in the state
+
     def __getattr__(self, stage: str) -> Any:
         function = getattr(self._stages, stage)
         return self._watched(stage, function) if stage in STAGES else function

@@ -2,7 +2,7 @@
 
 catseg-fast scenes scenes/held-out-200 --split held-out-200 --count 200 --seed 1000
 catseg-fast eval --data scenes/held-out-200 --whole --output evaluated/held-out-200
-python examples/demo_model/attributes.py scenes/held-out-200 evaluated/held-out-200/auto.float32.labels
+python examples/demo_model/attributes.py scenes/held-out-200 evaluated/held-out-200/auto-float32.labels
 """
 
 from __future__ import annotations

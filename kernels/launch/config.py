@@ -13,16 +13,22 @@ from typing import Any, TypeVar
 class LaunchConfig:
     """How a kernel is launched; a kernel's own class has the fields.
 
-    `num_warps`, `num_stages` and, where a kernel has it, `maxnreg` are Triton's; the others are sizes.
+    `num_warps`, `num_stages` and, where a kernel has it, `maxnreg` are Triton's; the others are sizes, and
+    `tma`, where a kernel has it, says that it reads and writes through tensor descriptors.
 
     Raises:
-        ValueError: if a field is not a positive integer, or a number of warps or a size no power of two.
+        ValueError: if a field is not a positive integer, or a number of warps or a size no power of two, or
+            `tma` no bool.
     """
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None and field.name == "maxnreg":
+                continue
+            if field.name == "tma":
+                if type(value) is not bool:
+                    raise ValueError(f"tma: {value!r} is not a bool")
                 continue
             any_number = field.name in ("num_stages", "maxnreg")
             if type(value) is not int or value < 1 or (value & (value - 1) and not any_number):
@@ -40,7 +46,7 @@ class LaunchConfig:
 C = TypeVar("C", bound=LaunchConfig)
 
 
-def grid(config: C, **choices: Sequence[int | None]) -> list[C]:
+def grid(config: C, **choices: Sequence[int | bool | None]) -> list[C]:
     """The config with every combination of some fields' values."""
     return [
         replace(config, **dict(zip(choices, values, strict=True))) for values in product(*choices.values())
