@@ -1,23 +1,13 @@
-"""Package layout: `kernels/` and `reference/` of the checkout install inside `catseg_fast`."""
+"""Package layout: `catseg_fast/kernels` and `catseg_fast/reference` link to the folders beside it."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=[
-        "catseg_fast",
-        "catseg_fast.kernels",
-        "catseg_fast.reference",
-        "catseg_fast.scenes",
-        "catseg_fast.training",
-    ],
-    package_dir={"catseg_fast.kernels": "kernels", "catseg_fast.reference": "reference"},
+    packages=find_packages(include=["catseg_fast", "catseg_fast.*"]),
     package_data={
-        "catseg_fast": [
-            "py.typed",
-            "configs/*/*.json",
-            "checkpoints/*.safetensors",
-            "class_lists/*.json",
-            "page/*",
-        ]
+        "catseg_fast": ["py.typed", "configs/*/*.json"],
+        "catseg_fast.app": ["static/*"],
+        "catseg_fast.checkpoints": ["*.safetensors"],
+        "catseg_fast.text": ["lists/*.json"],
     },
 )

@@ -10,10 +10,10 @@ from einops import rearrange
 from torch import Tensor
 
 from bench.cases import Call
-from catseg_fast import stages
-from catseg_fast.class_memory import new_memory
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.class_memory import new_memory
+from catseg_fast.engine.terms import image_terms, vocabulary_terms
 from catseg_fast.reference.aggregator import AggregatorLayer
-from catseg_fast.terms import image_terms, vocabulary_terms
 
 # What each step adds to the steps before it.
 RESTRUCTURINGS = ("hoisted guidance", "closed-form padding", "composed decoder")

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.cases import Call, Case
 from catseg_fast import reference
 from catseg_fast.backend import why_no_triton
-from catseg_fast.graphs import Recorder
+from catseg_fast.engine.recording import Recorder
 from catseg_fast.reference.window_attention import WindowAttention
 
 Run = Callable[[], Tensor]

@@ -12,8 +12,8 @@ from bench.cases import CROPS
 from bench.gate import WrongAnswer
 from bench.meter import Meter
 from catseg_fast import SlidingWindow
-from catseg_fast.label_map import LabelMap, Probabilities, Readout, reader
-from catseg_fast.planner import usual_chunk
+from catseg_fast.engine.schedule import usual_chunk
+from catseg_fast.inference.readout import LabelMap, Probabilities, Readout, reader
 
 RUNS = ("probabilities and argmax", "label map, torch", "label map, Triton")
 

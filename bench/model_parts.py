@@ -15,7 +15,7 @@ from bench import gate
 from catseg_fast import CATSeg
 from catseg_fast.backend import choose_backend
 from catseg_fast.config import CROP_SIZE
-from catseg_fast.label_map import LabelMap, Readout, reader
+from catseg_fast.inference.readout import LabelMap, Readout, reader
 from catseg_fast.reference.inference import resize
 from catseg_fast.reference.model import as_map, normalise
 
@@ -65,6 +65,7 @@ def make_model(
     torch.manual_seed(0)
     names = [f"class {index}" for index in range(classes)]
     model = CATSeg(variant, names, sliding_window=device.type == "cuda", max_classes=None)
+    model.engine.graphs = "off"
     model = model.to(device, dtype).eval()
     return model, Picture.random(model)
 

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from catseg_fast import tuner
-from catseg_fast.kernels import tuning
+from catseg_fast.engine import tuner
+from catseg_fast.kernels.launch import configs as tuning
 
 PACKAGE = Path(__file__).parent.parent / "catseg_fast" / "configs"
 TUNED = Path("cache", "catseg-fast", "configs")  # in a folder of results

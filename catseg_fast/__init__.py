@@ -1,23 +1,23 @@
-"""catseg-fast: CAT-Seg open-vocabulary semantic segmentation for vocabularies of 1000+ classes."""
+"""catseg-fast: CAT-Seg open-vocabulary semantic segmentation for vocabularies of 1000+ classes.
 
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+A file directly in this folder is the model, or something that users import by name; everything else is in a
+room whose name says what it is for. Imports run downward only: see `[tool.importlinter]` in pyproject.toml.
+"""
 
+from typing import TYPE_CHECKING
+
+from catseg_fast._lazy import lazy_attributes
 from catseg_fast._version import __version__
 
 if TYPE_CHECKING:
     from catseg_fast.acceleration import Acceleration, accelerate
     from catseg_fast.aggregator import Aggregator
     from catseg_fast.config import VARIANTS, Variant
-    from catseg_fast.encoding import EncodedImage
+    from catseg_fast.inference.encoding import EncodedImage
+    from catseg_fast.inference.segmentation import Segmentation
     from catseg_fast.model import CATSeg
     from catseg_fast.reference.inference import SlidingWindow
-    from catseg_fast.segmentation import Segmentation
-
-if not (Path(__file__).parent / "reference").exists():
-    # In a source checkout `kernels/` and `reference/` lie beside this folder; installed, inside it.
-    __path__.append(str(Path(__file__).parent.parent))
+    from catseg_fast.text.class_lists import ready_list
 
 __all__ = [
     "VARIANTS",
@@ -30,23 +30,22 @@ __all__ = [
     "Variant",
     "__version__",
     "accelerate",
+    "ready_list",
 ]
 
-# Imported at first use, so that `catseg-fast --help` need not wait for torch.
-_MODULES = {
-    "VARIANTS": "config",
-    "Acceleration": "acceleration",
-    "Aggregator": "aggregator",
-    "CATSeg": "model",
-    "EncodedImage": "encoding",
-    "Segmentation": "segmentation",
-    "SlidingWindow": "reference.inference",
-    "Variant": "config",
-    "accelerate": "acceleration",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+# `catseg-fast --help` need not wait for torch.
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "VARIANTS": "config",
+        "Acceleration": "acceleration",
+        "Aggregator": "aggregator",
+        "CATSeg": "model",
+        "EncodedImage": "inference.encoding",
+        "Segmentation": "inference.segmentation",
+        "SlidingWindow": "reference.inference",
+        "Variant": "config",
+        "accelerate": "acceleration",
+        "ready_list": "text.class_lists",
+    },
+)

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from catseg_fast import reference
 from catseg_fast.aggregator import Aggregator
 from catseg_fast.backend import check_backend, choose_backend
-from catseg_fast.engine import Engine
+from catseg_fast.engine.engine import Engine
 from catseg_fast.reference.aggregator import check_shapes
 
 # What an aggregator is told by.

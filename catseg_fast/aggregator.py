@@ -9,7 +9,7 @@ from torch import Tensor
 
 from catseg_fast import reference
 from catseg_fast.backend import check_backend
-from catseg_fast.engine import Engine, constant_backend
+from catseg_fast.engine.engine import Engine, constant_backend
 from catseg_fast.reference.aggregator import check_shapes
 
 

@@ -141,7 +141,7 @@ VIT_BIGG_14 = CLIPConfig(
     text_width=1280, text_heads=20, text_layers=32, quick_gelu=False,
 )  # fmt: skip
 
-# Trained on generated scenes (`catseg_fast.scenes`); the aggregator behind it has the published shape.
+# Trained on generated scenes (`catseg_fast.data.scenes`); the aggregator behind it has the published shape.
 DEMO_CLIP = CLIPConfig(
     embed_dim=128, image_size=384, input_size=384, patch_size=16,
     vision_width=160, vision_layers=6, vision_heads=5, context_length=32,

@@ -1,70 +1,30 @@
-"""CUDA graphs: a call is recorded once and replayed, which spares the host's work for each kernel.
+"""CUDA graphs of `CATSeg.segment` that are recorded on request, for pictures of some sizes.
 
-A recording reads and writes the same memory at every replay. Nothing in it can depend on a value that the
-host looks at, and all that is derived from weights or classes is a constant of it.
+Equal calls are recorded without a request, too: see `catseg_fast.engine.recording`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from catseg_fast.encoding import encode
-from catseg_fast.engine import Engine
-from catseg_fast.images import ImageLike, load_image
-from catseg_fast.label_map import READOUT_BYTES, LabelMap, Probabilities, Readout
-from catseg_fast.labelling import read_out
-from catseg_fast.model import CATSeg
-from catseg_fast.planner import Schedule
-from catseg_fast.segmentation import Segmentation
+from catseg_fast.engine.schedule import Schedule
+from catseg_fast.errors import RunError
+from catseg_fast.inference.encoding import encode
+from catseg_fast.inference.images import ImageLike, load_image
+from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
+from catseg_fast.inference.segment import read_out
+from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.weights import weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.model import CATSeg
 
 Answer = TypeVar("Answer")
 Size = tuple[int, int]
-
-WARM_UP = 3
-
-
-class Recorder:
-    """Makes CUDA graphs that share their memory: each answer is overwritten by the next replay of any.
-
-    Raises:
-        RuntimeError: if the device is no CUDA GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda" or not torch.cuda.is_available():
-            build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-            raise RuntimeError(
-                f"cuda_graph: needs a CUDA GPU; the model is on {str(device)!r}, with torch "
-                f"{torch.__version__} {build}"
-            )
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Callable[[], Answer]) -> Callable[[], Answer]:
-        """What replays `run`, which is called a few times before: kernels are compiled and checked then."""
-        with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    run()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                answer = run()
-
-        def replay() -> Answer:
-            with torch.cuda.device(self.device):
-                graph.replay()
-            return answer
-
-        return replay
 
 
 class ModelGraphs:
@@ -80,8 +40,7 @@ class ModelGraphs:
         record: makes a recording of a function, such as a `Recorder`.
 
     Raises:
-        ValueError: if there are no sizes, a size is not positive, the model is in training mode, or it
-            selects classes: which are kept is looked up on the host.
+        ValueError: if there are no sizes, a size is not positive, or the model is in training mode.
         RuntimeError: if not even host memory holds the state, which no recording can use.
     """
 
@@ -98,12 +57,6 @@ class ModelGraphs:
             raise ValueError(f"sizes: {list(sizes)} are not (height, width) of pictures, all above 0")
         if model.training:
             raise ValueError("model: is in training mode; call model.eval() first")
-        limit, total = model.max_classes, len(model.classes)
-        if limit is not None and total > limit:
-            raise ValueError(
-                f"max_classes: {limit} of {total} classes would be selected, which is looked up on the host "
-                "and cannot be recorded; set model.max_classes = None"
-            )
         self.model, self.probabilities = model, probabilities
         self.sliding_window = model.sliding_window if sliding_window is None else sliding_window
         with torch.inference_mode(False), torch.no_grad():
@@ -132,7 +85,7 @@ class ModelGraphs:
         present = _settings(self.model)
         changed = [name for name, value in self._settings.items() if present[name] != value]
         if changed:
-            raise RuntimeError(
+            raise RunError(
                 f"cuda_graph: {' and '.join(changed)} changed since the recording; call cuda_graph again"
             )
         buffer, replay = self._recordings[size]
@@ -152,40 +105,30 @@ class ModelGraphs:
         """The buffer that the pixels go to, and what replays the call on it."""
         model, buffer = self.model, torch.zeros(3, *size, device=self.model.device)
         crops = model.window.count if self.sliding_window else 1
-        classes = len(model.classes)
-        answer_bytes = 4 * size[0] * size[1] * (classes if self.probabilities else 2)
+        total = len(model.classes)
+        classes = total if model.max_classes is None else min(total, model.max_classes)
+        answer_bytes = 4 * size[0] * size[1] * (total if self.probabilities else 2)
         output_bytes = answer_bytes + max(READOUT_BYTES, self._readout(size).class_bytes)
-        schedule = model.engine.schedule(crops, model.variant.feature_resolution, classes, output_bytes)
+        resolution = model.variant.feature_resolution
+        schedule = model.engine.schedule(crops, resolution, classes, output_bytes, classes < total)
         if schedule.policy == "offload":
-            raise RuntimeError(
+            raise RunError(
                 f"cuda_graph: {schedule.reason}, and copies to the host are not recorded; set "
                 "model.engine.policy = 'recompute'"
             )
-        with _pinned(model.engine, schedule):
-            return buffer, record(lambda: self._read_out(buffer))
+        return buffer, record(lambda: self._read_out(buffer, schedule))
 
     def _readout(self, size: Size) -> Readout:
         return Readout(size, self.model.window if self.sliding_window else None)
 
-    def _read_out(self, pixels: Tensor) -> Any:
+    def _read_out(self, pixels: Tensor, schedule: Schedule | None = None) -> Any:
         """The target that the picture's logits were read out into."""
         model, size = self.model, (pixels.shape[1], pixels.shape[2])
         target: Probabilities | LabelMap = LabelMap(size, model.device)
         if self.probabilities:
             target = Probabilities(len(model.classes), size, model.device)
-        read_out(model, encode(model, [pixels], [self._readout(size)]), [target], 0)
+        read_out(model, encode(model, [pixels], [self._readout(size)]), [target], schedule=schedule)
         return target
-
-
-@contextmanager
-def _pinned(engine: Engine, schedule: Schedule) -> Iterator[None]:
-    """Let calls run by a schedule; free memory, which a recording cannot ask for, does not count."""
-    before = (engine.policy, engine.chunk, engine.memory_budget)
-    engine.policy, engine.chunk, engine.memory_budget = schedule.policy, schedule.chunk, sys.maxsize
-    try:
-        yield
-    finally:
-        engine.policy, engine.chunk, engine.memory_budget = before
 
 
 def _settings(model: CATSeg) -> dict[str, Any]:

@@ -13,29 +13,37 @@ from typing_extensions import Self
 
 from catseg_fast.aggregator import Aggregator
 from catseg_fast.backend import choose_backend, default_device
-from catseg_fast.checkpoint import IGNORED_KEYS, load_into, read_checkpoint, recognise_variant, resolve
-from catseg_fast.class_parallel import SOFTMAX, ClassShare
+from catseg_fast.checkpoints.checkpoint import (
+    IGNORED_KEYS,
+    load_into,
+    read_checkpoint,
+    recognise_variant,
+    resolve,
+)
 from catseg_fast.config import Variant, get_variant
-from catseg_fast.encoding import EncodedImage, encode
-from catseg_fast.engine import Engine
-from catseg_fast.explain import explain
-from catseg_fast.images import ImageLike, load_image
-from catseg_fast.label_map import (
+from catseg_fast.engine.class_parallel import SOFTMAX, ClassShare
+from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.folding import Plan
+from catseg_fast.engine.loss import segmentation_loss
+from catseg_fast.engine.recording import Recorder
+from catseg_fast.engine.terms import VocabularyTerms
+from catseg_fast.errors import RunError
+from catseg_fast.graphs import ModelGraphs
+from catseg_fast.inference.encoding import EncodedImage, encode
+from catseg_fast.inference.explain import explain
+from catseg_fast.inference.images import ImageLike, load_image
+from catseg_fast.inference.readout import (
     Probabilities,
     Readout,
 )
-from catseg_fast.labelling import label, read_out
-from catseg_fast.loss import segmentation_loss
-from catseg_fast.plan import Plan
+from catseg_fast.inference.segment import label, label_pixels, read_out
+from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.reference import model as reference_model
-from catseg_fast.segmentation import Segmentation
-from catseg_fast.terms import VocabularyTerms
-from catseg_fast.vocabulary import check_classes
+from catseg_fast.reference.requests import check_requests
+from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from catseg_fast.graphs import ModelGraphs
 
 
 class CATSeg(reference_model.CATSeg):
@@ -174,7 +182,7 @@ class CATSeg(reference_model.CATSeg):
         if share is None:
             super().set_classes(classes, training)
         elif training:
-            raise RuntimeError("class parallel: a model whose classes are split cannot be trained")
+            raise RunError("class parallel: a model whose classes are split cannot be trained")
         else:
             self._share_out(ClassShare(check_classes(classes), share.group))
 
@@ -191,7 +199,7 @@ class CATSeg(reference_model.CATSeg):
             RuntimeError: if the classes are split over ranks.
         """
         if self.engine.share is not None:
-            raise RuntimeError("class parallel: no rank has all classes; call segment() or label_map()")
+            raise RunError("class parallel: no rank has all classes; call segment() or label_map()")
         if self.training:
             return super().forward(batched_inputs)
         results = []
@@ -218,10 +226,7 @@ class CATSeg(reference_model.CATSeg):
         Raises:
             TypeError, ValueError: as the call; or if `top_k` is not positive.
         """
-        return [
-            label(self, self._encode([image], [readout]), top_k)[0]
-            for image, readout in self._requests(batched_inputs)
-        ]
+        return [self._label(image, readout, top_k) for image, readout in self._requests(batched_inputs)]
 
     def encode(self, image: ImageLike, *, sliding_window: bool | None = None) -> EncodedImage:
         """Run all that does not depend on the classes; `segment` takes the answer in place of the picture.
@@ -254,7 +259,12 @@ class CATSeg(reference_model.CATSeg):
             FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, it was encoded
                 otherwise, no classes are set, or `top_k` is not positive.
         """
-        return label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
+        if isinstance(image, EncodedImage) or keep_logits:
+            return label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
+        sliding = self.sliding_window if sliding_window is None else sliding_window
+        pixels = load_image(image).to(self.device)
+        readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
+        return self._label(pixels, readout, top_k)
 
     def segment_batch(
         self,
@@ -283,8 +293,6 @@ class CATSeg(reference_model.CATSeg):
             RuntimeError: if the model is not on a CUDA GPU.
             ValueError: if there are no sizes, or the model selects classes.
         """
-        from catseg_fast.graphs import ModelGraphs, Recorder  # which import this module
-
         record = Recorder(self.device)
         return ModelGraphs(self, sizes, record, sliding_window=sliding_window, probabilities=probabilities)
 
@@ -298,10 +306,16 @@ class CATSeg(reference_model.CATSeg):
         """
         return explain(self, crops)
 
+    def _label(self, pixels: Tensor, readout: Readout, top_k: int | None) -> Segmentation:
+        if top_k is None and self.engine.share is None:
+            return label_pixels(self, pixels, readout)
+        return label(self, self._encode([pixels], [readout]), top_k)[0]
+
     def _requests(self, batched_inputs: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, Readout]]:
         """Each image and how upstream's call answers it."""
-        for index, entry in enumerate(batched_inputs):
-            image = self._to_device(entry, index)
+        check_requests(batched_inputs)
+        for entry in batched_inputs:
+            image = entry["image"].to(self.device, torch.float32)
             height, width = self.window.resolution if self.sliding_window else image.shape[-2:]
             size = (entry.get("height", height), entry.get("width", width))
             if self.sliding_window:
@@ -326,7 +340,7 @@ class CATSeg(reference_model.CATSeg):
         return [image if isinstance(image, EncodedImage) else next(fresh) for image in images]
 
     def _encode(self, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
-        """`catseg_fast.encoding.encode`, where classes are shared on all ranks alike."""
+        """`catseg_fast.inference.encoding.encode`, where classes are shared on all ranks alike."""
         share = self.engine.share
         if share is None:
             return encode(self, images, readouts)
@@ -334,10 +348,14 @@ class CATSeg(reference_model.CATSeg):
         with share.together(self.device, pixels, readouts):
             return encode(self, images, readouts)
 
-    def vocabulary_terms(self) -> VocabularyTerms:
-        """The engine's terms of the present classes, kept until these, a weight, or `max_classes` change."""
-        text, plan = self.text_features(), self.engine.plan()
+    def vocabulary_terms(self, plan: Plan | None = None) -> VocabularyTerms:
+        """Return the terms of the present classes, kept until these, a weight, or `max_classes` change.
+
+        Args:
+            plan: the folded weights, if the caller has them.
+        """
+        text, plan = self.text_features(), plan or self.engine.plan()
         key = (text, plan, self.max_classes)
         if self._vocabulary is None or not all(map(operator.is_, self._vocabulary[0], key)):
-            self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes))
+            self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes, plan))
         return self._vocabulary[1]

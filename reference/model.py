@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -19,12 +20,14 @@ from catseg_fast.config import (
     Variant,
     get_variant,
 )
+from catseg_fast.labels import class_indices
 from catseg_fast.reference.aggregator import Aggregator
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.finetune import freeze, segmentation_loss
 from catseg_fast.reference.guidance import build_guidance
 from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resize
-from catseg_fast.vocabulary import Progress, check_classes, encode_classes, get_templates, tokenize_classes
+from catseg_fast.reference.requests import check_requests
+from catseg_fast.text.prompts import Progress, check_classes, encode_classes, get_templates, tokenize_classes
 from catseg_fast.weights import weights_state
 
 
@@ -215,9 +218,10 @@ class CATSeg(nn.Module):
             it were alone. In training mode {"loss_sem_seg": scalar}.
 
         Raises:
-            TypeError, ValueError: if an image is not a tensor `[3, H, W]`, or no classes are set.
+            TypeError, ValueError: if an entry is wrong, or no classes are set; see `check_requests`.
         """
-        images = [self._to_device(entry, index) for index, entry in enumerate(batched_inputs)]
+        check_requests(batched_inputs, self.size_divisibility if self.training else None)
+        images = [entry["image"].to(self.device, torch.float32) for entry in batched_inputs]
         if self.training:
             return {"loss_sem_seg": self._loss(images, batched_inputs)}
         infer = self._infer_sliding if self.sliding_window else self._infer_whole
@@ -244,20 +248,19 @@ class CATSeg(nn.Module):
         clip_images, guidance_images = (
             pad_to_multiple(_stack_padded(batch), self.size_divisibility) for batch in normalised
         )
-        labels = torch.stack([entry["sem_seg"] for entry in batched_inputs])
-        return self._criterion(self.logits(clip_images, guidance_images), labels)
+        classes = len(self._classes[self._class_mode()])
+        labels = [
+            class_indices(entry["sem_seg"], classes, self.ignore_label, f"batched_inputs[{index}]['sem_seg']")
+            for index, entry in enumerate(batched_inputs)
+        ]
+        height, width = (max(x.shape[axis] for x in labels) for axis in (0, 1))
+        labels = [
+            F.pad(x, (0, width - x.shape[1], 0, height - x.shape[0]), value=self.ignore_label) for x in labels
+        ]
+        return self._criterion(self.logits(clip_images, guidance_images), torch.stack(labels))
 
     def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
         return segmentation_loss(logits, labels.to(logits.device), self.ignore_label)
-
-    def _to_device(self, entry: dict[str, Any], index: int) -> Tensor:
-        image = entry["image"]
-        name = f"batched_inputs[{index}]['image']"
-        if not isinstance(image, Tensor):
-            raise TypeError(f"{name}: a tensor [3, H, W] is wanted, not {type(image).__name__}")
-        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-            raise ValueError(f"{name}: shape {tuple(image.shape)} is not [3, H, W]")
-        return image.to(self.device, torch.float32)
 
 
 def normalise(images: Tensor) -> tuple[Tensor, Tensor]:

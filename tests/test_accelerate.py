@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from catseg_fast import accelerate, reference
-from catseg_fast.engine import Engine
-from golden_rule import det, fill, make_input
-from tiny import tiny_model
+from catseg_fast.engine.engine import Engine
+from support.golden_rule import det, fill, make_input
+from support.tiny import tiny_model
 
 ARGUMENTS: dict[str, Any] = {
     "text_guidance_dim": 24, "text_guidance_proj_dim": 16, "appearance_guidance_dim": 20,

@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cli import TINY
 from typer.testing import CliRunner
 
-from catseg_fast import CATSeg, cli
+from catseg_fast import CATSeg
 from catseg_fast.backend import why_no_triton
-from test_cli import TINY
-from tiny import CLASSES, tiny_model
+from catseg_fast.cli import main as cli
+from support.tiny import CLASSES, tiny_model
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'catseg-fast[app]'")
 
-from catseg_fast.app import OWN, Page, build_page, serve  # noqa: E402
-from catseg_fast.app_command import check_free  # noqa: E402
-from catseg_fast.page_data import heat_data, viewer_data  # noqa: E402
-from catseg_fast.workbench import MAX_SIDE, Workbench, load_photo, read_names  # noqa: E402
+from catseg_fast.app.page import OWN, Page, build_page, serve  # noqa: E402
+from catseg_fast.app.viewer import heat_data, viewer_data  # noqa: E402
+from catseg_fast.app.workbench import MAX_SIDE, Workbench, load_photo, read_names  # noqa: E402
+from catseg_fast.cli.app import check_free  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("app")
 
@@ -108,7 +109,7 @@ def test_the_plain_model_is_refused_where_memory_is_short(
     class Memory:
         available = 2**20
 
-    monkeypatch.setattr("catseg_fast.workbench.psutil.virtual_memory", Memory)
+    monkeypatch.setattr("catseg_fast.app.workbench.psutil.virtual_memory", Memory)
     bench = Workbench(model)
     with pytest.raises(MemoryError, match=r"reference.*5 classes and 1 crops"):
         bench.segment(photo, CLASSES, backend="reference", sliding_window=False)
@@ -180,7 +181,7 @@ def test_the_command_serves_this_machine_alone(tmp_path: Path, monkeypatch: pyte
     weights = tmp_path / "tiny.pth"
     torch.save({"model": CATSeg(TINY).state_dict()}, weights)
     served = []
-    monkeypatch.setattr("catseg_fast.app.serve", lambda *arguments: served.append(arguments[1:]))
+    monkeypatch.setattr("catseg_fast.app.page.serve", lambda *arguments: served.append(arguments[1:]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 
 from catseg_fast import CATSeg
-from catseg_fast.batch import Batch, Outcome
-from catseg_fast.class_list import READY_LISTS, parse_classes, read_classes, ready_list
-from catseg_fast.images import load_image
-from catseg_fast.inputs import Picture, find_pictures
-from catseg_fast.results import summarise
-from catseg_fast.resume import fingerprint, finished
-from catseg_fast.statistics_file import write_statistics
-from catseg_fast.vocabulary import check_classes
-from tiny import CLASSES, tiny_model
+from catseg_fast.cli.batch import Batch, Outcome
+from catseg_fast.cli.inputs import Picture, find_pictures
+from catseg_fast.cli.resume import fingerprint, finished
+from catseg_fast.inference.images import load_image
+from catseg_fast.output.results import summarise
+from catseg_fast.output.statistics import write_statistics
+from catseg_fast.text.class_lists import READY_LISTS, parse_classes, read_classes, ready_list
+from catseg_fast.text.prompts import check_classes
+from support.tiny import CLASSES, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_statistics_as_json(results: list[Path]) -> None:
 
 def test_statistics_as_parquet(results: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("catseg_fast.statistics_file.GROUP", 3)
+    monkeypatch.setattr("catseg_fast.output.statistics.GROUP", 3)
     expected = expected_rows(results)
     write_statistics(Path("all.parquet"), results)
     table = parquet.read_table("all.parquet").to_pydict()

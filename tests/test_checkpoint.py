@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from catseg_fast.checkpoint import convert, load_into, read_checkpoint, recognise_variant
+from catseg_fast.checkpoints.checkpoint import convert, load_into, read_checkpoint, recognise_variant
 from catseg_fast.config import VARIANTS, CLIPConfig, ResNetConfig, SwinConfig, Variant
 from catseg_fast.model import CATSeg
 from catseg_fast.reference.guidance import ResNetGuidance, SwinGuidance

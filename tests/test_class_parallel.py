@@ -20,18 +20,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from test_cli import TINY
+from test_plan import features, make_aggregator
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from typer.testing import CliRunner
 
-from catseg_fast import CATSeg, Segmentation, SlidingWindow, cli, reference
-from catseg_fast.class_parallel import ClassShare, RankError
-from catseg_fast.conductor import Conductor
-from catseg_fast.engine import Engine
-from catseg_fast.label_map import LabelMap, TopClasses
-from test_cli import TINY
-from test_plan import features, make_aggregator
-from tiny import picture, tiny_model
+from catseg_fast import CATSeg, Segmentation, SlidingWindow, reference
+from catseg_fast.cli import main as cli
+from catseg_fast.distributed.conductor import Conductor
+from catseg_fast.engine.class_parallel import ClassShare, RankError
+from catseg_fast.engine.engine import Engine
+from catseg_fast.inference.readout import LabelMap, TopClasses
+from support.tiny import picture, tiny_model
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("wall", "building, edifice", "sky", "floor", "tree", "car", "cat", "dog", "road", "lamp", "sea")

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from catseg_fast import CATSeg
 from catseg_fast.config import Version
-from golden_rule import det, make_input
-from tiny import V1, V2, tiny_model
+from support.golden_rule import det, make_input
+from support.tiny import V1, V2, tiny_model
 
 
 def make_call(version: Version) -> tuple[CATSeg, Tensor, list[Tensor]]:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from catseg_fast.data import FolderDataset, read_annotation, read_index_map
-from catseg_fast.import_dataset import import_dataset
 from test_cli import run
+
+from catseg_fast.data.folder import FolderDataset, read_annotation, read_index_map
+from catseg_fast.data.published import import_dataset
 
 CLASSES = ["sky", "tree", "house, home"]
 LABELS = np.array([[0, 1, 2, 255], [2, 2, 1, 0], [255, 0, 0, 1]], dtype=np.uint8)

@@ -16,11 +16,12 @@ import torch
 
 pytest.importorskip("yacs", reason="needs yacs, as detectron2's configurations do")
 
-from catseg_fast import VARIANTS, upstream_config
+from catseg_fast import VARIANTS
+from catseg_fast.checkpoints import upstream_config
+from catseg_fast.checkpoints.upstream_config import model_arguments
 from catseg_fast.config import ResNetConfig, SwinConfig
-from catseg_fast.upstream_config import model_arguments
-from detectron2_double import CfgNode, Registry, get_cfg, install
-from tiny import CLASSES, V1, V2, close, picture, sem_seg, tiny_model
+from support.detectron2_double import CfgNode, Registry, get_cfg, install
+from support.tiny import CLASSES, V1, V2, close, picture, sem_seg, tiny_model
 
 TRAIN_CLASSES = ("cat", "dog")
 HEAD = "MODEL.SEM_SEG_HEAD."

@@ -20,9 +20,10 @@ import torch.distributed as dist
 import typer
 from typer.testing import CliRunner
 
-from catseg_fast import VARIANTS, hub
-from catseg_fast.cli import app
-from documents import DOCUMENTS, ROOT, TINY, blocks, calls, make_checkout
+from catseg_fast import VARIANTS
+from catseg_fast.checkpoints import hub
+from catseg_fast.cli.main import app
+from support.documents import DOCUMENTS, ROOT, TINY, blocks, calls, make_checkout
 
 # Options that make a command small enough; of an option that comes twice the last counts.
 SHORT = {
@@ -171,7 +172,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     for name in (
         "catseg_fast.CATSeg.segment",
-        "catseg_fast.engine.Engine",
+        "catseg_fast.engine.engine.Engine",
         "catseg_fast.ray.segment_dataset",
     ):
         assert f'id="{name}"' in api

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from catseg_fast import CATSeg, EncodedImage, Segmentation
-from tiny import CLASSES, close, picture, sem_seg, tiny_model
+from support.tiny import CLASSES, close, picture, sem_seg, tiny_model
 
 OTHERS = ("sea", "road", "sky")
 

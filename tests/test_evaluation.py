@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cli import TINY, lines_of, run
+from test_data import add, make_dataset
 from torch import Tensor
 
 from catseg_fast import CATSeg
-from catseg_fast.activations import record_activations
-from catseg_fast.data import FolderDataset
-from catseg_fast.eval_command import combine
-from catseg_fast.evaluation import evaluate, model_segmenter, resize_shortest, summarise
-from catseg_fast.ledger import Ledger
-from catseg_fast.metrics import ClassCounts
-from test_cli import TINY, lines_of, run
-from test_data import add, make_dataset
-from tiny import picture, tiny_model
+from catseg_fast.cli.eval import combine
+from catseg_fast.data.folder import FolderDataset
+from catseg_fast.engine.activations import record_activations
+from catseg_fast.evaluation.ledger import Ledger
+from catseg_fast.evaluation.metrics import ClassCounts
+from catseg_fast.evaluation.run import evaluate, model_segmenter, resize_shortest, summarise
+from support.tiny import picture, tiny_model
 
 IGNORE = 255
 
@@ -220,19 +220,18 @@ def test_half_a_line_is_done_again(data: FolderDataset, tmp_path: Path) -> None:
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from catseg_fast.data import FolderDataset
-from catseg_fast.evaluation import evaluate
-from catseg_fast.ledger import Ledger
-from catseg_fast.sharing import Sharing
+from catseg_fast.data.folder import FolderDataset
+from catseg_fast.evaluation.run import evaluate
+from catseg_fast.evaluation.ledger import Ledger
+from catseg_fast.distributed.torchrun import join
 
 def by_brightness(image):
     time.sleep(float(sys.argv[3]))
     return image.float().mean(dim=0).div(51.2).long()
 
-sharing = Sharing.join()
-ledger = Ledger(Path(sys.argv[2]), "run", {"a": 1})
-evaluate(FolderDataset(sys.argv[1]), by_brightness, 5, ledger=ledger, sharing=sharing)
-sharing.leave()
+with join("cpu", objects=True) as processes:
+    ledger = Ledger(Path(sys.argv[2]), "run", {"a": 1})
+    evaluate(FolderDataset(sys.argv[1]), by_brightness, 5, ledger=ledger, processes=processes)
 """
 
 

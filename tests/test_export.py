@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from catseg_fast import CATSeg, cli, export, export_command
+from catseg_fast import CATSeg, export
+from catseg_fast.cli import export as export_command
+from catseg_fast.cli import main as cli
 from catseg_fast.reference.inference import SlidingWindow, resize
 from catseg_fast.reference.model import normalise
-from tiny import CLASSES, V1, V2, close, picture, tiny_model
+from support.tiny import CLASSES, V1, V2, close, picture, tiny_model
 
 NAMES = [f"thing {index}" for index in range(11)]  # more than the 8 classes that v2 pads to
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catseg_fast.checkpoint import convert, read_checkpoint
-from catseg_fast.class_list import read_classes
-from catseg_fast.data import FolderDataset, read_annotation
+from catseg_fast.checkpoints.checkpoint import convert, read_checkpoint
+from catseg_fast.checkpoints.hub import resolve
+from catseg_fast.data.folder import FolderDataset, read_annotation
+from catseg_fast.data.published import import_dataset
 from catseg_fast.files import open_regular, read_text
-from catseg_fast.hub import resolve
-from catseg_fast.images import load_image
-from catseg_fast.import_dataset import import_dataset
+from catseg_fast.inference.images import load_image
+from catseg_fast.text.class_lists import read_classes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accuracy import assert_no_worse_than_eager, upcast
-from catseg_fast import fourier, stages
-from catseg_fast.plan import Plan
+from catseg_fast.engine import fourier
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.folding import Plan
+from support.accuracy import assert_no_worse_than_eager, upcast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHANNELS, FEATURES = 128, 768

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_plan import features, make_aggregator
 from torch import Tensor, nn
 
-from catseg_fast import backend, engine, reference
-from catseg_fast.engine import Engine
-from catseg_fast.gradients import ChunkState, GradientStream
-from live_bytes import LiveBytes
-from test_plan import features, make_aggregator
+from catseg_fast import backend, reference
+from catseg_fast.engine import engine
+from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.gradients import ChunkState, GradientStream
+from support.live_bytes import LiveBytes
 
 
 def gradients(model: Any, inputs: Any, weight: Tensor) -> list[Tensor | None]:

@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from catseg_fast import CATSeg
-from catseg_fast.engine import Engine
-from catseg_fast.graphs import ModelGraphs, Recorder
+from catseg_fast.engine import schedule
+from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.recording import Recorder
+from catseg_fast.graphs import ModelGraphs
 from catseg_fast.reference.window_attention import shifted_window_mask
-from tiny import CLASSES, close, picture, tiny_model
+from support.tiny import CLASSES, close, picture, tiny_model
 
 SIZE = (64, 96)
 
@@ -93,18 +95,15 @@ def shared() -> CATSeg:
     return tiny_model(classes=CLASSES[:2], sliding_window=False)
 
 
-def test_each_size_has_its_recording(shared: CATSeg) -> None:
-    made = []
-
+def test_each_size_has_its_recording(shared: CATSeg, monkeypatch: pytest.MonkeyPatch) -> None:
     def record(run: Callable[[], Any]) -> Callable[[], Any]:
-        made.append((shared.engine.policy, shared.engine.chunk, shared.engine.memory_budget))
+        with monkeypatch.context() as patch:  # while a graph is recorded, memory cannot be asked for
+            patch.setattr(schedule, "free_bytes", lambda _: pytest.fail("free memory was asked for"))
+            run()
         return run
 
     graphs = ModelGraphs(shared, [SIZE, (40, 40)], record)
     assert graphs.sizes == [SIZE, (40, 40)]
-    # While recording nothing about memory is asked; afterwards the settings are the user's again.
-    assert all(policy == "resident" and chunk and budget for policy, chunk, budget in made)
-    assert (shared.engine.policy, shared.engine.chunk, shared.engine.memory_budget) == (None, None, None)
     with pytest.raises(ValueError, match=r"image: its size \(40, 41\) was not recorded; .*\(40, 40\)"):
         graphs(picture(40, 41))
 
@@ -149,11 +148,8 @@ def test_what_cannot_be_recorded(shared: CATSeg) -> None:
     for sizes in ([], [(0, 3)]):
         with pytest.raises(ValueError, match="sizes: "):
             ModelGraphs(shared, sizes, record_nothing)
-    selecting = tiny_model(classes=CLASSES, max_classes=2)
-    with pytest.raises(ValueError, match="max_classes: 2 of 5 classes would be selected"):
-        ModelGraphs(selecting, [SIZE], record_nothing)
     with pytest.raises(ValueError, match="training mode"):
-        ModelGraphs(selecting.train(), [SIZE], record_nothing)
+        ModelGraphs(tiny_model(classes=CLASSES).train(), [SIZE], record_nothing)
     shared.engine.policy = "offload"
     with pytest.raises(RuntimeError, match="copies to the host are not recorded"):
         ModelGraphs(shared, [SIZE], record_nothing)
@@ -177,13 +173,25 @@ class NoCopies(TorchDispatchMode):
         return out
 
 
+def test_selected_classes_are_recorded() -> None:
+    model = tiny_model(classes=CLASSES, max_classes=2)
+    graphs = ModelGraphs(model, [SIZE], record_nothing)
+    for name in ("first", "second"):  # other classes may be the best of another picture
+        answer, expected = graphs(picture(*SIZE, name)), model.segment(picture(*SIZE, name))
+        assert isinstance(answer, type(expected))
+        assert torch.equal(answer.labels, expected.labels)
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("limit", [None, 1])
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_nothing_is_copied_between_host_and_device(version: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_copied_between_host_and_device(
+    version: Any, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no "meta"
     monkeypatch.setattr(Engine, "_without_autocast", lambda _: nullcontext())
     model = tiny_model(version, CLASSES[:2]).to("meta")
-    model.backend = "torch"
+    model.backend, model.max_classes = "torch", limit
     text = tree_map_only(Tensor, lambda x: x.to("meta"), tiny_model(version, CLASSES[:2]).text_features())
     model.text_features = lambda progress=None: text  # type: ignore[method-assign]
     graphs = ModelGraphs.__new__(ModelGraphs)

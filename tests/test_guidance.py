@@ -12,7 +12,7 @@ from torch import nn
 
 from catseg_fast.config import ResNetConfig, SwinConfig
 from catseg_fast.reference.guidance import ResNetGuidance, SwinGuidance, build_guidance
-from golden_rule import assert_output, check_sha_weights, fill, load_case, make_inputs
+from support.golden_rule import assert_output, check_sha_weights, fill, load_case, make_inputs
 
 UPSTREAM_KEYS = Path(__file__).parent / "upstream_keys"
 Build = Callable[[], SwinGuidance | ResNetGuidance]

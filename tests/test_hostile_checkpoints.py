@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import random
 import struct
@@ -14,14 +15,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hostile_files as hostile
 import numpy as np
 import pytest
 import torch
-from hostile_files import call, name, number, octets, row, text
 
-from catseg_fast.checkpoint import MAX_HEADER, MAX_TENSORS, convert, read_checkpoint
-from catseg_fast.stand_ins import FUNCTIONS
+from catseg_fast.checkpoints.checkpoint import MAX_HEADER, MAX_TENSORS, convert, read_checkpoint
+from catseg_fast.checkpoints.stand_ins import FUNCTIONS
+from support import hostile_files as hostile
+from support.hostile_files import call, name, number, octets, row, text
 
 SECONDS = 5  # of CPU time that a refusal may take
 
@@ -73,9 +74,12 @@ STORED = ("w/data/0", hostile.RAW)
 def fuzz(folder: Path, share: float, seed: int) -> None:
     """Read hostile files in another process, which must neither crash nor raise anything but a refusal."""
     pytest.importorskip("resource")
-    script = Path(__file__).with_name("fuzz_checkpoints.py")
-    command = [sys.executable, "-W", "ignore", str(script), str(folder), str(share), str(seed)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    module = ["-W", "ignore", "-m", "support.fuzz_checkpoints"]
+    result = subprocess.run(
+        [sys.executable, *module, str(folder), str(share), str(seed)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert result.returncode == 0, f"crashed on {folder / 'case.pth'}:\n{result.stderr}"
     report = json.loads(result.stdout)
     print(report)

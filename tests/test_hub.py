@@ -15,9 +15,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from catseg_fast.checkpoint import read_checkpoint, recognise_variant
+from catseg_fast.checkpoints.checkpoint import read_checkpoint, recognise_variant
+from catseg_fast.checkpoints.hub import resolve
 from catseg_fast.config import VARIANTS
-from catseg_fast.hub import resolve
 from catseg_fast.model import CATSeg
 
 

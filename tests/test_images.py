@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from catseg_fast.images import load_image
+from catseg_fast.inference.images import load_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 RGB[0, 0], RGB[4, 6] = 0, 255

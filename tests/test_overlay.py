@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from catseg_fast.overlay import class_colours, class_shares, label_png, overlay
+from catseg_fast.output.overlay import class_colours, class_shares, label_png, overlay
 
 CLASSES = ["sky", "grass", "tree"]
 

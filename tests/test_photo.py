@@ -10,10 +10,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from catseg_fast import CATSeg
-from catseg_fast.cli import app
-from catseg_fast.images import load_image
+from catseg_fast.cli.main import app
+from catseg_fast.inference.images import load_image
 from catseg_fast.reference.model import CATSeg as ReferenceCATSeg
-from golden_rule import fill
+from support.golden_rule import fill
 
 STREET = Path(__file__).parent.parent / "examples" / "street.png"
 CLASSES = ["sky", "tree", "house", "road", "car, automobile", "person"]

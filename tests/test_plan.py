@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catseg_fast import fourier, reference, stages
-from catseg_fast.class_memory import new_memory
-from catseg_fast.engine import Engine
-from catseg_fast.plan import Plan, build_plan, compose_phases
-from catseg_fast.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
+from catseg_fast import reference
+from catseg_fast.engine import fourier
+from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.class_memory import new_memory
+from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.folding import Plan, build_plan, compose_phases
+from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
 
 B, T, H, W = 2, 5, 24, 24
 EXACT = {"rtol": 1e-11, "atol": 1e-11}

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from catseg_fast import CATSeg
-from catseg_fast.results import summarise
-from documents import ROOT, blocks
-from tiny import CLASSES, V2, picture, tiny_model
+from catseg_fast.output.results import summarise
+from support.documents import ROOT, blocks
+from support.tiny import CLASSES, V2, picture, tiny_model
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: it is in the extra 'ray'")
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: it is in the extra 'ray'")

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from catseg_fast.cli import app
-from catseg_fast.scenes import draw_scene
-from catseg_fast.scenes.words import HELD_OUT
-from documents import README, ROOT, SCENE, STREET, blocks, calls
+from catseg_fast.cli.main import app
+from catseg_fast.data.scenes import draw_scene
+from catseg_fast.data.scenes.words import HELD_OUT
+from support.documents import README, ROOT, SCENE, STREET, blocks, calls
 
 EXAMPLE = (7, 10)  # what the generator of README's picture starts from
 SHELL = [code.strip() for language, code in blocks(README) if language == "bash"]

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from catseg_fast.cli import app
-from catseg_fast.data import FolderDataset
-from catseg_fast.scenes import SPLITS, draw_scene, write_dataset
-from catseg_fast.scenes.baseline import NearestColour
-from catseg_fast.scenes.shapes import DISTANCES, pattern
-from catseg_fast.scenes.textures import TEXTURES
-from catseg_fast.scenes.words import (
+from catseg_fast.cli.main import app
+from catseg_fast.data.folder import FolderDataset
+from catseg_fast.data.scenes import SPLITS, draw_scene, write_dataset
+from catseg_fast.data.scenes.baseline import NearestColour
+from catseg_fast.data.scenes.shapes import DISTANCES, pattern
+from catseg_fast.data.scenes.textures import TEXTURES
+from catseg_fast.data.scenes.words import (
     COLOURS,
     COMPOSITIONS,
     GROUNDS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from catseg_fast.checkpoint import IGNORED_KEYS, load_into, recognise_variant
+from catseg_fast.checkpoints.checkpoint import IGNORED_KEYS, load_into, recognise_variant
 from catseg_fast.config import VARIANTS
 from catseg_fast.model import CATSeg
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from catseg_fast import CATSeg
-from catseg_fast.checkpoint import read_checkpoint
+from catseg_fast.checkpoints.checkpoint import read_checkpoint
 from catseg_fast.training.checkpoints import Checkpoints
 from catseg_fast.training.trainer import Step
-from training_run import CLASSES, Blocks, make_trainer, trained
+from support.training_run import CLASSES, Blocks, make_trainer, trained
 
-SCRIPT = Path(__file__).parent / "training_run.py"
+TESTS = Path(__file__).parent
+PATHS = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
 
 def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(folder), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables}, text=True,
+        [sys.executable, "-m", "support.training_run", str(folder), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, **variables}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import triton
-from torch import Tensor
-
-from catseg_fast import Aggregator, CATSeg, backend, stages
-from catseg_fast.backend import choose_backend, why_no_triton
-from catseg_fast.engine import Engine
-from catseg_fast.kernels import class_attention, decoder
-from catseg_fast.reference import Aggregator as Reference
-from catseg_fast.self_check import wrong_stages
-from catseg_fast.terms import image_terms
-from golden_rule import assert_output, fill, load_case, make_inputs
 from test_golden import build_model, constructor_arguments, golden_image
 from test_plan import features, make_aggregator
+from torch import Tensor
+
+from catseg_fast import Aggregator, CATSeg, backend
+from catseg_fast.backend import choose_backend, why_no_triton
+from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.self_check import wrong_stages
+from catseg_fast.kernels.class_attention import op as class_attention
+from catseg_fast.kernels.decoder import op as decoder
+from catseg_fast.reference import Aggregator as Reference
+from support.golden_rule import assert_output, fill, load_case, make_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -168,14 +169,12 @@ def test_strict_makes_that_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_a_kernel_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    plan = engine.plan()
-    image, _, guidance = make_inputs_of(engine.aggregator, 1)
-    terms = image_terms(engine.aggregator, plan, image, guidance)
-    assert wrong_stages(engine.stages(plan), plan, terms) == {}
-    assert wrong_stages(stages, plan, terms) == {}
+    arguments = (engine.plan(), (6, 6), 16, DEVICE, "ieee")
+    assert wrong_stages(*arguments) == {}
     decode = decoder.decode
-    monkeypatch.setattr(decoder, "decode", lambda *a, **k: decode(*a, **k) + 1e-2)
-    assert list(wrong_stages(engine.stages(plan), plan, terms)) == ["decode"]
+    wrong = replace(decoder.OP, triton=lambda *a, **k: decode(*a, **k) + 1e-2)
+    monkeypatch.setattr(decoder, "OP", wrong)
+    assert list(wrong_stages(*arguments)) == ["decode"]
 
 
 def test_gradients_run_in_torch() -> None:

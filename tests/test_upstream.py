@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 pytest.importorskip("yacs", reason="needs yacs, as detectron2's configurations do")
 
-from catseg_fast import upstream_config
-from catseg_fast.checkpoint import IGNORED_KEYS
+from catseg_fast.checkpoints import upstream_config
+from catseg_fast.checkpoints.checkpoint import IGNORED_KEYS
 from catseg_fast.config import CLIPConfig
-from detectron2_double import CfgNode, get_cfg, install
-from golden_rule import fill
-from tiny import CLASSES, close, picture
+from support.detectron2_double import CfgNode, get_cfg, install
+from support.golden_rule import fill
+from support.tiny import CLASSES, close, picture
 
 pytestmark = pytest.mark.upstream
 

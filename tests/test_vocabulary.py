@@ -12,7 +12,7 @@ from torch import Tensor
 
 from catseg_fast.config import Version
 from catseg_fast.reference.clip import DenseCLIP
-from catseg_fast.vocabulary import (
+from catseg_fast.text.prompts import (
     PROMPT_ENSEMBLES,
     check_classes,
     class_prompts,
@@ -22,8 +22,8 @@ from catseg_fast.vocabulary import (
     tokenize,
     tokenize_classes,
 )
-from golden_rule import fill
-from tiny import TEMPLATES, V1, V2, tiny_model
+from support.golden_rule import fill
+from support.tiny import TEMPLATES, V1, V2, tiny_model
 
 VERSIONS: tuple[Version, ...] = ("v1", "v2")
 versions = pytest.mark.parametrize("version", VERSIONS)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from catseg_fast._version import __version__
+from catseg_fast.checkpoints.torch_file import read_torch_file
 from catseg_fast.files import open_regular, replacing
-from catseg_fast.torch_file import read_torch_file
 
 KEPT = 2
 

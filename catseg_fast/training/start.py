@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from catseg_fast.checkpoint import load_into
+from catseg_fast.checkpoints.checkpoint import load_into
+from catseg_fast.checkpoints.recognise import CLIP
 from catseg_fast.model import CATSeg
-from catseg_fast.recognise import CLIP
 
 JOINT, SPLIT = "attn.in_proj_weight", tuple(f"attn.{part}_proj_weight" for part in "qkv")
 

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from catseg_fast.distributed.torchrun import Processes
+from catseg_fast.errors import RunError
 from catseg_fast.model import CATSeg
+from catseg_fast.text.prompts import synonyms
 from catseg_fast.training.checkpoints import Checkpoints, export
 from catseg_fast.training.log import Log
 from catseg_fast.training.optimiser import make_optimiser, set_learning_rate
-from catseg_fast.training.processes import Processes
 from catseg_fast.training.recipe import Recipe
 from catseg_fast.training.samples import (
     CLASSES,
@@ -30,7 +32,6 @@ from catseg_fast.training.samples import (
     remap,
     step_batches,
 )
-from catseg_fast.vocabulary import synonyms
 
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = "model.safetensors"
@@ -61,7 +62,7 @@ class Trainer:
 
     Args:
         model: on this process's device, with the weights to start from, and the recipe's pooling.
-        pictures: a `catseg_fast.data.FolderDataset`, or what is like it.
+        pictures: a `catseg_fast.data.folder.FolderDataset`, or what is like it.
         recipe: how.
         output: folder of checkpoints, log and final weights.
         processes: this process among those of the run; by default the only one.
@@ -86,7 +87,7 @@ class Trainer:
         workers: int = 0,
         save_every: int = 500,
     ) -> None:
-        self.processes = processes or Processes(0, 1, model.device)
+        self.processes = processes or Processes()
         _check(model, pictures, recipe, self.processes)
         self.model, self.pictures, self.recipe, self.output = model, pictures, recipe, output
         self.workers, self.save_every = workers, save_every
@@ -133,7 +134,7 @@ class Trainer:
 
     def start_over(self) -> None:
         """Remove the checkpoints of an earlier run from the output folder."""
-        if self.processes.main:
+        if self.processes.first:
             self.checkpoints.clear()
 
     def run(self, report: Callable[[Step], None] = lambda _: None) -> None:
@@ -155,7 +156,7 @@ class Trainer:
             rank=self.processes.rank, processes=self.processes.count,
             workers=self.workers, pin=self.model.device.type == "cuda",
         )  # fmt: skip
-        log = Log(self.output, self.step) if self.processes.main else None
+        log = Log(self.output, self.step) if self.processes.first else None
         try:
             self._run_steps(batches, log, report)
         finally:
@@ -245,7 +246,7 @@ class Trainer:
             kept = (
                 f"the last checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint yet"
             )
-            raise RuntimeError(f"{what} in step {self.step}, with the pictures {', '.join(names)}; {kept}")
+            raise RunError(f"{what} in step {self.step}, with the pictures {', '.join(names)}; {kept}")
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from catseg_fast import CATSeg
 from catseg_fast.console import stdout
-from catseg_fast.data import FolderDataset
-from catseg_fast.evaluation import evaluate, model_segmenter, summarise
-from catseg_fast.evaluation_report import results_table
-from catseg_fast.scenes import SPLITS
-from catseg_fast.scenes.baseline import NearestColour
+from catseg_fast.data.folder import FolderDataset
+from catseg_fast.data.scenes import SPLITS
+from catseg_fast.data.scenes.baseline import NearestColour
+from catseg_fast.evaluation.report import results_table
+from catseg_fast.evaluation.run import evaluate, model_segmenter, summarise
 
 
 def main() -> None:

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from catseg_fast import CATSeg
-from catseg_fast.checkpoint import load_into, read_checkpoint
+from catseg_fast.checkpoints.checkpoint import load_into, read_checkpoint
 from catseg_fast.config import VARIANTS
+from catseg_fast.data.scenes.dataset import SPLITS
+from catseg_fast.data.scenes.words import GROUNDS, SYNONYMS, Composition
 from catseg_fast.files import replacing
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.model import normalise
-from catseg_fast.scenes.dataset import SPLITS
-from catseg_fast.scenes.words import GROUNDS, SYNONYMS, Composition
-from catseg_fast.vocabulary import get_templates, tokenize
+from catseg_fast.text.prompts import get_templates, tokenize
 
 DEMO = VARIANTS["demo"]
 SIDE, GRID, WINDOW = 384, 24, 12

@@ -1,0 +1,195 @@
+"""The page of `catseg-fast app`, in Gradio: its components, and what happens when they are used."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from catseg_fast._version import __version__
+from catseg_fast.app.viewer import heat_data, report_html, viewer_data
+from catseg_fast.app.workbench import Loaded, Workbench, read_names
+from catseg_fast.console import stdout
+from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.model import CATSeg
+from catseg_fast.text.class_lists import EVERYDAY_CLASSES, READY_LISTS, ready_list
+
+OWN = "own names"
+VISITOR_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # shown; others are bugs, and logged
+HOUR = 3600  # seconds that a visitor's picture is kept
+_FOLDER = Path(__file__).parent / "static"
+_FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
+_MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monospace"]
+
+
+class Page:
+    """What the page's events call.
+
+    A visitor's state is the picture as encoded and the last segmentation; vocabulary, back end and
+    max_classes may change without encoding the picture again.
+    """
+
+    def __init__(self, model: CATSeg) -> None:
+        self.bench = Workbench(model)
+
+    def pick(self, name: str) -> tuple[Any, str]:
+        """The class names of a ready list, for the text box, and where they come from."""
+        if name == OWN:
+            return gr.skip(), ""
+        entry = ready_list(name)
+        about = f"{escape(entry.about)}. {escape(entry.licence)}. <a href='{escape(entry.source)}' "
+        return "; ".join(entry.classes), about + "target='_blank' rel='noopener'>Source</a>"
+
+    def segment(
+        self,
+        state: tuple[Loaded, Segmentation] | None,
+        path: str | None,
+        text: str,
+        backend: str,
+        limit: str,
+        sliding: str,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Any, ...]:
+        """The new state, the viewer's value, the classes to choose from, no score map, and the report."""
+        if path is None:
+            raise gr.Error("Drop a picture first.", print_exception=False)
+        try:
+            names = read_names(text)
+            if len(names) == 1 and "," in names[0]:
+                gr.Info("This is one class with several names; semicolons separate classes.")
+            progress(0, desc="Segmenting")
+            loaded, segmentation, report = self.bench.segment(
+                path,
+                names,
+                state and state[0],
+                backend=backend,
+                max_classes=None if limit == "all" else int(limit),
+                sliding_window=sliding == "crops",
+                progress=lambda done, total: progress((done, total), desc="Class names"),
+            )
+        except VISITOR_ERRORS as error:
+            raise gr.Error(escape(str(error)), print_exception=False) from error
+        view = viewer_data(loaded.photo, segmentation)
+        found = [entry["index"] for entry in view["classes"]]
+        rest = sorted(set(range(len(names))) - set(found))
+        choices = [(names[index], index) for index in (*found, *rest)]
+        picker = gr.Dropdown(choices=choices, value=None, visible=True)
+        return (loaded, segmentation), view, picker, None, report_html(report)
+
+    def score_map(self, state: tuple[Loaded, Segmentation] | None, index: int | None) -> Any:
+        """The value of the score map's viewer for a class."""
+        if state is None or index is None:
+            return None
+        loaded, segmentation = state
+        return heat_data(loaded.photo, segmentation, int(index))
+
+    def pick_class(self, event: gr.EventData) -> int:
+        """The class whose entry in the legend was clicked."""
+        return int(event._data["index"])
+
+
+def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
+    """The page for a model; nothing in it is fetched from elsewhere.
+
+    Args:
+        model: with any classes, back end and `max_classes`; the last two are the page's defaults.
+        untrained: warn that the labels mean nothing.
+    """
+    page = Page(model)
+    with gr.Blocks(
+        title="catseg-fast", analytics_enabled=False, fill_width=True, delete_cache=(HOUR, HOUR)
+    ) as blocks:
+        gr.HTML(_head(model, untrained), elem_id="cf-head")
+        state = gr.State(None, time_to_live=HOUR)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=300):
+                image = gr.Image(
+                    type="filepath", label="Picture", sources=["upload", "clipboard"], height=260,
+                    elem_id="cf-image", buttons=[],
+                )  # fmt: skip
+                text = gr.Textbox(
+                    "; ".join(EVERYDAY_CLASSES), label="Classes", lines=3, max_lines=8, elem_id="cf-classes",
+                    info="Semicolons or lines separate classes, commas the synonyms of one.",
+                )  # fmt: skip
+                names = gr.Dropdown(
+                    [(OWN, OWN), *((ready_list(name).title, name) for name in READY_LISTS)],
+                    value=OWN, label="Or a data set's classes", elem_id="cf-list",
+                )  # fmt: skip
+                note = gr.HTML("", elem_id="cf-note")
+                go = gr.Button("Segment", variant="primary", elem_id="cf-go", size="lg")
+                with gr.Accordion("Settings", open=False):
+                    backend = gr.Radio(page.bench.backends(), value=model.backend, label="Back end")
+                    limit = gr.Radio(
+                        _limits(model.max_classes), value=str(model.max_classes or "all"),
+                        label="Classes aggregated a crop (max_classes)",
+                        info="Of more classes, only the best of each crop are looked at closely.",
+                    )  # fmt: skip
+                    sliding = gr.Radio(
+                        [("crops and whole picture", "crops"), ("whole picture: faster, coarser", "whole")],
+                        value="crops" if model.sliding_window else "whole", label="Looks",
+                    )  # fmt: skip
+            with gr.Column(scale=9, min_width=320):
+                viewer = gr.HTML(
+                    None, html_template='<div class="cf-viewer"></div>', js_on_load=_read("viewer.js"),
+                    apply_default_css=False, elem_id="cf-view",
+                )  # fmt: skip
+                report = gr.HTML("", elem_id="cf-report")
+                picker = gr.Dropdown(
+                    [], label="Score map of", elem_id="cf-picker", interactive=True, visible=False,
+                    info="Choose a class, or click one in the legend.",
+                )  # fmt: skip
+                heat = gr.HTML(
+                    None, html_template='<div class="cf-heat"></div>', js_on_load=_read("heat.js"),
+                    apply_default_css=False, elem_id="cf-heat",
+                )  # fmt: skip
+        names.input(page.pick, names, [text, note], api_visibility="private", show_progress="hidden")
+        text.input(lambda: (OWN, ""), None, [names, note], api_visibility="private", show_progress="hidden")
+        go.click(
+            page.segment, [state, image, text, backend, limit, sliding],
+            [state, viewer, picker, heat, report],
+            concurrency_limit=1, api_visibility="private", show_progress="full", show_progress_on=[viewer],
+        )  # fmt: skip
+        picker.change(
+            page.score_map, [state, picker], heat, api_visibility="private", show_progress="minimal"
+        )
+        viewer.select(page.pick_class, None, picker, api_visibility="private", show_progress="hidden")
+    return blocks
+
+
+def serve(page: gr.Blocks, host: str, port: int, browser: bool = False, wait: bool = True) -> str:
+    """Serve the page, until interrupted if it is to `wait`. Returns its address."""
+    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONOSPACE).set(
+        block_title_background_fill="transparent", block_title_text_color="*body_text_color",
+        block_title_padding="0", block_title_text_weight="600",
+    )  # fmt: skip
+    _, url, _ = page.queue().launch(
+        server_name=host, server_port=port, share=False, inbrowser=browser, prevent_thread_lock=True,
+        quiet=True, theme=theme, css=_read("page.css"), footer_links=[], ssr_mode=False,
+        enable_monitoring=False,
+    )  # fmt: skip
+    if wait:
+        stdout.print(f"The page is on {url} (Ctrl+C ends it)", soft_wrap=True, highlight=False)
+        page.block_thread()
+    return str(url)
+
+
+def _head(model: CATSeg, untrained: bool) -> str:
+    chips = [model.variant.name, str(model.device), str(model.dtype).removeprefix("torch."), __version__]
+    body = "".join(f'<span class="cf-chip">{escape(chip)}</span>' for chip in chips)
+    if untrained:
+        body += '<span class="cf-chip cf-warn">untrained: random weights, the labels mean nothing</span>'
+    return (
+        "<h1>catseg-fast</h1><p>Open-vocabulary segmentation: every pixel gets one of the classes that you "
+        f'name.</p><div class="cf-chips">{body}</div>'
+    )
+
+
+def _limits(present: int | None) -> list[tuple[str, str]]:
+    counts = sorted({64, 256, *([present] if present else [])})
+    return [("all", "all"), *((f"best {count}", str(count)) for count in counts)]
+
+
+def _read(name: str) -> str:
+    return (_FOLDER / name).read_text(encoding="utf-8")

@@ -1,0 +1,167 @@
+"""What the page does, without the page: pictures that stay encoded, class lists, times and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from catseg_fast.app.memory_meter import MemoryMeter
+from catseg_fast.backend import BACKENDS, choose_backend
+from catseg_fast.engine.schedule import format_bytes
+from catseg_fast.files import file_digest, open_regular
+from catseg_fast.inference.encoding import EncodedImage
+from catseg_fast.inference.images import load_image
+from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.model import CATSeg
+from catseg_fast.text.class_lists import parse_classes
+from catseg_fast.text.prompts import Progress
+
+MAX_SIDE = 1600  # larger pictures are reduced: the model looks at 640 pixels in any case
+REFERENCE_BYTES = 2**23  # a class and crop in the plain model: 7.2 MB were measured
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A picture, and what the model knows of it whatever the classes.
+
+    Attributes:
+        key: the file's content and the way of looking at it.
+        photo: uint8 `[3, H, W]`.
+    """
+
+    key: tuple[str, bool]
+    photo: Tensor
+    encoded: EncodedImage
+
+
+@dataclass(frozen=True)
+class Report:
+    """Seconds of the stages, None where the result was there already; and memory in bytes.
+
+    Attributes:
+        encoding: of the picture.
+        text: of the class names.
+        aggregation: from both to the label map.
+        peak: highest memory of all three above what was held before.
+        held: what is held at that height.
+        plan: how it ran, as of `CATSeg.explain`.
+    """
+
+    encoding: float | None
+    text: float | None
+    aggregation: float
+    peak: int
+    held: int
+    plan: str
+
+
+class Workbench:
+    """One model for all who look at the page; one at a time may call `segment`."""
+
+    def __init__(self, model: CATSeg) -> None:
+        self.model = model
+        self._text_ready: tuple[str, ...] = ()
+
+    def backends(self) -> list[str]:
+        """Those that run on the model's device."""
+        return [name for name in BACKENDS if self._runs(name)]
+
+    def segment(
+        self,
+        path: str | Path,
+        classes: Sequence[str],
+        loaded: Loaded | None = None,
+        *,
+        backend: str = "auto",
+        max_classes: int | None = None,
+        sliding_window: bool = True,
+        progress: Progress | None = None,
+    ) -> tuple[Loaded, Segmentation, Report]:
+        """Segment a picture; what was `loaded` before is not encoded again if it is the same picture.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as `CATSeg.segment` and `set_classes`.
+            MemoryError: if the reference back end would need more memory than there is.
+        """
+        model = self.model
+        model.backend, model.max_classes = backend, max_classes
+        if tuple(classes) != model.classes:
+            model.set_classes(classes)
+        self._check_memory(sliding_window)
+        with open_regular(path) as file:
+            key = (file_digest(file, "sha256"), sliding_window)
+        encoding = text = None
+        with MemoryMeter(model.device) as meter:
+            if loaded is None or loaded.key != key:
+                start = time.perf_counter()
+                photo = load_photo(path)
+                loaded = Loaded(key, photo, model.encode(photo, sliding_window=sliding_window))
+                encoding = self._since(start)
+            start = time.perf_counter()
+            with torch.no_grad():
+                model.text_features(progress)
+            if self._text_ready != model.classes:
+                text, self._text_ready = self._since(start), model.classes
+            start = time.perf_counter()
+            segmentation = model.segment(loaded.encoded, keep_logits=True)
+            aggregation = self._since(start)
+        plan = model.explain(len(loaded.encoded.features))
+        return loaded, segmentation, Report(encoding, text, aggregation, meter.taken, meter.peak, plan)
+
+    def _since(self, start: float) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter() - start
+
+    def _runs(self, backend: str) -> bool:
+        try:
+            choose_backend(backend, self.model.device)
+        except RuntimeError:
+            return False
+        return True
+
+    def _check_memory(self, sliding_window: bool) -> None:
+        """The plain model holds every class at once, and the machine might not survive that."""
+        model = self.model
+        if choose_backend(model.backend, model.device) != "reference":
+            return
+        crops = model.window.count if sliding_window else 1
+        count = min(len(model.classes), model.max_classes or len(model.classes))
+        wanted = crops * max(count, model.variant.pad_len) * REFERENCE_BYTES
+        free = psutil.virtual_memory().available
+        if model.device.type == "cuda":
+            free = torch.cuda.mem_get_info(model.device)[0]
+        if wanted > free:
+            raise MemoryError(
+                f"backend: 'reference' holds all classes at once and needs about {format_bytes(wanted)} for "
+                f"{count} classes and {crops} crops; {format_bytes(free)} are free"
+            )
+
+
+def read_names(text: str) -> list[str]:
+    """Class names as typed: separated by semicolons or lines; or the name of a ready list.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    return parse_classes(text.replace("\n", ";"))
+
+
+def load_photo(path: str | Path) -> Tensor:
+    """A picture upright, uint8 `[3, H, W]`, at most `MAX_SIDE` pixels wide and high.
+
+    Raises:
+        FileNotFoundError, ValueError: if it cannot be read.
+    """
+    photo = load_image(path).round().byte()
+    if max(photo.shape) <= MAX_SIDE:
+        return photo
+    picture = Image.fromarray(photo.permute(1, 2, 0).numpy())
+    return load_image(ImageOps.contain(picture, (MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)).byte()

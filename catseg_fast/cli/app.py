@@ -1,0 +1,88 @@
+"""`catseg-fast app`: a page in the browser. Torch and Gradio are imported when it runs."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Annotated
+
+import typer
+
+from catseg_fast.backend import choose_backend, default_device
+from catseg_fast.cli.options import (
+    Backend,
+    Device,
+    Dtype,
+    Seed,
+    VariantName,
+    Weights,
+    build_model,
+    default_classes,
+    weights_or_bundled,
+)
+from catseg_fast.console import Debug, plain_errors, stderr
+from catseg_fast.errors import MissingPackageError, RunError
+
+EXAMPLES = (
+    "catseg-fast app --weights v2-vitl",
+    "catseg-fast app --weights model_base.pth --port 8000 --open",
+    "catseg-fast app --weights v2-vitl --host 0.0.0.0",
+)
+
+
+def app(
+    weights: Weights = None,
+    variant: VariantName = None,
+    host: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Where the page listens; 0.0.0.0: the whole network may use it, without a password.",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="The page's port.")] = 7860,
+    browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    backend: Backend = "auto",
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Segment pictures on a page in the browser.
+
+    Drop a picture, type class names or pick a data set's list, and see the label map, the class under the
+    pointer, each class's score map, times and memory. The page is served on this machine alone, and loads
+    nothing from elsewhere.
+    """
+    with plain_errors(debug):
+        try:
+            from catseg_fast.app.page import build_page, serve
+        except ImportError as error:
+            raise MissingPackageError(
+                f"app: needs Gradio ({error}): pip install 'catseg-fast[app]'"
+            ) from error
+        check_free(host, port)
+        choose_backend(backend, device or default_device())  # fail before the model is loaded
+        with stderr.status("Loading the model …"):
+            weights = weights_or_bundled(weights, variant)
+            model = build_model(
+                weights, variant, default_classes(weights), seed, device=device, dtype=dtype, backend=backend
+            )
+        serve(build_page(model, untrained=weights is None), host, port, browser)
+
+
+def check_free(host: str, port: int) -> None:
+    """Check that a server can listen there.
+
+    Raises:
+        RuntimeError: if not; the message says why and what to do.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise RunError(f"--port: {port} is taken on {host}; choose another") from error
+        raise RunError(f"--host: cannot listen on {host}:{port}: {error.strerror or error}") from error

@@ -1,0 +1,155 @@
+"""Many pictures through the model: decoding and writing run beside it, in threads."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from catseg_fast.ahead import ahead
+from catseg_fast.cli.inputs import Picture
+from catseg_fast.cli.resume import finished
+from catseg_fast.engine.class_parallel import RankError
+from catseg_fast.inference.images import load_image
+from catseg_fast.output.results import save_segmentation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from catseg_fast.distributed.conductor import Conductor
+    from catseg_fast.inference.segmentation import Segmentation
+    from catseg_fast.model import CATSeg
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the picture at `index`.
+
+    Attributes:
+        summary: the classes that occur, as of `catseg_fast.output.results.summarise`; None where it failed.
+        seconds: its share of the model's time; None where its results were there already.
+        error: why it failed.
+    """
+
+    index: int
+    picture: Picture
+    summary: list[dict[str, Any]] | None = None
+    seconds: float | None = None
+    error: Exception | None = None
+
+
+class Batch:
+    """Segments pictures and saves the results.
+
+    Args:
+        model: has its classes; or a conductor of the ranks that have them, on rank 0.
+        about: further entries of the JSON files; its "fingerprint" tells which results are there already.
+        alpha: share of the colours in the overlay.
+        size: pictures in one call of the model.
+        overwrite: also do what is there already.
+        threads: for decoding, and as many for writing.
+    """
+
+    def __init__(
+        self,
+        model: CATSeg | Conductor,
+        about: Mapping[str, Any],
+        *,
+        alpha: float = 0.55,
+        size: int = 1,
+        overwrite: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        self.model, self.about, self.alpha, self.size, self.overwrite = model, about, alpha, size, overwrite
+        self.threads = threads or min(4, os.cpu_count() or 1)
+
+    def run(self, pictures: Sequence[Picture]) -> Iterator[Outcome]:
+        """Yield each picture's outcome as soon as its results are written, or it has failed.
+
+        At most `size` and twice `threads` pictures are in memory at a time. If it is interrupted, what the
+        model has done is still written.
+
+        Raises:
+            RankError: if the classes are split over ranks, and one is gone or has failed.
+        """
+        decoders = ThreadPoolExecutor(self.threads, "decode")
+        writers = ThreadPoolExecutor(self.threads, "write")
+        writing: deque[tuple[int, Picture, float, Future[list[dict[str, Any]]]]] = deque()
+        waiting: list[tuple[int, Picture, Tensor]] = []
+        with decoders, writers:
+
+            def segment() -> Iterator[Outcome]:
+                """Run the model on what waits; wait for the writers if they have fallen behind."""
+                start = time.perf_counter()
+                answers = self._segment([image for _, _, image in waiting])
+                seconds = (time.perf_counter() - start) / len(waiting)
+                for (index, picture, image), answer in zip(waiting, answers, strict=True):
+                    if isinstance(answer, Exception):
+                        yield Outcome(index, picture, error=answer)
+                    else:
+                        job = writers.submit(self._write, picture, image, answer)
+                        writing.append((index, picture, seconds, job))
+                waiting.clear()
+                while len(writing) > self.threads:
+                    yield _written(*writing.popleft())
+
+            decoded = ahead(decoders, self._decode, pictures, self.threads)
+            for index, (picture, job) in enumerate(zip(pictures, decoded, strict=True)):
+                try:
+                    found = job.result()
+                except Exception as error:
+                    yield Outcome(index, picture, error=error)
+                    continue
+                if isinstance(found, list):
+                    yield Outcome(index, picture, found)
+                    continue
+                waiting.append((index, picture, found))
+                if len(waiting) >= self.size:
+                    yield from segment()
+            if waiting:
+                yield from segment()
+            while writing:
+                yield _written(*writing.popleft())
+
+    def _decode(self, picture: Picture) -> Tensor | list[dict[str, Any]]:
+        """A picture's pixels, uint8 `[3, H, W]`; or its classes, if its results are there already."""
+        if not self.overwrite and (content := finished(picture, self.about["fingerprint"])):
+            return _occurring(content["classes"])
+        return load_image(picture.path).round().byte()  # files hold 8 bits
+
+    def _segment(self, images: list[Tensor]) -> Sequence[Segmentation | Exception]:
+        if len(images) > 1:
+            try:
+                return self.model.segment_batch(images)
+            except RankError:
+                raise
+            except Exception:
+                pass  # one by one it may go, or it turns out which of them fails
+        answers: list[Segmentation | Exception] = []
+        for image in images:
+            try:
+                answers.append(self.model.segment(image))
+            except RankError:
+                raise
+            except Exception as error:
+                answers.append(error)
+        return answers
+
+    def _write(self, picture: Picture, image: Tensor, answer: Segmentation) -> list[dict[str, Any]]:
+        about = {"image": str(picture.path), **self.about}
+        return _occurring(save_segmentation(picture.folder, picture.stem, image, answer, about, self.alpha))
+
+
+def _occurring(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in classes if entry["share"]]
+
+
+def _written(index: int, picture: Picture, seconds: float, job: Future[list[dict[str, Any]]]) -> Outcome:
+    try:
+        return Outcome(index, picture, job.result(), seconds)
+    except Exception as error:
+        return Outcome(index, picture, error=error)

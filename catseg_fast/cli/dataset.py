@@ -1,0 +1,52 @@
+"""`catseg-fast dataset`: a published data set as a folder for training and evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from catseg_fast.console import Debug, image_progress, plain_errors
+from catseg_fast.text.class_lists import read_classes
+
+EXAMPLES = (
+    "catseg-fast dataset ADEChallengeData2016/images/validation ADEChallengeData2016/annotations/validation "
+    "CAT-Seg/datasets/ade150.json ade150 --first 1",
+    "catseg-fast dataset VOC2010/JPEGImages VOC2010/annotations_detectron2/pc59_val "
+    "CAT-Seg/datasets/pc59.json pc59",
+)
+
+
+def dataset(
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="Folder of pictures.")],
+    annotations: Annotated[
+        Path,
+        typer.Argument(metavar="ANNOTATIONS", help="Folder of index maps, PNG or TIFF of 8 or 16 bits."),
+    ],
+    classes: Annotated[
+        Path, typer.Argument(metavar="CLASSES", help="Class names: .json, or .txt with one a line.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    first: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="The first class's value; no class is right where it is less."),
+    ] = 0,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the pictures, rather than link them.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a data set for `train` and `eval` from pictures and index maps.
+
+    Pictures without an index map are left out. No class is right where a map has the largest of its 8 or 16
+    bits' values. What the scripts in upstream's datasets/ prepare is taken as it is; so is ADE20K-150 as
+    published, with --first 1. An interrupted call goes on when it is repeated.
+    """
+    with plain_errors(debug):
+        from catseg_fast.data.published import import_dataset
+
+        names = read_classes(classes)
+        with image_progress("Converting") as advance:
+            count = import_dataset(
+                images, annotations, names, target, first=first, copy=copy, advance=advance
+            )
+        typer.echo(f"{target}: {count} images, {len(names)} classes")

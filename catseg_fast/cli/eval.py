@@ -1,0 +1,240 @@
+"""`catseg-fast eval`: quality on a labelled data set, of several back ends side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from catseg_fast._version import __version__
+from catseg_fast.backend import BACKENDS, choose_backend, default_device
+from catseg_fast.cli.options import (
+    DTYPES,
+    Device,
+    Seed,
+    VariantName,
+    build_model,
+    weights_or_bundled,
+)
+from catseg_fast.console import (
+    Debug,
+    choice,
+    image_progress,
+    output_folder,
+    plain_errors,
+    stderr,
+    stdout,
+)
+from catseg_fast.distributed.torchrun import join, own_device
+from catseg_fast.text.class_lists import read_classes
+
+if TYPE_CHECKING:
+    from catseg_fast.data.folder import FolderDataset
+    from catseg_fast.distributed.torchrun import Processes
+    from catseg_fast.evaluation.run import Evaluation
+    from catseg_fast.model import CATSeg
+
+EXAMPLES = (
+    "catseg-fast eval --data ade150 --weights v2-vitl",
+    "catseg-fast eval --data scenes --weights my.safetensors --backend reference --backend torch --limit 50",
+    "catseg-fast eval --data scenes --backend torch --precision float32 --precision float16 --activations",
+    "torchrun --nproc-per-node 2 -m catseg_fast eval --data ade847 --weights v2-vitl --all-classes",
+)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A way to run a model."""
+
+    backend: str
+    dtype: str
+    precision: str | None
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.backend, self.dtype, self.precision)))
+
+
+def evaluate(
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Data set: images/, annotations/ of index PNGs, and classes.json."
+        ),
+    ],
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="W", help="Checkpoint, as for `segment`; by default those in this package."),
+    ] = None,
+    variant: VariantName = None,
+    classes_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False,
+            help="Other names for the data set's classes, in its order, and further classes behind them.",
+        ),
+    ] = None,
+    backend: Annotated[
+        list[str], choice("--backend", BACKENDS, "Implementation of the aggregator, repeatable")
+    ] = ["auto"],  # noqa: B006
+    dtype: Annotated[
+        list[str], choice("--dtype", DTYPES, "Type of the weights, repeatable")
+    ] = ["float32"],  # noqa: B006
+    precision: Annotated[
+        list[str] | None,
+        choice(
+            "--precision", DTYPES,
+            "Type in which the aggregator's stages compute, repeatable; by default the weights', but float16 "
+            "on a GPU. The reference computes in the weights' always",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N images, by name.")
+    ] = None,
+    sliding_window: Annotated[
+        bool,
+        typer.Option(
+            "--sliding-window/--whole", help="Overlapping crops and the whole picture, or the latter alone."
+        ),
+    ] = True,
+    all_classes: Annotated[
+        bool,
+        typer.Option("--all-classes", help="Aggregate every class; upstream's v2 drops all but 256 a crop."),
+    ] = False,
+    activations: Annotated[
+        bool,
+        typer.Option("--activations", help="Also find the largest value in each of the engine's stages."),
+    ] = False,
+    top: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Also list the N classes of least IoU, and of most.")
+    ] = 0,
+    output: Annotated[Path, output_folder("Where the results go.")] = Path("evaluated"),
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget what an interrupted evaluation left in --output.")
+    ] = False,
+    device: Device = None,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Measure a model on labelled pictures: mIoU, fwIoU, pixel accuracy, class accuracy.
+
+    Every combination of --backend, --dtype and --precision is evaluated; the first is what the others' labels
+    are compared with, pixel by pixel. Images are sized and windows cut as in upstream's evaluation.
+
+    Writes results.json, the first combination's label maps, and a file of counts for each combination, from
+    which an interrupted evaluation goes on. Under torchrun the processes share the images.
+    """
+    combinations = combine(backend, dtype, precision)
+    weights = weights_or_bundled(weights, variant)
+    with plain_errors(debug):
+        import torch
+
+        from catseg_fast.data.folder import FolderDataset
+        from catseg_fast.evaluation.report import (
+            activations_table,
+            classes_table,
+            results_table,
+            write_results,
+        )
+        from catseg_fast.weights import weights_hash
+
+        target = own_device(device or str(default_device()))
+        for name in backend:
+            choose_backend(name, target)  # fail before anything is loaded
+        dataset = FolderDataset(data)
+        classes = _class_names(dataset, classes_file)
+        output.mkdir(parents=True, exist_ok=True)
+        about = {
+            "catseg_fast": __version__, "data_sha256": dataset.fingerprint(), "classes": list(classes),
+            "sliding_window": sliding_window, "all_classes": all_classes, "activations": activations,
+            "device": target.partition(":")[0],
+        }  # fmt: skip
+        rows: list[tuple[dict[str, Any], Evaluation]] = []
+        with join(target, objects=True) as processes:
+            for combination in combinations:
+                with stderr.status("Loading the model …"):
+                    model = build_model(
+                        weights, variant, list(classes), seed, device=target, dtype=combination.dtype,
+                        sliding_window=sliding_window, backend=combination.backend,
+                    )  # fmt: skip
+                if combination.precision is not None:
+                    model.engine.precision = getattr(torch, combination.precision)
+                if all_classes:
+                    model.max_classes = None
+                own = {
+                    **asdict(combination), "runs_on": choose_backend(combination.backend, target),
+                    "variant": model.variant.name, "weights_sha256": weights_hash(model.state_dict()),
+                }  # fmt: skip
+                found = _run(
+                    model, dataset, combination, combinations[0], {**about, **own}, output, limit, restart,
+                    processes,
+                )  # fmt: skip
+                rows.append((own, found))
+            if not processes.first:
+                return
+        written = output / "results.json"
+        given = {"data": str(data), "weights": weights, "seed": seed, "limit": limit}
+        write_results(written, {**given, **about}, classes, rows)
+    named = [(combination.name, found) for combination, (_, found) in zip(combinations, rows, strict=True)]
+    stdout.print(results_table(named))
+    for name, found in named:
+        if found.activations:
+            stdout.print(activations_table(name, found.activations))
+    if top:
+        stdout.print(classes_table(classes, rows[0][1], top))
+    stdout.print(f"{rows[0][1].images} images; wrote {written}", soft_wrap=True, highlight=False)
+
+
+def combine(
+    backends: Sequence[str], dtypes: Sequence[str], precisions: Sequence[str] | None
+) -> list[Combination]:
+    """Every combination once; the reference has no stages, and so no precision of them."""
+    combinations = itertools.product(backends, dtypes, precisions or (None,))
+    return list(
+        dict.fromkeys(
+            Combination(backend, dtype, None if backend == "reference" else precision)
+            for backend, dtype, precision in combinations
+        )
+    )
+
+
+def _class_names(dataset: FolderDataset, classes_file: Path | None) -> tuple[str, ...]:
+    if classes_file is None:
+        return dataset.classes
+    classes = read_classes(classes_file)
+    if len(classes) < len(dataset.classes):
+        raise ValueError(
+            f"{classes_file}: {len(classes)} classes are fewer than the data set's {len(dataset.classes)}"
+        )
+    return tuple(classes)
+
+
+def _run(
+    model: CATSeg, dataset: FolderDataset, combination: Combination, first: Combination,
+    about: dict[str, Any], output: Path, limit: int | None, restart: bool, processes: Processes,
+) -> Evaluation:  # fmt: skip
+    from catseg_fast.engine.activations import record_activations
+    from catseg_fast.evaluation.ledger import Ledger
+    from catseg_fast.evaluation.run import evaluate, model_segmenter, summarise
+
+    labels = output / f"{first.name}.labels"
+    leading = combination == first
+    ledger = Ledger(output, combination.name, {**about, "compared_with": None if leading else first.name})
+    if restart:
+        processes.from_first(ledger.clear)
+    watched = about["activations"] and combination.backend != "reference"
+    recording: AbstractContextManager[dict[str, float] | None] = nullcontext()
+    if watched:
+        recording = record_activations(model.engine)
+    with image_progress(combination.name) as advance, recording as activations:
+        records = evaluate(
+            dataset, model_segmenter(model), len(model.classes), limit=limit, ledger=ledger,
+            save_labels=labels if leading else None, compare_labels=None if leading else labels,
+            activations=activations, processes=processes, advance=advance,
+        )  # fmt: skip
+    return summarise(records, len(model.classes))

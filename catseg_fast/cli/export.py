@@ -1,0 +1,60 @@
+"""`catseg-fast export`: write a model as ONNX. Torch is imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from catseg_fast.cli.options import (
+    Classes,
+    ClassesFile,
+    ClassesList,
+    Seed,
+    VariantName,
+    Weights,
+    build_model,
+    class_names,
+    weights_or_bundled,
+)
+from catseg_fast.console import Debug, plain_errors, stderr, stdout
+
+EXAMPLES = (
+    "catseg-fast export model.onnx",
+    'catseg-fast export model.onnx --classes "sky; tree; person, man" --weights model_base.pth',
+    "catseg-fast export model.onnx --classes-file classes.txt --weights v2-vitl --crops 5",
+)
+
+
+def export(
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The .onnx file to write.")],
+    classes: Classes = None,
+    classes_file: ClassesFile = None,
+    classes_list: ClassesList = None,
+    weights: Weights = None,
+    variant: VariantName = None,
+    crops: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Images of a call: 5 for a sliding window at once.")
+    ] = 1,
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write a model as ONNX, from pixels and text features to logits; any number of classes.
+
+    Beside DST come NAME.classes.npz, the classes' names and text features, and NAME.json, which tells inputs,
+    outputs and what comes before and behind them. Another vocabulary needs another .npz alone. The command
+    takes some minutes, and needs `pip install "catseg-fast[export]"`.
+    """
+    weights = weights_or_bundled(weights, variant)
+    names = class_names(classes, classes_file, classes_list, weights)
+    with plain_errors(debug):
+        from catseg_fast.export import check_target, export_onnx
+
+        check_target(target)  # fail before the model is loaded
+        with stderr.status("Loading the model …"):
+            model = build_model(weights, variant, names, seed, device="cpu", dtype="float32")
+        with stderr.status("Exporting …"):
+            written = export_onnx(model, target, crops=crops)
+    for path in written:
+        stdout.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True, highlight=False)

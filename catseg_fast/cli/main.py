@@ -1,0 +1,123 @@
+"""The command line, `catseg-fast`. Torch and the model are imported by the commands that need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from catseg_fast._version import __version__
+from catseg_fast.cli import app as app_command
+from catseg_fast.cli import dataset as dataset_command
+from catseg_fast.cli import eval as eval_command
+from catseg_fast.cli import export as export_command
+from catseg_fast.cli import scenes as scenes_command
+from catseg_fast.cli import segment as segment_command
+from catseg_fast.cli import train as train_command
+from catseg_fast.cli import tune as tune_command
+from catseg_fast.config import VARIANTS
+from catseg_fast.console import Debug, examples, plain_errors, stderr, stdout
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"catseg-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=examples(
+        'catseg-fast segment photo.jpg --classes "sky; tree; person, man"',
+        "catseg-fast variants",
+        "catseg-fast segment --help",
+    )
+)
+def catseg_fast(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """CAT-Seg open-vocabulary segmentation: label every pixel with one of the classes you name."""
+
+
+app.command(epilog=examples(*segment_command.EXAMPLES))(segment_command.segment)
+
+
+@app.command(
+    epilog=examples(
+        "catseg-fast convert model_base.pth model_base.safetensors",
+        "catseg-fast convert v2-vitl model_large.safetensors",
+    )
+)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="File, folder, hub id or variant's name.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A .safetensors, .pth or .pt file.")],
+    debug: Debug = False,
+) -> None:
+    """Rewrite a checkpoint in another format; safetensors load faster and hold no code."""
+    with plain_errors(debug):
+        from catseg_fast.checkpoints import checkpoint
+
+        with stderr.status("Converting …"):
+            written = checkpoint.convert(source, target)
+            recognised = checkpoint.recognise_variant(checkpoint.read_checkpoint(written))
+        typer.echo(f"{source} is {recognised.name}; wrote {written} ({written.stat().st_size / 1e6:.0f} MB)")
+
+
+@app.command(epilog=examples("catseg-fast variants"))
+def variants() -> None:
+    """List the variants: those that upstream published, and the one that comes with the package."""
+    from catseg_fast.checkpoints.hub import BUNDLED, PUBLISHED
+
+    table = Table("variant", "CLIP image tower", "input", "guidance", "prompts", "weights")
+    repositories = dict.fromkeys(repository for _, repository, _ in PUBLISHED.values())
+    table.caption = f"Upstream's weights are on the Hugging Face Hub in {' and '.join(repositories)}."
+    for name, variant in VARIANTS.items():
+        clip = variant.clip
+        table.add_row(
+            name,
+            f"{clip.vision_layers} layers of {clip.vision_width}, patch {clip.patch_size}",
+            f"{clip.input_size} px",
+            variant.backbone if isinstance(variant.backbone, str) else "CLIP",
+            variant.prompt_ensemble,
+            "in this package" if name in BUNDLED else PUBLISHED[name][2],
+        )
+    stdout.print(table)
+
+
+@app.command(epilog=examples("catseg-fast env"))
+def env() -> None:
+    """Print what a bug report needs: versions, devices, the back end."""
+    from catseg_fast.environment import describe_environment
+
+    report = describe_environment()
+    width = max(map(len, report))
+    for name, value in report.items():
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+for name, command, lines in (
+    ("app", app_command.app, app_command.EXAMPLES),
+    ("train", train_command.train, train_command.EXAMPLES),
+    ("eval", eval_command.evaluate, eval_command.EXAMPLES),
+    ("dataset", dataset_command.dataset, dataset_command.EXAMPLES),
+    ("scenes", scenes_command.scenes, scenes_command.EXAMPLES),
+    ("export", export_command.export, export_command.EXAMPLES),
+    ("tune", tune_command.tune, tune_command.EXAMPLES),
+):
+    app.command(name, epilog=examples(*lines))(command)

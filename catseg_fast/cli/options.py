@@ -1,0 +1,147 @@
+"""The options by which commands come to a model and its classes. Torch is imported when a model is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from catseg_fast.backend import BACKENDS, default_device
+from catseg_fast.config import VARIANTS
+from catseg_fast.console import choice, stderr
+from catseg_fast.errors import RunError
+from catseg_fast.text.class_lists import (
+    EVERYDAY_CLASSES,
+    READY_LISTS,
+    SCENE_CLASSES,
+    parse_classes,
+    read_classes,
+    ready_list,
+)
+
+if TYPE_CHECKING:
+    from catseg_fast.model import CATSeg
+
+DTYPES = ("float32", "float16", "bfloat16")
+BUNDLED_WEIGHTS = "demo"
+
+# fmt: off
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        metavar='"A; B; C"',
+        help="Class names, separated by semicolons; commas separate synonyms of one class. Or a list's name, "
+        f"as of --classes-list. By default {len(EVERYDAY_CLASSES)} everyday ones ("
+        f"{', '.join(EVERYDAY_CLASSES)}), or, of the package's own weights, what their scenes are made of.",
+    ),
+]
+ClassesFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", exists=True, dir_okay=False,
+        help="Class names from a .txt file, one a line, or a .json file, a list of strings.",
+    ),
+]
+ClassesList = Annotated[str | None, choice("--classes-list", READY_LISTS, "Class names of a data set")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="W",
+        help="Checkpoint: a .pth or .safetensors file, its folder, a hub id, or a variant's name for "
+        "upstream's weights. A hub id or name may end in @REVISION (a commit, best), and all in "
+        "#sha256=HEX, which the file must then have. By default those in this package, which know generated "
+        "scenes alone; with --variant and no weights they are random.",
+    ),
+]
+VariantName = Annotated[
+    str | None, choice("--variant", tuple(VARIANTS), "What the checkpoint must be, else told from it")
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …; by default a GPU if there is one.")
+]
+Dtype = Annotated[str, choice("--dtype", DTYPES, "Type of the weights")]
+SlidingWindow = Annotated[
+    bool,
+    typer.Option(
+        "--sliding-window/--whole",
+        help="Overlapping crops and the whole picture, or the whole picture alone: faster, coarser.",
+    ),
+]
+Backend = Annotated[str, choice("--backend", BACKENDS, "Implementation of the aggregator")]
+Seed = Annotated[int, typer.Option(help="Seed of untrained weights.")]
+# fmt: on
+
+
+def weights_or_bundled(weights: str | None, variant: str | None) -> str | None:
+    """The weights that the options ask for, the package's own where they name nothing; None for random."""
+    return BUNDLED_WEIGHTS if weights is None and variant in (None, BUNDLED_WEIGHTS) else weights
+
+
+def default_classes(weights: str | None) -> list[str]:
+    """The class names where none are given."""
+    return list(SCENE_CLASSES if weights == BUNDLED_WEIGHTS else EVERYDAY_CLASSES)
+
+
+def class_names(
+    classes: str | None, classes_file: Path | None, classes_list: str | None, weights: str | None
+) -> list[str]:
+    """The class names that the options ask for; what is wrong with a name itself the model says."""
+    if sum(option is not None for option in (classes, classes_file, classes_list)) > 1:
+        raise typer.BadParameter(
+            "give --classes, --classes-file or --classes-list, not both", param_hint="--classes"
+        )
+    try:
+        if classes_file is not None:
+            return read_classes(classes_file)
+        if classes_list is not None:
+            return ready_list(classes_list).classes
+        names = parse_classes(classes) if classes is not None else default_classes(weights)
+    except (OSError, ValueError) as error:
+        hint = "--classes" if classes_file is None else "--classes-file"
+        raise typer.BadParameter(str(error), param_hint=hint) from None
+    if len(names) == 1 and "," in names[0]:
+        count = names[0].count(",") + 1
+        stderr.print(f"[yellow]note:[/] this is one class with {count} synonyms; semicolons separate classes")
+    return names
+
+
+def build_model(
+    weights: str | None,
+    variant: str | None,
+    classes: list[str],
+    seed: int,
+    *,
+    device: str | None,
+    dtype: str,
+    **options: Any,
+) -> CATSeg:
+    """The model with a checkpoint's weights, or a variant's random ones and a warning where there is none.
+
+    Raises:
+        ValueError: if neither is named.
+    """
+    import torch
+
+    from catseg_fast.model import CATSeg
+
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise RunError(f"--device: {device!r} is not available: {reason}") from error
+    target, precision = device or default_device(), getattr(torch, dtype)
+    if weights is not None:
+        return CATSeg.from_pretrained(
+            weights, classes, variant=variant, device=target, dtype=precision, **options
+        )
+    if variant is None:
+        raise ValueError("weights, variant: neither is given")
+    stderr.print(
+        "[bold yellow]warning:[/] no --weights: the model's weights are untrained (random), "
+        "and the labels mean nothing",
+        highlight=False,
+    )
+    torch.manual_seed(seed)
+    return CATSeg(variant, classes, **options).to(target, precision).eval()

@@ -1,0 +1,171 @@
+"""A labelled data set in a folder: pictures, index maps of the same names, and a list of classes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from catseg_fast.files import open_regular
+from catseg_fast.inference.images import load_image
+from catseg_fast.text.class_lists import read_classes
+
+MOST_CLASSES = 65535  # the last of 16 bits' values is where no class is right
+
+
+class FolderDataset:
+    """Pictures and their labels, for training and evaluation; loader workers can be handed it.
+
+    In `root` lie
+
+    - `images/NAME.*`: pictures, in any format that `load_image` reads;
+    - `annotations/NAME.png`: each pixel's class index, as an 8- or 16-bit grey PNG, or as one with a palette,
+      whose colours do not matter;
+    - `classes.json`: the class names, a list of strings.
+
+    A pixel where no class is right holds its PNG's largest value, 255 or 65535. With more than 255 classes,
+    255 is a class's index, and only a 16-bit PNG can leave pixels out.
+
+    Attributes:
+        classes: the class names.
+        ignore_label: what stands for "no class is right" in "sem_seg": 255 for up to 255 classes, else 65535.
+        names: the pictures' names without suffix, sorted.
+
+    Raises:
+        FileNotFoundError: if a folder or `classes.json` is missing.
+        ValueError: if a picture has no annotation or an annotation no picture, two pictures share a name,
+            there are none, or `classes.json` is not a list of 1 to 65535 names.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self.classes = _read_class_list(self.root / "classes.json")
+        self.ignore_label = ignore_label_of(len(self.classes))
+        images, annotations = files_by_name(self.root / "images"), files_by_name(self.root / "annotations")
+        for name, path in annotations.items():
+            if path.suffix.lower() != ".png":
+                raise ValueError(f"{path}: expected an annotation as PNG")
+            if name not in images:
+                raise ValueError(f"{path}: annotation without image: no {self.root / 'images' / name}.*")
+        for name, path in images.items():
+            if name not in annotations:
+                raise ValueError(
+                    f"{path}: image without annotation: no {self.root / 'annotations' / name}.png"
+                )
+        self.names = tuple(sorted(images))
+        if not self.names:
+            raise ValueError(f"{self.root / 'images'}: no images")
+        self._images = tuple(str(images[name]) for name in self.names)
+        self._annotations = tuple(str(annotations[name]) for name in self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Entry `index`: "image" uint8 `[3, H, W]`, RGB; "sem_seg" int64 `[H, W]`; "name".
+
+        Raises:
+            IndexError: if there is no such entry.
+            ValueError: if a file cannot be read, an annotation is no index map, its size is not the
+                picture's, or it holds an index that is neither a class's nor the one to ignore.
+        """
+        name, image_path, path = self.names[index], self._images[index], self._annotations[index]
+        image = load_image(image_path).round().byte()  # files hold 8 bits
+        labels = read_annotation(Path(path), len(self.classes))
+        if labels.shape != image.shape[1:]:
+            sizes = [f"{size[1]}x{size[0]}" for size in (labels.shape, image.shape[1:])]
+            raise ValueError(f"{path}: the annotation is {sizes[0]}, its image {image_path} is {sizes[1]}")
+        return {"image": image, "sem_seg": labels, "name": name}
+
+    def fingerprint(self) -> str:
+        """A hash of the classes, and of the names and sizes of all files."""
+        sizes = [os.path.getsize(path) for path in (*self._images, *self._annotations)]
+        return hashlib.sha256(json.dumps([self.classes, self.names, sizes]).encode()).hexdigest()
+
+
+def ignore_label_of(classes: int) -> int:
+    """What stands for "no class is right" beside so many classes."""
+    return 255 if classes <= 255 else 65535
+
+
+def read_annotation(path: Path, classes: int) -> Tensor:
+    """The class indices int64 `[H, W]` of an 8- or 16-bit PNG, as `FolderDataset` tells.
+
+    Raises:
+        ValueError: if the file cannot be read, is no index map, or holds an index beyond `classes` classes.
+    """
+    array = read_index_map(path)
+    largest = np.iinfo(array.dtype).max
+    ignore_label = ignore_label_of(classes)
+    labels = array.astype(np.int64)
+    if classes <= largest:
+        labels[array == largest] = ignore_label
+    wrong = (labels >= classes) & (labels != ignore_label)
+    if wrong.any():
+        raise ValueError(
+            f"{path}: the annotation has index {labels[wrong].max()} in {wrong.sum()} pixels, "
+            f"but the class list has {classes} classes, 0..{classes - 1}"
+        )
+    return torch.from_numpy(labels)
+
+
+def read_index_map(path: Path) -> np.ndarray:
+    """The values of a grey image, or the indices of one with a palette: uint8 or uint16 `[H, W]`.
+
+    Raises:
+        ValueError: if the file cannot be read, has colours, or other than 8 or 16 bits.
+    """
+    try:
+        with open_regular(path) as file, Image.open(file) as image:
+            # Pillow stretches grey values of 2 and 4 bits over 0..255.
+            stretched = image.mode == "L" and image.format == "PNG" and image.tile[0].args != "L"
+            mode, array = image.mode, np.array(image)
+    except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
+        raise ValueError(f"{path}: cannot read the annotation: {error}") from error
+    if stretched or mode not in ("L", "P", "I;16", "I;16B", "I"):
+        kind = "grey of fewer than 8 bits" if stretched or mode == "1" else f"of mode {mode}"
+        raise ValueError(f"{path}: expected class indices of 8 or 16 bits, got an image {kind}")
+    if array.dtype == np.uint8:
+        return array
+    if array.min() < 0 or array.max() > 65535:
+        raise ValueError(f"{path}: expected indices of 16 bits, got {array.min()}..{array.max()}")
+    return array.astype(np.uint16)
+
+
+def _read_class_list(path: Path) -> tuple[str, ...]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
+    classes = read_classes(path)
+    if len(classes) > MOST_CLASSES:
+        raise ValueError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
+    return tuple(classes)
+
+
+def files_by_name(folder: Path) -> dict[str, Path]:
+    """A folder's files, hidden ones apart, by their names without suffix, in their order.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if two files have one name.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        if path.stem in files:
+            raise ValueError(f"{files[path.stem]} and {path}: two files of one name")
+        files[path.stem] = path
+    return files

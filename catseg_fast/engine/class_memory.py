@@ -1,0 +1,139 @@
+"""What the class attention remembers of all classes: the one place where classes meet.
+
+Linear attention needs `K^T V` and `sum K` alone, whatever the number of classes, so that classes can stream
+through in chunks. Softmax attention has no such summary: its memory holds every key and value.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from catseg_fast.engine.folding import ClassLayer, wide
+from catseg_fast.kernels.class_attention import plain
+
+
+class ClassMemory(Protocol):
+    """Keys and values of all classes, for queries of any chunk of them."""
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        """Take in a chunk's keys and values `[B, t, hw, C]`."""
+
+    def part(self) -> ClassMemory:
+        """An empty memory for a part of the classes, without the padding tokens."""
+
+    def merge(self, part: Any) -> None:
+        """Take in what a part holds."""
+
+    def of(self, crops: slice) -> ClassMemory:
+        """The memory of some crops."""
+
+    def attend(self, queries: Tensor) -> Tensor:
+        """Attention of `queries [B, t, hw, C]` over all classes that were added."""
+
+
+def new_memory(layer: ClassLayer, classes: int, padded: bool = True) -> ClassMemory:
+    """A memory for T classes that holds nothing yet but the padding tokens, if `padded`."""
+    if not layer.linear:
+        return FullMemory.new(layer, classes)
+    return LinearMemory.new(layer, classes, padded)
+
+
+@dataclass
+class LinearMemory:
+    """`K^T V / length` and `sum K` over the classes, in fp32 at least.
+
+    n padding tokens add n times the outer product of their key and value, and n times their key.
+    """
+
+    heads: int
+    eps: float
+    length: int  # classes and padding tokens; values are divided by it, to stay within fp16's range
+    key_value: Tensor | float  # [B, hw, heads, d, d]
+    key_sum: Tensor | float  # [B, hw, heads, d]
+
+    @classmethod
+    def new(cls, layer: ClassLayer, classes: int, padded: bool = True) -> LinearMemory:
+        # Numbers, or symbols of a graph for any T, which Python's max would tie to one side of `pad_len`.
+        length: Any = torch.sym_max(classes, layer.pad_len)
+        padding: Any = torch.sym_max(layer.pad_len - classes, 0)
+        full = not torch.compiler.is_compiling() and padding == 0
+        if layer.padding is None or not padded or full:
+            return cls(layer.heads, layer.eps, length, 0.0, 0.0)
+        key, value = (wide(x).view(layer.heads, -1) for x in layer.padding.chunk(2))
+        key = padding * plain.feature_map(key)
+        key_value = torch.einsum("hd,hv->hdv", key, value / length)
+        return cls(layer.heads, layer.eps, length, key_value, key)
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        sums = plain.add_up(keys, values, self.key_value, self.key_sum, self.heads, self.length)
+        self.key_value, self.key_sum = sums
+
+    def part(self) -> LinearMemory:
+        return replace(self, key_value=0.0, key_sum=0.0)
+
+    def merge(self, part: LinearMemory) -> None:
+        self.key_value, self.key_sum = part.key_value + self.key_value, part.key_sum + self.key_sum
+
+    def of(self, crops: slice) -> LinearMemory:
+        assert isinstance(self.key_value, Tensor)
+        assert isinstance(self.key_sum, Tensor)
+        return replace(self, key_value=self.key_value[crops], key_sum=self.key_sum[crops])
+
+    def attend(self, queries: Tensor) -> Tensor:
+        assert isinstance(self.key_value, Tensor)
+        assert isinstance(self.key_sum, Tensor)
+        return plain.attend_linearly(queries, self.key_value, self.key_sum, self.heads, self.length, self.eps)
+
+
+@dataclass
+class FullMemory:
+    """Every key and value; n padding tokens are one whose score is raised by log n."""
+
+    heads: int
+    padding: tuple[Tensor, Tensor] | None
+    padding_score: float
+    chunks: list[tuple[Tensor, Tensor]]  # [B, t, hw, C] each
+
+    @classmethod
+    def new(cls, layer: ClassLayer, classes: int) -> FullMemory:
+        count = layer.pad_len - classes
+        if layer.padding is None or count <= 0:
+            return cls(layer.heads, None, 0.0, [])
+        key, value = layer.padding.chunk(2)
+        return cls(layer.heads, (key, value), math.log(count), [])
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        self.chunks.append((keys, values))
+
+    def part(self) -> FullMemory:
+        return replace(self, chunks=[])
+
+    def merge(self, part: FullMemory) -> None:
+        self.chunks += part.chunks
+
+    def of(self, crops: slice) -> FullMemory:
+        return replace(self, chunks=[(keys[crops], values[crops]) for keys, values in self.chunks])
+
+    def attend(self, queries: Tensor) -> Tensor:
+        keys, values = (torch.cat(parts, dim=1) for parts in zip(*self.chunks, strict=True))
+        scores = None
+        if self.padding is not None:
+            shape = (keys.shape[0], 1, *keys.shape[2:])
+            keys, values = (
+                torch.cat([x, padding.expand(shape)], dim=1)
+                for x, padding in zip((keys, values), self.padding, strict=True)
+            )
+            scores = keys.new_zeros(1, keys.shape[1])
+            scores[:, -1] = self.padding_score
+        q, k, v = (
+            x.unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+            for x in (queries, keys, values)
+        )  # B*hw, heads, t or T, d
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=scores)
+        return attended.unflatten(0, (len(queries), -1)).permute(0, 3, 1, 2, 4).flatten(-2)

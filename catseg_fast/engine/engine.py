@@ -1,0 +1,455 @@
+"""The engine: an aggregator's folded weights, its memory settings, and calls that stream over classes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from catseg_fast.backend import check_backend, choose_backend, warn_once
+from catseg_fast.engine import torch_stages
+from catseg_fast.engine.class_parallel import ClassShare
+from catseg_fast.engine.folding import Plan, build_plan
+from catseg_fast.engine.gradients import GradientStream
+from catseg_fast.engine.precision import check_input_precision, check_precision, compute_dtype
+from catseg_fast.engine.recording import GraphCache, ambient_settings, check_graphs
+from catseg_fast.engine.schedule import (
+    Schedule,
+    Sizes,
+    check_chunk,
+    check_policy,
+    parse_bytes,
+    plan_gradients,
+    plan_schedule,
+)
+from catseg_fast.engine.selection import best_classes, class_scores
+from catseg_fast.engine.streaming import Consumer, Stages, Stream, run_streams
+from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
+from catseg_fast.errors import RunError
+from catseg_fast.weights import weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.engine.triton_stages import TritonStages
+
+# Asking a GPU for its free memory takes longer than a kernel. A call that takes less than 1/AMPLE of what was
+# free is scheduled without asking again; if memory does run out, the stream goes on with smaller steps.
+AMPLE = 4
+SCHEDULES = 64
+
+
+class Engine:
+    """Runs an aggregator, streaming over classes.
+
+    Args:
+        aggregator: a `catseg_fast.reference.Aggregator`, or an object built like upstream's. Its weights are
+            read at every call; a change takes effect.
+
+    Attributes:
+        backend: "auto", "triton" or "torch"; calls that need gradients run in torch always.
+        checkpoint: whether such calls compute activations again when their gradient is taken, a chunk of
+            classes at a time, to keep little of them; None: where they would not fit.
+        precision: type in which the stages compute. None: autocast's (on a CPU, where that type is the faster
+            one, see `catseg_fast.engine.precision`); without autocast the weights' own, but fp16 in place of
+            fp32 on a GPU where no gradients are recorded.
+        input_precision: of products of fp32 numbers in Triton: "ieee", or "tf32x3" on tensor cores.
+        share: where other processes hold the rest of the classes, this one's share; all must call together.
+    """
+
+    def __init__(self, aggregator: nn.Module) -> None:
+        self.aggregator: Any = aggregator
+        self._backend = "auto"
+        self._precision: torch.dtype | None = None
+        self._input_precision = "ieee"
+        self.share: ClassShare | None = None
+        self.checkpoint: bool | None = None
+        self._chunk: int | None = None
+        self._policy: str | None = None
+        self._memory_budget: int | None = None
+        self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
+        self._triton: dict[torch.dtype, TritonStages] = {}
+        self._vocabulary: tuple[object, Plan, VocabularyTerms] | None = None
+        self._schedules: dict[object, Schedule] = {}
+        self._graphs = "auto"
+        self.recordings = GraphCache()
+
+    @property
+    def backend(self) -> str:
+        """ "auto", "triton", "torch" or "reference"."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self._backend = check_backend(backend)
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """Type in which the stages compute; None follows autocast and the weights."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, dtype: torch.dtype | None) -> None:
+        self._precision = check_precision(dtype)
+
+    @property
+    def input_precision(self) -> str:
+        """Of products of fp32 numbers in Triton: "ieee", "tf32x3" or "tf32"."""
+        return self._input_precision
+
+    @input_precision.setter
+    def input_precision(self, precision: str) -> None:
+        self._input_precision = check_input_precision(precision)
+
+    @property
+    def graphs(self) -> str:
+        """ "auto": equal calls on a GPU are recorded as CUDA graphs at the third one; or "off"."""
+        return self._graphs
+
+    @graphs.setter
+    def graphs(self, setting: str) -> None:
+        self._graphs = check_graphs(setting)
+        self.recordings.clear()
+
+    @property
+    def chunk(self) -> int | None:
+        """Classes a step; None lets the planner choose."""
+        return self._chunk
+
+    @chunk.setter
+    def chunk(self, chunk: int | None) -> None:
+        self._chunk = check_chunk(chunk)
+
+    @property
+    def policy(self) -> str | None:
+        """ "resident", "offload" or "recompute"; None lets the planner choose."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: str | None) -> None:
+        self._policy = check_policy(policy)
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes that a call may take above weights and inputs (may be set as "2GiB"); None: what is free."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, budget: int | str | None) -> None:
+        self._memory_budget = None if budget is None else parse_bytes(budget)
+
+    def plan(self, dtype: torch.dtype | None = None) -> Plan:
+        """The folded weights, in the type of the next call or the one given; kept until a weight changes,
+        except where gradients are wanted.
+        """
+        dtype = dtype or self._compute_dtype()
+        if self._differentiable() or torch.compiler.is_compiling():
+            with self._without_autocast():
+                return build_plan(self.aggregator, dtype)
+        state = weights_state(self.aggregator.parameters())
+        if dtype not in self._plans or self._plans[dtype][0] != state:
+            # Whatever mode the call is in, what is kept must serve every later one.
+            with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
+                self._plans[dtype] = (state, build_plan(self.aggregator, dtype))
+        return self._plans[dtype][1]
+
+    def vocabulary(
+        self, text_feats: Tensor, max_classes: int | None, plan: Plan | None = None
+    ) -> VocabularyTerms:
+        """What depends on `text_feats [B or 1, T, P, F]` alone, for the next call or a call with `plan`."""
+        selects = max_classes is not None and self._total(text_feats.shape[1]) > max_classes
+        plan = plan or self.plan()
+        with self._without_autocast():
+            return vocabulary_terms(self.aggregator, plan, text_feats, selects)
+
+    def _kept_vocabulary(self, text_feats: Tensor, max_classes: int | None, plan: Plan) -> VocabularyTerms:
+        """Return the last call's terms if it had the same text tensor, unchanged since."""
+        if self._differentiable(text_feats) or torch.compiler.is_compiling() or text_feats.is_inference():
+            return self.vocabulary(text_feats, max_classes, plan)
+        # The terms hold the text's storage, so that no other tensor can come to lie at its address.
+        key = (weights_state([text_feats]), text_feats.shape, text_feats.stride(), max_classes)
+        kept = self._vocabulary
+        if kept is None or kept[0] != key or kept[1] is not plan:
+            kept = self._vocabulary = (key, plan, self.vocabulary(text_feats, max_classes, plan))
+        return kept[2]
+
+    def logits(
+        self,
+        img_feats: Tensor,
+        text_feats: Tensor,
+        appearance_guidance: Sequence[Tensor | None],
+        max_classes: int | None,
+    ) -> Tensor:
+        """All logits `[B, T, 4H, 4W]` in one tensor; arguments as in `stream`.
+
+        They are in the type that was asked for, of autocast or `precision`, else in that of the weights.
+
+        Raises:
+            RuntimeError: if the classes are shared with other processes.
+        """
+        if self.share is not None:
+            raise RunError("class parallel: no rank has all logits; label maps alone can be had")
+        plan = self.plan()
+        vocabulary = self._kept_vocabulary(text_feats, max_classes, plan)
+        (B, _, H, W), T = img_feats.shape, text_feats.shape[1]
+        if self._differentiable(img_feats, text_feats, *appearance_guidance):
+            chunks: list[Tensor] = []
+
+            def keep(_: slice, part: Tensor) -> None:
+                chunks.append(part)
+
+            self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: keep, plan)
+            return torch.cat(chunks, dim=1)
+        asked = self.precision is not None or torch.is_autocast_enabled(img_feats.device.type)
+        dtype = self._compute_dtype() if asked else self.aggregator.conv1.weight.dtype
+        output_bytes = B * T * 16 * H * W * dtype.itemsize
+        schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
+
+        def run(img_feats: Tensor, *maps: Tensor) -> Tensor:
+            logits = img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype)
+
+            def store(classes: slice, part: Tensor) -> None:
+                logits[:, classes] = part
+
+            given = iter(maps)
+            guidance = [None if x is None else next(given) for x in appearance_guidance]
+            self.stream(img_feats, vocabulary, guidance, max_classes, lambda: store, plan, schedule)
+            return logits
+
+        inputs = [img_feats, *(x for x in appearance_guidance if x is not None)]
+        if not self.records(img_feats.device, schedule):
+            return run(*inputs)
+        guided = tuple(x is not None for x in appearance_guidance)
+        key = ("logits", guided, max_classes, dtype, self.recording_key(plan, vocabulary, schedule))
+        logits = self.recordings(key, inputs, run, Tensor.clone)
+        # What overflows fp16 is computed again, which a recording cannot decide.
+        return logits if bool(logits.isfinite().all()) else run(*inputs)
+
+    def records(self, device: torch.device, schedule: Schedule) -> bool:
+        """Check whether a call may be answered by a recording."""
+        if self.graphs == "off" or self.share is not None or schedule.policy == "offload":
+            return False
+        return self.recordings.serves(device) and not self._differentiable()
+
+    def recording_key(self, plan: Plan, vocabulary: VocabularyTerms, schedule: Schedule) -> object:
+        """Return what a recorded run of the stages depends on besides its inputs."""
+        settings = (self.backend, self.input_precision, schedule.policy, schedule.chunk)
+        ambient = ambient_settings(self.aggregator.conv1.weight.device)
+        return (weakref.ref(plan), weakref.ref(vocabulary), settings, ambient)
+
+    def stream(
+        self,
+        img_feats: Tensor,
+        vocabulary: VocabularyTerms,
+        appearance_guidance: Sequence[Tensor | None],
+        max_classes: int | None,
+        begin: Callable[[], Consumer],
+        plan: Plan | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        """Compute the logits of all classes, chunk by chunk in ascending order.
+
+        What overflows fp16 is computed again in bf16, with a warning; not so where gradients are recorded,
+        whose scaling is the caller's.
+
+        Args:
+            img_feats: `[B, F, H, W]`.
+            vocabulary: from `vocabulary`, for the same weights.
+            appearance_guidance: upstream's three guidance maps.
+            max_classes: aggregate at most so many classes a crop; None for all.
+            begin: returns what is called with a slice of classes and their logits `[B, t, 4H, 4W]`. That must
+                change nothing before it can no longer fail for want of memory: it may then be called again.
+                If all is computed again, `begin` is called again first.
+            plan: the folded weights, if the caller has them.
+            schedule: from `schedule_of`; by default one for a caller who holds nothing besides.
+
+        Raises:
+            ValueError: if the memory budget is too small for one class.
+            RuntimeError: if gradients are wanted of classes that are shared with other processes.
+        """
+        inputs = (img_feats, vocabulary, appearance_guidance, max_classes)
+        if self._stream(plan or self.plan(), *inputs, begin(), schedule):
+            return
+        given = (img_feats, vocabulary.features, *appearance_guidance)
+        if self._all_ranks(all(x is None or bool(x.isfinite().all()) for x in given)):
+            warnings.warn("fp16 overflows: computing again in bf16", RuntimeWarning, stacklevel=2)
+            plan = self.plan(torch.bfloat16)
+            vocabulary = self.vocabulary(vocabulary.features, max_classes, plan)
+            self._stream(plan, img_feats, vocabulary, appearance_guidance, max_classes, begin(), schedule)
+
+    def _stream(
+        self,
+        plan: Plan,
+        img_feats: Tensor,
+        vocabulary: VocabularyTerms,
+        appearance_guidance: Sequence[Tensor | None],
+        max_classes: int | None,
+        consume: Consumer,
+        schedule: Schedule | None,
+    ) -> bool:
+        """Whether all logits were finite, as far as fp16 is at stake."""
+        total = self._total(vocabulary.classes)
+        count = total if max_classes is None else min(total, max_classes)
+        differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
+        if differentiable and self.share is not None:
+            raise RunError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
+        if schedule is None or differentiable:
+            schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, 0, differentiable)
+        finite = torch.ones((), dtype=torch.bool, device=img_feats.device)
+
+        def watch(classes: slice, logits: Tensor) -> None:
+            finite.logical_and_(logits.isfinite().all())
+            consume(classes, logits)
+
+        device = img_feats.device  # streams and kernels go to the current one
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with on_device, torch.set_grad_enabled(differentiable), self._without_autocast():
+            image = image_terms(self.aggregator, plan, img_feats, appearance_guidance)
+            if differentiable:
+                if self.backend == "triton":
+                    warn_once("gradients are wanted: running in torch, as Triton's kernels have no backward")
+                selected = None
+                if count < total:
+                    selected = best_classes(class_scores(img_feats, vocabulary), count)
+                GradientStream(torch_stages, plan, image, vocabulary, selected, schedule).run(consume)
+                return True
+            streams = self._streams(plan, image, img_feats, vocabulary, count, schedule)
+            if plan.embed.dtype != torch.float16 or _recording(device):
+                run_streams(streams, consume)
+                return True
+            run_streams(streams, watch)
+            return self._all_ranks(bool(finite))
+
+    def schedule_of(
+        self,
+        plan: Plan,
+        img_feats: Tensor,
+        vocabulary: VocabularyTerms,
+        max_classes: int | None,
+        output_bytes: int,
+        differentiable: bool = False,
+    ) -> Schedule:
+        """Return how a call with these arguments runs, if the caller holds `output_bytes` besides.
+
+        Raises:
+            ValueError: if the memory budget is too small for one class.
+        """
+        total = self._total(vocabulary.classes)
+        count = total if max_classes is None else min(total, max_classes)
+        B, _, H, W = img_feats.shape
+        held = min(count, vocabulary.classes)
+        sizes = Sizes(plan, B, (H, W), held, img_feats.device, count < total)
+        return self._schedule(sizes, output_bytes, differentiable)
+
+    def schedule(
+        self,
+        crops: int,
+        resolution: tuple[int, int],
+        classes: int,
+        output_bytes: int = 0,
+        selects: bool = False,
+    ) -> Schedule:
+        """Return how a call would run that aggregates so many classes, of more where it `selects`.
+
+        Raises:
+            ValueError: if the memory budget is too small for one class.
+        """
+        device: torch.device = self.aggregator.conv1.weight.device
+        sizes = Sizes(self.plan(), crops, resolution, classes, device, selects)
+        return self._schedule(sizes, output_bytes, self._differentiable())
+
+    def _schedule(self, sizes: Sizes, output_bytes: int, differentiable: bool) -> Schedule:
+        chunk, budget = self.chunk, self.memory_budget
+        if differentiable:
+            return plan_gradients(sizes, checkpoint=self.checkpoint, chunk=chunk, budget=budget)
+        needs = (sizes.state_bytes, sizes.fixed_bytes, sizes.class_bytes, output_bytes)
+        key = (sizes.crops, sizes.classes, sizes.device, needs, self.policy, chunk, budget)
+        if key in self._schedules and not torch.compiler.is_compiling():
+            return self._schedules[key]
+        schedule = plan_schedule(
+            sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes
+        )
+        if sizes.device.type == "cuda" and schedule.total_bytes * AMPLE < schedule.budget:
+            if len(self._schedules) >= SCHEDULES:
+                self._schedules.clear()
+            self._schedules[key] = schedule
+        return schedule
+
+    def stages(self, plan: Plan, image: ImageTerms | None = None) -> Stages:
+        """What runs the stages where no gradients are wanted; with an image, it is checked first."""
+        if constant_backend(self.backend, self.aggregator.conv1.weight.device) != "triton":
+            return torch_stages
+        from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux alone
+
+        kept = self._triton.get(plan.embed.dtype)
+        if kept is None or kept.plan is not plan or kept.input_precision != self.input_precision:
+            kept = TritonStages(plan, self.input_precision)
+            self._triton[plan.embed.dtype] = kept
+        if image is not None and not _recording(image.features.device):
+            kept.check(image)
+        return kept
+
+    def _streams(
+        self,
+        plan: Plan,
+        image: ImageTerms,
+        img_feats: Tensor,
+        vocabulary: VocabularyTerms,
+        count: int,
+        schedule: Schedule,
+    ) -> list[Stream]:
+        """What aggregates `count` classes a crop: one stream; but one a crop where the best ones of a share
+        are to be found, as ranks hold different numbers of these.
+        """
+        stages, share = self.stages(plan, image), self.share
+        parts: list[tuple[ImageTerms, Tensor | None]] = [(image, None)]
+        if count < self._total(vocabulary.classes):
+            scores = class_scores(img_feats, vocabulary)
+            if share is None:
+                parts = [(image, best_classes(scores, count))]
+            else:
+                kept = share.select(scores, count)
+                parts = [(image.of(slice(crop, crop + 1)), own) for crop, own in enumerate(kept)]
+        return [Stream(stages, plan, crops, vocabulary, own, schedule, share, count) for crops, own in parts]
+
+    def _total(self, classes: int) -> int:
+        """Classes of all ranks, where this one has so many."""
+        return classes if self.share is None else self.share.total
+
+    def _all_ranks(self, flag: bool) -> bool:
+        """Whether something holds on all ranks."""
+        return flag if self.share is None else self.share.all_true(flag, self.aggregator.conv1.weight.device)
+
+    def _compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.precision, self.aggregator.conv1.weight)
+
+    def _without_autocast(self) -> torch.autocast:
+        """The stages choose their types themselves."""
+        return torch.autocast(self.aggregator.conv1.weight.device.type, enabled=False)
+
+    def _differentiable(self, *inputs: Tensor | None) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        tensors = itertools.chain(inputs, self.aggregator.parameters())
+        return any(x is not None and x.requires_grad for x in tensors)
+
+
+# For `torch.compile` a constant: what it reads of the machine cannot be traced.
+constant_backend = torch.compiler.assume_constant_result(choose_backend)
+
+
+def _nbytes(x: Tensor) -> int:
+    """`x.nbytes`, where a size may be a symbol of `torch.compile`, too."""
+    return math.prod(x.shape) * x.itemsize
+
+
+def _recording(device: torch.device) -> bool:
+    """Whether a graph is made of the call, so that no value on the GPU can be looked at."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,113 @@
+"""Streaming over classes where gradients are wanted: what is kept for them, and what is computed again.
+
+A class's activations in one call take tens of megabytes. Checkpointed, a chunk of classes keeps what it is
+between two layers alone, `[B, t, HW, C]` a layer; everything between is computed again, chunk by chunk, when
+its gradient is. That costs one more forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from catseg_fast.engine.chunk_store import SingleState, State
+from catseg_fast.engine.class_memory import ClassMemory
+from catseg_fast.engine.streaming import Consumer, Stream
+
+
+class GradientStream(Stream):
+    """A call of which gradients can be taken; the stages must be differentiable.
+
+    What is computed again refers to nothing that comes after it: Python would not find such a cycle, which
+    goes through autograd, and its memory would never be free again.
+    """
+
+    def run(self, consume: Consumer) -> None:
+        try:
+            super().run(consume)
+        finally:
+            self.state, self.memories, self._slots = None, [], None
+
+    def _new_state(self) -> State:
+        single = torch.compiler.is_compiling() and self.chunk >= self.count
+        return SingleState() if single else ChunkState()
+
+    def _fill(self, index: int, memory: ClassMemory, classes: slice) -> None:
+        every = slice(0, self.image.crops)
+        before, remembered = self._behind(index - 1, every, classes)
+        empty = memory.part()
+
+        def advance(before: Tensor | None, classes: slice) -> tuple[Tensor, ClassMemory]:
+            x, part = self._before(index - 1, every, classes, before, remembered), empty.part()
+            x = self._blocks(index, every, x)
+            self._collect(index, part, x, classes)
+            return x, part
+
+        x, part = self._run(advance, before, classes)
+        memory.merge(part)
+        assert self.state is not None
+        self.state.save(classes, x)
+
+    def _decode(self, crops: slice, classes: slice) -> Tensor:
+        last = len(self.plan.layers) - 1
+        before, remembered = self._behind(last, crops, classes)
+
+        def finish(before: Tensor | None, classes: slice) -> Tensor:
+            x = self._before(last, crops, classes, before, remembered)
+            decoder = self.image.of(crops).decoder
+            return self.stages.decode(self.plan, decoder, x, self.image.resolution)
+
+        logits: Tensor = self._run(finish, before, classes)
+        return logits
+
+    def _behind(self, index: int, crops: slice, classes: slice) -> tuple[Tensor | None, ClassMemory | None]:
+        """A chunk behind the window blocks of a layer, and the layer's memory; None in front of the first."""
+        if index < 0:
+            return None, None
+        assert self.state is not None
+        return self.state.load(crops, classes), self.memories[index].of(crops)
+
+    def _before(
+        self, index: int, crops: slice, classes: slice, x: Tensor | None, memory: ClassMemory | None
+    ) -> Tensor:
+        """A chunk behind the class attention of a layer; behind the embedding in front of the first."""
+        if x is None or memory is None:
+            return self._embed(crops, classes)
+        return self._attend(index, crops, classes, x, memory)
+
+    def _run(self, function: Callable[..., Any], *inputs: Tensor | slice | None) -> Any:
+        """Call a function without random numbers; where the schedule says so, again on the way back.
+
+        Classes are an input of it: of a number that it refers to, `torch.compile` makes a constant.
+        """
+        if self.schedule.policy != "checkpoint":
+            return function(*inputs)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class ChunkState:
+    """The chunks as they are, for gradients to flow through; saved in ascending order, pass after pass."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[tuple[int, int], Tensor] = {}
+
+    def load(self, crops: slice, classes: slice) -> Tensor:
+        parts = [
+            x[crops, max(classes.start - start, 0) : classes.stop - start]
+            for (start, stop), x in sorted(self.chunks.items(), key=lambda item: item[0])
+            if start < classes.stop and stop > classes.start
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def save(self, classes: slice, x: Tensor) -> None:
+        chunks = {}
+        for (start, stop), old in self.chunks.items():
+            if stop <= classes.start or start >= classes.stop:
+                chunks[start, stop] = old
+            elif stop > classes.stop:  # of the last pass, whose steps were larger
+                chunks[classes.stop, stop] = old[:, classes.stop - start :]
+        self.chunks = {**chunks, (classes.start, classes.stop): x}

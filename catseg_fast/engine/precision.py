@@ -1,0 +1,78 @@
+"""Which types of number are worth computing in."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+import torch.nn.functional as F
+
+from catseg_fast.errors import InputError
+
+ROUNDS = 5
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INPUT_PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+def check_precision(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return a type that the stages can compute in, or None for the default.
+
+    Raises:
+        InputError: if it is not one of `DTYPES`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        names = ", ".join(map(str, DTYPES))
+        raise InputError(f"precision: {dtype!r} is not one of {names}, or None")
+    return dtype
+
+
+def check_input_precision(precision: str) -> str:
+    """Return how products of fp32 numbers are computed, if it is a known way.
+
+    Raises:
+        InputError: if it is not one of `INPUT_PRECISIONS`.
+    """
+    if precision not in INPUT_PRECISIONS:
+        raise InputError(f"input_precision: {precision!r} is not one of {', '.join(INPUT_PRECISIONS)}")
+    return precision
+
+
+def compute_dtype(asked: torch.dtype | None, weight: torch.Tensor) -> torch.dtype:
+    """What the stages of an aggregator with such a weight compute in, as `Engine.precision` tells; `asked` is
+    that setting.
+    """
+    if asked is not None:
+        return asked
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if device != "cpu" or pays_off_on_cpu(dtype):
+            return dtype
+    if device == "cuda" and weight.dtype == torch.float32 and not torch.is_grad_enabled():
+        return torch.float16
+    return weight.dtype
+
+
+@functools.cache
+def pays_off_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether a matrix product of the stages' size, measured once, is faster on this CPU than in fp32.
+
+    CPUs with AVX512-BF16 or AMX multiply bf16 several times as fast; others emulate it, slowly.
+    """
+    return _seconds(dtype) < _seconds(torch.float32)
+
+
+@torch.inference_mode()
+def _seconds(dtype: torch.dtype) -> float:
+    x, weight = torch.ones(8 * 576, 128, dtype=dtype), torch.ones(512, 128, dtype=dtype)
+    with torch.autocast("cpu", enabled=False):
+        F.linear(x, weight)
+        return min(_time(x, weight) for _ in range(ROUNDS))
+
+
+def _time(x: torch.Tensor, weight: torch.Tensor) -> float:
+    start = time.perf_counter()
+    F.linear(x, weight)
+    return time.perf_counter() - start

@@ -1,0 +1,304 @@
+"""How much memory a call takes, and how it fits a budget: the memory policy and the classes a step."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from catseg_fast.engine.folding import Plan
+
+POLICIES = ("resident", "offload", "recompute")
+
+# Crops times classes per step: enough to hide the host's work on a GPU, few enough for a CPU's cache.
+CROP_CLASSES = {"cpu": 8, "cuda": 1024}
+
+# Rows of a GPU tile in the class attention: what a step has beyond a multiple of it is computed in vain.
+TILE = 64
+
+# Share of the free memory that a call takes by default; with gradients the loss needs some as well.
+FREE_SHARE = 0.8
+GRADIENT_SHARE = 0.5
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a call runs.
+
+    Attributes:
+        policy: where the state of all classes is: "resident", "offload", or nowhere ("recompute"). Where
+            gradients are wanted, whether all that they need is kept ("keep"), or is computed again
+            ("checkpoint").
+        chunk: classes a step.
+        reason: why this policy.
+        fixed_bytes: what the call holds whatever the chunk: state on the device, class memories, image terms,
+            the caller's output.
+        class_bytes: working memory of each class in a step.
+        budget: bytes that the call may take.
+    """
+
+    policy: str
+    chunk: int
+    reason: str
+    fixed_bytes: int
+    class_bytes: int
+    budget: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Estimated peak above weights and inputs."""
+        return self.fixed_bytes + self.chunk * self.class_bytes
+
+
+def parse_bytes(amount: int | str) -> int:
+    """A number of bytes, or a text such as "2GiB", "500 MB", "1.5G".
+
+    Raises:
+        ValueError: if the text is no amount, or not positive.
+    """
+    if isinstance(amount, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", amount.lower())
+        units = _UNITS | _BINARY_UNITS
+        if match is None or match[2] not in units:
+            raise ValueError(f"memory_budget: {amount!r} is not an amount such as '2GiB' or '500MB'")
+        amount = int(float(match[1]) * units[match[2]])
+    if amount <= 0:
+        raise ValueError(f"memory_budget: {amount} is not positive")
+    return amount
+
+
+def format_bytes(amount: int) -> str:
+    """A number of bytes in the largest binary unit below it."""
+    value, unit = float(amount), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def check_policy(policy: str | None) -> str | None:
+    """Return a known policy, or None for the planner's choice.
+
+    Raises:
+        ValueError: if it is not one of `POLICIES`.
+    """
+    if policy is not None and policy not in POLICIES:
+        raise ValueError(f"policy: {policy!r} is not one of {', '.join(POLICIES)}")
+    return policy
+
+
+def check_chunk(chunk: int | None) -> int | None:
+    """Return a positive number of classes a step, or None for the planner's choice.
+
+    Raises:
+        ValueError: if it is not positive.
+    """
+    if chunk is not None and chunk <= 0:
+        raise ValueError(f"chunk: {chunk} is not positive")
+    return chunk
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a call's memory follows from.
+
+    Attributes:
+        plan: the folded weights.
+        crops: crops B.
+        resolution: (H, W) of the features.
+        classes: classes T that are aggregated.
+        device: where they are.
+        selects: whether each crop aggregates classes of its own; their logits are then held.
+    """
+
+    plan: Plan
+    crops: int
+    resolution: tuple[int, int]
+    classes: int
+    device: torch.device
+    selects: bool = False
+
+    @property
+    def positions(self) -> int:
+        """Positions of all crops."""
+        return self.crops * self.resolution[0] * self.resolution[1]
+
+    @property
+    def state_bytes(self) -> int:
+        """The state `[B, T, HW, C]`."""
+        return self.positions * self.classes * self.plan.channels * self.plan.embed.itemsize
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Class memories in fp32, one of them twice while it is added to, image terms, selected logits."""
+        channels, layers = self.plan.channels, self.plan.layers
+        heads = [layer.classes.heads for layer in layers]
+        memories = sum(channels * (channels // count + 1) * 4 for count in [*heads, *heads[:1]])
+        first, second = (stage.conv.shape[0] for stage in self.plan.decoder)
+        guidance = 2 * 2 * channels * len(layers) + 4 * first + 16 * second
+        logits = 16 * 2 * (self.classes + 1) if self.selects else 0  # twice while chunks are joined
+        return self.positions * (memories + (guidance + logits) * self.plan.embed.itemsize)
+
+    @property
+    def class_bytes(self) -> int:
+        """Working memory of one class of all crops, at the stage that needs most."""
+        plan = self.plan
+        hidden = max((block.fc1.shape[0] for layer in plan.layers for block in layer.blocks), default=0)
+        attention = plan.channels * 4 + 2 * hidden  # input, output, residual, normalised; around GELU
+        embedding = plan.prompts * 2 + plan.channels * 2 + (49 if plan.prompts == 1 else 0)
+        first, second = (stage.conv.shape[0] for stage in plan.decoder)
+        decoder = max(plan.channels + 4 * 3 * first, 4 * first + 16 * 3 * second)
+        return self.positions * max(attention, embedding, decoder) * plan.embed.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradients need of one class of all crops."""
+        plan, C = self.plan, self.plan.channels
+        kept = plan.prompts * 2 + C + (49 if plan.prompts == 1 else 0)
+        for layer in plan.layers:
+            # Normalised twice, queries, keys and values in order and by head, attended, the sum.
+            kept += sum(11 * C + 2 * block.fc1.shape[0] for block in layer.blocks)
+            pooling = layer.classes.pooling or (1, 1)
+            kept += C + (14 * C + layer.classes.fc1.shape[0]) // (pooling[0] * pooling[1])
+        first, second = (stage.conv.shape[0] for stage in plan.decoder)
+        kept += 4 * 5 * first + 16 * 5 * second
+        return self.positions * kept * plan.embed.itemsize
+
+    @property
+    def copy_bytes(self) -> int:
+        """Buffers for one class of all crops on its way from host memory and back (`OffloadedState`)."""
+        return 2 * self.positions * self.plan.channels * self.plan.embed.itemsize
+
+
+def plan_schedule(
+    sizes: Sizes, *, policy: str | None, chunk: int | None, budget: int | None, output_bytes: int = 0
+) -> Schedule:
+    """Choose what the caller left open.
+
+    While `torch.compile` traces, memory is not known and a step is unrolled: without a budget, all classes go
+    in one step, whatever their number.
+
+    Args:
+        sizes: of the call.
+        policy, chunk: the caller's choice, or None.
+        budget: bytes, or None for a share of what is free.
+        output_bytes: what the caller holds for the answer.
+
+    Raises:
+        ValueError: if the budget does not even hold one class; the message has the least that works.
+    """
+    device, classes = sizes.device, sizes.classes
+    if budget is None and torch.compiler.is_compiling():
+        return Schedule(policy or "resident", chunk or classes, "a graph is made", 0, 0, sys.maxsize)
+    state = sizes.state_bytes
+    free = budget if budget is not None else int(free_bytes(device) * FREE_SHARE)
+    always, per_class = sizes.fixed_bytes + output_bytes, sizes.class_bytes
+    fixed = {
+        "resident": always + state,
+        "offload": always + (0 if device.type == "cuda" else state),
+        "recompute": always,
+    }
+    wanted = chunk or usual_chunk(classes, sizes.crops, device)
+    if policy is not None:
+        chosen, reason = policy, "asked for"
+    elif fixed["resident"] + wanted * per_class <= free:
+        chosen, reason = "resident", f"the state of {classes} classes fits"
+    elif device.type == "cuda" and state <= free_bytes(torch.device("cpu")) * FREE_SHARE:
+        chosen, reason = "offload", f"the state of {classes} classes fits in host memory alone"
+    else:
+        chosen, reason = "recompute", f"the state of {classes} classes does not fit"
+    if chosen == "offload":
+        per_class += sizes.copy_bytes
+    room, least = (free - fixed[chosen]) // per_class, chunk or 1
+    if room < least:
+        needed = (min(fixed.values()) if policy is None else fixed[chosen]) + least * per_class
+        raise ValueError(
+            f"memory_budget: {format_bytes(free)} does not hold {least} of {classes} classes "
+            f"(policy {chosen!r}); the least that works is {format_bytes(needed)} ({needed} bytes)"
+        )
+    step = wanted if wanted <= room else _whole_tiles(room, device)
+    return Schedule(chosen, step, reason, fixed[chosen], per_class, free)
+
+
+def plan_gradients(
+    sizes: Sizes, *, checkpoint: bool | None, chunk: int | None, budget: int | None
+) -> Schedule:
+    """The same for a call of which gradients are wanted.
+
+    While `torch.compile` traces, nothing is computed again unless the caller asks for it.
+
+    Args:
+        sizes: of the call.
+        checkpoint: whether to compute activations again on the way back; None: only where those of all
+            classes do not fit.
+        chunk: the caller's choice, or None.
+        budget: bytes, or None for a share of what is free.
+
+    Raises:
+        ValueError: if the budget does not hold what the caller chose; the message has the least that works.
+    """
+    classes = sizes.classes
+    if budget is None and torch.compiler.is_compiling():
+        chosen = "checkpoint" if checkpoint else "keep"
+        return Schedule(chosen, chunk or classes, "a graph is made", 0, 0, sys.maxsize)
+    per_class = sizes.gradient_bytes
+    free = budget if budget is not None else int(free_bytes(sizes.device) * GRADIENT_SHARE)
+    wanted = chunk or usual_chunk(classes, sizes.crops, sizes.device)
+    logits = 2 * 16 * sizes.positions * classes * sizes.plan.embed.itemsize  # and their gradient
+    always = sizes.fixed_bytes * len(sizes.plan.layers) + logits
+    everything = always + classes * per_class
+    if checkpoint is None:
+        checkpoint = everything > free
+        reason = f"the activations of {classes} classes {'do not fit' if checkpoint else 'fit'}"
+    else:
+        reason = "asked for"
+    if not checkpoint:
+        if everything > free:
+            raise ValueError(
+                f"memory_budget: {format_bytes(free)} does not hold the activations of {classes} classes, "
+                f"{format_bytes(everything)}; checkpoint=True computes them again"
+            )
+        return Schedule("keep", wanted, reason, everything, 0, free)
+    fixed = always + (len(sizes.plan.layers) + 1) * sizes.state_bytes  # and one's gradient
+    room, least = (free - fixed) // per_class, chunk or 1
+    if room < least:
+        needed = fixed + least * per_class
+        raise ValueError(
+            f"memory_budget: {format_bytes(free)} does not hold {least} of {classes} classes with gradients; "
+            f"the least that works is {format_bytes(needed)} ({needed} bytes)"
+        )
+    return Schedule("checkpoint", min(wanted, room), reason, fixed, per_class, free)
+
+
+def usual_chunk(classes: int, crops: int, device: torch.device) -> int:
+    """Return the classes per step where memory suffices: all, or equal steps of whole tiles."""
+    most = max(1, CROP_CLASSES.get(device.type, 8) // crops)
+    if classes <= most:
+        return max(1, classes)
+    most = _whole_tiles(most, device)
+    steps = -(-classes // most)
+    return min(most, _round_up(-(-classes // steps), TILE)) if most >= TILE else most
+
+
+def _whole_tiles(classes: int, device: torch.device) -> int:
+    """Return at most `classes`, on a GPU a multiple of a tile where it is at least one."""
+    return classes if device.type == "cpu" or classes < TILE else classes // TILE * TILE
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on a device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available

@@ -1,0 +1,240 @@
+"""An aggregator's stages over chunks of classes, with memory that need not grow with their number.
+
+Layer by layer, a chunk passes the window-attention blocks and leaves its keys and values in the layer's class
+memory; once all classes have, the next pass applies the memory to each chunk. What a chunk is between two
+passes is either stored, or computed again from the features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from catseg_fast.engine import fourier
+from catseg_fast.engine.chunk_store import State, new_state
+from catseg_fast.engine.class_memory import ClassMemory, new_memory
+from catseg_fast.engine.class_parallel import ClassShare
+from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
+from catseg_fast.engine.schedule import Schedule
+from catseg_fast.engine.terms import BlockGuidance, ImageTerms, VocabularyTerms, chunk_text
+from catseg_fast.reference.aggregator import DROPPED_LOGIT
+
+Consumer = Callable[[slice, Tensor], None]
+Resolution = tuple[int, int]
+
+
+class Stages(Protocol):
+    """What runs the stages: the module `torch_stages`, or something with functions like its own."""
+
+    def embed_cost_volume(
+        self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution, /
+    ) -> Tensor: ...
+
+    def window_block(self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, /) -> Tensor: ...
+
+    def class_collect(
+        self, layer: ClassLayer, memory: ClassMemory, x: Tensor, key: Tensor | None, resolution: Resolution, /
+    ) -> None: ...
+
+    def class_apply(
+        self,
+        layer: ClassLayer,
+        x: Tensor,
+        query: Tensor | None,
+        memory: ClassMemory,
+        resolution: Resolution,
+        /,
+    ) -> Tensor: ...
+
+    def decode(
+        self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: Resolution, /
+    ) -> Tensor: ...
+
+
+class Stream:
+    """One call: crops, a vocabulary, and how they go through the stages.
+
+    Where the vocabulary is a `share`, each crop aggregates `length` classes on all ranks, else its own.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        plan: Plan,
+        image: ImageTerms,
+        vocabulary: VocabularyTerms,
+        selected: Tensor | None,
+        schedule: Schedule,
+        share: ClassShare | None = None,
+        length: int | None = None,
+    ) -> None:
+        self.stages, self.share = stages, share
+        self.plan, self.image, self.vocabulary, self.selected = plan, image, vocabulary, selected
+        self.schedule, self.chunk = schedule, schedule.chunk
+        self.count = vocabulary.classes if selected is None else selected.shape[1]
+        self.length = self.count if length is None else length
+        self.memories: list[ClassMemory] = []
+        self._slots: tuple[Tensor, Tensor] | None = None
+        self.spectra: fourier.Spectra | None = None
+        if fourier.pays_off(plan, image.crops * self.count):
+            self.spectra = fourier.make_spectra(plan, image.features, image.resolution)
+        self.state = self._new_state()
+
+    def run(self, consume: Consumer) -> None:
+        """Fill one class memory a layer, then decode."""
+        run_streams([self], consume)
+
+    def aggregate(self) -> None:
+        """Fill one class memory per layer; decode the selected classes, if only some are aggregated."""
+        share = self.share
+        for index, layer in enumerate(self.plan.layers):
+            memory = new_memory(layer.classes, self.length, padded=share is None or share.rank == 0)
+
+            def fill(classes: slice, index: int = index, memory: ClassMemory = memory) -> None:
+                self._fill(index, memory, classes)
+
+            self.for_each_chunk(self.count, fill)
+            if share is not None:
+                (H, W), (h, w) = self.image.resolution, layer.classes.pooling or (1, 1)
+                share.add_up(memory, self.image.crops, (H // h) * (W // w), layer.classes.q)
+            self.memories.append(memory)
+        if self.selected is not None:
+            self._slots = self._decode_selected(self.selected)
+
+    def decode(self, classes: slice) -> Tensor:
+        """Logits `[B, t, 4H, 4W]` of a chunk of all classes, once they are aggregated."""
+        if self._slots is None:
+            return self._decode(slice(0, self.image.crops), classes)
+        logits, slots = self._slots
+        crops = torch.arange(self.image.crops, device=slots.device)[:, None]
+        return logits[crops, slots[:, classes]]
+
+    def _new_state(self) -> State | None:
+        return new_state(self.schedule.policy, self.plan, self.image, self.count, self.chunk)
+
+    def _fill(self, index: int, memory: ClassMemory, classes: slice) -> None:
+        """Pass a chunk through the window blocks of a layer; its keys and values are left in `memory`."""
+        x = self._spatial(index, slice(0, self.image.crops), classes)
+        self._collect(index, memory, x, classes)
+        if self.state is not None:
+            self.state.save(classes, x)
+
+    def _collect(self, index: int, memory: ClassMemory, x: Tensor, classes: slice) -> None:
+        text = self._text(self.vocabulary.keys[index], slice(0, self.image.crops), classes)
+        self.stages.class_collect(self.plan.layers[index].classes, memory, x, text, self.image.resolution)
+
+    def for_each_chunk(self, total: int, step: Callable[[slice], None]) -> None:
+        """Call `step` with slices of at most `chunk`; on running out of memory, go on with half of that."""
+        start = 0
+        while start < total:
+            stop = min(start + self.chunk, total)
+            try:
+                step(slice(start, stop))
+            except RuntimeError as error:
+                if not _out_of_memory(error) or stop - start == 1:
+                    raise
+                if self.chunk == self.schedule.chunk:
+                    warnings.warn(
+                        f"out of memory with {stop - start} classes a step: going on with fewer",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                self.chunk = (stop - start) // 2
+                continue
+            start = stop
+
+    def _spatial(self, index: int, crops: slice, classes: slice) -> Tensor:
+        """A chunk behind the window blocks of layer `index`: `[b, t, HW, C]`."""
+        x = self._embed(crops, classes) if index == 0 else self._classes(index - 1, crops, classes)
+        return self._blocks(index, crops, x)
+
+    def _blocks(self, index: int, crops: slice, x: Tensor) -> Tensor:
+        image = self.image.of(crops)
+        for block, guidance in zip(self.plan.layers[index].blocks, image.blocks[index], strict=True):
+            x = self.stages.window_block(block, guidance, x)
+        return x
+
+    def _classes(self, index: int, crops: slice, classes: slice) -> Tensor:
+        """A chunk behind the class attention of layer `index`: `[b, t, HW, C]`."""
+        if self.state is not None:
+            x = self.state.load(crops, classes)
+        else:
+            x = self._spatial(index, crops, classes)
+        return self._attend(index, crops, classes, x, self.memories[index].of(crops))
+
+    def _attend(self, index: int, crops: slice, classes: slice, x: Tensor, memory: ClassMemory) -> Tensor:
+        text = self._text(self.vocabulary.queries[index], crops, classes)
+        layer = self.plan.layers[index].classes
+        return self.stages.class_apply(layer, x, text, memory, self.image.resolution)
+
+    def _embed(self, crops: slice, classes: slice) -> Tensor:
+        features = self._text(self.vocabulary.features, crops, classes)
+        inverse_norm = self._text(self.vocabulary.inverse_norm, crops, classes)
+        text = chunk_text(features, inverse_norm, self.plan.embed.dtype)
+        resolution = self.image.resolution
+        if self.spectra is not None:
+            return fourier.embed_cost_volume(self.plan, self.spectra, crops, text)
+        return self.stages.embed_cost_volume(self.plan, self.image.features[crops], text, resolution)
+
+    def _decode(self, crops: slice, classes: slice) -> Tensor:
+        layers = len(self.plan.layers)
+        x = self._classes(layers - 1, crops, classes) if layers else self._embed(crops, classes)
+        return self.stages.decode(self.plan, self.image.of(crops).decoder, x, self.image.resolution)
+
+    def _decode_selected(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode each crop's selected classes, in chunks of all crops.
+
+        Shapes do not depend on which classes are selected, so that the call can be recorded in a graph.
+
+        Returns:
+            Logits `[B, n + 1, 4H, 4W]` of n selected classes and of the dropped ones (-100), and for each
+            class its index among these, `[B, T]`.
+        """
+        (H, W), (crops, count) = self.image.resolution, selected.shape
+        parts: list[Tensor] = []
+
+        def decode(slots: slice) -> None:
+            parts.append(self._decode(slice(0, crops), slots))
+
+        self.for_each_chunk(count, decode)
+        parts.append(self.image.features.new_full((crops, 1, 4 * H, 4 * W), DROPPED_LOGIT))
+        slots = selected.new_full((crops, self.vocabulary.classes), count)
+        slots.scatter_(1, selected, torch.arange(count, device=slots.device).expand_as(selected))
+        return torch.cat(parts, dim=1), slots
+
+    def _text(self, tensor: Any, crops: slice, classes: slice) -> Any:
+        """A chunk `[b or 1, t, …]` of a vocabulary term `[B or 1, T, …]`."""
+        if tensor is None:
+            return None
+        if len(tensor) > 1:
+            tensor = tensor[crops]
+        if self.selected is None:
+            return tensor[:, classes]
+        kept = self.selected[crops, classes]
+        if len(tensor) == 1:
+            return tensor[0][kept]
+        return tensor.gather(
+            1, kept.view(*kept.shape, *[1] * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
+        )
+
+
+def run_streams(streams: Sequence[Stream], consume: Consumer) -> None:
+    """Run the streams of one vocabulary, each of other crops."""
+    for stream in streams:
+        stream.aggregate()
+
+    def decode(classes: slice) -> None:
+        logits = []
+        for stream in streams:  # no comprehension: `torch.compile` would hold `classes` for a constant there
+            logits.append(stream.decode(classes))
+        consume(classes, logits[0] if len(logits) == 1 else torch.cat(logits))
+
+    streams[0].for_each_chunk(streams[0].vocabulary.classes, decode)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,175 @@
+"""What the stages need besides weights and the chunk: computed once an image, or once a vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from catseg_fast.engine.folding import DecoderStage, Plan, WindowBlock, wide
+from catseg_fast.kernels.window_attention.plain import window_masks, window_order
+from catseg_fast.reference.window_attention import fit_window
+
+
+@dataclass(frozen=True)
+class BlockGuidance:
+    """A window block's share of the appearance guidance, in window order, and the order itself."""
+
+    resolution: tuple[int, int]
+    window: int  # as it fits the resolution
+    shift: int
+    order: Tensor  # [HW]: the position of each token when windows are laid one behind the other
+    inverse: Tensor  # [HW]
+    masks: tuple[Tensor | None, ...]  # [N, N] of each window; None where all is seen
+    query_key: Tensor  # [B or 1, HW or 1, 2C], added to queries and keys
+
+    def of(self, crops: slice) -> BlockGuidance:
+        """The guidance of some crops."""
+        query_key = self.query_key if len(self.query_key) == 1 else self.query_key[crops]
+        return replace(self, query_key=query_key)
+
+
+@dataclass(frozen=True)
+class ImageTerms:
+    """Everything of B crops that no class has a say in."""
+
+    resolution: tuple[int, int]
+    features: Tensor  # [B, HW, F], unit vectors
+    blocks: tuple[tuple[BlockGuidance, BlockGuidance], ...]  # by layer
+    decoder: tuple[Tensor, Tensor]  # [B or 1, out, 2H, 2W]: the first convolution of guidance and biases
+
+    @property
+    def crops(self) -> int:
+        """Crops B."""
+        return len(self.features)
+
+    def of(self, crops: slice) -> ImageTerms:
+        """The terms of some crops."""
+        return ImageTerms(
+            self.resolution,
+            self.features[crops],
+            tuple((first.of(crops), second.of(crops)) for first, second in self.blocks),
+            tuple(x if len(x) == 1 else x[crops] for x in self.decoder),  # type: ignore[arg-type]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyTerms:
+    """Everything of T classes that no image has a say in; the leading 1 stands for "all crops alike".
+
+    The features themselves are neither copied nor cast, so that a large vocabulary is held once.
+    """
+
+    features: Tensor  # [B or 1, T, P, F]
+    inverse_norm: Tensor  # [B or 1, T, P]
+    queries: tuple[Tensor | None, ...]  # by layer: [B or 1, T, C]
+    keys: tuple[Tensor | None, ...]
+
+    @property
+    def classes(self) -> int:
+        """Classes T."""
+        return self.features.shape[1]
+
+
+def image_terms(
+    aggregator: Any, plan: Plan, img_feats: Tensor, appearance_guidance: Sequence[Tensor | None]
+) -> ImageTerms:
+    """Terms of `img_feats [B, F, H, W]` under upstream's three guidance maps, coarse to fine."""
+    dtype = plan.embed.dtype
+    resolution = (img_feats.shape[2], img_feats.shape[3])
+    features = F.normalize(wide(img_feats), dim=1).flatten(2).transpose(1, 2)
+
+    guidance = _apply(aggregator.guidance_projection, appearance_guidance[:1])[0]
+    decoder_guidance: Sequence[Tensor | None] = (None, None)
+    if aggregator.decoder_guidance_projection is not None:
+        decoder_guidance = [
+            _apply(project, [guidance_map])[0]
+            for project, guidance_map in zip(
+                aggregator.decoder_guidance_projection, appearance_guidance[1:], strict=True
+            )
+        ]
+    blocks = []
+    for layer in plan.layers:
+        tokens = None
+        if guidance is not None:
+            tokens = guidance.flatten(2).transpose(1, 2)
+            tokens = F.layer_norm(wide(tokens), tokens.shape[-1:], eps=layer.guidance_eps).to(dtype)
+        first, second = (
+            _block_guidance(block, tokens, resolution, img_feats.device) for block in layer.blocks
+        )
+        blocks.append((first, second))
+    H, W = resolution
+    decoder = (
+        _decoder_guidance(plan.decoder[0], decoder_guidance[0], (2 * H, 2 * W)),
+        _decoder_guidance(plan.decoder[1], decoder_guidance[1], (4 * H, 4 * W)),
+    )
+    return ImageTerms(resolution, features.to(dtype), tuple(blocks), decoder)
+
+
+def vocabulary_terms(
+    aggregator: Any, plan: Plan, text_feats: Tensor, normalise_prompts: bool
+) -> VocabularyTerms:
+    """Terms of `text_feats [B or 1, T, P, F]`.
+
+    Args:
+        normalise_prompts: take the text guidance's mean over prompts of unit vectors; upstream does where it
+            selects classes, and only there.
+    """
+    if text_feats.shape[0] > 1 and text_feats.stride(0) == 0:
+        text_feats = text_feats[:1]
+    dtype = torch.promote_types(text_feats.dtype, torch.float32)
+    inverse_norm = 1 / text_feats.norm(dim=-1, dtype=dtype).clamp_min(1e-12)
+    queries: list[Tensor | None] = [None] * len(plan.layers)
+    keys = list(queries)
+    if aggregator.text_guidance_projection is not None:
+        weight = inverse_norm if normalise_prompts else torch.ones_like(inverse_norm)
+        mean = torch.einsum("btpf,btp->btf", wide(text_feats), weight)
+        projected = _apply(aggregator.text_guidance_projection, [F.normalize(mean, dim=-1, eps=0)])[0]
+        assert projected is not None
+        for index, layer in enumerate(plan.layers):
+            if layer.classes.text is not None:
+                queries[index], keys[index] = F.linear(
+                    projected.to(plan.embed.dtype), layer.classes.text
+                ).chunk(2, dim=-1)
+    return VocabularyTerms(text_feats, inverse_norm, tuple(queries), tuple(keys))
+
+
+def _block_guidance(
+    block: WindowBlock, tokens: Tensor | None, resolution: tuple[int, int], device: torch.device
+) -> BlockGuidance:
+    H, W = resolution
+    window, shift = fit_window(resolution, block.window, block.shift)
+    if H % window or W % window:
+        raise ValueError(f"img_feats: resolution {H}x{W} is not divisible by the window {window}")
+    order = window_order(resolution, window, shift, device)
+    masks = window_masks(resolution, window, shift, block.qkv.dtype, device)
+    query_key = block.guidance_bias.view(1, 1, -1)
+    if block.guidance is not None and tokens is not None:
+        query_key = F.linear(tokens[:, order], block.guidance, block.guidance_bias)
+    return BlockGuidance(resolution, window, shift, order, order.argsort(), masks, query_key)
+
+
+def _decoder_guidance(stage: DecoderStage, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """What no class has a say in of a stage's first convolution: guidance, and the bias with its borders."""
+    bias = stage.up_bias.view(1, -1, 1, 1).expand(-1, -1, *size)
+    fixed = F.conv2d(bias, stage.up_conv, padding=1)
+    if stage.guidance is not None and guidance is not None:
+        fixed = fixed + F.conv2d(guidance.to(stage.guidance.dtype), stage.guidance, padding=1)
+    return fixed.contiguous(memory_format=torch.channels_last)
+
+
+def _apply(module: nn.Module | None, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The module's outputs, each input cast to its weights' type; None where it or an input is None."""
+    if module is None:
+        return [None for _ in inputs]
+    dtype = next(module.parameters()).dtype
+    return [None if x is None else module(x.to(dtype)) for x in inputs]
+
+
+def chunk_text(features: Tensor, inverse_norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unit text features of a chunk, `[B or 1, t, P, F]`, in the stages' type."""
+    return (features * inverse_norm[..., None]).to(dtype)

@@ -1,0 +1,71 @@
+"""The engine's stages in plain torch ops: pure functions of folded weights and a chunk of classes.
+
+A chunk's state is `[B, t, HW, C]`, channels last, for B crops and t classes. Every stage works on any chunk;
+classes meet only in the class memory (`class_memory.py`). All stages are differentiable. What they compute is
+in the plain forms of the ops (`kernels/*/plain.py`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from catseg_fast.engine import arguments
+from catseg_fast.engine.class_memory import ClassMemory
+from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
+from catseg_fast.engine.terms import BlockGuidance
+from catseg_fast.kernels.class_attention import plain as class_attention
+from catseg_fast.kernels.cost_volume import plain as cost_volume
+from catseg_fast.kernels.decoder import plain as decoder
+from catseg_fast.kernels.window_attention import plain as window_attention
+
+
+def embed_cost_volume(plan: Plan, image: Tensor, text: Tensor, resolution: tuple[int, int]) -> Tensor:
+    """Cost volume and its 7x7 convolution.
+
+    Args:
+        plan: the folded weights.
+        image: unit image features `[B, HW, F]`.
+        text: unit text features `[B or 1, t, P, F]`.
+        resolution: (H, W).
+
+    Returns:
+        `[B, t, HW, C]`.
+    """
+    return cost_volume.embed_cost_volume(image, text, *arguments.embedding(plan), resolution)
+
+
+def window_block(block: WindowBlock, guidance: BlockGuidance, x: Tensor) -> Tensor:
+    """Guided window attention and MLP, both with residual: `x [B, t, HW, C]` to the same shape."""
+    return window_attention.ordered_block(
+        x, guidance.query_key, arguments.window_weights(block),
+        guidance.order, guidance.inverse, guidance.masks, block.heads,
+    )  # fmt: skip
+
+
+def class_collect(
+    layer: ClassLayer, memory: ClassMemory, x: Tensor, text_key: Tensor | None, resolution: tuple[int, int]
+) -> None:
+    """Add the keys and values of a chunk `x [B, t, HW, C]` to the memory of all classes.
+
+    `text_key [B or 1, t, C]` is the text guidance's share of the keys.
+    """
+    pooling = layer.pooling or (1, 1)
+    memory.add(*class_attention.keys_and_values(x, layer.kv, layer.kv_bias, text_key, resolution, pooling))
+
+
+def class_apply(
+    layer: ClassLayer, x: Tensor, text_query: Tensor | None, memory: ClassMemory, resolution: tuple[int, int]
+) -> Tensor:
+    """Class attention from the memory of all classes, MLP, and both residuals: `[B, t, HW, C]`."""
+    weights, pooling = arguments.apply_weights(layer), layer.pooling or (1, 1)
+    return class_attention.apply_attention(x, text_query, weights, resolution, pooling, memory.attend)
+
+
+def decode(plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]) -> Tensor:
+    """Guided upsampling: `x [B, t, HW, C]` to logits `[B, t, 4H, 4W]`.
+
+    `guidance` holds each stage's `[B or 1, out, 2H, 2W]`, the part of its first convolution that is the same
+    for every class.
+    """
+    maps = [arguments.channels_last(added) for added in guidance]
+    return decoder.decode(x, maps, *arguments.decoding(plan), resolution)

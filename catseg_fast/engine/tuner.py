@@ -1,0 +1,235 @@
+"""Timing launch configs on a GPU, and keeping the fastest for `kernels/launch/configs.py` to find."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from catseg_fast._version import __version__
+from catseg_fast.engine.schedule import usual_chunk
+from catseg_fast.files import replacing
+from catseg_fast.kernels import load
+from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch.capability import capability_of
+from catseg_fast.kernels.launch.config import LaunchConfig
+from catseg_fast.kernels.launch.configs import Problem
+from catseg_fast.kernels.launch.kernel import Call, record_calls
+from catseg_fast.kernels.launch.op import Op, Random, Sizes
+
+# Milliseconds that a call takes.
+Timer = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A kernel at certain sizes, and what is worth timing.
+
+    Attributes:
+        problem: what a measured config will be found by.
+        candidates: configs, the default first. Not all need to fit the GPU.
+        make_inputs: the kernel's call in its op on a device, with random tensors of a real call's scale.
+        run: launches the kernel as in such a call with a config, and returns what it computes. It may
+            overwrite the call's tensors, but with numbers that it takes as long for.
+    """
+
+    problem: Problem
+    candidates: tuple[LaunchConfig, ...]
+    make_inputs: Callable[[torch.device], Call]
+    run: Callable[[Call, Any], Sequence[Tensor]] = Call.run
+
+
+@dataclass
+class Outcome:
+    """What came of a kernel's candidates.
+
+    Attributes:
+        tunable: the kernel.
+        milliseconds: of each config that ran and was right.
+        failed: how many did not compile, or asked for more than the GPU has.
+        wrong: configs whose result differs from the default's.
+        reason: why the default itself is of no use, if so; then nothing was timed.
+    """
+
+    tunable: Tunable
+    milliseconds: dict[LaunchConfig, float] = field(default_factory=dict)
+    failed: int = 0
+    wrong: list[LaunchConfig] = field(default_factory=list)
+    reason: str | None = None
+
+    @property
+    def default_milliseconds(self) -> float:
+        """Time of the default."""
+        return self.milliseconds[self.tunable.candidates[0]]
+
+    @property
+    def best(self) -> LaunchConfig:
+        """The fastest config."""
+        return min(self.milliseconds, key=self.milliseconds.__getitem__)
+
+    def entry(self, gpu: str) -> dict[str, Any]:
+        """The fastest config as an entry of a file, with all that its time depends on."""
+        problem = self.tunable.problem
+        return {
+            "kernel": problem.kernel,
+            "dtype": problem.dtype,
+            "precision": problem.precision,
+            "shape": {**dict(problem.sizes), tuning.FREE_SIZE: problem.crop_classes},
+            "config": asdict(self.best),
+            "milliseconds": round(self.milliseconds[self.best], 5),
+            "default_milliseconds": round(self.default_milliseconds, 5),
+            "gpu": gpu,
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+            "catseg_fast": __version__,
+            "date": datetime.now(timezone.utc).date().isoformat(),
+        }
+
+
+def list_tunables(
+    ops: Sequence[str], dtype: torch.dtype, classes: Sequence[int], crops: int, device: torch.device
+) -> list[Tunable]:
+    """Kernels of some ops at the launches that vocabularies of these sizes lead to; none twice.
+
+    Products of fp32 numbers are timed both as "ieee" and as "tf32x3".
+    """
+    found: dict[Problem, Tunable] = {}
+    for chunk in (usual_chunk(count, crops, device) for count in classes):
+        for precision in ("ieee", "tf32x3") if dtype == torch.float32 else ("ieee",):
+            for op in map(load, ops):
+                for published in op.sizes.values():
+                    sizes = replace(published, crops=crops, classes=chunk)
+                    for tunable in tunables(op, sizes, dtype, precision, capability_of(device)):
+                        found[tunable.problem] = tunable
+    return list(found.values())
+
+
+def tunables(
+    op: Op, sizes: Sizes, dtype: torch.dtype, input_precision: str, capability: int
+) -> list[Tunable]:
+    """The kernels that an op calls at some sizes on GPUs of a compute capability."""
+    calls, _ = op.dry_run(sizes, dtype, input_precision, capability)
+
+    def make_inputs(problem: Problem, device: torch.device) -> Call:
+        inputs = op.make_inputs(sizes, Random(dtype, device))
+        with record_calls() as recorded:
+            op.launch(*inputs.values(), input_precision)
+        return next(call for call in recorded if call.problem == problem)
+
+    return [
+        Tunable(
+            call.problem,
+            call.kernel.candidates(capability, call.problem),
+            functools.partial(make_inputs, call.problem),
+        )
+        for call in calls
+    ]
+
+
+def tune_all(
+    tunables: Sequence[Tunable],
+    device: torch.device,
+    gpu: str,
+    folder: Path,
+    *,
+    timer: Timer,
+    seconds: float = math.inf,
+    advance: Callable[[], object] = lambda: None,
+) -> Iterator[Outcome]:
+    """Time kernels one after the other; what each leads to is written before it is given back.
+
+    Args:
+        tunables: the kernels.
+        device: where they run.
+        gpu: the device's name.
+        folder: of the files, as `tuning.user_folder()`.
+        timer: measures a call.
+        seconds: after which it ends; a kernel that is not done by then is left out.
+        advance: called after each candidate.
+    """
+    deadline = time.monotonic() + seconds
+    for tunable in tunables:
+        outcome = tune(tunable, device, timer, deadline, advance)
+        if outcome is None:
+            return
+        if outcome.reason is None:
+            save(tuning.config_path(folder, gpu, tunable.problem.op), gpu, outcome.entry(gpu))
+        yield outcome
+
+
+def tune(
+    tunable: Tunable,
+    device: torch.device,
+    timer: Timer,
+    deadline: float = math.inf,
+    advance: Callable[[], object] = lambda: None,
+) -> Outcome | None:
+    """Time a kernel's candidates; None if `deadline`, of `time.monotonic()`, passes before all are done."""
+    torch.manual_seed(0)
+    outcome, expected = Outcome(tunable), None
+    inputs = tunable.make_inputs(device)
+    scratch = inputs.copy()  # a kernel may overwrite what it is timed on
+    for config in tunable.candidates:
+        if time.monotonic() >= deadline:
+            return None
+        try:
+            result = tunable.run(inputs.copy(), config)
+            if expected is None:
+                expected = result
+                if not all(x.isfinite().all() for x in expected):
+                    raise ValueError("it computes infinite values or NaN")
+            if _agree(result, expected, _rounding(tunable)):
+                outcome.milliseconds[config] = timer(functools.partial(tunable.run, scratch, config))
+            else:
+                outcome.wrong.append(config)
+        except torch.AcceleratorError:  # the GPU does nothing any more for this process
+            raise
+        except Exception as error:  # whatever the compiler or the driver says
+            if not outcome.milliseconds:
+                outcome.reason = f"the default config does not run: {error}"
+                return outcome
+            outcome.failed += 1
+        advance()
+    return outcome
+
+
+def median_milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call on the current GPU, with nothing in its cache."""
+    from triton.testing import do_bench
+
+    median: float = do_bench(call, return_mode="median")
+    return median
+
+
+def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
+    """Add an entry to a file, in place of one for the same launch; the file is whole at every moment."""
+    launch = ("kernel", "dtype", "precision", "shape")
+    others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(json.dumps(item) for item in [*others, entry])
+    with replacing(path) as temporary:
+        temporary.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    tuning.clear()
+
+
+def _agree(result: Sequence[Tensor], expected: Sequence[Tensor], rounding: float) -> bool:
+    """Whether tensors are equal but for sums in another order and a few roundings of the largest value."""
+    return all(
+        bool((ours.float() - theirs.float()).abs().max() <= rounding * theirs.float().abs().max())
+        for ours, theirs in zip(result, expected, strict=True)
+    )
+
+
+def _rounding(tunable: Tunable) -> float:
+    """What two right configs may differ by, relative to the largest value."""
+    return 4 * torch.finfo(tunable.problem.torch_dtype).eps + 64 * torch.finfo(torch.float32).eps

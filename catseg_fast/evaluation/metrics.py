@@ -1,0 +1,85 @@
+"""Quality of label maps, from exact counts a class: no confusion matrix that grows with its square."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from catseg_fast.labels import class_indices
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Pixels a class, int64 `[T]` each; pixels where no class is right do not count.
+
+    Attributes:
+        intersection: labelled as the class, rightly.
+        truth: of the class.
+        predicted: labelled as the class.
+    """
+
+    intersection: Tensor
+    truth: Tensor
+    predicted: Tensor
+
+    @classmethod
+    def none(cls, classes: int) -> ClassCounts:
+        """No pixel at all."""
+        return cls(*(torch.zeros(classes, dtype=torch.int64) for _ in range(3)))
+
+    @classmethod
+    def of(cls, labels: Tensor, truth: Tensor, classes: int, ignore_label: int) -> ClassCounts:
+        """Count a label map's pixels against the truth, both `[H, W]` of any integer type.
+
+        Raises:
+            TypeError: if one of them is not of integers.
+            ValueError: if the sizes differ, or a label of a pixel that counts is not in 0..classes - 1.
+        """
+        if labels.shape != truth.shape:
+            raise ValueError(
+                f"labels: {list(labels.shape)} and their truth {list(truth.shape)} differ in size"
+            )
+        truth = class_indices(truth, classes, ignore_label, "truth")
+        counted = truth != ignore_label
+        labels, truth = class_indices(labels[counted], classes), truth[counted]
+        right = labels[labels == truth]
+        return cls(*(torch.bincount(values, minlength=classes) for values in (right, truth, labels)))
+
+    def __add__(self, other: ClassCounts) -> ClassCounts:
+        return ClassCounts(
+            self.intersection + other.intersection,
+            self.truth + other.truth,
+            self.predicted + other.predicted,
+        )
+
+    @property
+    def iou(self) -> Tensor:
+        """Each class's intersection over union, float64 `[T]`; NaN where the union is empty."""
+        return self.intersection.double() / (self.truth + self.predicted - self.intersection)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """The share of each class's pixels that are right, float64 `[T]`; NaN where it has none."""
+        return self.intersection.double() / self.truth
+
+    def scores(self) -> dict[str, float]:
+        """What detectron2's `SemSegEvaluator` reports, as shares of 1; NaN where no pixel counts.
+
+        - `mIoU`: mean IoU of the classes in the truth, as in detectron2 since July 2022;
+        - `mIoU_union`: the mean over classes in the truth or among the labels, as in detectron2 0.6 and
+          before: a class that no picture has counts 0 as soon as one pixel is labelled so;
+        - `fwIoU`: IoU weighted by the classes' pixels;
+        - `pACC`: share of the pixels that are right;
+        - `mACC`: mean accuracy of the classes in the truth.
+        """
+        present, met = self.truth > 0, self.truth + self.predicted > 0
+        iou, weights = self.iou[present], self.truth[present].double()
+        return {
+            "mIoU": iou.mean().item(),
+            "mIoU_union": self.iou[met].mean().item(),
+            "fwIoU": (iou * weights).sum().item() / weights.sum().item() if len(weights) else float("nan"),
+            "pACC": (self.intersection.sum().double() / self.truth.sum()).item(),
+            "mACC": self.accuracy[present].mean().item(),
+        }

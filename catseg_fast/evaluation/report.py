@@ -1,0 +1,95 @@
+"""What evaluations found, as tables and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from catseg_fast.environment import describe_environment
+from catseg_fast.evaluation.run import Evaluation
+from catseg_fast.files import replacing
+
+FP16_LARGEST = 65504.0
+
+
+def write_results(
+    path: Path,
+    about: Mapping[str, Any],
+    classes: Sequence[str],
+    rows: Sequence[tuple[Mapping[str, Any], Evaluation]],
+) -> None:
+    """Write all that was found as JSON, with the environment; NaN (no pixel of a class) becomes null.
+
+    Args:
+        path: the file.
+        about: what holds for all rows.
+        classes: the class names.
+        rows: what holds for an evaluation, and the evaluation.
+
+    Raises:
+        OSError: if writing fails; a file that was there is left as it was.
+    """
+    keys = ("name", "iou", "accuracy", "intersection", "truth", "predicted")
+    results = []
+    for own, found in rows:
+        counts = found.counts
+        columns = (counts.iou, counts.accuracy, counts.intersection, counts.truth, counts.predicted)
+        values = zip(classes, *(column.tolist() for column in columns), strict=True)
+        results.append({
+            **own, "images": found.images, **counts.scores(), "label_agreement": found.agreement,
+            "seconds_median": found.seconds, "activations": found.activations,
+            "classes": [dict(zip(keys, row, strict=True)) for row in values],
+        })  # fmt: skip
+    content = _finite({**about, "environment": describe_environment(), "results": results})
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def results_table(rows: Sequence[tuple[str, Evaluation]]) -> Table:
+    """A line a name and evaluation; the first is what the others are compared with."""
+    table = Table(
+        "", "mIoU", "mIoU, all met", "fwIoU", "pACC", "mACC", "same labels", "mIoU - first", "s/image"
+    )
+    reference = rows[0][1].counts.scores()["mIoU"]
+    for name, found in rows:
+        scores = found.counts.scores()
+        same = "-" if found.agreement is None else f"{found.agreement:.4%}"
+        change = "-" if found is rows[0][1] else f"{scores['mIoU'] - reference:+.5f}"
+        table.add_row(
+            name, *(f"{value:.4f}" for value in scores.values()), same, change, f"{found.seconds:.3f}"
+        )
+    return table
+
+
+def activations_table(name: str, activations: dict[str, float]) -> Table:
+    """The largest value in each stage, and how much larger it might be in fp16."""
+    table = Table("stage", "largest value", "fp16 holds", title=f"{name}: values within the stages")
+    for stage, value in activations.items():
+        table.add_row(stage, f"{value:.4g}", f"{FP16_LARGEST / value:.0f} times that" if value else "-")
+    return table
+
+
+def classes_table(classes: Sequence[str], found: Evaluation, count: int) -> Table:
+    """The classes of least and of most IoU, of those in the truth."""
+    iou, truth = found.counts.iou.tolist(), found.counts.truth.tolist()
+    order = sorted((index for index, pixels in enumerate(truth) if pixels), key=lambda index: iou[index])
+    shown = order if len(order) <= 2 * count else [*order[:count], *order[-count:]]
+    table = Table("class", "IoU", "pixels")
+    for index in shown:
+        table.add_row(classes[index], f"{iou[index]:.4f}", f"{truth[index]}")
+    return table

@@ -1,0 +1,222 @@
+"""Evaluation on a labelled data set: image by image, resumable, shared by processes, exact.
+
+Every image leaves a record of counts, all integers; what is reported is their sum. So neither an interruption
+nor the number of processes changes a result.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from catseg_fast.ahead import ahead
+from catseg_fast.data.folder import read_index_map
+from catseg_fast.data.resize import shortest_edge_size
+from catseg_fast.distributed.torchrun import Processes
+from catseg_fast.evaluation.ledger import Ledger, Record
+from catseg_fast.evaluation.metrics import ClassCounts
+from catseg_fast.files import replacing
+from catseg_fast.output.overlay import label_png
+
+if TYPE_CHECKING:
+    from catseg_fast.model import CATSeg
+
+Segmenter = Callable[[Tensor], Tensor]  # image uint8 [3, H, W] to class indices [H, W]
+
+# The size that upstream's evaluation gives images, before the model sees them.
+SHORTEST, LONGEST = 640, 2560
+READERS = 2  # threads that read the next images
+
+
+class Data(Protocol):
+    """What is evaluated on; `catseg_fast.data.folder.FolderDataset` is one."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def ignore_label(self) -> int: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+def model_segmenter(model: CATSeg) -> Segmenter:
+    """A model's label maps as upstream evaluates it.
+
+    With a sliding window, the picture is first resized as upstream's loader does, with 640 pixels on its
+    shorter side and at most 2560 on the longer. The whole-image path takes it as it is; see `CATSeg.segment`.
+    """
+
+    def segment(image: Tensor) -> Tensor:
+        if not model.sliding_window:
+            return model.segment(image).labels
+        height, width = image.shape[1:]
+        entry = {"image": resize_shortest(image), "height": height, "width": width}
+        return model.label_map([entry])[0].labels
+
+    return segment
+
+
+def resize_shortest(image: Tensor) -> Tensor:
+    """Resize uint8 `[3, H, W]` as detectron2's `ResizeShortestEdge(640, 2560)`: bilinear, by Pillow."""
+    height, width = shortest_edge_size(image.shape[1], image.shape[2], SHORTEST, LONGEST)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def evaluate(
+    data: Data,
+    segmenter: Segmenter,
+    classes: int | None = None,
+    *,
+    limit: int | None = None,
+    ledger: Ledger | None = None,
+    save_labels: Path | None = None,
+    compare_labels: Path | None = None,
+    activations: dict[str, float] | None = None,
+    processes: Processes | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Record]:
+    """Segment every image of a data set and count.
+
+    Args:
+        data: images and their labels.
+        segmenter: what is evaluated: uint8 `[3, H, W]` to class indices `[H, W]`.
+        classes: number of classes that `segmenter` tells apart; by default the data set's. The data set's are
+            the first of them.
+        limit: evaluate the first so many images alone.
+        ledger: keeps each record; images that it has are not done again.
+        save_labels: folder for each image's label map, NAME.png of 16 bits.
+        compare_labels: folder with label maps to compare with.
+        activations: values by stage, which grow while `segmenter` runs; each record takes its own.
+        processes: those among which the images are shared; by default only this one.
+        advance: called with the number of images done and to be done, by this process.
+
+    Returns:
+        The records of all images, in the order of their names; `summarise` adds them up.
+
+    Raises:
+        ValueError: if `classes` is fewer than the data set's, a label map is not of its image's size, the
+            ledger is of another evaluation, or an image or annotation cannot be read.
+        OSError: if a file cannot be written.
+    """
+    count = len(data.classes) if classes is None else classes
+    if count < len(data.classes):
+        raise ValueError(f"classes: {count} are fewer than the data set's {len(data.classes)}")
+    processes = processes or Processes()
+    names = data.names[:limit]
+    known = processes.from_first(ledger.read) if ledger is not None else {}
+    records = {name: known[name] for name in names if name in known}
+    todo = [index for index, name in enumerate(names) if name not in known][processes.rank :: processes.count]
+    advance(0, len(todo))
+    if ledger is not None and todo:
+        ledger.open(processes.rank)
+    keeping = nullcontext() if ledger is None else closing(ledger)
+    with keeping, ThreadPoolExecutor(READERS) as readers:
+        for done, job in enumerate(ahead(readers, data.__getitem__, todo, READERS), 1):
+            entry = job.result()
+            if activations is not None:
+                activations.clear()
+            start = time.perf_counter()
+            labels = segmenter(entry["image"]).cpu()
+            seconds = time.perf_counter() - start
+            name = entry["name"]
+            counts = ClassCounts.of(labels, entry["sem_seg"], count, data.ignore_label)
+            record = {"name": name, "seconds": seconds, "counts": _sparse(counts), "pixels": labels.numel()}
+            if compare_labels is not None:
+                record["agreeing"] = _agreeing(labels, compare_labels / f"{name}.png")
+            if activations is not None:
+                record["activations"] = dict(activations)
+            if save_labels is not None:
+                _save_labels(labels, save_labels, name)
+            records[name] = record
+            if ledger is not None:
+                ledger.add(record)
+            advance(done, len(todo))
+    records = processes.gather(records)
+    return [records[name] for name in names]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        counts: pixels a class, in all images.
+        images: their number.
+        seconds: median time an image, as the segmenter took it.
+        agreement: share of all pixels, ignored ones too, that are labelled as in what was compared with.
+        activations: largest value by stage.
+    """
+
+    counts: ClassCounts
+    images: int
+    seconds: float
+    agreement: float | None
+    activations: dict[str, float]
+
+
+def summarise(records: Sequence[Record], classes: int) -> Evaluation:
+    """Add up the records of `evaluate` over a list of `classes`.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not records:
+        raise ValueError("records: there are none")
+    table = np.zeros((3, classes), dtype=np.int64)
+    activations: dict[str, float] = {}
+    for record in records:
+        indices, *counts = record["counts"]
+        table[:, indices] += np.array(counts, dtype=np.int64)
+        for stage, value in record.get("activations", {}).items():
+            activations[stage] = max(activations.get(stage, 0.0), value)
+    agreement = None
+    if all("agreeing" in record for record in records):
+        agreement = sum(record["agreeing"] for record in records) / sum(
+            record["pixels"] for record in records
+        )
+    return Evaluation(
+        ClassCounts(*map(torch.from_numpy, table)),
+        len(records),
+        statistics.median(record["seconds"] for record in records),
+        agreement,
+        activations,
+    )
+
+
+def _sparse(counts: ClassCounts) -> list[list[int]]:
+    """The indices of classes that occur, and their intersection, truth and predicted."""
+    table = torch.stack([counts.intersection, counts.truth, counts.predicted])
+    indices = table.any(dim=0).nonzero()[:, 0]
+    return [indices.tolist(), *table[:, indices].tolist()]
+
+
+def _agreeing(labels: Tensor, path: Path) -> int:
+    other = read_index_map(path)
+    if other.shape != labels.shape:
+        raise ValueError(
+            f"{path}: a label map {list(other.shape)} to compare with one of {list(labels.shape)}"
+        )
+    return int((labels.numpy() == other).sum())
+
+
+def _save_labels(labels: Tensor, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / f"{name}.png") as path:
+        label_png(labels).save(path, format="PNG")

@@ -1,0 +1,82 @@
+"""What a model computes of pictures before it knows the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from catseg_fast.inference.readout import Readout
+from catseg_fast.reference.inference import pad_to_multiple
+from catseg_fast.reference.model import normalise
+
+if TYPE_CHECKING:
+    from catseg_fast.model import CATSeg
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """What the model knows of a picture before it knows the classes; from `CATSeg.encode`.
+
+    Attributes:
+        features: dense CLIP features of the picture's B crops, `[B, 1 + h*w, C]`, on the model's device.
+        guidance: the three guidance maps `[B, C, H, W]`, from coarse to fine.
+        readout: how the crops make up the picture.
+        dtype: type of the weights at that time; under autocast the features have another one.
+    """
+
+    features: Tensor
+    guidance: tuple[Tensor, ...]
+    readout: Readout
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds."""
+        return sum(x.nbytes for x in (self.features, *self.guidance))
+
+    def check(self, like: Tensor, sliding_window: bool | None) -> None:
+        """Check that it fits a model with the weight `like` and a call with `sliding_window`.
+
+        Raises:
+            ValueError: if it does not; the message has both.
+        """
+        if (self.features.device, self.dtype) != (like.device, like.dtype):
+            raise ValueError(
+                f"image: it was encoded on {self.features.device} in {self.dtype}, "
+                f"and the model is on {like.device} in {like.dtype}"
+            )
+        sliding = self.readout.window is not None
+        if sliding_window is not None and sliding_window != sliding:
+            raise ValueError(f"sliding_window: {sliding_window}, and the image was encoded with {sliding}")
+
+
+@torch.no_grad()
+def encode(model: CATSeg, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
+    """Encode images `[3, H, W]`, in one call where their crops are of one size."""
+    inputs = [
+        _crops(image, readout, model.size_divisibility)
+        for image, readout in zip(images, readouts, strict=True)
+    ]
+    if len({clip_images.shape[1:] for clip_images, _ in inputs}) > 1:
+        pairs = zip(images, readouts, strict=True)
+        return [encoded for image, readout in pairs for encoded in encode(model, [image], [readout])]
+    clip_images, pixels = (torch.cat(parts) for parts in zip(*inputs, strict=True))
+    features, guidance = model.encode_images(clip_images, pixels)
+    crops = [len(x) for x, _ in inputs]
+    maps = zip(*(x.split(crops) for x in guidance), strict=True)
+    parts = zip(features.split(crops), maps, readouts, strict=True)
+    return [EncodedImage(*part, dtype=model.dtype) for part in parts]
+
+
+def _crops(image: Tensor, readout: Readout, divisor: int) -> tuple[Tensor, Tensor]:
+    """An image's crops `[B, 3, H, W]`, normalised twice, as `CATSeg.encode_images` wants them."""
+    if readout.window is not None:
+        return normalise(readout.window.crops(image))
+    clip_images, images = normalise(image[None])
+    if readout.visible is None:
+        return clip_images, images
+    return pad_to_multiple(clip_images, divisor), pad_to_multiple(images, divisor)  # upstream's call

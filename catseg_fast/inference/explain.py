@@ -1,0 +1,48 @@
+"""How a model's call runs, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from catseg_fast.backend import choose_backend
+from catseg_fast.engine.schedule import format_bytes
+from catseg_fast.inference.readout import READOUT_BYTES
+
+if TYPE_CHECKING:
+    from catseg_fast.model import CATSeg
+
+
+def explain(model: CATSeg, crops: int | None = None) -> str:
+    """What `CATSeg.explain` says: a line each on back end, classes, precision, policy, step and memory."""
+    total, limit, share = len(model.classes), model.max_classes, model.engine.share
+    kept = total if limit is None else min(total, limit)
+    crops = crops or (model.window.count if model.sliding_window else 1)
+    backend = choose_backend(model.backend, model.device)
+    lines = {"back end": f"{backend} (asked for: {model.backend})"}
+    lines["classes"] = f"{total}, all aggregated" if kept == total else f"{total}, the best {kept} a crop"
+    if share is not None:
+        own = share.own.stop - share.own.start
+        lines["ranks"] = f"{share.ranks}; rank {share.rank}, this one, has {own} of the classes"
+        kept = min(kept, own)
+    if backend != "reference":
+        resolution = model.variant.feature_resolution
+        schedule = model.engine.schedule(
+            crops, resolution, kept, READOUT_BYTES, limit is not None and total > limit
+        )
+        plan = model.engine.plan()
+        lines["precision"] = str(plan.embed.dtype).removeprefix("torch.")
+        for stage, reason in getattr(model.engine.stages(plan), "fallbacks", {}).items():
+            lines["in torch"] = "; ".join(filter(None, [lines.get("in torch"), f"{stage} ({reason})"]))
+        kept_bytes = model.engine.recordings.kept
+        lines["graphs"] = (
+            f"{model.engine.graphs}; {model.engine.recordings.replays} calls replayed, "
+            f"{len(kept_bytes)} recordings hold {format_bytes(sum(kept_bytes))}"
+        )
+        lines["policy"] = f"{schedule.policy}: {schedule.reason}"
+        lines["step"] = f"{schedule.chunk} classes of {crops} crops"
+        lines["memory"] = (
+            f"{format_bytes(schedule.total_bytes)} above weights, inputs and answer "
+            f"({format_bytes(schedule.fixed_bytes)} + {format_bytes(schedule.class_bytes)} a class in a "
+            f"step); {format_bytes(schedule.budget)} may be taken"
+        )
+    return "\n".join(f"{name:<10} {value}" for name, value in lines.items())

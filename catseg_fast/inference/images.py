@@ -1,0 +1,147 @@
+"""Reading and validating images: the one place where every input image is checked."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from catseg_fast.errors import InputTypeError
+from catseg_fast.files import open_regular
+
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+
+# Interpolating a float image in 0..255 may overshoot by rounding alone.
+_ROUNDING = 1e-3
+_WARNINGS = Lock()  # the filters are the whole process's, and pictures may be read in threads
+_WANTED = "a path, a PIL image, a numpy array [H, W, 3] or a torch tensor [3, H, W]"
+
+
+def load_image(image: ImageLike, name: str = "image") -> Tensor:
+    """Turn any accepted image into a float32 tensor [3, H, W] of RGB values in 0..255.
+
+    Files and PIL images are turned upright by their EXIF orientation and converted to 8-bit RGB from any
+    mode (16-bit greys are scaled down, an alpha channel is dropped). Arrays are `[H, W, 3]`, `[H, W, 1]` or
+    `[H, W]`, tensors `[3, H, W]` or `[1, H, W]`; both hold uint8 or floating values in 0..255, and one
+    channel is repeated to three. A tensor stays on its device.
+
+    Args:
+        image: what to read.
+        name: the argument's name in error messages.
+
+    Raises:
+        FileNotFoundError: if the path does not exist.
+        ValueError: if a file cannot be decoded, or a shape or value is not an image's.
+        TypeError: if the object or its dtype is not supported.
+    """
+    if isinstance(image, str | os.PathLike):
+        return _from_array(_read(Path(image), name), name)
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"{name}: the image is empty ({image.width}x{image.height})")
+        try:
+            array = _decode(image)
+        except Exception as error:  # an opened file is decoded only now
+            raise ValueError(f"{name}: cannot decode the image: {error}") from error
+        return _from_array(array, name)
+    if isinstance(image, np.ndarray):
+        return _from_array(image, name)
+    if isinstance(image, Tensor):
+        return _from_tensor(image, name)
+    raise InputTypeError(f"{name}: expected {_WANTED}, got {type(image).__name__}")
+
+
+def _read(path: Path, name: str) -> np.ndarray:
+    """Decode a file to an array for `_from_array`."""
+    try:
+        with open_regular(path) as file, _open(file) as image:
+            return _decode(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{name}: {str(path)!r} is a folder, not an image") from None
+    except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
+        raise ValueError(f"{name}: cannot read {str(path)!r}: {error}") from error
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """Pillow warns from 89 megapixels on, which cameras reach; twice that it still refuses."""
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file)
+
+
+def _decode(image: Image.Image) -> np.ndarray:
+    """An upright copy of a PIL image: uint8 [H, W, 3] or [H, W], or floats [H, W] for mode `F`."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        return np.array(image)
+    if image.mode.startswith("I"):
+        return _eight_bit(np.array(image))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def _eight_bit(grey: np.ndarray) -> np.ndarray:
+    """Scale a 16-bit grey [H, W] to uint8; Pillow's mode `I` (int32) holds one too in some formats."""
+    low, high = int(grey.min()), int(grey.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"expected 16-bit grey values, got {low}..{high}")
+    return ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _from_array(array: np.ndarray, name: str) -> Tensor:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
+        raise ValueError(f"{name}: expected an array [H, W, 3] or [H, W], got shape {list(array.shape)}")
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise InputTypeError(
+            f"{name}: expected an array of uint8 or floating values in 0..255, got {array.dtype}"
+        )
+    channels_first = np.atleast_3d(array).transpose(2, 0, 1)
+    with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
+        values = torch.from_numpy(np.array(channels_first, dtype=np.float32, order="C"))
+    return _validated(values, array.dtype.kind == "f", list(array.shape), name)
+
+
+def _from_tensor(tensor: Tensor, name: str) -> Tensor:
+    shape = list(tensor.shape)
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        hint = "; use `permute(2, 0, 1)`" if len(shape) == 3 and shape[2] == 3 else ""
+        raise ValueError(f"{name}: expected a tensor [3, H, W] or [1, H, W], got shape {shape}{hint}")
+    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+        raise InputTypeError(
+            f"{name}: expected a tensor of uint8 or floating values in 0..255, got {str(tensor.dtype)[6:]}"
+        )
+    return _validated(tensor.to(torch.float32), tensor.is_floating_point(), shape, name)
+
+
+def _validated(values: Tensor, floating: bool, shape: list[int], name: str) -> Tensor:
+    """Check float32 `values` [1 or 3, H, W] that came as an input of `shape`; return them as RGB."""
+    if values.numel() == 0:
+        raise ValueError(f"{name}: the image is empty, got shape {shape}")
+    if floating:
+        low, high = (bound.item() for bound in values.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = values.numel() - int(values.isfinite().sum())
+            raise ValueError(
+                f"{name}: {bad} of {values.numel()} values are NaN or infinite in the image of shape {shape}"
+            )
+        if low < -_ROUNDING or high > 255 + _ROUNDING:
+            raise ValueError(
+                f"{name}: expected values in 0..255, got {low:g}..{high:g} in the image of shape {shape}"
+            )
+        if 0 < high <= 1:
+            raise ValueError(
+                f"{name}: expected values in 0..255, got {low:g}..{high:g} in the image of shape {shape}, "
+                "which looks like 0..1; multiply by 255"
+            )
+    return values.expand(3, -1, -1).contiguous()

@@ -1,0 +1,197 @@
+"""From logits to label maps, class chunk by class chunk: no tensor grows with the number of classes.
+
+Every operation before the maximum (sigmoid, resizes, averages of crops) treats each class alone, so that the
+result equals the argmax over all classes at once, ties included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from catseg_fast.kernels.label_map import plain
+from catseg_fast.reference.inference import SlidingWindow
+
+Size = tuple[int, int]
+
+# Working memory for the classes that are read out at a time.
+READOUT_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How crops' logits `[B, t, h, w]` become probabilities `[t, height, width]` of a picture.
+
+    Attributes:
+        size: (height, width) of the answer.
+        window: the sliding window that cut the crops; None for one crop that is the whole image.
+        visible: rows and columns of the whole image's map that count, the others being cut off.
+    """
+
+    size: Size
+    window: SlidingWindow | None = None
+    visible: Size | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        visible = self.visible or tuple(logits.shape[2:])
+        return plain.read_out(logits.float(), self.size, self.description, visible)
+
+    @property
+    def description(self) -> tuple[int, ...]:
+        """The window as the ops take it: resolution, side of a crop and stride; empty without one."""
+        if self.window is None:
+            return ()
+        return (*self.window.resolution, self.window.crop_size, self.window.stride)
+
+    @property
+    def class_bytes(self) -> int:
+        """Working memory for one class: its maps at every size on the way, twice where one makes another."""
+        pixels = 3 * self.size[0] * self.size[1]
+        if self.window is not None:
+            side, (height, width) = self.window.crop_size, self.window.resolution
+            pixels += 2 * self.window.count * side**2 + 3 * height * width
+        return 4 * pixels
+
+
+class Target(Protocol):
+    """Takes in probabilities; nothing changes before the last step that can fail."""
+
+    def reset(self) -> None:
+        """Forget all that was taken in."""
+
+    def update(self, first: int, probabilities: Tensor) -> None:
+        """Take in `probabilities [t, H, W]` of classes `first`, `first + 1`, …; chunks come in order."""
+
+
+def reader(readout: Readout, target: Target, backend: str = "torch") -> Callable[[slice, Tensor], None]:
+    """A consumer of `Engine.stream` that reads logits out into a target, anew, few classes at a time.
+
+    If memory runs out in between, and the chunk comes again, its first classes are not taken in twice.
+    A label map on the back end "triton" is read out by a kernel.
+    """
+    target.reset()
+    if backend == "triton" and isinstance(target, LabelMap):
+        return partial(_update_by_kernel, readout, target)
+    step = max(1, READOUT_BYTES // readout.class_bytes)
+    taken = 0
+
+    def consume(classes: slice, logits: Tensor) -> None:
+        nonlocal taken
+        for start in range(max(taken, classes.start), classes.stop, step):
+            stop = min(start + step, classes.stop)
+            part = slice(start - classes.start, stop - classes.start)
+            target.update(start, readout(logits[:, part]))
+            taken = stop
+
+    return consume
+
+
+def _update_by_kernel(readout: Readout, target: LabelMap, classes: slice, logits: Tensor) -> None:
+    """`target.update(classes.start, readout(logits))` by a kernel, all or nothing."""
+    from catseg_fast.kernels.label_map.op import update_label_map  # triton exists for Linux only
+
+    visible = readout.visible or tuple(logits.shape[2:])
+    target.scores, target.labels = update_label_map(
+        logits, target.scores, target.labels, classes.start, readout.description, visible
+    )
+
+
+def read_all(
+    readouts: Sequence[Readout],
+    targets: Sequence[Target],
+    crops: Sequence[int],
+    backend: str,
+    store: LogitStore | None = None,
+) -> Callable[[slice, Tensor], None]:
+    """A `reader` of several pictures, `crops` each, that also puts the logits by where there is a store."""
+    readers = [reader(*pair, backend) for pair in zip(readouts, targets, strict=True)]
+
+    def consume(classes: slice, logits: Tensor) -> None:
+        if store is not None:
+            store.put(classes, logits)
+        for read, part in zip(readers, logits.split(list(crops)), strict=True):
+            read(classes, part)
+
+    return consume
+
+
+class LogitStore:
+    """The crops' logits of T classes, on the CPU, in the type in which they come.
+
+    Attributes:
+        logits: `[B, T, h, w]`, from the first chunk on.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.logits: Tensor | None = None
+
+    def put(self, classes: slice, logits: Tensor) -> None:
+        if self.logits is None or self.logits.dtype != logits.dtype:
+            shape = (logits.shape[0], self.classes, *logits.shape[2:])
+            self.logits = torch.empty(shape, dtype=logits.dtype)
+        self.logits[:, classes] = logits.detach()
+
+
+class Probabilities:
+    """All probabilities `[T, H, W]`: upstream's answer."""
+
+    def __init__(self, classes: int, size: Size, device: torch.device) -> None:
+        self.maps = torch.empty(classes, *size, device=device)
+
+    def reset(self) -> None:
+        """Nothing to do: every map is written."""
+
+    def update(self, first: int, probabilities: Tensor) -> None:
+        self.maps[first : first + len(probabilities)] = probabilities
+
+
+class LabelMap:
+    """The best class of each pixel and its probability; of equal ones, the first.
+
+    Attributes:
+        scores: float32 `[H, W]`.
+        labels: int32 `[H, W]`.
+    """
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.scores = torch.empty(size, device=device)
+        self.labels = torch.empty(size, dtype=torch.int32, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.scores, self.labels = torch.full_like(self.scores, -1), torch.zeros_like(self.labels)
+
+    def update(self, first: int, probabilities: Tensor) -> None:
+        self.scores, self.labels = plain.best_classes(probabilities, self.scores, self.labels, first)
+
+
+class TopClasses:
+    """The k best classes of each pixel and their probabilities, best first; of equal ones, the first.
+
+    Attributes:
+        scores: float32 `[k, H, W]`.
+        labels: int32 `[k, H, W]`.
+    """
+
+    def __init__(self, count: int, size: Size, device: torch.device) -> None:
+        self.count = count
+        self.scores = torch.empty(0, *size, device=device)
+        self.labels = torch.empty(0, *size, dtype=torch.int32, device=device)
+
+    def reset(self) -> None:
+        self.scores, self.labels = self.scores[:0], self.labels[:0]
+
+    def update(self, first: int, probabilities: Tensor) -> None:
+        indices = torch.arange(
+            first, first + len(probabilities), dtype=torch.int32, device=self.labels.device
+        )
+        labels = torch.cat([self.labels, indices[:, None, None].expand(-1, *self.labels.shape[1:])])
+        scores, order = torch.cat([self.scores, probabilities]).sort(dim=0, descending=True, stable=True)
+        labels = labels.gather(0, order[: self.count])
+        self.scores, self.labels = scores[: self.count].clone(), labels

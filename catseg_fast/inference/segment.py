@@ -1,0 +1,139 @@
+"""From encoded pictures to labels: the aggregator runs, and its logits are read out as they come."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from catseg_fast.backend import choose_backend
+from catseg_fast.engine.schedule import Schedule
+from catseg_fast.errors import RunError
+from catseg_fast.inference.encoding import EncodedImage, encode
+from catseg_fast.inference.readout import (
+    READOUT_BYTES,
+    LabelMap,
+    LogitStore,
+    Readout,
+    Target,
+    TopClasses,
+    read_all,
+)
+from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.reference.model import as_map
+from catseg_fast.weights import weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.model import CATSeg
+
+
+def label(
+    model: CATSeg, encoded: Sequence[EncodedImage], top_k: int | None, keep_logits: bool = False
+) -> list[Segmentation]:
+    """Label encoded pictures together; arguments as of `CATSeg.segment`.
+
+    Raises:
+        ValueError: if `top_k` is not positive.
+        RuntimeError: if logits are wanted of classes that are shared with other processes.
+    """
+    if top_k is not None and top_k <= 0:
+        raise ValueError(f"top_k: {top_k} is not positive")
+    if keep_logits and model.engine.share is not None:
+        raise RunError("class parallel: no rank has all logits; segment with keep_logits=False")
+    sizes = [image.readout.size for image in encoded]
+    targets: list[LabelMap | TopClasses] = [LabelMap(size, model.device) for size in sizes]
+    if top_k is not None:
+        count = min(top_k, len(model.classes))
+        targets = [TopClasses(count, size, model.device) for size in sizes]
+    target_bytes = sum(8 * (top_k or 1) * height * width for height, width in sizes)
+    share, store = model.engine.share, LogitStore(len(model.classes)) if keep_logits else None
+    if share is None:
+        read_out(model, encoded, targets, target_bytes, store)
+    else:
+        dtype, readouts = model.engine.plan().embed.dtype, [image.readout for image in encoded]
+        with share.together(model.device, dtype, top_k, model.max_classes, readouts):
+            read_out(model, encoded, targets, target_bytes)
+            for target in targets:
+                share.merge(target, min(top_k or 1, len(model.classes)))
+    return [
+        Segmentation.of(target, model.classes, image.readout, None if store is None else store.logits)
+        for image, target in zip(encoded, targets, strict=True)
+    ]
+
+
+@torch.no_grad()
+def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentation:
+    """Label one picture `[3, H, W]` on the model's device; equal calls are recorded and replayed."""
+    engine, device = model.engine, pixels.device
+    if choose_backend(model.backend, device) == "reference" or not engine.recordings.serves(device):
+        return label(model, encode(model, [pixels], [readout]), None)[0]
+    plan = engine.plan()
+    vocabulary = model.vocabulary_terms(plan)
+    (H, W), (height, width) = model.variant.feature_resolution, readout.size
+    crops = 1 if readout.window is None else readout.window.count
+    held = 8 * height * width + max(READOUT_BYTES, readout.class_bytes)
+    total, limit = len(model.classes), model.max_classes
+    kept = total if limit is None else min(total, limit)
+    schedule = engine.schedule(crops, (H, W), kept, held, kept < total)
+
+    def run(pixels: Tensor) -> LabelMap:
+        target = LabelMap(readout.size, model.device)
+        read_out(model, encode(model, [pixels], [readout]), [target], schedule=schedule)
+        return target
+
+    def finish(target: LabelMap) -> Segmentation:
+        return Segmentation.of(target, model.classes, readout)
+
+    if not engine.records(device, schedule):
+        return finish(run(pixels))
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    key = ("label", readout, weights_state(tensors), limit, engine.recording_key(plan, vocabulary, schedule))
+    answer = engine.recordings(key, [pixels], run, finish)
+    # What overflows fp16 is computed again, which a recording cannot decide.
+    return finish(run(pixels)) if answer.scores.isnan().any() else answer
+
+
+@torch.no_grad()
+def read_out(
+    model: CATSeg,
+    encoded: Sequence[EncodedImage],
+    targets: Sequence[Target],
+    target_bytes: int = 0,
+    store: LogitStore | None = None,
+    schedule: Schedule | None = None,
+) -> None:
+    """Run the aggregator on pictures' crops together, and read each one's logits out into its target.
+
+    Args:
+        target_bytes: what the targets hold.
+        store: also takes in the logits.
+        schedule: how the aggregator runs; by default what memory allows.
+    """
+    crops = [len(image.features) for image in encoded]
+    readouts = [image.readout for image in encoded]
+    features = _join([image.features for image in encoded])
+    guidance = [_join(maps) for maps in zip(*(image.guidance for image in encoded), strict=True)]
+    backend = choose_backend(model.backend, model.device)
+    if backend == "reference":
+        if model.engine.share is not None:
+            raise RunError("class parallel: the back end 'reference' takes all classes at once")
+        text = model.text_features().to(features.dtype).expand(len(features), -1, -1, -1)
+        consume = read_all(readouts, targets, crops, backend, store)
+        consume(slice(0, len(model.classes)), model.aggregator(as_map(features), text, guidance))
+        return
+    plan = model.engine.plan()
+    vocabulary, img_feats = model.vocabulary_terms(plan), as_map(features)
+    if schedule is None:
+        held = target_bytes + max(READOUT_BYTES, *(readout.class_bytes for readout in readouts))
+        schedule = model.engine.schedule_of(plan, img_feats, vocabulary, model.max_classes, held)
+    model.engine.stream(
+        img_feats, vocabulary, guidance, model.max_classes,
+        lambda: read_all(readouts, targets, crops, backend, store), plan, schedule,
+    )  # fmt: skip
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,0 +1,1 @@
+"""Files that users get: overlays, label maps, summaries, statistics. May import inference and text."""

@@ -1,0 +1,89 @@
+"""Statistics of many pictures in one file: a row for each picture and class that occurs in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from catseg_fast.errors import MissingPackageError
+from catseg_fast.files import replacing
+
+GROUP = 50_000  # rows that are in memory at a time
+
+
+def check_target(path: Path) -> None:
+    """Check that statistics can be written to `path`.
+
+    Raises:
+        ValueError: if it is neither a .parquet nor a .json file.
+        ImportError: if pyarrow, which writes Parquet, is not installed.
+    """
+    if path.suffix not in (".parquet", ".json"):
+        raise ValueError(f"{path}: expected a .parquet or a .json file")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise MissingPackageError(
+                f"{path}: Parquet needs pyarrow: pip install 'catseg-fast[batch]'; a .json file needs nothing"
+            ) from None
+
+
+def write_statistics(path: Path, results: Iterable[Path]) -> int:
+    """Write what `results`, the pictures' JSON files, say; whole, or not at all. Returns the number of rows.
+
+    Columns: image, width, height, index, class, pixels, share (of the picture's pixels), mean_score.
+    """
+    check_target(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write = _write_parquet if path.suffix == ".parquet" else _write_json
+    with replacing(path) as temporary:
+        return write(temporary, _rows(results))
+
+
+def _rows(results: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    for result in results:
+        content = json.loads(result.read_text(encoding="utf-8"))
+        picture = {name: content[name] for name in ("image", "width", "height")}
+        for entry in content["classes"]:
+            if entry["share"]:
+                yield {
+                    **picture,
+                    "index": entry["index"],
+                    "class": entry["name"],
+                    "pixels": round(entry["share"] * content["width"] * content["height"]),
+                    "share": entry["share"],
+                    "mean_score": entry["mean_score"],
+                }
+
+
+def _write_json(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        file.write("[")
+        for count, row in enumerate(rows, 1):
+            file.write(("\n " if count == 1 else ",\n ") + json.dumps(row, ensure_ascii=False))
+        file.write("\n]\n")
+    return count
+
+
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            ("image", pa.string()), ("width", pa.int32()), ("height", pa.int32()), ("index", pa.int32()),
+            ("class", pa.string()), ("pixels", pa.int64()), ("share", pa.float64()),
+            ("mean_score", pa.float64()),
+        ]
+    )  # fmt: skip
+    count = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        while group := list(islice(rows, GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema))
+            count += len(group)
+    return count

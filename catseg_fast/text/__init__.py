@@ -1,0 +1,1 @@
+"""Class names: lists, prompts, text features. May import ground modules only."""

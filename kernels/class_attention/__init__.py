@@ -1,0 +1,1 @@
+"""Linear attention over the classes: `op.py` and its kernels."""

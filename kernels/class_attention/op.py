@@ -1,0 +1,340 @@
+"""Linear attention over classes, in two ops: `class_collect` sums over classes, `class_apply` uses the sums.
+
+With phi(x) = elu(x) + 1 and norm without affine part, for each crop, position and head of d channels:
+
+    n = norm(x);  k = phi(W_k n + b_k + text_key);  v = W_v n + b_v
+    key_value = sum_t k_t v_t^T / length;  key_sum = sum_t k_t
+    q = phi(W_q n + b_q + text_query);  y = x + length q key_value / (q key_sum + eps)
+    out = x + y + W_2 relu(W_1 norm(y) + b_1) + b_2
+
+With pooling (h, w), tokens are averages of h x w positions, and the way back is a bilinear interpolation. The
+kernels are in `collect.py`, `apply.py` and `unpool.py`.
+
+Both ops compute in the type of x and accumulate in fp32 whatever autocast says, and have no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from catseg_fast.kernels.class_attention import apply, collect, plain
+from catseg_fast.kernels.launch.checks import check_like, check_runnable
+from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
+
+MAX_CHANNELS = 256
+
+
+def unsupported(channels: int) -> str | None:
+    """Why the kernels cannot run a layer of these sizes; None if they can."""
+    if channels % 16 or channels > MAX_CHANNELS:
+        return f"{channels} channels; expected a multiple of 16 up to {MAX_CHANNELS}"
+    return None
+
+
+def class_collect(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    text_key: Tensor | None,
+    key_value: Tensor | None,
+    key_sum: Tensor | None,
+    heads: int,
+    length: int,
+    resolution: Sequence[int],
+    pooling: Sequence[int] = (1, 1),
+    input_precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    """Add a chunk's keys and values to sums over classes.
+
+    Args:
+        x: `[B, t, HW, C]`, fp16, bf16 or fp32; any strides, but a copy is made where channels are not
+            contiguous.
+        weight, bias: `[2C, C]` and `[2C]`, of keys, then of values.
+        text_key: the text guidance's share of the keys, `[B or 1, t, C]`, or None.
+        key_value, key_sum: old sums in fp32, `[B, hw, heads, d, d]` and `[B, hw, heads, d]`, or without the
+            first two dimensions if they are the same everywhere; None at first. They are not overwritten.
+        heads: attention heads.
+        length: by which values are divided, to stay within fp16's range: the number of all classes.
+        resolution: (H, W).
+        pooling: (h, w).
+        input_precision: of products of fp32 numbers: "ieee" or "tf32"; here, "tf32x3" means "ieee".
+
+    Returns:
+        The new sums, `key_value` and `key_sum`.
+
+    Raises:
+        ValueError: for what the kernels do not support, and for shapes, types or devices that do not fit.
+        RuntimeError: if the GPU is too old.
+    """
+    _check(x, "text_key", text_key, heads, resolution, pooling, input_precision)
+    C = x.shape[3]
+    _check_weights(x, weight=(weight, (2 * C, C)), bias=(bias, (2 * C,)))
+    _check_sums(x, key_value, key_sum, heads, resolution, pooling, may_be_shared=True)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return _class_collect(
+        x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling, input_precision
+    )
+
+
+def class_apply(
+    x: Tensor,
+    text_query: Tensor | None,
+    key_value: Tensor,
+    key_sum: Tensor,
+    q: Tensor,
+    q_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    heads: int,
+    length: int,
+    eps: float,
+    resolution: Sequence[int],
+    pooling: Sequence[int] = (1, 1),
+    input_precision: str = "ieee",
+) -> Tensor:
+    """Class attention from sums over all classes, MLP, and both residuals.
+
+    Args:
+        x, heads, length, resolution, pooling: as in `class_collect`.
+        text_query: the text guidance's share of the queries, `[B or 1, t, C]`, or None.
+        key_value, key_sum: the sums, `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32.
+        q, q_bias, fc1, fc1_bias, fc2, fc2_bias: `[C, C]`, `[C]`, `[M, C]`, `[M]`, `[C, M]` and `[C]`.
+        eps: added to the weights' sum.
+        input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+
+    Returns:
+        `[B, t, HW, C]`, contiguous.
+
+    Raises:
+        ValueError: as in `class_collect`.
+        RuntimeError: if the GPU is too old.
+    """
+    _check(x, "text_query", text_query, heads, resolution, pooling, input_precision)
+    C, M = x.shape[3], len(fc1)
+    _check_weights(
+        x, q=(q, (C, C)), q_bias=(q_bias, (C,)), fc1=(fc1, (M, C)), fc1_bias=(fc1_bias, (M,)),
+        fc2=(fc2, (C, M)), fc2_bias=(fc2_bias, (C,)),
+    )  # fmt: skip
+    _check_sums(x, key_value, key_sum, heads, resolution, pooling, may_be_shared=False)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return _class_apply(
+        x, text_query, key_value, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
+        heads, length, eps, resolution, pooling, input_precision,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("catseg_fast::class_collect", mutates_args=())
+def _class_collect(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    text_key: Tensor | None,
+    key_value: Tensor | None,
+    key_sum: Tensor | None,
+    heads: int,
+    length: int,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    input_precision: str,
+) -> tuple[Tensor, Tensor]:
+    sums: tuple[Tensor, Tensor] = COLLECT.launch(
+        x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling, input_precision
+    )
+    return sums
+
+
+@_class_collect.register_fake
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, heads, _, resolution, pooling, _ = rest
+    shape, d = (len(x), _tokens(resolution, pooling), heads), x.shape[-1] // heads
+    return (
+        x.new_empty((*shape, d, d), dtype=torch.float32),
+        x.new_empty((*shape, d), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("catseg_fast::class_apply", mutates_args=())
+def _class_apply(
+    x: Tensor,
+    text_query: Tensor | None,
+    key_value: Tensor,
+    key_sum: Tensor,
+    q: Tensor,
+    q_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    heads: int,
+    length: int,
+    eps: float,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    input_precision: str,
+) -> Tensor:
+    out: Tensor = APPLY.launch(
+        x, text_query, key_value, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
+        heads, length, eps, resolution, pooling, input_precision,
+    )  # fmt: skip
+    return out
+
+
+@_class_apply.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _launch_collect(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *rest, input_precision = arguments
+    sums: tuple[Tensor, Tensor] = collect.KERNEL(*rest, input_precision=input_precision)
+    return sums
+
+
+def _launch_apply(*arguments: Any) -> Tensor:
+    *rest, input_precision = arguments
+    out: Tensor = apply.KERNEL(*rest, input_precision=input_precision)
+    return out
+
+
+def _check(
+    x: Tensor,
+    text_name: str,
+    text: Tensor | None,
+    heads: int,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    input_precision: str,
+) -> None:
+    check_runnable("x", x, input_precision)
+    height, width = resolution
+    if x.ndim != 4 or 0 in x.shape or x.shape[2] != height * width:
+        expected = f"[B, t, {height * width}, C] for resolution {height}x{width}, with B, t and C above 0"
+        raise ValueError(f"x: has shape {list(x.shape)}; expected {expected}")
+    C = x.shape[3]
+    if reason := unsupported(C):
+        raise ValueError(f"x: has {reason}")
+    if C % heads:
+        raise ValueError(f"heads: {heads} do not divide {C} channels")
+    if text is not None:
+        check_like(text_name, text, ((1, x.shape[0]), x.shape[1], C), x)
+        if text.stride(-1) != 1:
+            raise ValueError(f"{text_name}: has strides {text.stride()}; expected contiguous channels")
+    if pooling[0] > height or pooling[1] > width:
+        raise ValueError(f"pooling: {pooling[0]}x{pooling[1]} is larger than the resolution {height}x{width}")
+
+
+def _check_weights(x: Tensor, **weights: tuple[Tensor, tuple[int, ...]]) -> None:
+    for name, (weight, shape) in weights.items():
+        check_like(name, weight, shape, x)
+        if not weight.is_contiguous():
+            raise ValueError(f"{name}: has strides {weight.stride()}; expected a contiguous tensor")
+
+
+def _check_sums(
+    x: Tensor,
+    key_value: Tensor | None,
+    key_sum: Tensor | None,
+    heads: int,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    may_be_shared: bool,
+) -> None:
+    d, positions = x.shape[3] // heads, (x.shape[0], _tokens(resolution, pooling))
+    named = {"key_value": (key_value, (heads, d, d)), "key_sum": (key_sum, (heads, d))}
+    for name, (sums, shape) in named.items():
+        if sums is None:
+            continue
+        if sums.shape != (*positions, *shape) and not (may_be_shared and sums.shape == shape):
+            raise ValueError(f"{name}: has shape {list(sums.shape)}; expected {[*positions, *shape]}")
+        if (sums.dtype, sums.device) != (torch.float32, x.device) or not sums.is_contiguous():
+            raise ValueError(
+                f"{name}: is {sums.dtype} on {sums.device} with strides {sums.stride()}; "
+                f"expected a contiguous torch.float32 on {x.device}"
+            )
+
+
+def _tokens(resolution: Sequence[int], pooling: Sequence[int]) -> int:
+    """Pooled positions hw."""
+    return (resolution[0] // pooling[0]) * (resolution[1] // pooling[1])
+
+
+def _collect_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
+    (B, t, _, C), heads, d = sizes.state, sizes.heads, sizes.channels // sizes.heads
+    shape = (B, _tokens(sizes.resolution, sizes.pooling), heads)
+    return {
+        "x": random.normal(*sizes.state),
+        "weight": random.weight(2 * C, C),
+        "bias": random.bias(2 * C),
+        "text_key": random.normal(B if sizes.guided else 1, t, C),
+        # The sums of an earlier chunk of one class.
+        "key_value": random.uniform(*shape, d, d) / t,
+        "key_sum": random.uniform(*shape, d),
+        "heads": heads,
+        "length": t,
+        "resolution": sizes.resolution,
+        "pooling": sizes.pooling,
+    }
+
+
+def _apply_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
+    (B, t, _, C), M, heads, d = sizes.state, sizes.hidden, sizes.heads, sizes.channels // sizes.heads
+    shape = (B, _tokens(sizes.resolution, sizes.pooling), heads)
+    return {
+        "x": random.normal(*sizes.state),
+        "text_query": random.normal(B if sizes.guided else 1, t, C),
+        # Of t keys around one; values are divided by t.
+        "key_value": 2 * random.uniform(*shape, d, d) - 1,
+        "key_sum": t * (0.5 + random.uniform(*shape, d)),
+        "q": random.weight(C, C),
+        "q_bias": random.bias(C),
+        "fc1": random.weight(M, C),
+        "fc1_bias": random.bias(M),
+        "fc2": random.weight(C, M),
+        "fc2_bias": random.bias(C),
+        "heads": heads,
+        "length": t,
+        "eps": 1e-6,
+        "resolution": sizes.resolution,
+        "pooling": sizes.pooling,
+    }
+
+
+ODD = (
+    Sizes(1, 1, 2, 3, channels=16, heads=1, hidden=17, guided=False),
+    Sizes(2, 7, 3, 3, channels=48, heads=3, hidden=80),
+    Sizes(1, 33, 4, 3, channels=160, heads=5, hidden=96, guided=False),
+    Sizes(2, 3, 7, 8, channels=64, heads=4, hidden=64, pooling=(2, 3)),
+)
+
+COLLECT = Op(
+    name="class_collect",
+    plain=plain.class_collect,
+    triton=class_collect,
+    forms=(Form(_launch_collect),),
+    make_inputs=_collect_inputs,
+    sizes={"": Sizes(guided=False)},
+    special={"pooled": Sizes(guided=False, pooling=(2, 2))},
+    odd=ODD,
+    mma={"collect_kernel": "wgmma"},
+)
+
+APPLY = Op(
+    name="class_apply",
+    plain=plain.class_apply,
+    triton=class_apply,
+    forms=(Form(_launch_apply),),
+    make_inputs=_apply_inputs,
+    sizes={"": Sizes(classes=204, guided=False)},
+    special={
+        "pooled": Sizes(classes=204, guided=False, pooling=(2, 2)),
+        "few classes": Sizes(classes=10, guided=False),
+    },
+    odd=ODD,
+    mma={"apply_kernel": "wgmma"},
+)

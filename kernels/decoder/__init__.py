@@ -1,0 +1,1 @@
+"""Guided upsampling decoder: `op.py` and its kernels."""

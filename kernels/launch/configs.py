@@ -1,0 +1,207 @@
+"""Launch configs that were measured on a GPU (`catseg-fast tune`), and how an op finds its own.
+
+They are JSON files, one for each GPU and op, `<gpu>/<op>.json`: a list of entries such as
+
+    {"kernel": "mlp", "dtype": "fp16", "precision": "ieee",
+     "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": 255},
+     "config": {"rows": 128, "hidden": 64, "num_warps": 8, "num_stages": 2}, "gpu": "NVIDIA H200", …}
+
+An entry serves a launch of the same kernel, type and sizes; of several, the one whose number of crops times
+classes is nearest, by ratio. Files in the user's cache folder go before those of the package. Where nothing
+fits, the kernel's default config runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from catseg_fast.kernels.launch import capability
+from catseg_fast.kernels.launch.checks import DTYPES
+from catseg_fast.kernels.launch.config import LaunchConfig
+
+C = TypeVar("C", bound=LaunchConfig)
+
+SHIPPED = Path(__file__).parents[2] / "configs"
+FREE_SIZE = "crop_classes"
+
+
+class Problem(NamedTuple):
+    """A kernel at the sizes of a launch; hashable.
+
+    Attributes:
+        op: the op that launches it, which names the file.
+        kernel: the kernel's name in that op.
+        config: class of the kernel's configs.
+        dtype: type of the tensors, "fp16", "bf16" or "fp32".
+        precision: of products of fp32 numbers; "ieee" for other types.
+        sizes: what must be equal for a measured config to serve.
+        crops, classes: B and t, which need not.
+    """
+
+    op: str
+    kernel: str
+    config: type[LaunchConfig]
+    dtype: str
+    precision: str
+    sizes: tuple[tuple[str, int], ...]
+    crops: int
+    classes: int
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        kernel: str,
+        config: type[LaunchConfig],
+        x: Tensor,
+        input_precision: str,
+        classes: int | None = None,
+        **sizes: int,
+    ) -> Problem:
+        """The problem of a launch on `x [B, t, …]`, or on `x [B, …]` and `classes`.
+
+        `input_precision` counts for fp32 only.
+        """
+        precision = input_precision if x.dtype == torch.float32 else "ieee"
+        crops, t = x.shape[0], x.shape[1] if classes is None else classes
+        return cls(op, kernel, config, DTYPES[x.dtype], precision, tuple(sizes.items()), crops, t)
+
+    @property
+    def crop_classes(self) -> int:
+        """Crops times classes."""
+        return self.crops * self.classes
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Type of the tensors."""
+        return next(dtype for dtype, name in DTYPES.items() if name == self.dtype)
+
+    def size(self, name: str) -> int:
+        """One of the sizes."""
+        return dict(self.sizes)[name]
+
+
+def choose(
+    problem: Problem,
+    device: torch.device,
+    default_config: Callable[[int, Problem], C],
+    interpreter_config: Callable[[Problem], C] | None = None,
+) -> C:
+    """The config that a launch takes: on a GPU a measured one, else the default for its compute capability.
+
+    Args:
+        problem: the launch's.
+        device: the tensors', which need not be the current one.
+        default_config: makes the default config for a compute capability (as 80, 86, 89, 90, 100).
+        interpreter_config: makes the config for Triton's interpreter, on a CPU; None for the default.
+    """
+    if device.type == "cuda":
+        measured = _measured(problem, device)
+        if measured is not None:
+            return measured
+    elif device.type == "cpu" and interpreter_config is not None:
+        return interpreter_config(problem)
+    return default_config(capability.capability_of(device), problem)
+
+
+def user_folder() -> Path:
+    """Where `catseg-fast tune` writes: `$XDG_CACHE_HOME/catseg-fast/configs`, by default in `~/.cache`."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache_home.is_absolute():  # to be ignored, says the XDG specification
+        cache_home = Path.home() / ".cache"
+    return cache_home / "catseg-fast" / "configs"
+
+
+def config_path(folder: Path, gpu: str, op: str) -> Path:
+    """An op's file for a GPU, of whose name `gpu` the folder is made: "NVIDIA H200" has `nvidia-h200`."""
+    return folder / _slug(gpu) / f"{op}.json"
+
+
+def read(path: Path, gpu: str) -> list[dict[str, Any]]:
+    """Entries of a file for a GPU; none, and a warning, where it is not such a file or cannot be read.
+
+    A missing file has no entries, and no warning.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        _check(entries, gpu)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        _warn(path, error)
+        return []
+    return entries
+
+
+def clear() -> None:
+    """Forget files and GPUs, so that they are looked at again."""
+    _read_once.cache_clear()
+    _measured.cache_clear()
+    capability.of_gpu.cache_clear()
+
+
+_read_once = cache(read)
+
+
+@cache
+def _measured(problem: Problem, device: torch.device) -> Any:
+    gpu = torch.cuda.get_device_name(device)
+    for folder in (user_folder(), SHIPPED):
+        path = config_path(folder, gpu, problem.op)
+        entries = [entry for entry in _read_once(path, gpu) if _serves(entry, problem)]
+        if not entries:
+            continue
+        nearest = min(
+            entries, key=lambda entry: abs(math.log(entry["shape"][FREE_SIZE] / problem.crop_classes))
+        )
+        try:
+            return problem.config(**nearest["config"])
+        except (TypeError, ValueError) as error:
+            _warn(path, error)
+    return None
+
+
+def _serves(entry: dict[str, Any], problem: Problem) -> bool:
+    sizes = {name: size for name, size in entry["shape"].items() if name != FREE_SIZE}
+    wanted = (problem.kernel, problem.dtype, problem.precision, dict(problem.sizes))
+    return (entry["kernel"], entry["dtype"], entry["precision"], sizes) == wanted
+
+
+def _check(entries: Any, gpu: str) -> None:
+    """Raise ValueError if a file's content is no list of entries for a GPU."""
+    if not isinstance(entries, list):
+        raise ValueError("it is no list of entries")
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"entry {number} is no object")
+        lacking = {"kernel", "dtype", "precision", "shape", "config", "gpu"} - entry.keys()
+        if lacking:
+            raise ValueError(f"entry {number} lacks {', '.join(sorted(lacking))}")
+        if not isinstance(entry["shape"], dict) or not isinstance(entry["config"], dict):
+            raise ValueError(f"entry {number} has a shape or config that is no object")
+        crop_classes = entry["shape"].get(FREE_SIZE)
+        if not isinstance(crop_classes, int) or crop_classes < 1:
+            raise ValueError(
+                f"entry {number} has a {FREE_SIZE} that is no positive integer: {crop_classes!r}"
+            )
+        if _slug(str(entry["gpu"])) != _slug(gpu):
+            raise ValueError(f"entry {number} is of another GPU, {entry['gpu']!r}, not of {gpu!r}")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _warn(path: Path, error: Exception) -> None:
+    warnings.warn(f"{path}: not used, default launch configs are: {error}", stacklevel=2)

@@ -1,0 +1,1 @@
+"""Guided shifted-window attention: `op.py` and its kernels."""

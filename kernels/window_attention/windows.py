@@ -1,0 +1,47 @@
+"""Shifted windows as index arithmetic, for the kernels of a window-attention block.
+
+Window order lays the windows of the cyclically shifted image one behind the other, row by row; it is that of
+`plain.window_order`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Windows(NamedTuple):
+    """Shifted windows of a feature map, all in positions."""
+
+    height: int
+    width: int
+    window: int
+    shift: int
+
+    def constants(self) -> dict[str, int]:
+        """The kernels' arguments."""
+        return {"H": self.height, "W": self.width, "WINDOW": self.window, "SHIFT": self.shift}
+
+
+@triton.jit
+def token_position(i, H: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """Position y * W + x in the image of token `i` in window order."""
+    w, j = i // (WINDOW * WINDOW), i % (WINDOW * WINDOW)
+    y = w // (W // WINDOW) * WINDOW + j // WINDOW + SHIFT
+    x = w % (W // WINDOW) * WINDOW + j % WINDOW + SHIFT
+    y = tl.where(y >= H, y - H, y)
+    x = tl.where(x >= W, x - W, x)
+    return y * W + x
+
+
+@triton.jit
+def token_region(j, last_row, last_column, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """Which of four regions token `j` of a window belongs to; tokens of two regions are not neighbours.
+
+    Only the last windows of a row or column hold patches from opposite borders.
+    """
+    below = last_row & (j // WINDOW >= WINDOW - SHIFT)
+    right = last_column & (j % WINDOW >= WINDOW - SHIFT)
+    return below.to(tl.int32) * 2 + right.to(tl.int32)

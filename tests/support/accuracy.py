@@ -1,0 +1,53 @@
+"""The rule that kernels are held to: against float64, at most twice plain torch's error in their type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def upcast(item: Any) -> Any:
+    """The same with every floating tensor in it, however deep, in float64."""
+    if isinstance(item, Tensor):
+        return item.double() if item.is_floating_point() else item
+    if isinstance(item, (tuple, list)):
+        return type(item)(upcast(x) for x in item)
+    if is_dataclass(item) and not isinstance(item, type):
+        return replace(item, **{field.name: upcast(getattr(item, field.name)) for field in fields(item)})
+    return item
+
+
+def assert_no_worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor, factor: float = 2.0) -> None:
+    """Check largest and root-mean-square error against those of `eager`, both from `truth` in float64."""
+    assert ours.shape == eager.shape == truth.shape
+    assert ours.dtype == eager.dtype
+    assert truth.dtype == torch.float64
+    found, allowed = (x.double().sub(truth).abs() for x in (ours, eager))
+    assert not found.isnan().any(), "some values are missing or not a number"
+    assert allowed.max() > 0, "plain torch made no error: nothing to compare with"
+    assert found.max() <= factor * allowed.max(), (
+        f"largest error {found.max():.3g}; plain torch {allowed.max():.3g}"
+    )
+    ours_rms, eager_rms = found.square().mean().sqrt(), allowed.square().mean().sqrt()
+    assert ours_rms <= factor * eager_rms, (
+        f"root-mean-square error {ours_rms:.3g}; plain torch {eager_rms:.3g}"
+    )
+
+
+def assert_classes_are_apart(op: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Check that two runs agree in every bit, and that no class of `x [B, t, ...]` changes a bit of another.
+
+    Each class keeps its place: how a matrix product rounds a row can depend on the row's place in the tile.
+    """
+    out = op(x)
+    assert torch.equal(op(x), out), "two runs differ"
+    for index in range(x.shape[1]):
+        changed = x.clone()
+        changed[:, index] *= -3
+        after, others = op(changed), torch.arange(x.shape[1], device=x.device) != index
+        assert not torch.equal(after[:, index], out[:, index]), f"class {index} does not depend on its input"
+        assert torch.equal(after[:, others], out[:, others]), f"class {index} changes other classes"
