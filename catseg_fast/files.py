@@ -1,4 +1,4 @@
-"""Files: only regular ones are read, and those written are whole at every moment."""
+"""Files: only regular ones are read, and those written are whole at every moment; the user's cache folder."""
 
 from __future__ import annotations
 
@@ -78,3 +78,11 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def user_cache() -> Path:
+    """The package's cache folder: `$XDG_CACHE_HOME/catseg-fast`, by default in `~/.cache`."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache_home.is_absolute():  # the XDG specification says to ignore it
+        cache_home = Path.home() / ".cache"
+    return cache_home / "catseg-fast"

@@ -27,7 +27,9 @@ from catseg_fast.reference.finetune import freeze, segmentation_loss
 from catseg_fast.reference.guidance import build_guidance
 from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resize
 from catseg_fast.reference.requests import check_requests
-from catseg_fast.text.prompts import Progress, check_classes, encode_classes, get_templates, tokenize_classes
+from catseg_fast.text.features import Progress, encode_classes
+from catseg_fast.text.prompts import check_classes, get_templates
+from catseg_fast.text.tokens import tokenize_classes
 from catseg_fast.weights import weights_state
 
 
@@ -158,19 +160,26 @@ class CATSeg(nn.Module):
         They are kept until the classes or the text tower's weights change. Training v2 trains the text tower
         too, so there they are computed anew, with gradients.
         """
-        mode, prompts = self._class_mode(), len(self.templates)
+        mode = self._class_mode()
         tokens = self._tokens[mode]
         if self.training and self.variant.version == "v2":
-            return encode_classes(self.clip_model, tokens, prompts, progress=progress)
-        state = weights_state(self.clip_model.text_parameters())
+            return encode_classes(self.clip_model, tokens, len(self.templates), progress=progress)
+        state = self._text_state()
         cached = self._text_cache.get(mode)
         if cached is None or cached[0] != state:
             # Whatever mode the call is in, what is kept must serve every later one.
             device = self.device.type
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-                features = encode_classes(self.clip_model, tokens, prompts, progress=progress)
+                features = self._encode_text(tokens, progress)
             cached = self._text_cache[mode] = (state, features)
         return cached[1]
+
+    def _text_state(self) -> object:
+        """A value that changes when kept text features are no longer valid."""
+        return weights_state(self.clip_model.text_parameters())
+
+    def _encode_text(self, tokens: Sequence[Tensor], progress: Progress | None) -> Tensor:
+        return encode_classes(self.clip_model, tokens, len(self.templates), progress=progress)
 
     def _class_mode(self) -> bool:
         """The mode whose class names count: the present one, or the other where it alone has names."""

@@ -92,45 +92,18 @@ def test_counts_spills_in_loops_apart() -> None:
     assert aot.count_spills(LOOP) == (3, 1)
 
 
-PROBE = """
-import torch, triton, triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
-from catseg_fast.kernels.launch.config import LaunchConfig
-from catseg_fast.kernels.launch.launcher import record, run
-from support import aot
-
-@triton.jit(do_not_specialize=["free"])
-def probe_kernel(x_desc, out_ptr, one, sixteen, odd, free, maybe, SIZE: tl.constexpr):
-    tile = x_desc.load([0, 0])
-    o = tl.arange(0, SIZE)
-    if maybe is None:
-        tile += 1
-    tl.store(out_ptr + o[:, None] * sixteen + o[None, :] * one + odd + free, tile)
-
-x = torch.empty(64, 64, dtype=torch.float16, device="meta")
-with record(execute=False) as launches:
-    tile = TensorDescriptor.from_tensor(x, [64, 64])
-    run(probe_kernel, (1,), tile, x, 1, 48, 7, 16, None, SIZE=64, config=LaunchConfig())
-(launch,) = launches
-gpu = aot.gpu(90)
-ttir = aot.compile_launch(launch.kernel, launch.arguments, launch.constants, launch.options, gpu).asm
-print(ttir["ttir"])
-print("cp.async.bulk.tensor" in ttir["ptx"])
-"""
-
-
 def test_compiles_as_a_launch_does() -> None:
     """Tensor descriptors; None and 1 are constants; multiples of 16 are marked, but where that is refused."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-c", f"exec({PROBE!r})"], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "support.launch_probe"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (signature,) = re.findall(r"tt.func public @probe_kernel\((.*?)\) attributes", done.stdout)
-    arguments = dict(re.findall(r"%(\w+): (.*?)(?:, %|$)", re.sub(r" loc\(.*?\)", "", signature)))
-    print(signature)
-    assert "one" not in signature
-    assert "maybe" not in signature
-    assert arguments
-    assert done.stdout.splitlines()[-1] == "True"
+    signature, uses_tma = done.stdout.splitlines()
+    found = dict(re.findall(r"%(\w+): ([^,]*)", signature))
+    assert uses_tma == "True"
+    assert "tensordesc" in found["x_desc"]
+    assert not {"one", "nothing", "SIZE"} & set(found)
+    marked = {name for name, kind in found.items() if "tt.divisibility = 16" in kind}
+    assert marked == {"x_ptr", "out_ptr", "sixteen"}
+    assert {"odd", "free"} < set(found)

@@ -42,8 +42,7 @@ def make_plan(channels: int, stage_channels: tuple[int, int], dtype: torch.dtype
             DecoderStage(
                 phases=weight(2, 2, out, ins, 2, 2, fan_in=4 * ins),
                 guidance=None,
-                up_bias=empty,
-                up_conv=empty,
+                bias=empty,
                 norm1=norm(out),
                 conv=weight(out, out, 3, 3, fan_in=9 * out),
                 norm2=norm(out),

@@ -74,12 +74,11 @@ STORED = ("w/data/0", hostile.RAW)
 def fuzz(folder: Path, share: float, seed: int) -> None:
     """Read hostile files in another process, which must neither crash nor raise anything but a refusal."""
     pytest.importorskip("resource")
-    module = ["-W", "ignore", "-m", "support.fuzz_checkpoints"]
-    result = subprocess.run(
-        [sys.executable, *module, str(folder), str(share), str(seed)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    module = ["-m", "support.fuzz_checkpoints"]
+    command = [sys.executable, "-W", "ignore", *module, str(folder), str(share), str(seed)]
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests)))}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"crashed on {folder / 'case.pth'}:\n{result.stderr}"
     report = json.loads(result.stdout)
     print(report)

@@ -28,6 +28,7 @@ from catseg_fast.kernels.launch.checks import INTERPRETED
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.op import Sizes
 from catseg_fast.kernels.window_attention import mlp
+from support.gpus import fake_gpus
 
 GPU = "NVIDIA H200"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -45,13 +46,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     """The user's folder and the package's, both empty, on a machine with two GPUs of other names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(
-        torch.cuda, "get_device_name", lambda device: GPU if device.index == 0 else "RTX 4090"
-    )
-    monkeypatch.setattr(
-        torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (8, 9)
-    )
-    tuning.clear()
+    fake_gpus(monkeypatch, (GPU, 90, 132), ("RTX 4090", 89, 128))
     return tmp_path / "catseg-fast" / "configs", tmp_path / "shipped"
 
 
@@ -418,7 +413,7 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     first, timer = make_tunable(3.0, 2.0)
     second = replace(first, problem=first.problem._replace(classes=1000))
     advanced: list[None] = []
-    # The clock goes on by a second a look: at the start, then before each candidate.
+    # The clock goes on by a second per look: at the start, at each default, then before each candidate.
     outcomes = list(
         tuner.tune_all(
             [first, second],
@@ -426,7 +421,7 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
             GPU,
             tmp_path,
             timer=timer,
-            seconds=3.5,
+            seconds=5.5,
             advance=lambda: advanced.append(None),
         )
     )
@@ -435,15 +430,36 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     assert len(tuning.read(tuning.config_path(tmp_path, GPU, "window_block"), GPU)) == 1
 
 
+@interpreted
+def test_in_little_time_the_slowest_kernels_come_first(tmp_path):
+    times = {10: 1.0, 1000: 3.0, 100: 2.0, 1: "fails"}
+    made = {count: make_tunable(time) for count, time in times.items()}
+    tunables = [
+        replace(tunable, problem=tunable.problem._replace(crops=1, classes=count))
+        for count, (tunable, _) in made.items()
+    ]
+    timers = {id(tunable.run): timer for tunable, (_, timer) in zip(tunables, made.values(), strict=True)}
+
+    def timer(call: Any) -> float:
+        return timers[id(call.func)](call)
+
+    def order(**limit: float) -> list[int]:
+        outcomes = tuner.tune_all(tunables, CPU, GPU, tmp_path, timer=timer, **limit)
+        return [outcome.tunable.problem.crop_classes for outcome in outcomes]
+
+    assert order(seconds=1e6) == [1000, 100, 10, 1]
+    assert order() == [10, 1000, 100, 1]
+
+
 @pytest.mark.usefixtures("folders")
 def test_vocabularies_become_launches():
     def launches(*classes: int, crops: int = 5, dtype: torch.dtype = torch.float16) -> list[tuple[str, int]]:
         found = tuner.list_tunables(["class_apply"], dtype, classes, crops, CUDA)
         return [(tunable.problem.precision, tunable.problem.crop_classes) for tunable in found]
 
-    step = planner.CROP_CLASSES["cuda"]
-    assert launches(1_000_000, 2_000_000) == [("ieee", step // 5 * 5)]
-    assert launches(2, 3, 1_000_000, crops=1) == [("ieee", 2), ("ieee", 3), ("ieee", step)]
+    many, alone = (planner.usual_chunk(1_000_000, crops, CUDA) for crops in (5, 1))
+    assert launches(1_000_000, 2_000_000) == [("ieee", 5 * many)]
+    assert launches(2, 3, 1_000_000, crops=1) == [("ieee", 2), ("ieee", 3), ("ieee", alone)]
     assert launches(2, dtype=torch.float32) == [("ieee", 10), ("tf32x3", 10)]
 
 

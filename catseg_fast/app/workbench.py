@@ -21,7 +21,7 @@ from catseg_fast.inference.images import load_image
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
 from catseg_fast.text.class_lists import parse_classes
-from catseg_fast.text.prompts import Progress
+from catseg_fast.text.features import Progress
 
 MAX_SIDE = 1600  # larger pictures are reduced: the model looks at 640 pixels in any case
 REFERENCE_BYTES = 2**23  # a class and crop in the plain model: 7.2 MB were measured

@@ -69,6 +69,13 @@ SlidingWindow = Annotated[
     ),
 ]
 Backend = Annotated[str, choice("--backend", BACKENDS, "Implementation of the aggregator")]
+TextCache = Annotated[
+    bool,
+    typer.Option(
+        "--text-cache/--no-text-cache",
+        help="Whether the class names' text features are kept in the user's cache folder for the next run.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of untrained weights.")]
 # fmt: on
 

@@ -211,9 +211,15 @@ class Engine:
         schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
 
         def run(img_feats: Tensor, *maps: Tensor) -> Tensor:
-            logits = img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype)
+            shape, logits = (B, T, 4 * H, 4 * W), img_feats.new_empty(0, dtype=dtype)
 
             def store(classes: slice, part: Tensor) -> None:
+                nonlocal logits
+                if part.shape == shape:
+                    logits = part.to(dtype)
+                    return
+                if not logits.numel():
+                    logits = img_feats.new_empty(shape, dtype=dtype)
                 logits[:, classes] = part
 
             given = iter(maps)

@@ -172,9 +172,12 @@ class Stream:
         return self.stages.class_apply(layer, x, text, memory, self.image.resolution)
 
     def _embed(self, crops: slice, classes: slice) -> Tensor:
-        features = self._text(self.vocabulary.features, crops, classes)
-        inverse_norm = self._text(self.vocabulary.inverse_norm, crops, classes)
-        text = chunk_text(features, inverse_norm, self.plan.embed.dtype)
+        vocabulary = self.vocabulary
+        text = self._text(vocabulary.unit, crops, classes)
+        if text is None:
+            features = self._text(vocabulary.features, crops, classes)
+            inverse_norm = self._text(vocabulary.inverse_norm, crops, classes)
+            text = chunk_text(features, inverse_norm, self.plan.embed.dtype)
         resolution = self.image.resolution
         if self.spectra is not None:
             return fourier.embed_cost_volume(self.plan, self.spectra, crops, text)

@@ -75,8 +75,19 @@ def class_collect(
     _check_weights(x, weight=(weight, (2 * C, C)), bias=(bias, (2 * C,)))
     _check_sums(x, key_value, key_sum, heads, resolution, pooling, may_be_shared=True)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return _class_collect(
-        x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling, input_precision
+    return COLLECT.call(
+        _class_collect,
+        x,
+        weight,
+        bias,
+        text_key,
+        key_value,
+        key_sum,
+        heads,
+        length,
+        resolution,
+        pooling,
+        input_precision,
     )
 
 
@@ -123,7 +134,7 @@ def class_apply(
     )  # fmt: skip
     _check_sums(x, key_value, key_sum, heads, resolution, pooling, may_be_shared=False)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return _class_apply(
+    return APPLY.call(_class_apply,
         x, text_query, key_value, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
         heads, length, eps, resolution, pooling, input_precision,
     )  # fmt: skip

@@ -112,7 +112,8 @@ def single_prompt_kernel(
             o_patch = (place // W * PITCH + place % W) * CLASSES + member
             m_patch = (place < ROWS * W)[:, None] & m_tap[None, :]
             patch = tl.load(p_cost + o_patch[:, None] + o_tap, mask=m_patch, other=0.0, cache_modifier=".ca")
-            x = tl.dot(patch, tl.trans(weight), input_precision=PRECISION) + bias[None, :]
+            x = tl.dot(patch, tl.trans(weight), input_precision=PRECISION)
+            x = tl.fma(x, 1.0, bias[None, :])  # "x + bias" would be compiled to a sum that starts at the bias
             class_ = first_class + member
             inside = (place < ROWS * W) & (top * W + place < H * W) & (class_ < classes)
             o_x = ((crop * classes + class_) * (H * W) + top * W + place) * C

@@ -65,7 +65,7 @@ def decode(
     if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
         x = x.contiguous()
     guidance, weights = ([tensor.contiguous() for tensor in tensors] for tensors in (guidance, weights))
-    return _decode(x, guidance, weights, groups, eps, resolution, input_precision)
+    return OP.call(_decode, x, guidance, weights, groups, eps, resolution, input_precision)
 
 
 @torch.library.custom_op("catseg_fast::decode", mutates_args=())

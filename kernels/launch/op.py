@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from catseg_fast.kernels.launch.capability import assume, capability_of
@@ -77,7 +78,7 @@ class Random:
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normal numbers of a standard deviation of `scale`."""
-        return (torch.randn(shape, generator=self._generator, device=self.device) * scale).to(self.dtype)
+        return self._draw(torch.randn, shape).mul_(scale).to(self.dtype)
 
     def weight(self, *shape: int) -> Tensor:
         """A weight `[out, …]` that keeps a standard deviation of one."""
@@ -89,12 +90,16 @@ class Random:
 
     def unit(self, *shape: int) -> Tensor:
         """Unit vectors along the last dimension."""
-        vectors = torch.randn(shape, generator=self._generator, device=self.device)
-        return torch.nn.functional.normalize(vectors, dim=-1).to(self.dtype)
+        return F.normalize(self._draw(torch.randn, shape), dim=-1).to(self.dtype)
 
     def uniform(self, *shape: int) -> Tensor:
         """Numbers in [0, 1) in fp32."""
-        return torch.rand(shape, generator=self._generator, device=self.device)
+        return self._draw(torch.rand, shape)
+
+    def _draw(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
+        if self._generator is None:
+            return torch.empty(shape, device=self.device)
+        return draw(shape, generator=self._generator, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,16 @@ class Op:
     special: Mapping[str, Sizes] = field(default_factory=dict)
     mma: Mapping[str, str] = field(default_factory=dict)
     max_stack: Mapping[str, int] = field(default_factory=dict)
+
+    def call(self, custom_op: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `launch(*arguments)`, through the custom op only where PyTorch needs to see it.
+
+        That is while a graph is traced, and where gradients are recorded, which the custom op refuses; its
+        dispatch takes as long as a kernel's launch.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return custom_op(*arguments)
+        return self.launch(*arguments)
 
     def launch(self, *arguments: Any) -> Any:
         """Run the first form that supports the call; the first argument is a tensor on the device.

@@ -85,7 +85,7 @@ def window_block(
     if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
         x = x.contiguous()
     tensors = (tensor.contiguous() for tensor in (query_key, *weights.values()))
-    return _window_block(x, *tensors, resolution, window, shift, heads, input_precision)
+    return OP.call(_window_block, x, *tensors, resolution, window, shift, heads, input_precision)
 
 
 @torch.library.custom_op("catseg_fast::window_block", mutates_args=())

@@ -33,7 +33,8 @@ from catseg_fast.kernels import OPS, load
 from catseg_fast.kernels.launch.capability import CAPABILITIES
 from catseg_fast.kernels.launch.launcher import Launch
 
-RECORD = Path(__file__).parents[2] / "bench" / "results" / "resources.json"
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "bench" / "results" / "resources.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = (
     ("fp16", torch.float16, "ieee"),
@@ -161,6 +162,7 @@ def _is_split(launch: Launch) -> bool:
 def resources_of(op: str, capability: int) -> dict[str, Resources | str]:
     """Compile an op for a chip in another process: resources by name, or the error where one fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     command = [sys.executable, __file__, op, "--capabilities", str(capability), "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
