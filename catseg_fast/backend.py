@@ -6,6 +6,8 @@ import functools
 import warnings
 from typing import TYPE_CHECKING
 
+from catseg_fast.errors import RunError
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,7 +42,7 @@ def choose_backend(backend: str, device: str | torch.device) -> str:
     if reason is None:
         return "triton"
     if backend == "triton":
-        raise RuntimeError(f"backend: 'triton' cannot run: {reason}")
+        raise RunError(f"backend: 'triton' cannot run: {reason}")
     warn_once(f"running in torch, not in Triton: {reason}")
     return "torch"
 

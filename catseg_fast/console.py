@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-# What a user can cause and mend: a line says it all. Anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
+from catseg_fast.errors import CATSegError
+
+# What a user can cause and fix, or the machine lacks: one line says it all. Anything else is a bug.
+USER_ERRORS = (CATSegError, ValueError, OSError, MemoryError)
 
 stdout, stderr = Console(), Console(stderr=True)
 
@@ -51,6 +54,18 @@ def say_error(message: object) -> None:
     stderr.print(Text.assemble(("error:", "bold red"), " ", str(message)), soft_wrap=True)
 
 
+def describe(error: Exception) -> str:
+    """Return the message of an error; for a bug, with the request to report it."""
+    if isinstance(error, USER_ERRORS):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return f"out of memory: {error}"
+    return (
+        f"{type(error).__name__}: {error}\nThis is a bug in catseg-fast. Please report it with the output of "
+        "the same command with --debug, and of `catseg-fast env`."
+    )
+
+
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
     """Turn errors of the user's making into a message and exit code 1, an interrupt into 130."""
@@ -61,20 +76,25 @@ def plain_errors(debug: bool) -> Iterator[None]:
             raise
         say_error(error)
         raise typer.Exit(1) from None
+    except Exception as error:
+        if debug or isinstance(error, click.exceptions.ClickException | click.exceptions.Exit):
+            raise
+        say_error(describe(error))
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         stderr.print("interrupted; the results written so far are complete")
         raise typer.Exit(130) from None
 
 
 @contextmanager
-def image_progress(text: str, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+def image_progress(text: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with images a second and the time left; yields what is called with the images done and of all."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
     )  # fmt: skip
-    visible = shown and stderr.is_terminal
-    with Progress(*columns, console=stderr, transient=True, disable=not visible) as bar:
+    hidden = stderr.quiet or not stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=True, disable=hidden) as bar:
         task = bar.add_task(text, total=None, rate="")
 
         def advance(done: int, total: int) -> None:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from catseg_fast.checkpoints.checkpoint import IGNORED_KEYS
 from catseg_fast.checkpoints.upstream_config import model_arguments
+from catseg_fast.errors import MissingPackageError, RunError
 from catseg_fast.model import CATSeg
 
 try:
     from detectron2.config import configurable
     from detectron2.modeling import META_ARCH_REGISTRY
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackageError(
         f"catseg_fast.detectron2: detectron2 cannot be imported ({error}); it registers a model there and is "
         "of use in upstream's own project alone. catseg_fast.CATSeg needs no detectron2"
     ) from error
@@ -58,9 +59,9 @@ class CATSegFast(CATSeg):
             RuntimeError: if weights were not in the checkpoint, or none was loaded.
         """
         if self._unloaded is None:
-            raise RuntimeError("MODEL.WEIGHTS: no checkpoint was loaded; the weights would be random")
+            raise RunError("MODEL.WEIGHTS: no checkpoint was loaded; the weights would be random")
         if self._unloaded:
-            raise RuntimeError(
+            raise RunError(
                 f"MODEL.WEIGHTS: {len(self._unloaded)} weights were not in the checkpoint, or of another "
                 f"shape, such as {min(self._unloaded)}; it is not one of {self.variant.name}"
             )

@@ -27,6 +27,7 @@ from catseg_fast.engine.folding import Plan, build_plan, map_tensors
 from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
+from catseg_fast.errors import MissingPackageError
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f'export: {error}; pip install "catseg-fast[export]" brings it') from error
+        raise MissingPackageError(f'export: {error}; pip install "catseg-fast[export]" brings it') from error
     return path
 
 

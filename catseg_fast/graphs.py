@@ -16,6 +16,7 @@ from torch import Tensor
 
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.schedule import Schedule
+from catseg_fast.errors import RunError
 from catseg_fast.inference.encoding import encode
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
@@ -40,7 +41,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda" or not torch.cuda.is_available():
             build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-            raise RuntimeError(
+            raise RunError(
                 f"cuda_graph: needs a CUDA GPU; the model is on {str(device)!r}, with torch "
                 f"{torch.__version__} {build}"
             )
@@ -80,8 +81,7 @@ class ModelGraphs:
         record: makes a recording of a function, such as a `Recorder`.
 
     Raises:
-        ValueError: if there are no sizes, a size is not positive, the model is in training mode, or it
-            selects classes: which are kept is looked up on the host.
+        ValueError: if there are no sizes, a size is not positive, or the model is in training mode.
         RuntimeError: if not even host memory holds the state, which no recording can use.
     """
 
@@ -98,12 +98,6 @@ class ModelGraphs:
             raise ValueError(f"sizes: {list(sizes)} are not (height, width) of pictures, all above 0")
         if model.training:
             raise ValueError("model: is in training mode; call model.eval() first")
-        limit, total = model.max_classes, len(model.classes)
-        if limit is not None and total > limit:
-            raise ValueError(
-                f"max_classes: {limit} of {total} classes would be selected, which is looked up on the host "
-                "and cannot be recorded; set model.max_classes = None"
-            )
         self.model, self.probabilities = model, probabilities
         self.sliding_window = model.sliding_window if sliding_window is None else sliding_window
         with torch.inference_mode(False), torch.no_grad():
@@ -132,7 +126,7 @@ class ModelGraphs:
         present = _settings(self.model)
         changed = [name for name, value in self._settings.items() if present[name] != value]
         if changed:
-            raise RuntimeError(
+            raise RunError(
                 f"cuda_graph: {' and '.join(changed)} changed since the recording; call cuda_graph again"
             )
         buffer, replay = self._recordings[size]
@@ -152,12 +146,14 @@ class ModelGraphs:
         """The buffer that the pixels go to, and what replays the call on it."""
         model, buffer = self.model, torch.zeros(3, *size, device=self.model.device)
         crops = model.window.count if self.sliding_window else 1
-        classes = len(model.classes)
-        answer_bytes = 4 * size[0] * size[1] * (classes if self.probabilities else 2)
+        total = len(model.classes)
+        classes = total if model.max_classes is None else min(total, model.max_classes)
+        answer_bytes = 4 * size[0] * size[1] * (total if self.probabilities else 2)
         output_bytes = answer_bytes + max(READOUT_BYTES, self._readout(size).class_bytes)
-        schedule = model.engine.schedule(crops, model.variant.feature_resolution, classes, output_bytes)
+        resolution = model.variant.feature_resolution
+        schedule = model.engine.schedule(crops, resolution, classes, output_bytes, classes < total)
         if schedule.policy == "offload":
-            raise RuntimeError(
+            raise RunError(
                 f"cuda_graph: {schedule.reason}, and copies to the host are not recorded; set "
                 "model.engine.policy = 'recompute'"
             )

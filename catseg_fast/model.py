@@ -26,8 +26,9 @@ from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.loss import segmentation_loss
 from catseg_fast.engine.terms import VocabularyTerms
-from catseg_fast.inference import explain
+from catseg_fast.errors import RunError
 from catseg_fast.inference.encoding import EncodedImage, encode
+from catseg_fast.inference.explain import explain
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import (
     Probabilities,
@@ -176,7 +177,7 @@ class CATSeg(reference_model.CATSeg):
         if share is None:
             super().set_classes(classes, training)
         elif training:
-            raise RuntimeError("class parallel: a model whose classes are split cannot be trained")
+            raise RunError("class parallel: a model whose classes are split cannot be trained")
         else:
             self._share_out(ClassShare(check_classes(classes), share.group))
 
@@ -193,7 +194,7 @@ class CATSeg(reference_model.CATSeg):
             RuntimeError: if the classes are split over ranks.
         """
         if self.engine.share is not None:
-            raise RuntimeError("class parallel: no rank has all classes; call segment() or label_map()")
+            raise RunError("class parallel: no rank has all classes; call segment() or label_map()")
         if self.training:
             return super().forward(batched_inputs)
         results = []
@@ -336,10 +337,14 @@ class CATSeg(reference_model.CATSeg):
         with share.together(self.device, pixels, readouts):
             return encode(self, images, readouts)
 
-    def vocabulary_terms(self) -> VocabularyTerms:
-        """The engine's terms of the present classes, kept until these, a weight, or `max_classes` change."""
-        text, plan = self.text_features(), self.engine.plan()
+    def vocabulary_terms(self, plan: Plan | None = None) -> VocabularyTerms:
+        """Return the terms of the present classes, kept until these, a weight, or `max_classes` change.
+
+        Args:
+            plan: the folded weights, if the caller has them.
+        """
+        text, plan = self.text_features(), plan or self.engine.plan()
         key = (text, plan, self.max_classes)
         if self._vocabulary is None or not all(map(operator.is_, self._vocabulary[0], key)):
-            self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes))
+            self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes, plan))
         return self._vocabulary[1]

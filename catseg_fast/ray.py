@@ -10,6 +10,7 @@ from typing import Any, Literal
 from PIL import Image
 from torch import Tensor
 
+from catseg_fast.errors import InputTypeError, MissingPackageError
 from catseg_fast.inference.images import load_image
 from catseg_fast.model import CATSeg
 from catseg_fast.output.overlay import label_png
@@ -19,7 +20,7 @@ try:
     import ray
     from ray.data import ActorPoolStrategy, Dataset
 except ImportError as error:
-    raise ImportError('catseg_fast.ray needs Ray: pip install "catseg-fast[ray]"') from error
+    raise MissingPackageError('catseg_fast.ray needs Ray: pip install "catseg-fast[ray]"') from error
 
 Source = str | os.PathLike[str] | Callable[[], CATSeg]
 
@@ -73,7 +74,9 @@ def segment_dataset(
     if actors <= 0:
         raise ValueError(f"actors: {actors} is not positive")
     if callable(source) and options:
-        raise TypeError(f"{min(options)}: is for from_pretrained; the function builds the model by itself")
+        raise InputTypeError(
+            f"{min(options)}: is for from_pretrained; the function builds the model by itself"
+        )
     if num_gpus is None:
         num_gpus = min(1, ray.cluster_resources().get("GPU", 0))
     return ds.map(

@@ -17,7 +17,7 @@ tile of pixels leaves the sum and the squared deviations of its output channels 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,72 +25,70 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.launch import configs as tuning
-from catseg_fast.kernels.launch.checks import DTYPES
-from catseg_fast.kernels.launch.compile_target import CompileTarget
+from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
-from catseg_fast.kernels.launch.tunable import Workload
+from catseg_fast.kernels.launch.kernel import Kernel
 
 
 @triton.jit(do_not_specialize=["classes", "images"])
 def convolution_kernel(
     x_ptr,  # [N, H*W, CI]; N images are crops of `classes` each
-    weight_ptr,  # [S*S, CO, K*K, CI]
-    addend_ptr,  # [B or 1, S*H, S*W, CO] if ADDEND_IS_MAP, [CO] if not, or None
+    weight_ptr,  # [SCALE*SCALE, CO, TAPS*TAPS, CI]
+    addend_ptr,  # [B or 1, SCALE*H, SCALE*W, CO] if ADDEND_IS_MAP, [CO] if not, or None
     norm_ptr,  # [N, 2, CI], scale and shift, or None
-    out_ptr,  # [N, S*H, S*W, CO], output
-    statistics_ptr,  # [N, tiles*S*S, 2, CO] fp32, output: sum and squared deviations, or None
+    out_ptr,  # [N, SCALE*H, SCALE*W, CO], output
+    statistics_ptr,  # [N, tiles*SCALE*SCALE, 2, CO] fp32, output: sum and squared deviations, or None
     classes,  # t
     images,  # N
-    x_stride_crop,
-    x_stride_class,
-    addend_stride_crop,
+    x_stride_b,
+    x_stride_t,
+    addend_stride_b,
     H: tl.constexpr,
     W: tl.constexpr,
     CI: tl.constexpr,
     CO: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
+    TAPS: tl.constexpr,
+    SCALE: tl.constexpr,
     ADDEND_IS_MAP: tl.constexpr,
     BY_IMAGE: tl.constexpr,  # no tile holds pixels of two images; else x is contiguous
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,  # output channels
+    DEPTH: tl.constexpr,  # taps x input channels per step
     PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,  # pixels
-    BLOCK_N: tl.constexpr,  # output channels
-    BLOCK_K: tl.constexpr,  # taps x input channels a step
 ):
     HW: tl.constexpr = H * W
-    DEPTH: tl.constexpr = K * K * CI
-    phase = tl.program_id(0) % (S * S)
-    tile = tl.program_id(0) // (S * S)
-    channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    PATCH: tl.constexpr = TAPS * TAPS * CI
+    phase = tl.program_id(0) % (SCALE * SCALE)
+    tile = tl.program_id(0) // (SCALE * SCALE)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     if BY_IMAGE:
-        TILES: tl.constexpr = (HW + BLOCK_P - 1) // BLOCK_P
+        TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
         image = tile // TILES
         crop = (image // classes).to(tl.int64)
-        pixel = tile % TILES * BLOCK_P + tl.arange(0, BLOCK_P)
+        pixel = tile % TILES * PIXELS + tl.arange(0, PIXELS)
         inside = pixel < HW
-        p_x = x_ptr + crop * x_stride_crop + (image % classes).to(tl.int64) * x_stride_class
+        p_x = x_ptr + crop * x_stride_b + (image % classes).to(tl.int64) * x_stride_t
         image = image.to(tl.int64)
     else:
-        row = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        row = tile * PIXELS + tl.arange(0, PIXELS)
         image = (row // HW)[:, None].to(tl.int64)
         pixel = row % HW
         inside = row < images * HW
         p_x = x_ptr + image * (HW * CI)
-    y = tl.where(inside, pixel // W, H + K)[:, None]  # a row that has no tap inside the map
+    y = tl.where(inside, pixel // W, H + TAPS)[:, None]  # a row that has no tap inside the map
     x = (pixel % W)[:, None]
 
-    p_weight = weight_ptr + (phase * CO + channel)[:, None] * DEPTH
+    p_weight = weight_ptr + (phase * CO + channel)[:, None] * PATCH
     m_channel = channel < CO
-    accumulator = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    accumulator = tl.zeros((PIXELS, CHANNELS), tl.float32)
     # A step is of one tap where the channels allow, so that its place is the same for all of the step.
-    TAPS: tl.constexpr = 1 if CI % BLOCK_K == 0 else BLOCK_K
-    for start in range(0, DEPTH, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        tap = ((start + tl.arange(0, TAPS)) // CI)[None, :]
-        dy = tap // K - K // 2 + phase // S
-        dx = tap % K - K // 2 + phase % S
+    STEP_TAPS: tl.constexpr = 1 if CI % DEPTH == 0 else DEPTH
+    for start in range(0, PATCH, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        tap = ((start + tl.arange(0, STEP_TAPS)) // CI)[None, :]
+        dy = tap // TAPS - TAPS // 2 + phase // SCALE
+        dx = tap % TAPS - TAPS // 2 + phase % SCALE
         m_map = (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
         o_patch = pixel[:, None] * CI + (dy * W + dx) * CI + (k % CI)[None, :]
         patch = tl.load(p_x + o_patch, mask=m_map, other=0.0, cache_modifier=".ca")
@@ -104,22 +102,22 @@ def convolution_kernel(
             patch = tl.minimum(positive, highest, propagate_nan=tl.PropagateNan.ALL).to(
                 x_ptr.dtype.element_ty
             )
-        # From DEPTH on, what is in the patch meets zeros.
-        m_weight = m_channel[:, None] if DEPTH % BLOCK_K == 0 else m_channel[:, None] & (k < DEPTH)[None, :]
+        # From PATCH on, what is in the patch meets zeros.
+        m_weight = m_channel[:, None] if PATCH % DEPTH == 0 else m_channel[:, None] & (k < PATCH)[None, :]
         weight = tl.load(p_weight + k[None, :], mask=m_weight, other=0.0)
         accumulator = tl.dot(patch, tl.trans(weight), accumulator, input_precision=PRECISION)
 
     m_out = inside[:, None] & m_channel[None, :]
-    o_out = ((S * y + phase // S) * (S * W) + S * x + phase % S) * CO + channel[None, :]
+    o_out = ((SCALE * y + phase // SCALE) * (SCALE * W) + SCALE * x + phase % SCALE) * CO + channel[None, :]
     if addend_ptr is not None:
         if ADDEND_IS_MAP:
-            addend = tl.load(addend_ptr + crop * addend_stride_crop + o_out, mask=m_out, other=0.0)
+            addend = tl.load(addend_ptr + crop * addend_stride_b + o_out, mask=m_out, other=0.0)
         else:
             addend = tl.load(addend_ptr + channel, mask=m_channel, other=0.0)[None, :]
         accumulator += addend.to(tl.float32)
-    tl.store(out_ptr + image * (S * S * HW * CO) + o_out, accumulator, mask=m_out)
+    tl.store(out_ptr + image * (SCALE * SCALE * HW * CO) + o_out, accumulator, mask=m_out)
     if statistics_ptr is not None:
-        count = tl.minimum(HW - tile % TILES * BLOCK_P, BLOCK_P)
+        count = tl.minimum(HW - tile % TILES * PIXELS, PIXELS)
         total = tl.sum(tl.where(inside[:, None], accumulator, 0.0), 0)
         deviation = tl.where(inside[:, None], accumulator - (total / count)[None, :], 0.0)
         p_statistics = statistics_ptr + tl.program_id(0).to(tl.int64) * (2 * CO) + channel
@@ -150,8 +148,8 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Config(LaunchConfig):
-    """Launch config: pixels and output channels of a program, taps x input channels a step."""
+class ConvolutionConfig(LaunchConfig):
+    """Launch config: pixels and output channels per program, taps x input channels per step."""
 
     pixels: int
     channels: int
@@ -161,28 +159,30 @@ class Config(LaunchConfig):
 
 
 @cache
-def default_config(size: Size, dtype: torch.dtype, capability: int) -> Config:
-    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+def default_config(capability: int, problem: Problem) -> ConvolutionConfig:
+    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    size = Size(**dict(problem.sizes))
     channels = min(max(16, triton.next_power_of_2(size.channels_out)), 128)
-    if dtype == torch.float32:
-        return Config(64, channels, 32, num_warps=8 if channels == 128 else 4, num_stages=2)
+    if problem.dtype == "fp32":
+        return ConvolutionConfig(64, channels, 32, num_warps=8 if channels == 128 else 4, num_stages=2)
     if channels == 128:
         pixels = 256 if capability >= 90 else 128
-        return Config(pixels, channels, 64, num_warps=8, num_stages=3)
+        return ConvolutionConfig(pixels, channels, 64, num_warps=8, num_stages=3)
     pixels = 64 if 0 < size.pixels % 128 <= 64 else 128
-    return Config(pixels, channels, 32 if size.channels_in % 64 == 32 else 64, num_warps=4, num_stages=3)
+    depth = 32 if size.channels_in % 64 == 32 else 64
+    return ConvolutionConfig(pixels, channels, depth, num_warps=4, num_stages=3)
 
 
 @cache
-def interpreter_config(size: Size, dtype: torch.dtype) -> Config:
+def interpreter_config(problem: Problem) -> ConvolutionConfig:
     """Few and large tiles: the interpreter takes as long for a small program as for a large one."""
-    return replace(default_config(size, dtype, 90), pixels=1024, depth=256)
+    return replace(default_config(90, problem), pixels=1024, depth=256)
 
 
-def candidates(size: Size, dtype: torch.dtype, capability: int) -> tuple[Config, ...]:
+def candidates(capability: int, problem: Problem) -> tuple[ConvolutionConfig, ...]:
     """Configs worth timing on GPUs of a compute capability, the default first."""
-    default = default_config(size, dtype, capability)
-    if dtype == torch.float32:
+    default = default_config(capability, problem)
+    if problem.dtype == "fp32":
         others = grid(default, pixels=(32, 64, 128), depth=(16, 32), num_warps=(4, 8), num_stages=(1, 2))
     else:
         others = [
@@ -193,37 +193,23 @@ def candidates(size: Size, dtype: torch.dtype, capability: int) -> tuple[Config,
     return default_first(default, [*others, *grid(default, num_stages=(1, 4))])
 
 
-def problem(op: str, size: Size, dtype: torch.dtype, input_precision: str, crop_classes: int) -> Problem:
+def problem(op: str, x: Tensor, weight: Tensor, size: Size, *, input_precision: str, **_: Any) -> Problem:
     """What a measured config of a convolution in an op is found by."""
-    return Problem.of(op, "convolution", Config, dtype, input_precision, crop_classes, **vars(size))
-
-
-def random_weight(workload: Workload, size: Size, device: torch.device) -> Tensor:
-    """A weight `[S*S*CO, K, K, CI]` that keeps a standard deviation of one."""
-    shape = (size.phases * size.channels_out, size.taps, size.taps, size.channels_in)
-    return workload.normal(device, *shape, scale=(size.taps**2 * size.channels_in) ** -0.5)
-
-
-def choose_config(op: str, size: Size, x: Tensor, input_precision: str) -> Config:
-    """The config of a convolution in an op, on a device and in the type of `x [B, t, ...]`."""
-    wanted = problem(op, size, x.dtype, input_precision, x.shape[0] * x.shape[1])
-    return tuning.choose(
-        wanted, x.device, lambda gpu: default_config(size, x.dtype, gpu), interpreter_config(size, x.dtype)
-    )
+    return Problem.of(op, "convolution", ConvolutionConfig, x, input_precision, **vars(size))
 
 
 def launch(
     x: Tensor,
     weight: Tensor,
     size: Size,
-    config: Config,
     *,
     addend: Tensor | None = None,
     norm: Tensor | None = None,
     statistics: bool = False,
-    input_precision: str = "ieee",
+    input_precision: str,
+    config: ConvolutionConfig,
 ) -> tuple[Tensor, Tensor | None]:
-    """Convolve `x [B, t, H*W, CI]`, whose last two dimensions are contiguous. Nothing is checked.
+    """Convolve `x [B, t, H*W, CI]`, whose last two dimensions are contiguous. Arguments are not checked.
 
     Args:
         weight: `[S*S*CO, K, K, CI]`, contiguous.
@@ -234,99 +220,34 @@ def launch(
     Returns:
         `[B, t, S*H*S*W, CO]`, and `[B*t, parts, 2, CO]` or None.
     """
-    crops, classes = x.shape[:2]
-    by_image = norm is not None or statistics or (addend is not None and addend.ndim == 3)
+    B, t = x.shape[:2]
+    is_map = addend is not None and addend.ndim == 3
+    by_image = norm is not None or statistics or is_map
     if not by_image:
         x = x.contiguous()
-    out = x.new_empty((crops, classes, size.phases * size.pixels, size.channels_out))
+    out = x.new_empty((B, t, size.phases * size.pixels, size.channels_out))
     tiles = triton.cdiv(size.pixels, config.pixels)
-    partial = None
+    partial_sums = None
     if statistics:
-        shape = (crops * classes, tiles * size.phases, 2, size.channels_out)
-        partial = x.new_empty(shape, dtype=torch.float32)
-    tiles = crops * classes * tiles if by_image else triton.cdiv(crops * classes * size.pixels, config.pixels)
-    convolution_kernel[(tiles * size.phases, triton.cdiv(size.channels_out, config.channels))](
-        x,
-        weight,
-        addend,
-        norm,
-        out,
-        partial,
-        classes,
-        crops * classes,
-        x.stride(0),
-        x.stride(1),
-        addend.expand(crops, -1, -1).stride(0) if addend is not None and addend.ndim == 3 else 0,
-        **_constants(size, config, by_image, addend is not None and addend.ndim == 3, input_precision),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
-    )
-    return out, partial
+        shape = (B * t, tiles * size.phases, 2, size.channels_out)
+        partial_sums = x.new_empty(shape, dtype=torch.float32)
+    tiles = B * t * tiles if by_image else triton.cdiv(B * t * size.pixels, config.pixels)
+    launcher.run(
+        convolution_kernel, (tiles * size.phases, triton.cdiv(size.channels_out, config.channels)),
+        x, weight, addend, norm, out, partial_sums, t, B * t, x.stride(0), x.stride(1),
+        addend.expand(B, -1, -1).stride(0) if addend is not None and is_map else 0,
+        H=size.height, W=size.width, CI=size.channels_in, CO=size.channels_out, TAPS=size.taps,
+        SCALE=size.scale, ADDEND_IS_MAP=is_map, BY_IMAGE=by_image, PIXELS=config.pixels,
+        CHANNELS=config.channels, DEPTH=config.depth, PRECISION=input_precision, config=config,
+    )  # fmt: skip
+    return out, partial_sums
 
 
-def compile_target(
-    name: str,
-    size: Size,
-    dtype: torch.dtype,
-    capability: int,
-    input_precision: str = "ieee",
-    *,
-    addend: str | None = None,
-    norm: bool = False,
-    statistics: bool = False,
-) -> CompileTarget:
-    """The kernel as `launch` starts it with the default config; `addend` is "bias" or "map"."""
-    config = default_config(size, dtype, capability)
-    storage = f"*{DTYPES[dtype]}"
-    pointers = {
-        "x_ptr": storage,
-        "weight_ptr": storage,
-        "addend_ptr": storage if addend else None,
-        "norm_ptr": f"*{DTYPES[norm_dtype(dtype)]}" if norm else None,
-        "out_ptr": storage,
-        "statistics_ptr": "*fp32" if statistics else None,
-    }
-    strides = ("x_stride_crop", "x_stride_class", "addend_stride_crop")
-    by_image = norm or statistics or addend == "map"
-    uses_mma = dtype != torch.float32 or input_precision != "ieee"
-    return CompileTarget(
-        name=f"{name} {DTYPES[dtype]}{'' if input_precision == 'ieee' else ' ' + input_precision}",
-        kernel=convolution_kernel,
-        signature={
-            **{pointer: kind for pointer, kind in pointers.items() if kind is not None},
-            **dict.fromkeys(("classes", "images", *strides), "i32"),
-        },
-        constexprs={
-            **{pointer: None for pointer, kind in pointers.items() if kind is None},
-            **_constants(size, config, by_image, addend == "map", input_precision),
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        divisible=strides,
-        expects_mma=("wgmma" if capability == 90 else "mma") if uses_mma else None,
-    )
+def kernel_of(op: str) -> Kernel[ConvolutionConfig]:
+    """The kernel as an op calls it, with measured configs of its own."""
+    return Kernel(launch, partial(problem, op), default_config, candidates, interpreter_config)
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type of scale and shift, in which the input is normalised: fp16 where its packed arithmetic serves."""
     return torch.float16 if dtype == torch.float16 else torch.float32
-
-
-def _constants(
-    size: Size, config: Config, by_image: bool, addend_is_map: bool, input_precision: str
-) -> dict[str, Any]:
-    return {
-        "H": size.height,
-        "W": size.width,
-        "CI": size.channels_in,
-        "CO": size.channels_out,
-        "K": size.taps,
-        "S": size.scale,
-        "ADDEND_IS_MAP": addend_is_map,
-        "BY_IMAGE": by_image,
-        "PRECISION": input_precision,
-        "BLOCK_P": config.pixels,
-        "BLOCK_N": config.channels,
-        "BLOCK_K": config.depth,
-    }

@@ -19,6 +19,7 @@ from catseg_fast.config import (
     Variant,
     get_variant,
 )
+from catseg_fast.errors import InputTypeError
 from catseg_fast.reference.aggregator import Aggregator
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.finetune import freeze, segmentation_loss
@@ -254,7 +255,7 @@ class CATSeg(nn.Module):
         image = entry["image"]
         name = f"batched_inputs[{index}]['image']"
         if not isinstance(image, Tensor):
-            raise TypeError(f"{name}: a tensor [3, H, W] is wanted, not {type(image).__name__}")
+            raise InputTypeError(f"{name}: a tensor [3, H, W] is wanted, not {type(image).__name__}")
         if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(f"{name}: shape {tuple(image.shape)} is not [3, H, W]")
         return image.to(self.device, torch.float32)

@@ -177,16 +177,22 @@ def test_tuned_configs_of_a_campaign_go_into_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A GPU has its defaults until configs for it are in the package, and from then on those."""
-    gpu, package, default = "NVIDIA H200", tmp_path / "package", mlp.default_config(90, torch.bfloat16, 128)
+    gpu, package = "NVIDIA H200", tmp_path / "package"
     monkeypatch.setattr(tuning, "SHIPPED", package)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of the user"))
 
+    def problem(hidden: int) -> tuning.Problem:
+        x = torch.empty(5, 51, 576, 128, dtype=torch.bfloat16, device="meta")
+        sizes = {"positions": 576, "channels": 128, "hidden": hidden}
+        return tuning.Problem.of("window_block", "mlp", mlp.MLPConfig, x, "ieee", **sizes)
+
     def chosen(hidden: int) -> object:
         tuning.clear()
-        problem = mlp.problem(torch.bfloat16, "ieee", 255, 576, 128, hidden)
-        return tuning.choose(problem, torch.device("cuda", 0), lambda _: default)
+        return tuning.choose(problem(hidden), torch.device("cuda", 0), mlp.default_config)
+
+    default = mlp.default_config(90, problem(512))
 
     def tuned(folder: Path, hidden: int, rows: int) -> None:
         entry = {

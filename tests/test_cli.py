@@ -133,15 +133,39 @@ def test_one_bad_image_among_many(workplace, weights):
     assert json.loads((workplace / "out" / "photo-2.json").read_text())["image"] == "more/photo.png"
 
 
-def test_an_error_of_the_model_names_the_image(workplace, weights, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (MemoryError("out of memory"), ["error: photo.png: out of memory"]),
+        (torch.OutOfMemoryError("2 GiB"), ["error: photo.png: out of memory: 2 GiB"]),
+        (
+            IndexError("list index out of range"),
+            [
+                "error: photo.png: IndexError: list index out of range",
+                "This is a bug in catseg-fast. Please report it with the output of the same command with "
+                "--debug, and of `catseg-fast env`.",
+            ],
+        ),
+    ],
+)
+def test_an_error_of_the_model_names_the_image(workplace, weights, monkeypatch, error, lines):
     def fail(*_, **__):
-        raise RuntimeError("out of memory")
+        raise error
 
     monkeypatch.setattr(CATSeg, "segment", fail)
     result = run("segment", "photo.png", "--weights", weights)
     assert result.exit_code == 1
-    assert lines_of(result.stderr) == ["error: photo.png: out of memory", "1 of 1 images failed"]
+    assert lines_of(result.stderr) == [*lines, "1 of 1 images failed"]
     assert not (workplace / "segmented").exists()
+
+
+def test_a_bug_keeps_its_traceback_with_debug(workplace, weights, monkeypatch):
+    def fail(*_, **__):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(CATSeg, "segment", fail)
+    result = run("segment", "photo.png", "--weights", weights, "--debug")
+    assert isinstance(result.exception, IndexError)
 
 
 def test_a_variant_without_weights_is_untrained(workplace, monkeypatch):

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
-from catseg_fast.kernels.launch.compile_target import CAPABILITIES, CompileTarget
+from catseg_fast.kernels import OPS
+from catseg_fast.kernels.launch.capability import CAPABILITIES
+from catseg_fast.kernels.launch.launcher import Launch
 from support import aot
 
+ROOT = Path(__file__).parents[1]
 TARGETS = [
-    pytest.param(module, capability, target, id=aot.key(module, capability, target))
-    for module in aot.modules()
+    pytest.param(target, id=target.name)
+    for op in OPS
     for capability in CAPABILITIES
-    for target in aot.targets(module, capability)
+    for target in aot.targets(op, capability)
 ]
 compiled = functools.cache(aot.resources_of)
 pytestmark = pytest.mark.xdist_group("aot")  # the cache is of one process
 
 GOOD = aot.Resources(128, 0, 0, 0, 1024, "wgmma", 4)
-TARGET = CompileTarget("example", None, {}, {}, num_warps=4, num_stages=2, expects_mma="wgmma")
+TARGET = aot.Target("example", "example", 90, Launch(None, (1,), {}, {}, {}), mma="wgmma")
 LOOP = """
         /*0000*/                   STL [R1], R2 ;
 .L_x_0:
@@ -35,21 +43,25 @@ LOOP = """
 """
 
 
-@pytest.mark.parametrize(("module", "capability", "target"), TARGETS)
-def test_takes_no_more_than_it_says(module: str, capability: int, target: CompileTarget) -> None:
-    taken = compiled(module)[aot.key(module, capability, target)]
-    assert not aot.faults(target, capability, taken)
+@pytest.mark.parametrize("target", TARGETS)
+def test_takes_no_more_than_it_says(target: aot.Target) -> None:
+    assert not aot.faults(target, compiled(target.op)[target.name])
 
 
-@pytest.mark.parametrize("module", aot.modules())
-def test_takes_what_was_recorded(module: str) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_takes_what_was_recorded(op: str) -> None:
     """A change that costs registers is to be seen in review: `tests/support/aot.py --write` records it."""
     record = aot.recorded()
     if record is None:
         pytest.skip(f"nothing is recorded of triton {aot.triton.__version__}")
-    resources = {name: x if isinstance(x, str) else asdict(x) for name, x in compiled(module).items()}
+    resources = {name: x if isinstance(x, str) else asdict(x) for name, x in compiled(op).items()}
     print(aot.table(resources))
-    assert resources == {name: x for name, x in record.items() if name.startswith(f"{module} / ")}
+    assert resources == {name: x for name, x in record.items() if name.startswith(f"{op} / ")}
+
+
+def test_names_are_unique() -> None:
+    names = [parameters.values[0].name for parameters in TARGETS]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +76,54 @@ def test_takes_what_was_recorded(module: str) -> None:
     ],
 )
 def test_finds_a_fault(taken: aot.Resources | str, fault: str) -> None:
-    assert not aot.faults(TARGET, 90, GOOD)
-    (found,) = aot.faults(TARGET, 90, taken)
+    assert not aot.faults(TARGET, GOOD)
+    (found,) = aot.faults(TARGET, taken)
     assert fault in found
 
 
 def test_counts_spills_in_loops_apart() -> None:
     assert aot.count_spills(LOOP) == (3, 1)
+
+
+PROBE = """
+import torch, triton, triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+from catseg_fast.kernels.launch.config import LaunchConfig
+from catseg_fast.kernels.launch.launcher import record, run
+from support import aot
+
+@triton.jit(do_not_specialize=["free"])
+def probe_kernel(x_desc, out_ptr, one, sixteen, odd, free, maybe, SIZE: tl.constexpr):
+    tile = x_desc.load([0, 0])
+    o = tl.arange(0, SIZE)
+    if maybe is None:
+        tile += 1
+    tl.store(out_ptr + o[:, None] * sixteen + o[None, :] * one + odd + free, tile)
+
+x = torch.empty(64, 64, dtype=torch.float16, device="meta")
+with record(execute=False) as launches:
+    tile = TensorDescriptor.from_tensor(x, [64, 64])
+    run(probe_kernel, (1,), tile, x, 1, 48, 7, 16, None, SIZE=64, config=LaunchConfig())
+(launch,) = launches
+gpu = aot.gpu(90)
+ttir = aot.compile_launch(launch.kernel, launch.arguments, launch.constants, launch.options, gpu).asm
+print(ttir["ttir"])
+print("cp.async.bulk.tensor" in ttir["ptx"])
+"""
+
+
+def test_compiles_as_a_launch_does() -> None:
+    """Tensor descriptors; None and 1 are constants; multiples of 16 are marked, but where that is refused."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", f"exec({PROBE!r})"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (signature,) = re.findall(r"tt.func public @probe_kernel\((.*?)\) attributes", done.stdout)
+    arguments = dict(re.findall(r"%(\w+): (.*?)(?:, %|$)", re.sub(r" loc\(.*?\)", "", signature)))
+    print(signature)
+    assert "one" not in signature
+    assert "maybe" not in signature
+    assert arguments
+    assert done.stdout.splitlines()[-1] == "True"

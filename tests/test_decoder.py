@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.arguments import channels_last
 from catseg_fast.engine.folding import DecoderStage, Normalisation, Plan
+from catseg_fast.engine.triton_stages import kernel_decoding
 from catseg_fast.kernels import convolution
-from catseg_fast.kernels.convolution import Config, Size
+from catseg_fast.kernels.convolution import ConvolutionConfig, Size
 from catseg_fast.kernels.decoder import group_norm
 from catseg_fast.kernels.decoder import op as decoder
-from support.accuracy import assert_no_worse_than_eager, upcast
+from support.accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 
-pytestmark = pytest.mark.usefixtures("on_gpu", "poison")
+pytestmark = pytest.mark.usefixtures("on_gpu")
 
 
 def make_plan(channels: int, stage_channels: tuple[int, int], dtype: torch.dtype, group: int = 16) -> Plan:
@@ -65,13 +67,18 @@ def make_inputs(
     return (guidance[0], guidance[1]), x
 
 
+def decode(plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]) -> Tensor:
+    maps = [channels_last(added) for added in guidance]
+    return decoder.decode(x, maps, *kernel_decoding(plan), resolution)
+
+
 def check(plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]) -> None:
     truth = stages.decode(upcast(plan), upcast(guidance), upcast(x), resolution)
     eager = stages.decode(plan, guidance, x, resolution)
-    assert_no_worse_than_eager(decoder.decode(plan, guidance, x, resolution), eager, truth)
+    assert_no_worse_than_eager(decode(plan, guidance, x, resolution), eager, truth)
 
 
-@pytest.mark.usefixtures("gpu_tiles")
+@pytest.mark.usefixtures("default_configs")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_plain_torch_with_the_default_configs(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -105,14 +112,14 @@ def test_takes_any_strides() -> None:
     torch.manual_seed(3)
     plan = make_plan(32, (32, 16), torch.float32)
     (first, second), x = make_inputs(plan, 2, 2, 2, 3, 2)
-    expected = decoder.decode(plan, (first, second), x, (2, 3))
+    expected = decode(plan, (first, second), x, (2, 3))
     classes_apart = torch.full((2, 5, 6, 32), math.nan)
     classes_apart[:, 1::2] = x
     columns_apart = torch.full((2, 2, 6, 40), math.nan)
     columns_apart[..., 4:36] = x
     channels_last = first.contiguous(memory_format=torch.channels_last)
     for strided in (classes_apart[:, 1::2], columns_apart[..., 4:36], x.flip(0).flip(0).mT.contiguous().mT):
-        assert torch.equal(decoder.decode(plan, (channels_last, second), strided, (2, 3)), expected)
+        assert torch.equal(decode(plan, (channels_last, second), strided, (2, 3)), expected)
 
 
 def test_takes_offsets_beyond_32_bits() -> None:
@@ -121,17 +128,25 @@ def test_takes_offsets_beyond_32_bits() -> None:
     guidance, x = make_inputs(plan, 3, 1, 2, 2)
     far = torch.empty(2**31 + x.numel(), dtype=torch.float16)  # of which little is ever touched
     far = far.as_strided(x.shape, (2**30, 0, 16, 1)).copy_(x)
-    assert torch.equal(decoder.decode(plan, guidance, far, (2, 2)), decoder.decode(plan, guidance, x, (2, 2)))
+    assert torch.equal(decode(plan, guidance, far, (2, 2)), decode(plan, guidance, x, (2, 2)))
 
 
 def test_is_deterministic_and_classes_do_not_meet() -> None:
     torch.manual_seed(5)
-    plan = make_plan(32, (32, 16), torch.float16)
-    guidance, x = make_inputs(plan, 1, 3, 3, 3)
-    logits = decoder.decode(plan, guidance, x, (3, 3))
-    assert torch.equal(decoder.decode(plan, guidance, x, (3, 3)), logits)
-    order = torch.tensor([2, 0, 1])
-    assert torch.equal(decoder.decode(plan, guidance, x[:, order], (3, 3)), logits[:, order])
+    plan = make_plan(32, (16, 16), torch.float16)
+    guidance, x = make_inputs(plan, 1, 2, 2, 3)
+    assert_classes_are_apart(lambda x: decode(plan, guidance, x, (2, 3)), x)
+
+
+def test_order_of_classes_does_not_matter() -> None:
+    torch.manual_seed(5)
+    plan = make_plan(32, (16, 16), torch.float16)
+    guidance, x = make_inputs(plan, 1, 2, 2, 3)
+    truth = stages.decode(upcast(plan), upcast(guidance), upcast(x), (2, 3))
+    order = torch.tensor([1, 0])
+    ours = decode(plan, guidance, x[:, order], (2, 3))
+    eager = stages.decode(plan, guidance, x, (2, 3))
+    assert_no_worse_than_eager(ours, eager[:, order], truth[:, order])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
@@ -141,19 +156,21 @@ def test_what_is_not_finite_shows_in_the_logits(value: float) -> None:
     plan = make_plan(32, (32, 16), torch.float16)
     guidance, x = make_inputs(plan, 1, 2, 4, 4)
     x[0, 1, 5] = value
-    finite = decoder.decode(plan, guidance, x, (4, 4)).isfinite().flatten(2).all(dim=2)
+    finite = decode(plan, guidance, x, (4, 4)).isfinite().flatten(2).all(dim=2)
     assert finite.tolist() == [[True, False]]
 
 
 def test_statistics_survive_a_large_mean() -> None:
     torch.manual_seed(7)
-    size, config = Size(6, 6, 16, 16, taps=3), Config(16, 16, 32, num_warps=4, num_stages=1)
+    size, config = Size(6, 6, 16, 16, taps=3), ConvolutionConfig(16, 16, 32, num_warps=4, num_stages=1)
     x, weight = torch.randn(1, 2, 36, 16), torch.randn(16, 3, 3, 16) / 12
     bias = 1e4 + torch.randn(16)
-    maps, statistics = convolution.launch(x, weight, size, config, addend=bias, statistics=True)
+    maps, statistics = convolution.launch(
+        x, weight, size, addend=bias, statistics=True, input_precision="ieee", config=config
+    )
     assert statistics is not None
     scale, shift = torch.randn(16), torch.randn(16)
-    found = group_norm.launch(statistics, scale, shift, 2, 1e-5, size, config).double()
+    found = group_norm.launch(statistics, scale, shift, 2, 1e-5, size, config.pixels).double()
     grouped = maps[0].double().view(2, 36, 2, 8)
     variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
     expected = scale / (variance + 1e-5).sqrt().repeat_interleave(8, dim=1)
@@ -163,59 +180,32 @@ def test_statistics_survive_a_large_mean() -> None:
     )
 
 
-def test_is_a_sound_custom_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(8)
-    plan = make_plan(16, (16, 16), torch.float32)
-    guidance, x = make_inputs(plan, 1, 2, 2, 3)
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(decoder, "_decode", lambda *arguments: calls.append(arguments))
-    decoder.decode(plan, guidance, x, (2, 3))
-    torch.library.opcheck(torch.ops.catseg_fast.decode.default, calls[0])
-
-
-def test_compiles_into_one_graph() -> None:
-    torch.manual_seed(9)
-    plan = make_plan(16, (16, 16), torch.float32)
-    guidance, x = make_inputs(plan, 1, 2, 2, 3)
-    compiled = torch.compile(
-        lambda x: decoder.decode(plan, guidance, x, (2, 3)) + 1, fullgraph=True, backend="aot_eager"
-    )
-    assert torch.equal(compiled(x), decoder.decode(plan, guidance, x, (2, 3)) + 1)
-
-
-def test_has_no_wrong_gradient() -> None:
-    plan = make_plan(16, (16, 16), torch.float32)
-    guidance, x = make_inputs(plan, 1, 1, 1, 1)
-    logits = decoder.decode(plan, guidance, x.requires_grad_(), (1, 1))
-    with pytest.raises(RuntimeError, match="autograd"):
-        logits.sum().backward()
-
-
 def test_names_what_is_wrong() -> None:
     plan = make_plan(32, (32, 16), torch.float32)
-    (first, second), x = make_inputs(plan, 2, 3, 4, 4, 2)
+    guidance, x = make_inputs(plan, 2, 3, 4, 4, 2)
+    first, second = map(channels_last, guidance)
+    weights, groups, eps = kernel_decoding(plan)
 
     def refused(match: str, **changes: Any) -> None:
-        given = {"plan": plan, "guidance": (first, second), "x": x, "resolution": (4, 4), **changes}
+        given = {"x": x, "guidance": (first, second), "weights": weights, "groups": groups, "eps": eps}
         with pytest.raises(ValueError, match=match):
-            decoder.decode(**given)
+            decoder.decode(**{**given, "resolution": (4, 4), **changes})
 
-    refused(r"x: has shape \[2, 3, 16, 32\]; wanted \[B, t, 20, C\]", resolution=(4, 5))
+    refused(r"x: has shape \[2, 3, 16, 32\]; expected \[B, t, 20, C\]", resolution=(4, 5))
     refused(r"x: has shape \[2, 3, 512\]", x=x.flatten(2))
     refused(r"x: has shape \[2, 0, 16, 32\]", x=x[:, :0])
     refused(r"x: dtype torch.float64", x=x.double())
     refused(r"input_precision: 'fast'", input_precision="fast")
-    refused(r"guidance: has 1 maps; wanted 2", guidance=(first,))
+    refused(r"weights: has 14 items; expected 8 for 1 stages", guidance=(first,))
+    refused(r"groups: has 3 items; expected 4", groups=groups[:3])
     refused(
-        r"guidance\[0\]: has shape \[2, 32, 8, 7\]; wanted \[1 or 2, 32, 8, 8\]",
-        guidance=(first[..., :7], second),
+        r"guidance\[0\]: has shape \[2, 56, 32\]; expected \[1 or 2, 64, 32\]",
+        guidance=(first[:, :56], second),
     )
-    refused(r"guidance\[1\]: is torch.float16; wanted torch.float32", guidance=(first, second.half()))
+    refused(r"guidance\[1\]: is torch.float16; expected torch.float32", guidance=(first, second.half()))
     refused(
-        r"plan.decoder\[0\].phases: is torch.float32; wanted torch.float16",
-        x=x.half(),
-        guidance=(first.half(), second),
+        r"weights\[0\]: is torch.float32; expected torch.float16", x=x.half(), guidance=(first.half(), second)
     )
-    refused(r"plan.decoder\[0\].phases: has shape .*; wanted \[2, 2, 32, 16, 2, 2\]", x=x[..., :16])
-    refused(r"is on meta; wanted cpu", guidance=(first.to("meta"), second))
+    refused(r"weights\[0\]: has shape \[128, 2, 2, 32\]; expected \[128, 2, 2, 16\]", x=x[..., :16])
+    refused(r"is on meta; expected cpu", guidance=(first.to("meta"), second))
     refused(r"x: is on meta; the Triton kernels need a CUDA tensor", x=x.to("meta"))

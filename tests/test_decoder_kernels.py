@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,24 +13,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from catseg_fast.kernels.decoder import boxes, chain, patches, row_phases, rows
+from catseg_fast.kernels.decoder import boxes, patches, row_phases, rows
 from catseg_fast.kernels.decoder.group_norm import GroupNorm
 from catseg_fast.kernels.decoder.layers import Layer, layers, pack
-from catseg_fast.kernels.launch import launcher
-from catseg_fast.kernels.launch.capability import assume
-from support.accuracy import assert_no_worse_than_eager, upcast
+from support.accuracy import assert_no_worse_than_eager
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 PHASES_1, CONV_1, PHASES_2, CONV_2, HEAD = layers(24, 24, 128, (64, 32))
 
-pytestmark = pytest.mark.usefixtures("on_gpu", "poison")
+pytestmark = pytest.mark.usefixtures("on_gpu")
 
 
 class Case:
     """Random arguments of a layer: what its kernel reads, and the same as plain torch reads it."""
 
     def __init__(
-        self, layer: Layer, B: int, t: int, dtype: torch.dtype, seed: int = 0, guidance_crops: int | None = None
+        self,
+        layer: Layer,
+        B: int,
+        t: int,
+        dtype: torch.dtype,
+        seed: int = 0,
+        guidance_crops: int | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.layer, self.B, self.t, self.dtype = layer, B, t, dtype
@@ -60,7 +63,8 @@ class Case:
     def arguments(self) -> tuple[Any, ...]:
         """What all kernels take: input, weight, addend, norm."""
         x = self.x if self.bordered is None else self.bordered
-        return x, pack(self.weight, self.layer), self.addend, self.norm
+        weight = self.weight.flatten(0, -4).permute(0, 2, 3, 1)
+        return x, pack(weight, self.layer.scale, self.layer.group), self.addend, self.norm
 
     @property
     def addend(self) -> Tensor | None:
@@ -124,15 +128,15 @@ def run(case: Case, kernel: Any, **options: Any) -> tuple[Tensor, Tensor | None]
     return patches.KERNEL(x, weight, addend, norm, group_norm, case.layer, **options)
 
 
-@pytest.fixture
-def gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the interpreter have a GPU's default tiles, not those that it likes."""
-    monkeypatch.setattr(patches.KERNEL, "interpreter_config", None)
-
-
-ROWS = [(CONV_2, rows), (replace(CONV_2, height=4, width=32), rows), (replace(CONV_2, height=16, width=48), rows)]
+ROWS = [
+    (CONV_2, rows),
+    (replace(CONV_2, height=4, width=32), rows),
+    (replace(CONV_2, height=16, width=48), rows),
+]
 ROWS += [(replace(CONV_2, height=8, width=16, channels_in=16, channels_out=16), rows)]
-ROW_PHASES = [(replace(PHASES_2, height=height, width=width), row_phases) for height, width in [(4, 16), (8, 24)]]
+ROW_PHASES = [
+    (replace(PHASES_2, height=height, width=width), row_phases) for height, width in [(4, 16), (8, 24)]
+]
 ROW_PHASES += [(PHASES_2, row_phases), (replace(PHASES_2, height=4, width=16, channels_in=32), row_phases)]
 BOXES = [(PHASES_1, boxes), (CONV_1, boxes), (replace(PHASES_1, height=8, width=8), boxes)]
 BOXES += [(replace(PHASES_1, height=4, width=8, channels_in=32, channels_out=16), boxes)]
@@ -140,7 +144,9 @@ BOXES += [(replace(CONV_1, height=8, width=32), boxes), (replace(CONV_1, height=
 
 
 @pytest.mark.parametrize(
-    ("layer", "kernel"), [*ROWS, *ROW_PHASES, *BOXES], ids=lambda value: getattr(value, "__name__", "").split(".")[-1]
+    ("layer", "kernel"),
+    [*ROWS, *ROW_PHASES, *BOXES],
+    ids=lambda value: getattr(value, "__name__", "").split(".")[-1],
 )
 def test_16_bit_kernels_match_plain_torch(layer: Layer, kernel: Any) -> None:
     case = Case(layer, 1, 2, torch.float16)
@@ -148,15 +154,19 @@ def test_16_bit_kernels_match_plain_torch(layer: Layer, kernel: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layer", [PHASES_1, CONV_1, PHASES_2, CONV_2, HEAD], ids=lambda layer: str(layer.sizes()))
+@pytest.mark.parametrize(
+    "layer", [PHASES_1, CONV_1, PHASES_2, CONV_2, HEAD], ids=lambda layer: str(layer.sizes())
+)
 def test_patches_match_plain_torch(layer: Layer, dtype: torch.dtype) -> None:
     case = Case(layer, 1, 2, dtype)
     check(case, run(case, patches))
 
 
-@pytest.mark.usefixtures("gpu_tiles")
+@pytest.mark.usefixtures("default_configs")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layer", [PHASES_1, CONV_1, PHASES_2, CONV_2, HEAD], ids=lambda layer: str(layer.sizes()))
+@pytest.mark.parametrize(
+    "layer", [PHASES_1, CONV_1, PHASES_2, CONV_2, HEAD], ids=lambda layer: str(layer.sizes())
+)
 def test_patches_match_plain_torch_with_the_default_configs(layer: Layer, dtype: torch.dtype) -> None:
     case = Case(replace(layer, height=layer.height // 4, width=layer.width // 4), 1, 2, dtype)
     check(case, run(case, patches))
@@ -165,7 +175,9 @@ def test_patches_match_plain_torch_with_the_default_configs(layer: Layer, dtype:
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_patches_match_plain_torch_at_random_sizes(data: st.DataObject) -> None:
-    numbers = {name: data.draw(st.integers(1, limit), name) for name, limit in (("H", 9), ("W", 14), ("t", 3))}
+    numbers = {
+        name: data.draw(st.integers(1, limit), name) for name, limit in (("H", 9), ("W", 14), ("t", 3))
+    }
     scale = data.draw(st.sampled_from([1, 2]), "scale")
     head = scale == 1 and data.draw(st.booleans(), "head")
     CO = 1 if head else data.draw(st.sampled_from([3, 8, 20, 33]), "out")

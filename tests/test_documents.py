@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from catseg_fast import VARIANTS
 from catseg_fast.checkpoints import hub
-from catseg_fast.cli import app
+from catseg_fast.cli.main import app
 from support.documents import DOCUMENTS, ROOT, TINY, blocks, calls, make_checkout
 
 # Options that make a command small enough; of an option that comes twice the last counts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from test_plan import chunk, features, make_aggregator, terms
 from torch import Tensor
 
 from catseg_fast import reference
+from catseg_fast.engine import engine as engine_module
+from catseg_fast.engine import schedule as schedule_module
 from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.class_memory import new_memory
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.precision import pays_off_on_cpu
-from catseg_fast.engine.schedule import parse_bytes
+from catseg_fast.engine.schedule import Sizes, parse_bytes
 
 POLICIES = ("resident", "offload", "recompute")
 T = 7
@@ -162,13 +165,15 @@ def test_what_is_not_a_number_before_fp16_is_not_computed_again(recwarn: pytest.
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("limit", [None, 2])
 @pytest.mark.parametrize("policy", ["resident", "recompute"])  # streams, as for "offload", cannot be traced
-def test_a_call_compiles_into_one_graph(policy: str) -> None:
+def test_a_call_compiles_into_one_graph(policy: str, limit: int | None) -> None:
     aggregator = make_aggregator()
+    aggregator.max_classes = limit
     engine = Engine(aggregator)
     engine.policy = policy
     inputs = features(aggregator, 3)
-    compiled = torch.compile(lambda *x: engine.logits(*x, None), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda *x: engine.logits(*x, limit), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*inputs), aggregator(*inputs), rtol=1e-11, atol=1e-11)
 
 
@@ -322,3 +327,63 @@ def test_bad_settings() -> None:
     assert [parse_bytes(text) for text in ("2GiB", "1.5 gb", "500MB", "7", 12)] == [
         2**31, 1_500_000_000, 500_000_000, 7, 12,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "valid"),
+    [
+        ("backend", "tritn", "auto, triton, torch, reference"),
+        ("precision", "fp16", "torch.float16, torch.bfloat16, torch.float32, torch.float64, or None"),
+        ("precision", torch.int8, "torch.float16"),
+        ("input_precision", "tf32x", "ieee, tf32x3, tf32"),
+    ],
+)
+def test_settings_are_checked_where_they_are_set(setting: str, value: object, valid: str) -> None:
+    engine = Engine(make_aggregator())
+    before = getattr(engine, setting)
+    with pytest.raises(ValueError, match=rf"{setting}: {value!r} is not one of .*{valid}"):
+        setattr(engine, setting, value)
+    assert getattr(engine, setting) == before
+
+
+@torch.no_grad()
+def test_terms_of_a_vocabulary_are_kept_while_text_and_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    aggregator = make_aggregator()
+    engine = Engine(aggregator)
+    image, text, guidance = features(aggregator, 3)
+    made: list[object] = []
+    compute = engine_module.vocabulary_terms
+    monkeypatch.setattr(engine_module, "vocabulary_terms", lambda *args: made.append(args) or compute(*args))
+
+    def check(expected: int, text: Tensor, limit: int | None = None) -> None:
+        aggregator.max_classes = limit
+        actual = engine.logits(image, text, guidance, limit)
+        torch.testing.assert_close(actual, aggregator(image, text, guidance), rtol=1e-11, atol=1e-11)
+        assert len(made) == expected
+
+    check(1, text)
+    check(1, text.view_as(text))  # another view of the same values
+    check(2, text.clone())
+    check(3, text)  # only the last ones are kept
+    text[0].mul_(-1)
+    check(4, text)
+    aggregator.text_guidance_projection[0].weight.mul_(2)
+    check(5, text)
+    check(6, text, 2)
+    check(6, text, 2)
+
+
+def test_a_gpu_is_asked_for_free_memory_only_where_it_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(make_aggregator())
+    asked: list[torch.device] = []
+    free = 2**40
+    monkeypatch.setattr(schedule_module, "free_bytes", lambda device: asked.append(device) or free)
+    sizes = Sizes(engine.plan(), 2, (24, 24), 7, torch.device("cuda"))
+    for _ in range(3):
+        ample = engine._schedule(sizes, 0, differentiable=False)
+    assert len(asked) == 1
+    free = 2 * ample.total_bytes
+    tight = replace(sizes, crops=3)
+    for _ in range(3):
+        engine._schedule(tight, 0, differentiable=False)
+    assert len(asked) == 4

@@ -223,16 +223,15 @@ from pathlib import Path
 from catseg_fast.data.folder import FolderDataset
 from catseg_fast.evaluation.run import evaluate
 from catseg_fast.evaluation.ledger import Ledger
-from catseg_fast.distributed.sharing import Sharing
+from catseg_fast.distributed.torchrun import join
 
 def by_brightness(image):
     time.sleep(float(sys.argv[3]))
     return image.float().mean(dim=0).div(51.2).long()
 
-sharing = Sharing.join()
-ledger = Ledger(Path(sys.argv[2]), "run", {"a": 1})
-evaluate(FolderDataset(sys.argv[1]), by_brightness, 5, ledger=ledger, sharing=sharing)
-sharing.leave()
+with join("cpu", objects=True) as processes:
+    ledger = Ledger(Path(sys.argv[2]), "run", {"a": 1})
+    evaluate(FolderDataset(sys.argv[1]), by_brightness, 5, ledger=ledger, processes=processes)
 """
 
 

@@ -149,11 +149,8 @@ def test_what_cannot_be_recorded(shared: CATSeg) -> None:
     for sizes in ([], [(0, 3)]):
         with pytest.raises(ValueError, match="sizes: "):
             ModelGraphs(shared, sizes, record_nothing)
-    selecting = tiny_model(classes=CLASSES, max_classes=2)
-    with pytest.raises(ValueError, match="max_classes: 2 of 5 classes would be selected"):
-        ModelGraphs(selecting, [SIZE], record_nothing)
     with pytest.raises(ValueError, match="training mode"):
-        ModelGraphs(selecting.train(), [SIZE], record_nothing)
+        ModelGraphs(tiny_model(classes=CLASSES).train(), [SIZE], record_nothing)
     shared.engine.policy = "offload"
     with pytest.raises(RuntimeError, match="copies to the host are not recorded"):
         ModelGraphs(shared, [SIZE], record_nothing)
@@ -177,13 +174,25 @@ class NoCopies(TorchDispatchMode):
         return out
 
 
+def test_selected_classes_are_recorded() -> None:
+    model = tiny_model(classes=CLASSES, max_classes=2)
+    graphs = ModelGraphs(model, [SIZE], record_nothing)
+    for name in ("first", "second"):  # other classes may be the best of another picture
+        answer, expected = graphs(picture(*SIZE, name)), model.segment(picture(*SIZE, name))
+        assert isinstance(answer, type(expected))
+        assert torch.equal(answer.labels, expected.labels)
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("limit", [None, 1])
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_nothing_is_copied_between_host_and_device(version: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_copied_between_host_and_device(
+    version: Any, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # which knows no "meta"
     monkeypatch.setattr(Engine, "_without_autocast", lambda _: nullcontext())
     model = tiny_model(version, CLASSES[:2]).to("meta")
-    model.backend = "torch"
+    model.backend, model.max_classes = "torch", limit
     text = tree_map_only(Tensor, lambda x: x.to("meta"), tiny_model(version, CLASSES[:2]).text_features())
     model.text_features = lambda progress=None: text  # type: ignore[method-assign]
     graphs = ModelGraphs.__new__(ModelGraphs)

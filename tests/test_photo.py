@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from catseg_fast import CATSeg
-from catseg_fast.cli import app
+from catseg_fast.cli.main import app
 from catseg_fast.inference.images import load_image
 from catseg_fast.reference.model import CATSeg as ReferenceCATSeg
 from support.golden_rule import fill

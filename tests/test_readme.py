@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from catseg_fast.cli import app
+from catseg_fast.cli.main import app
 from catseg_fast.data.scenes import draw_scene
 from catseg_fast.data.scenes.words import HELD_OUT
 from support.documents import README, ROOT, SCENE, STREET, blocks, calls

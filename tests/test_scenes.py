@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from catseg_fast.cli import app
+from catseg_fast.cli.main import app
 from catseg_fast.data.folder import FolderDataset
 from catseg_fast.data.scenes import SPLITS, draw_scene, write_dataset
 from catseg_fast.data.scenes.baseline import NearestColour

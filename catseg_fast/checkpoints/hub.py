@@ -17,6 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from catseg_fast.errors import RunError
+
 # Upstream's weights, by variant: the kind of repository, its id, the file.
 PUBLISHED = {
     "v1-vitb-r101": ("model", "hamacojr/CAT-Seg", "model_final_base.pth"),
@@ -106,7 +108,7 @@ def _clear_errors(kind: str, repository: str, filename: str) -> Iterator[None]:
             ) from error
         space = "spaces/" if kind == "space" else ""
         offline = " HF_HUB_OFFLINE is set: unset it to allow downloads." if constants.HF_HUB_OFFLINE else ""
-        raise RuntimeError(
+        raise RunError(
             f"weights: {label} is neither a file nor in the cache ({constants.HF_HUB_CACHE}), "
             f"and fetching failed: {reason}.{offline} Without network access, download "
             f"https://huggingface.co/{space}{repository}/resolve/main/{filename} elsewhere, copy it here and "

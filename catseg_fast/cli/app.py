@@ -21,6 +21,7 @@ from catseg_fast.cli.options import (
     weights_or_bundled,
 )
 from catseg_fast.console import Debug, plain_errors, stderr
+from catseg_fast.errors import MissingPackageError, RunError
 
 EXAMPLES = (
     "catseg-fast app --weights v2-vitl",
@@ -57,7 +58,9 @@ def app(
         try:
             from catseg_fast.app.page import build_page, serve
         except ImportError as error:
-            raise ImportError(f"app: needs Gradio ({error}): pip install 'catseg-fast[app]'") from error
+            raise MissingPackageError(
+                f"app: needs Gradio ({error}): pip install 'catseg-fast[app]'"
+            ) from error
         check_free(host, port)
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
@@ -81,5 +84,5 @@ def check_free(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise RuntimeError(f"--port: {port} is taken on {host}; choose another") from error
-        raise RuntimeError(f"--host: cannot listen on {host}:{port}: {error.strerror or error}") from error
+            raise RunError(f"--port: {port} is taken on {host}; choose another") from error
+        raise RunError(f"--host: cannot listen on {host}:{port}: {error.strerror or error}") from error

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from catseg_fast.ahead import ahead
 from catseg_fast.cli.inputs import Picture
 from catseg_fast.cli.resume import finished
-from catseg_fast.console import USER_ERRORS
 from catseg_fast.engine.class_parallel import RankError
 from catseg_fast.inference.images import load_image
 from catseg_fast.output.results import save_segmentation
@@ -102,7 +101,7 @@ class Batch:
             for index, (picture, job) in enumerate(zip(pictures, decoded, strict=True)):
                 try:
                     found = job.result()
-                except USER_ERRORS as error:
+                except Exception as error:
                     yield Outcome(index, picture, error=error)
                     continue
                 if isinstance(found, list):
@@ -128,7 +127,7 @@ class Batch:
                 return self.model.segment_batch(images)
             except RankError:
                 raise
-            except USER_ERRORS:
+            except Exception:
                 pass  # one by one it may go, or it turns out which of them fails
         answers: list[Segmentation | Exception] = []
         for image in images:
@@ -136,7 +135,7 @@ class Batch:
                 answers.append(self.model.segment(image))
             except RankError:
                 raise
-            except USER_ERRORS as error:
+            except Exception as error:
                 answers.append(error)
         return answers
 
@@ -152,5 +151,5 @@ def _occurring(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _written(index: int, picture: Picture, seconds: float, job: Future[list[dict[str, Any]]]) -> Outcome:
     try:
         return Outcome(index, picture, job.result(), seconds)
-    except USER_ERRORS as error:
+    except Exception as error:
         return Outcome(index, picture, error=error)

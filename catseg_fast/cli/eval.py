@@ -30,12 +30,12 @@ from catseg_fast.console import (
     stderr,
     stdout,
 )
-from catseg_fast.distributed.launch import own_device
+from catseg_fast.distributed.torchrun import join, own_device
 from catseg_fast.text.class_lists import read_classes
 
 if TYPE_CHECKING:
     from catseg_fast.data.folder import FolderDataset
-    from catseg_fast.distributed.sharing import Sharing
+    from catseg_fast.distributed.torchrun import Processes
     from catseg_fast.evaluation.run import Evaluation
     from catseg_fast.model import CATSeg
 
@@ -135,7 +135,6 @@ def evaluate(
         import torch
 
         from catseg_fast.data.folder import FolderDataset
-        from catseg_fast.distributed.sharing import Sharing
         from catseg_fast.evaluation.report import (
             activations_table,
             classes_table,
@@ -156,8 +155,7 @@ def evaluate(
             "device": target.partition(":")[0],
         }  # fmt: skip
         rows: list[tuple[dict[str, Any], Evaluation]] = []
-        sharing = Sharing.join()
-        try:
+        with join(target, objects=True) as processes:
             for combination in combinations:
                 with stderr.status("Loading the model …"):
                     model = build_model(
@@ -174,13 +172,11 @@ def evaluate(
                 }  # fmt: skip
                 found = _run(
                     model, dataset, combination, combinations[0], {**about, **own}, output, limit, restart,
-                    sharing,
+                    processes,
                 )  # fmt: skip
                 rows.append((own, found))
-            if sharing.rank > 0:
+            if not processes.first:
                 return
-        finally:
-            sharing.leave()
         written = output / "results.json"
         given = {"data": str(data), "weights": weights, "seed": seed, "limit": limit}
         write_results(written, {**given, **about}, classes, rows)
@@ -220,7 +216,7 @@ def _class_names(dataset: FolderDataset, classes_file: Path | None) -> tuple[str
 
 def _run(
     model: CATSeg, dataset: FolderDataset, combination: Combination, first: Combination,
-    about: dict[str, Any], output: Path, limit: int | None, restart: bool, sharing: Sharing,
+    about: dict[str, Any], output: Path, limit: int | None, restart: bool, processes: Processes,
 ) -> Evaluation:  # fmt: skip
     from catseg_fast.engine.activations import record_activations
     from catseg_fast.evaluation.ledger import Ledger
@@ -230,15 +226,15 @@ def _run(
     leading = combination == first
     ledger = Ledger(output, combination.name, {**about, "compared_with": None if leading else first.name})
     if restart:
-        sharing.from_first(ledger.clear)
+        processes.from_first(ledger.clear)
     watched = about["activations"] and combination.backend != "reference"
     recording: AbstractContextManager[dict[str, float] | None] = nullcontext()
     if watched:
         recording = record_activations(model.engine)
-    with image_progress(combination.name, sharing.rank == 0) as advance, recording as activations:
+    with image_progress(combination.name) as advance, recording as activations:
         records = evaluate(
             dataset, model_segmenter(model), len(model.classes), limit=limit, ledger=ledger,
             save_labels=labels if leading else None, compare_labels=None if leading else labels,
-            activations=activations, sharing=sharing, advance=advance,
+            activations=activations, processes=processes, advance=advance,
         )  # fmt: skip
     return summarise(records, len(model.classes))

@@ -10,6 +10,7 @@ import typer
 from catseg_fast.backend import BACKENDS, default_device
 from catseg_fast.config import VARIANTS
 from catseg_fast.console import choice, stderr
+from catseg_fast.errors import RunError
 from catseg_fast.text.class_lists import (
     EVERYDAY_CLASSES,
     READY_LISTS,
@@ -128,7 +129,7 @@ def build_model(
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
-            raise RuntimeError(f"--device: {device!r} is not available: {reason}") from error
+            raise RunError(f"--device: {device!r} is not available: {reason}") from error
     target, precision = device or default_device(), getattr(torch, dtype)
     if weights is not None:
         return CATSeg.from_pretrained(

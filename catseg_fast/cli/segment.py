@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,8 +29,17 @@ from catseg_fast.cli.options import (
     class_names,
     weights_or_bundled,
 )
-from catseg_fast.console import Debug, image_progress, output_folder, plain_errors, say_error, stderr, stdout
-from catseg_fast.distributed.launch import is_first, process_group
+from catseg_fast.console import (
+    Debug,
+    describe,
+    image_progress,
+    output_folder,
+    plain_errors,
+    say_error,
+    stderr,
+    stdout,
+)
+from catseg_fast.distributed.torchrun import Processes, join, own_device
 from catseg_fast.output.statistics import check_target, write_statistics
 
 if TYPE_CHECKING:
@@ -105,12 +115,12 @@ def segment(
             check_target(stats)
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
-    with plain_errors(debug), process_group(class_parallel, device) as device:
+    with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
         from catseg_fast.checkpoints.hub import resolve
         from catseg_fast.cli.inputs import find_pictures
         from catseg_fast.cli.resume import fingerprint
 
-        pictures = find_pictures(images, output) if is_first() else []
+        pictures = find_pictures(images, output) if processes.first else []
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
@@ -130,7 +140,7 @@ def segment(
 
             model.split_classes()
             conductor = Conductor(model)
-            if not is_first():
+            if not processes.first:
                 conductor.follow()
                 return
         from catseg_fast.cli.batch import Batch
@@ -152,6 +162,17 @@ def segment(
         raise typer.Exit(1)
 
 
+@contextmanager
+def _processes(class_parallel: bool, device: str | None) -> Iterator[tuple[Processes, str | None]]:
+    """Yield the processes that share the classes, and this one's device; None for the default one."""
+    if not class_parallel:
+        yield Processes(), device
+        return
+    device = own_device(device or default_device().type)
+    with join(device, needed_by="--class-parallel") as processes:
+        yield processes, device
+
+
 def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[Outcome]:
     """Report the pictures that fail; return the others' outcomes in the pictures' order."""
     outcomes = []
@@ -165,7 +186,8 @@ def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[
             elif debug:
                 raise error
             else:
-                say_error(error if path in str(error) else f"{path}: {error}")
+                message = describe(error)
+                say_error(message if path in message else f"{path}: {message}")
     return sorted(outcomes, key=lambda outcome: outcome.index)
 
 

@@ -15,6 +15,7 @@ from catseg_fast.backend import default_device
 from catseg_fast.cli.options import Device
 from catseg_fast.config import VARIANTS
 from catseg_fast.console import Debug, choice, output_folder, plain_errors, stderr, stdout
+from catseg_fast.distributed.torchrun import join, own_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,7 +145,6 @@ def train(
         import torch
 
         from catseg_fast.data.folder import FolderDataset
-        from catseg_fast.distributed.processes import join_processes
         from catseg_fast.training import Recipe, Trainer
 
         recipe = Recipe(
@@ -156,18 +156,19 @@ def train(
             precision=precision, seed=seed,
         )  # fmt: skip
         pictures = FolderDataset(data)
-        with join_processes(torch.device(device or default_device())) as processes:
-            model = build_model(variant, pictures.classes, recipe, init).to(processes.device)
+        device = own_device(device or str(default_device()))
+        with join(device) as processes:
+            model = build_model(variant, pictures.classes, recipe, init).to(device)
             trainer = Trainer(
                 model, pictures, recipe, output, processes=processes, workers=workers, save_every=save_every
             )
             if not resume:
                 trainer.start_over()
-            elif trainer.resume() and processes.main:
+            elif trainer.resume():
                 stderr.print(f"going on behind step {trainer.step} of {steps}", highlight=False)
-            with progress(trainer.step, steps, processes.main) as report:
+            with progress(trainer.step, steps) as report:
                 trainer.run(report)
-            if processes.main:
+            if processes.first:
                 written = trainer.export(getattr(torch, WEIGHT_TYPES[weights_type]))
                 stdout.print(f"{steps} steps done; wrote {written}", soft_wrap=True, highlight=False)
 
@@ -200,11 +201,8 @@ def build_model(variant: str, classes: tuple[str, ...], recipe: Recipe, init: st
 
 
 @contextmanager
-def progress(first: int, steps: int, shown: bool) -> Iterator[Callable[[Step], None]]:
+def progress(first: int, steps: int) -> Iterator[Callable[[Step], None]]:
     """Yields what is called after each step: a bar on a terminal, else a line every half minute."""
-    if not shown:
-        yield lambda _: None
-        return
     if not stderr.is_terminal:
         yield _Lines(first, steps)
         return

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from catseg_fast.console import Debug, check_folder, choice, plain_errors, say_error, stderr, stdout
+from catseg_fast.errors import RunError
 from catseg_fast.kernels import TUNABLE_OPS
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ EXAMPLES = (
 
 def tune(
     op: Annotated[
-        list[str] | None, choice("--op", tuple(TUNABLE_OPS), "What to tune, repeatable; by default all of")
+        list[str] | None, choice("--op", TUNABLE_OPS, "What to tune, repeatable; by default all of")
     ] = None,
     dtype: Annotated[str, choice("--dtype", tuple(DTYPES), "Type of the tensors")] = "fp16",
     classes: Annotated[
@@ -71,7 +72,7 @@ def tune(
         from catseg_fast.kernels.launch.configs import user_folder
 
         tunables = tuner.list_tunables(
-            op or tuple(TUNABLE_OPS), getattr(torch, DTYPES[dtype]), classes, crops, device
+            op or TUNABLE_OPS, getattr(torch, DTYPES[dtype]), classes, crops, device
         )
         folder, gpu = output or user_folder(), torch.cuda.get_device_name(device)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -107,18 +108,16 @@ def _require_gpu() -> torch.device:
 
     if not torch.cuda.is_available():
         build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        raise RuntimeError(
+        raise RunError(
             f"tune: needs a CUDA GPU, to time kernels on; found none, with torch {torch.__version__} {build}"
         )
     device = torch.device("cuda", torch.cuda.current_device())
     if reason := why_no_triton(device):
-        raise RuntimeError(f"tune: needs a CUDA GPU that the Triton kernels run on; {reason}")
+        raise RunError(f"tune: needs a CUDA GPU that the Triton kernels run on; {reason}")
     from catseg_fast.kernels.launch.checks import INTERPRETED
 
     if INTERPRETED:
-        raise RuntimeError(
-            "tune: TRITON_INTERPRET is set; what the interpreter takes says nothing of the GPU"
-        )
+        raise RunError("tune: TRITON_INTERPRET is set; what the interpreter takes says nothing of the GPU")
     return device
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from catseg_fast.engine.folding import ClassLayer, wide
+from catseg_fast.kernels.class_attention import plain
 
 
 class ClassMemory(Protocol):
@@ -65,15 +66,13 @@ class LinearMemory:
         if layer.padding is None or not padded or full:
             return cls(layer.heads, layer.eps, length, 0.0, 0.0)
         key, value = (wide(x).view(layer.heads, -1) for x in layer.padding.chunk(2))
-        key = padding * _feature_map(key)
+        key = padding * plain.feature_map(key)
         key_value = torch.einsum("hd,hv->hdv", key, value / length)
         return cls(layer.heads, layer.eps, length, key_value, key)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
-        k, v = (x.unflatten(-1, (self.heads, -1)) for x in (_feature_map(keys), values / self.length))
-        key_value = wide(torch.einsum("btnhd,btnhv->bnhdv", k, v)) + self.key_value
-        key_sum = k.sum(dim=1, dtype=key_value.dtype) + self.key_sum
-        self.key_value, self.key_sum = key_value, key_sum
+        sums = plain.add_up(keys, values, self.key_value, self.key_sum, self.heads, self.length)
+        self.key_value, self.key_sum = sums
 
     def part(self) -> LinearMemory:
         return replace(self, key_value=0.0, key_sum=0.0)
@@ -89,10 +88,7 @@ class LinearMemory:
     def attend(self, queries: Tensor) -> Tensor:
         assert isinstance(self.key_value, Tensor)
         assert isinstance(self.key_sum, Tensor)
-        q = _feature_map(queries).unflatten(-1, (self.heads, -1))
-        attended = torch.einsum("btnhd,bnhdv->btnhv", q, self.key_value.to(q.dtype))
-        weight = torch.einsum("btnhd,bnhd->btnh", q, self.key_sum.to(q.dtype))
-        return (attended * (self.length / (weight + self.eps))[..., None]).flatten(-2)
+        return plain.attend_linearly(queries, self.key_value, self.key_sum, self.heads, self.length, self.eps)
 
 
 @dataclass
@@ -141,7 +137,3 @@ class FullMemory:
         )  # B*hw, heads, t or T, d
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=scores)
         return attended.unflatten(0, (len(queries), -1)).permute(0, 3, 1, 2, 4).flatten(-2)
-
-
-def _feature_map(x: Tensor) -> Tensor:
-    return F.elu(x) + 1

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from catseg_fast.engine.class_memory import ClassMemory, LinearMemory
 from catseg_fast.engine.selection import best_classes
+from catseg_fast.errors import CATSegError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, ReduceOp
@@ -32,7 +33,7 @@ SOFTMAX = (
 )
 
 
-class RankError(RuntimeError):
+class RankError(CATSegError, RuntimeError):
     """The ranks of a process group cannot go on: one has failed or is gone, or they do different things."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.backend import choose_backend, warn_once
+from catseg_fast.backend import check_backend, choose_backend, warn_once
 from catseg_fast.engine import torch_stages
 from catseg_fast.engine.class_parallel import ClassShare
 from catseg_fast.engine.folding import Plan, build_plan
 from catseg_fast.engine.gradients import GradientStream
-from catseg_fast.engine.precision import compute_dtype
+from catseg_fast.engine.precision import check_input_precision, check_precision, compute_dtype
 from catseg_fast.engine.schedule import (
     Schedule,
     Sizes,
@@ -29,10 +30,16 @@ from catseg_fast.engine.schedule import (
 from catseg_fast.engine.selection import best_classes, class_scores
 from catseg_fast.engine.streaming import Consumer, Stages, Stream, run_streams
 from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
+from catseg_fast.errors import RunError
 from catseg_fast.weights import weights_state
 
 if TYPE_CHECKING:
     from catseg_fast.engine.triton_stages import TritonStages
+
+# Asking a GPU for its free memory takes longer than a kernel. A call that takes less than 1/AMPLE of what was
+# free is scheduled without asking again; if memory does run out, the stream goes on with smaller steps.
+AMPLE = 4
+SCHEDULES = 64
 
 
 class Engine:
@@ -55,9 +62,9 @@ class Engine:
 
     def __init__(self, aggregator: nn.Module) -> None:
         self.aggregator: Any = aggregator
-        self.backend = "auto"
-        self.precision: torch.dtype | None = None
-        self.input_precision = "ieee"
+        self._backend = "auto"
+        self._precision: torch.dtype | None = None
+        self._input_precision = "ieee"
         self.share: ClassShare | None = None
         self.checkpoint: bool | None = None
         self._chunk: int | None = None
@@ -65,6 +72,35 @@ class Engine:
         self._memory_budget: int | None = None
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
+        self._vocabulary: tuple[object, Plan, VocabularyTerms] | None = None
+        self._schedules: dict[object, Schedule] = {}
+
+    @property
+    def backend(self) -> str:
+        """ "auto", "triton", "torch" or "reference"."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self._backend = check_backend(backend)
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """Type in which the stages compute; None follows autocast and the weights."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, dtype: torch.dtype | None) -> None:
+        self._precision = check_precision(dtype)
+
+    @property
+    def input_precision(self) -> str:
+        """Of products of fp32 numbers in Triton: "ieee", "tf32x3" or "tf32"."""
+        return self._input_precision
+
+    @input_precision.setter
+    def input_precision(self, precision: str) -> None:
+        self._input_precision = check_input_precision(precision)
 
     @property
     def chunk(self) -> int | None:
@@ -117,6 +153,17 @@ class Engine:
         with self._without_autocast():
             return vocabulary_terms(self.aggregator, plan, text_feats, selects)
 
+    def _kept_vocabulary(self, text_feats: Tensor, max_classes: int | None, plan: Plan) -> VocabularyTerms:
+        """Return the last call's terms if it had the same text tensor, unchanged since."""
+        if self._differentiable(text_feats) or torch.compiler.is_compiling() or text_feats.is_inference():
+            return self.vocabulary(text_feats, max_classes, plan)
+        # The terms hold the text's storage, so that no other tensor can come to lie at its address.
+        key = (weights_state([text_feats]), text_feats.shape, text_feats.stride(), max_classes)
+        kept = self._vocabulary
+        if kept is None or kept[0] != key or kept[1] is not plan:
+            kept = self._vocabulary = (key, plan, self.vocabulary(text_feats, max_classes, plan))
+        return kept[2]
+
     def logits(
         self,
         img_feats: Tensor,
@@ -132,9 +179,9 @@ class Engine:
             RuntimeError: if the classes are shared with other processes.
         """
         if self.share is not None:
-            raise RuntimeError("class parallel: no rank has all logits; label maps alone can be had")
+            raise RunError("class parallel: no rank has all logits; label maps alone can be had")
         plan = self.plan()
-        vocabulary = self.vocabulary(text_feats, max_classes, plan)
+        vocabulary = self._kept_vocabulary(text_feats, max_classes, plan)
         (B, _, H, W), T = img_feats.shape, text_feats.shape[1]
         if self._differentiable(img_feats, text_feats, *appearance_guidance):
             chunks: list[Tensor] = []
@@ -212,9 +259,9 @@ class Engine:
         resolution = (img_feats.shape[2], img_feats.shape[3])
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
         if differentiable and self.share is not None:
-            raise RuntimeError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
+            raise RunError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
         held = min(count, vocabulary.classes)
-        sizes = Sizes(plan, len(img_feats), resolution, held, img_feats.device)
+        sizes = Sizes(plan, len(img_feats), resolution, held, img_feats.device, count < total)
         schedule = self._schedule(sizes, output_bytes, differentiable)
         finite = torch.ones((), dtype=torch.bool, device=img_feats.device)
 
@@ -242,22 +289,38 @@ class Engine:
             return self._all_ranks(bool(finite))
 
     def schedule(
-        self, crops: int, resolution: tuple[int, int], classes: int, output_bytes: int = 0
+        self,
+        crops: int,
+        resolution: tuple[int, int],
+        classes: int,
+        output_bytes: int = 0,
+        selects: bool = False,
     ) -> Schedule:
-        """How a call would run that aggregates so many classes.
+        """Return how a call would run that aggregates so many classes, of more where it `selects`.
 
         Raises:
             ValueError: if the memory budget is too small for one class.
         """
         device: torch.device = self.aggregator.conv1.weight.device
-        sizes = Sizes(self.plan(), crops, resolution, classes, device)
+        sizes = Sizes(self.plan(), crops, resolution, classes, device, selects)
         return self._schedule(sizes, output_bytes, self._differentiable())
 
     def _schedule(self, sizes: Sizes, output_bytes: int, differentiable: bool) -> Schedule:
         chunk, budget = self.chunk, self.memory_budget
         if differentiable:
             return plan_gradients(sizes, checkpoint=self.checkpoint, chunk=chunk, budget=budget)
-        return plan_schedule(sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes)
+        needs = (sizes.state_bytes, sizes.fixed_bytes, sizes.class_bytes, output_bytes)
+        key = (sizes.crops, sizes.classes, sizes.device, needs, self.policy, chunk, budget)
+        if key in self._schedules and not torch.compiler.is_compiling():
+            return self._schedules[key]
+        schedule = plan_schedule(
+            sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes
+        )
+        if sizes.device.type == "cuda" and schedule.total_bytes * AMPLE < schedule.budget:
+            if len(self._schedules) >= SCHEDULES:
+                self._schedules.clear()
+            self._schedules[key] = schedule
+        return schedule
 
     def stages(self, plan: Plan, image: ImageTerms | None = None) -> Stages:
         """What runs the stages where no gradients are wanted; with an image, it is checked first."""
@@ -312,8 +375,10 @@ class Engine:
         return torch.autocast(self.aggregator.conv1.weight.device.type, enabled=False)
 
     def _differentiable(self, *inputs: Tensor | None) -> bool:
-        tensors = (*inputs, *self.aggregator.parameters())
-        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        if not torch.is_grad_enabled():
+            return False
+        tensors = itertools.chain(inputs, self.aggregator.parameters())
+        return any(x is not None and x.requires_grad for x in tensors)
 
 
 # For `torch.compile` a constant: what it reads of the machine cannot be traced.

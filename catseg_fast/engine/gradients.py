@@ -30,7 +30,7 @@ class GradientStream(Stream):
         try:
             super().run(consume)
         finally:
-            self.state, self.memories = None, []
+            self.state, self.memories, self._slots = None, [], None
 
     def _new_state(self) -> State:
         single = torch.compiler.is_compiling() and self.chunk >= self.count

@@ -8,7 +8,35 @@ import time
 import torch
 import torch.nn.functional as F
 
+from catseg_fast.errors import InputError
+
 ROUNDS = 5
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INPUT_PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+def check_precision(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return a type that the stages can compute in, or None for the default.
+
+    Raises:
+        InputError: if it is not one of `DTYPES`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        names = ", ".join(map(str, DTYPES))
+        raise InputError(f"precision: {dtype!r} is not one of {names}, or None")
+    return dtype
+
+
+def check_input_precision(precision: str) -> str:
+    """Return how products of fp32 numbers are computed, if it is a known way.
+
+    Raises:
+        InputError: if it is not one of `INPUT_PRECISIONS`.
+    """
+    if precision not in INPUT_PRECISIONS:
+        raise InputError(f"input_precision: {precision!r} is not one of {', '.join(INPUT_PRECISIONS)}")
+    return precision
 
 
 def compute_dtype(asked: torch.dtype | None, weight: torch.Tensor) -> torch.dtype:

@@ -13,8 +13,11 @@ from catseg_fast.engine.folding import Plan
 
 POLICIES = ("resident", "offload", "recompute")
 
-# Crops times classes in one step: enough to fill a GPU, few enough to stay in a CPU's cache.
-CROP_CLASSES = {"cpu": 8, "cuda": 256}
+# Crops times classes per step: enough to hide the host's work on a GPU, few enough for a CPU's cache.
+CROP_CLASSES = {"cpu": 8, "cuda": 1024}
+
+# Rows of a GPU tile in the class attention: what a step has beyond a multiple of it is computed in vain.
+TILE = 64
 
 # Share of the free memory that a call takes by default; with gradients the loss needs some as well.
 FREE_SHARE = 0.8
@@ -112,6 +115,7 @@ class Sizes:
         resolution: (H, W) of the features.
         classes: classes T that are aggregated.
         device: where they are.
+        selects: whether each crop aggregates classes of its own; their logits are then held.
     """
 
     plan: Plan
@@ -119,6 +123,7 @@ class Sizes:
     resolution: tuple[int, int]
     classes: int
     device: torch.device
+    selects: bool = False
 
     @property
     def positions(self) -> int:
@@ -132,13 +137,14 @@ class Sizes:
 
     @property
     def fixed_bytes(self) -> int:
-        """Class memories in fp32, one of them twice while it is added to, and the image's terms."""
+        """Class memories in fp32, one of them twice while it is added to, image terms, selected logits."""
         channels, layers = self.plan.channels, self.plan.layers
         heads = [layer.classes.heads for layer in layers]
         memories = sum(channels * (channels // count + 1) * 4 for count in [*heads, *heads[:1]])
         first, second = (stage.conv.shape[0] for stage in self.plan.decoder)
         guidance = 2 * 2 * channels * len(layers) + 4 * first + 16 * second
-        return self.positions * (memories + guidance * self.plan.embed.itemsize)
+        logits = 16 * 2 * (self.classes + 1) if self.selects else 0  # twice while chunks are joined
+        return self.positions * (memories + (guidance + logits) * self.plan.embed.itemsize)
 
     @property
     def class_bytes(self) -> int:
@@ -217,7 +223,8 @@ def plan_schedule(
             f"memory_budget: {format_bytes(free)} does not hold {least} of {classes} classes "
             f"(policy {chosen!r}); the least that works is {format_bytes(needed)} ({needed} bytes)"
         )
-    return Schedule(chosen, min(wanted, room), reason, fixed[chosen], per_class, free)
+    step = wanted if wanted <= room else _whole_tiles(room, device)
+    return Schedule(chosen, step, reason, fixed[chosen], per_class, free)
 
 
 def plan_gradients(
@@ -271,8 +278,22 @@ def plan_gradients(
 
 
 def usual_chunk(classes: int, crops: int, device: torch.device) -> int:
-    """Classes a step where memory is no matter."""
-    return max(1, min(classes, CROP_CLASSES.get(device.type, 8) // crops))
+    """Return the classes per step where memory suffices: all, or equal steps of whole tiles."""
+    most = max(1, CROP_CLASSES.get(device.type, 8) // crops)
+    if classes <= most:
+        return max(1, classes)
+    most = _whole_tiles(most, device)
+    steps = -(-classes // most)
+    return min(most, _round_up(-(-classes // steps), TILE)) if most >= TILE else most
+
+
+def _whole_tiles(classes: int, device: torch.device) -> int:
+    """Return at most `classes`, on a GPU a multiple of a tile where it is at least one."""
+    return classes if device.type == "cpu" or classes < TILE else classes // TILE * TILE
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def free_bytes(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from catseg_fast.engine.terms import VocabularyTerms, chunk_text
 
-CHUNK = 64
+SCORE_BYTES = 2**27  # of the cosines that exist at a time
 
 
 def class_scores(img_feats: Tensor, vocabulary: VocabularyTerms) -> Tensor:
@@ -22,9 +22,12 @@ def class_scores(img_feats: Tensor, vocabulary: VocabularyTerms) -> Tensor:
     """
     precise = torch.promote_types(img_feats.dtype, torch.float32)
     features = F.normalize(img_feats.to(precise), dim=1).flatten(2)
-    scores = [features.new_empty(len(features), 0)]
-    for start in range(0, vocabulary.classes, CHUNK):
-        part = slice(start, start + CHUNK)
+    crops, _, positions = features.shape
+    prompts = vocabulary.features.shape[2]
+    chunk = max(1, SCORE_BYTES // (crops * prompts * positions * features.itemsize))
+    scores = [features.new_empty(crops, 0)]
+    for start in range(0, vocabulary.classes, chunk):
+        part = slice(start, start + chunk)
         text = chunk_text(vocabulary.features[:, part], vocabulary.inverse_norm[:, part], precise)
         cosines = text.flatten(1, 2) @ features  # B, t*P, HW
         scores.append(cosines.amax(dim=-1).unflatten(1, (-1, text.shape[2])).amax(dim=-1))

@@ -78,6 +78,7 @@ class Stream:
         self.count = vocabulary.classes if selected is None else selected.shape[1]
         self.length = self.count if length is None else length
         self.memories: list[ClassMemory] = []
+        self._slots: tuple[Tensor, Tensor] | None = None
         self.spectra: fourier.Spectra | None = None
         if fourier.pays_off(plan, image.crops * self.count):
             self.spectra = fourier.make_spectra(plan, image.features, image.resolution)
@@ -88,7 +89,7 @@ class Stream:
         run_streams([self], consume)
 
     def aggregate(self) -> None:
-        """Fill one class memory a layer."""
+        """Fill one class memory per layer; decode the selected classes, if only some are aggregated."""
         share = self.share
         for index, layer in enumerate(self.plan.layers):
             memory = new_memory(layer.classes, self.length, padded=share is None or share.rank == 0)
@@ -101,12 +102,16 @@ class Stream:
                 (H, W), (h, w) = self.image.resolution, layer.classes.pooling or (1, 1)
                 share.add_up(memory, self.image.crops, (H // h) * (W // w), layer.classes.q)
             self.memories.append(memory)
+        if self.selected is not None:
+            self._slots = self._decode_selected(self.selected)
 
     def decode(self, classes: slice) -> Tensor:
         """Logits `[B, t, 4H, 4W]` of a chunk of all classes, once they are aggregated."""
-        if self.selected is None:
+        if self._slots is None:
             return self._decode(slice(0, self.image.crops), classes)
-        return self._decode_selected(self.selected, classes)
+        logits, slots = self._slots
+        crops = torch.arange(self.image.crops, device=slots.device)[:, None]
+        return logits[crops, slots[:, classes]]
 
     def _new_state(self) -> State | None:
         return new_state(self.schedule.policy, self.plan, self.image, self.count, self.chunk)
@@ -180,18 +185,26 @@ class Stream:
         x = self._classes(layers - 1, crops, classes) if layers else self._embed(crops, classes)
         return self.stages.decode(self.plan, self.image.of(crops).decoder, x, self.image.resolution)
 
-    def _decode_selected(self, selected: Tensor, classes: slice) -> Tensor:
-        """Logits of `classes`, which count all classes here: each crop's selected ones, and -100."""
-        H, W = self.image.resolution
-        shape = (self.image.crops, classes.stop - classes.start, 4 * H, 4 * W)
-        logits = self.image.features.new_full(shape, DROPPED_LOGIT)
-        bounds = torch.tensor([[classes.start, classes.stop]], device=selected.device)
-        ranges = torch.searchsorted(selected, bounds.expand(shape[0], -1).contiguous()).tolist()
-        for crop, (start, stop) in enumerate(ranges):
-            if start < stop:
-                kept = selected[crop, start:stop] - classes.start
-                logits[crop, kept] = self._decode(slice(crop, crop + 1), slice(start, stop))[0]
-        return logits
+    def _decode_selected(self, selected: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode each crop's selected classes, in chunks of all crops.
+
+        Shapes do not depend on which classes are selected, so that the call can be recorded in a graph.
+
+        Returns:
+            Logits `[B, n + 1, 4H, 4W]` of n selected classes and of the dropped ones (-100), and for each
+            class its index among these, `[B, T]`.
+        """
+        (H, W), (crops, count) = self.image.resolution, selected.shape
+        parts: list[Tensor] = []
+
+        def decode(slots: slice) -> None:
+            parts.append(self._decode(slice(0, crops), slots))
+
+        self.for_each_chunk(count, decode)
+        parts.append(self.image.features.new_full((crops, 1, 4 * H, 4 * W), DROPPED_LOGIT))
+        slots = selected.new_full((crops, self.vocabulary.classes), count)
+        slots.scatter_(1, selected, torch.arange(count, device=slots.device).expand_as(selected))
+        return torch.cat(parts, dim=1), slots
 
     def _text(self, tensor: Any, crops: slice, classes: slice) -> Any:
         """A chunk `[b or 1, t, …]` of a vocabulary term `[B or 1, T, …]`."""

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catseg_fast.engine.folding import DecoderStage, Plan, WindowBlock, wide
-from catseg_fast.reference.window_attention import fit_window, partition_windows, shifted_window_mask
+from catseg_fast.kernels.window_attention.plain import window_masks, window_order
+from catseg_fast.reference.window_attention import fit_window
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,11 @@ class BlockGuidance:
     """A window block's share of the appearance guidance, in window order, and the order itself."""
 
     resolution: tuple[int, int]
-    windows: int
+    window: int  # as it fits the resolution
+    shift: int
     order: Tensor  # [HW]: the position of each token when windows are laid one behind the other
     inverse: Tensor  # [HW]
-    masks: tuple[Tensor | None, ...] | None  # [N, N] each, of a shifted block; None where all is seen
+    masks: tuple[Tensor | None, ...]  # [N, N] of each window; None where all is seen
     query_key: Tensor  # [B or 1, HW or 1, 2C], added to queries and keys
 
     def of(self, crops: slice) -> BlockGuidance:
@@ -143,21 +145,12 @@ def _block_guidance(
     window, shift = fit_window(resolution, block.window, block.shift)
     if H % window or W % window:
         raise ValueError(f"img_feats: resolution {H}x{W} is not divisible by the window {window}")
-    positions = torch.arange(H * W, device=device).view(1, H, W, 1)
-    positions = torch.roll(positions, (-shift, -shift), dims=(1, 2))
-    order = partition_windows(positions, window).flatten()
-    masks = None
-    if shift:
-        by_window = shifted_window_mask(resolution, window, shift, device).to(block.qkv.dtype)
-        down, across = H // window, W // window  # the last of which hold patches from opposite borders
-        masks = tuple(
-            mask if w // across == down - 1 or w % across == across - 1 else None
-            for w, mask in enumerate(by_window)
-        )
+    order = window_order(resolution, window, shift, device)
+    masks = window_masks(resolution, window, shift, block.qkv.dtype, device)
     query_key = block.guidance_bias.view(1, 1, -1)
     if block.guidance is not None and tokens is not None:
         query_key = F.linear(tokens[:, order], block.guidance, block.guidance_bias)
-    return BlockGuidance(resolution, H * W // window**2, order, order.argsort(), masks, query_key)
+    return BlockGuidance(resolution, window, shift, order, order.argsort(), masks, query_key)
 
 
 def _decoder_guidance(stage: DecoderStage, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:

@@ -11,16 +11,21 @@ import torch
 import triton
 from torch import Tensor
 
+from catseg_fast.engine import arguments
 from catseg_fast.engine import torch_stages as stages
-from catseg_fast.engine.class_memory import ClassMemory
+from catseg_fast.engine.arguments import Decoding
+from catseg_fast.engine.class_memory import ClassMemory, LinearMemory
 from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
 from catseg_fast.engine.self_check import wrong_stages
 from catseg_fast.engine.terms import BlockGuidance, ImageTerms
+from catseg_fast.errors import RunError
 from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
 from catseg_fast.kernels.launch.checks import DTYPES, INTERPRETED
 from catseg_fast.kernels.window_attention import op as window_attention
+
+Resolution = tuple[int, int]
 
 
 class TritonStages:
@@ -30,7 +35,7 @@ class TritonStages:
     something wrong is an error; else its stage runs in torch from then on, with a warning.
 
     Args:
-        plan: the weights that the stages will be called with.
+        plan: the weights that the stages will be called with; they are laid out for the kernels here, once.
         input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
 
     Attributes:
@@ -42,8 +47,8 @@ class TritonStages:
         untyped = None if plan.embed.dtype in DTYPES else f"no kernel computes in {plan.embed.dtype}"
         if INTERPRETED and plan.embed.dtype == torch.bfloat16:
             untyped = "Triton's interpreter computes wrongly in bfloat16"
-        blocks = [window_attention.unsupported(block) for layer in plan.layers for block in layer.blocks]
-        classes = [class_attention.unsupported(layer.classes) for layer in plan.layers]
+        blocks = [unsupported_block(block) for layer in plan.layers for block in layer.blocks]
+        classes = [unsupported_classes(layer.classes) for layer in plan.layers]
         reasons = {
             "embed_cost_volume": [untyped],
             "window_block": [untyped, *blocks],
@@ -51,6 +56,7 @@ class TritonStages:
             "decode": [untyped],
         }
         self.fallbacks = {stage: next(filter(None, why)) for stage, why in reasons.items() if any(why)}
+        self._embedding, self._decoding = kernel_embedding(plan), kernel_decoding(plan)
         self._checked = False
 
     def check(self, image: ImageTerms) -> None:
@@ -61,20 +67,26 @@ class TritonStages:
         if self._checked or not image.features.is_cuda:
             return
         self._checked = True
-        for stage, reason in wrong_stages(self, self.plan, image).items():
+        features = image.features
+        wrong = wrong_stages(
+            self.plan, image.resolution, features.shape[2], features.device, self.input_precision
+        )
+        for stage, reason in wrong.items():
             self._fall_back(stage, f"computes something else than torch on this GPU: {reason}")
 
-    def embed_cost_volume(
-        self, plan: Plan, image: Tensor, text: Tensor, resolution: tuple[int, int]
-    ) -> Tensor:
-        arguments = (plan, image, text, resolution)
-        return self._run(
-            "embed_cost_volume", cost_volume.embed_cost_volume, stages.embed_cost_volume, *arguments
-        )
+    def embed_cost_volume(self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution) -> Tensor:
+        def kernel() -> Tensor:
+            return cost_volume.embed_cost_volume(
+                image, text, *self._embedding, resolution, self.input_precision
+            )
+
+        return self._run("embed_cost_volume", kernel, stages.embed_cost_volume, plan, image, text, resolution)
 
     def window_block(self, block: WindowBlock, guidance: BlockGuidance, x: Tensor) -> Tensor:
-        arguments = (block, guidance, x)
-        return self._run("window_block", window_attention.window_block, stages.window_block, *arguments)
+        def kernel() -> Tensor:
+            return window_block(block, guidance, x, self.input_precision)
+
+        return self._run("window_block", kernel, stages.window_block, block, guidance, x)
 
     def class_collect(
         self,
@@ -82,10 +94,12 @@ class TritonStages:
         memory: ClassMemory,
         x: Tensor,
         text_key: Tensor | None,
-        resolution: tuple[int, int],
+        resolution: Resolution,
     ) -> None:
-        arguments = (layer, memory, x, text_key, resolution)
-        self._run("class_attention", class_attention.class_collect, stages.class_collect, *arguments)
+        def kernel() -> None:
+            class_collect(layer, memory, x, text_key, resolution, self.input_precision)
+
+        self._run("class_attention", kernel, stages.class_collect, layer, memory, x, text_key, resolution)
 
     def class_apply(
         self,
@@ -93,33 +107,122 @@ class TritonStages:
         x: Tensor,
         text_query: Tensor | None,
         memory: ClassMemory,
-        resolution: tuple[int, int],
+        resolution: Resolution,
     ) -> Tensor:
-        arguments = (layer, x, text_query, memory, resolution)
-        return self._run("class_attention", class_attention.class_apply, stages.class_apply, *arguments)
+        def kernel() -> Tensor:
+            return class_apply(layer, x, text_query, memory, resolution, self.input_precision)
+
+        return self._run(
+            "class_attention", kernel, stages.class_apply, layer, x, text_query, memory, resolution
+        )
 
     def decode(
-        self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]
+        self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: Resolution
     ) -> Tensor:
-        return self._run("decode", decoder.decode, stages.decode, plan, guidance, x, resolution)
+        def kernel() -> Tensor:
+            maps = [arguments.channels_last(added) for added in guidance]
+            return decoder.decode(x, maps, *self._decoding, resolution, self.input_precision)
 
-    def _run(self, stage: str, kernel: Callable[..., Any], fallback: Callable[..., Any], *args: Any) -> Any:
+        return self._run("decode", kernel, stages.decode, plan, guidance, x, resolution)
+
+    def _run(
+        self, stage: str, kernel: Callable[[], Any], fallback: Callable[..., Any], *arguments: Any
+    ) -> Any:
         if stage not in self.fallbacks:
             try:
-                return kernel(*args, input_precision=self.input_precision)
+                return kernel()
             except Exception as error:
                 if not _does_not_compile(error):
                     raise
                 self._fall_back(stage, str(error).strip().splitlines()[-1], error)
-        return fallback(*args)
+        return fallback(*arguments)
 
     def _fall_back(self, stage: str, reason: str, error: Exception | None = None) -> None:
         if os.environ.get("CATSEG_FAST_STRICT") == "1":
-            raise RuntimeError(f"{stage}: the Triton kernel fails: {reason}") from error
+            raise RunError(f"{stage}: the Triton kernel fails: {reason}") from error
         self.fallbacks[stage] = reason
         warnings.warn(
             f"{stage} runs in torch, because the Triton kernel fails: {reason}", RuntimeWarning, stacklevel=2
         )
+
+
+def kernel_embedding(plan: Plan) -> tuple[Tensor, Tensor]:
+    """Weights of `embed_cost_volume`, laid out as the kernels read them."""
+    weight, bias = arguments.embedding(plan)
+    return weight.contiguous(), bias
+
+
+def kernel_decoding(plan: Plan) -> Decoding:
+    """Weights, groups and eps of `decode`, laid out as the kernels read them."""
+    weights, groups, eps = arguments.decoding(plan)
+    return decoder.pack_weights(weights), groups, eps
+
+
+def window_block(
+    block: WindowBlock, guidance: BlockGuidance, x: Tensor, input_precision: str = "ieee"
+) -> Tensor:
+    """`torch_stages.window_block` on kernels."""
+    return window_attention.window_block(
+        x, guidance.query_key, *arguments.window_weights(block),
+        guidance.resolution, guidance.window, guidance.shift, block.heads, input_precision,
+    )  # fmt: skip
+
+
+def class_collect(
+    layer: ClassLayer,
+    memory: ClassMemory,
+    x: Tensor,
+    text_key: Tensor | None,
+    resolution: Resolution,
+    input_precision: str = "ieee",
+) -> None:
+    """`torch_stages.class_collect` on kernels; the memory's sums become new tensors."""
+    memory, pooling = _linear(layer, memory), layer.pooling or (1, 1)
+    key_value = memory.key_value if isinstance(memory.key_value, Tensor) else None
+    key_sum = memory.key_sum if isinstance(memory.key_sum, Tensor) else None
+    memory.key_value, memory.key_sum = class_attention.class_collect(
+        x, layer.kv, layer.kv_bias, text_key, key_value, key_sum, memory.heads, memory.length, resolution,
+        pooling, input_precision,
+    )  # fmt: skip
+
+
+def class_apply(
+    layer: ClassLayer,
+    x: Tensor,
+    text_query: Tensor | None,
+    memory: ClassMemory,
+    resolution: Resolution,
+    input_precision: str = "ieee",
+) -> Tensor:
+    """`torch_stages.class_apply` on kernels."""
+    memory = _linear(layer, memory)
+    key_value, key_sum = memory.key_value, memory.key_sum
+    if not isinstance(key_value, Tensor) or not isinstance(key_sum, Tensor) or key_sum.ndim == 2:
+        raise ValueError("memory: it is empty, no class was added")
+    return class_attention.class_apply(
+        x, text_query, key_value, key_sum, *arguments.apply_weights(layer), memory.heads, memory.length,
+        memory.eps, resolution, layer.pooling or (1, 1), input_precision,
+    )  # fmt: skip
+
+
+def unsupported_block(block: WindowBlock) -> str | None:
+    """Return why the kernels cannot run a block; None if they can."""
+    return window_attention.unsupported(len(block.proj), block.heads, block.window)
+
+
+def unsupported_classes(layer: ClassLayer) -> str | None:
+    """Return why the kernels cannot run a class-attention layer; None if they can."""
+    if not layer.linear:
+        return "softmax attention over classes has no kernel"
+    return class_attention.unsupported(len(layer.q))
+
+
+def _linear(layer: ClassLayer, memory: ClassMemory) -> LinearMemory:
+    if reason := unsupported_classes(layer):
+        raise ValueError(f"layer: {reason}")
+    if not isinstance(memory, LinearMemory):
+        raise ValueError(f"memory: {type(memory).__name__} has no kernel, LinearMemory has")
+    return memory
 
 
 def _does_not_compile(error: Exception) -> bool:

@@ -1,14 +1,13 @@
-"""Timing launch configs on a GPU, and keeping the fastest for `kernels/tuning.py` to find."""
+"""Timing launch configs on a GPU, and keeping the fastest for `kernels/launch/configs.py` to find."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,34 @@ from torch import Tensor
 from catseg_fast._version import __version__
 from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.files import replacing
-from catseg_fast.kernels import TUNABLE_OPS
+from catseg_fast.kernels import load
 from catseg_fast.kernels.launch import configs as tuning
-from catseg_fast.kernels.launch.compile_target import capability_of
+from catseg_fast.kernels.launch.capability import capability_of
 from catseg_fast.kernels.launch.config import LaunchConfig
-from catseg_fast.kernels.launch.tunable import Tunable, Workload
+from catseg_fast.kernels.launch.configs import Problem
+from catseg_fast.kernels.launch.kernel import Call, record_calls
+from catseg_fast.kernels.launch.op import Op, Random, Sizes
 
 # Milliseconds that a call takes.
 Timer = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A kernel at certain sizes, and what is worth timing.
+
+    Attributes:
+        problem: what a measured config will be found by.
+        candidates: configs, the default first. Not all need to fit the GPU.
+        make_inputs: the kernel's call in its op on a device, with random tensors of a real call's scale.
+        run: launches the kernel as in such a call with a config, and returns what it computes. It may
+            overwrite the call's tensors, but with numbers that it takes as long for.
+    """
+
+    problem: Problem
+    candidates: tuple[LaunchConfig, ...]
+    make_inputs: Callable[[torch.device], Call]
+    run: Callable[[Call, Any], Sequence[Tensor]] = Call.run
 
 
 @dataclass
@@ -80,21 +99,41 @@ class Outcome:
 def list_tunables(
     ops: Sequence[str], dtype: torch.dtype, classes: Sequence[int], crops: int, device: torch.device
 ) -> list[Tunable]:
-    """Kernels of some ops at the launches that vocabularies of so many classes lead to; none twice.
+    """Kernels of some ops at the launches that vocabularies of these sizes lead to; none twice.
 
     Products of fp32 numbers are timed both as "ieee" and as "tf32x3".
     """
-    modules = [
-        importlib.import_module(f"catseg_fast.kernels.{name}")
-        for name in dict.fromkeys(TUNABLE_OPS[op] for op in ops)
-    ]
-    found: dict[tuning.Problem, Tunable] = {}
+    found: dict[Problem, Tunable] = {}
     for chunk in (usual_chunk(count, crops, device) for count in classes):
         for precision in ("ieee", "tf32x3") if dtype == torch.float32 else ("ieee",):
-            workload = Workload(capability_of(device), dtype, precision, crops, chunk)
-            for module in modules:
-                found |= {tunable.problem: tunable for tunable in module.tunables(workload)}
-    return [tunable for problem, tunable in found.items() if problem.op in ops]
+            for op in map(load, ops):
+                for published in op.sizes.values():
+                    sizes = replace(published, crops=crops, classes=chunk)
+                    for tunable in tunables(op, sizes, dtype, precision, capability_of(device)):
+                        found[tunable.problem] = tunable
+    return list(found.values())
+
+
+def tunables(
+    op: Op, sizes: Sizes, dtype: torch.dtype, input_precision: str, capability: int
+) -> list[Tunable]:
+    """The kernels that an op calls at some sizes on GPUs of a compute capability."""
+    calls, _ = op.dry_run(sizes, dtype, input_precision, capability)
+
+    def make_inputs(problem: Problem, device: torch.device) -> Call:
+        inputs = op.make_inputs(sizes, Random(dtype, device))
+        with record_calls() as recorded:
+            op.launch(*inputs.values(), input_precision)
+        return next(call for call in recorded if call.problem == problem)
+
+    return [
+        Tunable(
+            call.problem,
+            call.kernel.candidates(capability, call.problem),
+            functools.partial(make_inputs, call.problem),
+        )
+        for call in calls
+    ]
 
 
 def tune_all(
@@ -139,12 +178,12 @@ def tune(
     torch.manual_seed(0)
     outcome, expected = Outcome(tunable), None
     inputs = tunable.make_inputs(device)
-    scratch = _copy(inputs)  # a kernel may overwrite what it is timed on
+    scratch = inputs.copy()  # a kernel may overwrite what it is timed on
     for config in tunable.candidates:
         if time.monotonic() >= deadline:
             return None
         try:
-            result = tunable.run(_copy(inputs), config)
+            result = tunable.run(inputs.copy(), config)
             if expected is None:
                 expected = result
                 if not all(x.isfinite().all() for x in expected):
@@ -183,10 +222,6 @@ def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
     tuning.clear()
 
 
-def _copy(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if x is None else x.clone() for x in inputs]
-
-
 def _agree(result: Sequence[Tensor], expected: Sequence[Tensor], rounding: float) -> bool:
     """Whether tensors are equal but for sums in another order and a few roundings of the largest value."""
     return all(
@@ -197,6 +232,4 @@ def _agree(result: Sequence[Tensor], expected: Sequence[Tensor], rounding: float
 
 def _rounding(tunable: Tunable) -> float:
     """What two right configs may differ by, relative to the largest value."""
-    types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    step = torch.finfo(types[tunable.problem.dtype]).eps
-    return 4 * step + 64 * torch.finfo(torch.float32).eps
+    return 4 * torch.finfo(tunable.problem.torch_dtype).eps + 64 * torch.finfo(torch.float32).eps

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from catseg_fast.ahead import ahead
 from catseg_fast.data.folder import read_index_map
-from catseg_fast.distributed.sharing import Sharing
+from catseg_fast.distributed.torchrun import Processes
 from catseg_fast.evaluation.ledger import Ledger, Record
 from catseg_fast.evaluation.metrics import ClassCounts
 from catseg_fast.files import replacing
@@ -89,7 +89,7 @@ def evaluate(
     save_labels: Path | None = None,
     compare_labels: Path | None = None,
     activations: dict[str, float] | None = None,
-    sharing: Sharing | None = None,
+    processes: Processes | None = None,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Record]:
     """Segment every image of a data set and count.
@@ -104,7 +104,7 @@ def evaluate(
         save_labels: folder for each image's label map, NAME.png of 16 bits.
         compare_labels: folder with label maps to compare with.
         activations: values by stage, which grow while `segmenter` runs; each record takes its own.
-        sharing: the processes among which the images are shared; by default this one alone.
+        processes: those among which the images are shared; by default only this one.
         advance: called with the number of images done and to be done, by this process.
 
     Returns:
@@ -118,14 +118,14 @@ def evaluate(
     count = len(data.classes) if classes is None else classes
     if count < len(data.classes):
         raise ValueError(f"classes: {count} are fewer than the data set's {len(data.classes)}")
-    sharing = sharing or Sharing()
+    processes = processes or Processes()
     names = data.names[:limit]
-    known = sharing.from_first(ledger.read) if ledger is not None else {}
+    known = processes.from_first(ledger.read) if ledger is not None else {}
     records = {name: known[name] for name in names if name in known}
-    todo = [index for index, name in enumerate(names) if name not in known][sharing.rank :: sharing.count]
+    todo = [index for index, name in enumerate(names) if name not in known][processes.rank :: processes.count]
     advance(0, len(todo))
     if ledger is not None and todo:
-        ledger.open(sharing.rank)
+        ledger.open(processes.rank)
     keeping = nullcontext() if ledger is None else closing(ledger)
     with keeping, ThreadPoolExecutor(READERS) as readers:
         for done, job in enumerate(ahead(readers, data.__getitem__, todo, READERS), 1):
@@ -148,7 +148,7 @@ def evaluate(
             if ledger is not None:
                 ledger.add(record)
             advance(done, len(todo))
-    records = sharing.gather(records)
+    records = processes.gather(records)
     return [records[name] for name in names]
 
 

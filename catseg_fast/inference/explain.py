@@ -26,7 +26,9 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
         kept = min(kept, own)
     if backend != "reference":
         resolution = model.variant.feature_resolution
-        schedule = model.engine.schedule(crops, resolution, kept, READOUT_BYTES)
+        schedule = model.engine.schedule(
+            crops, resolution, kept, READOUT_BYTES, limit is not None and total > limit
+        )
         plan = model.engine.plan()
         lines["precision"] = str(plan.embed.dtype).removeprefix("torch.")
         for stage, reason in getattr(model.engine.stages(plan), "fallbacks", {}).items():

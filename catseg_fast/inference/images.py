@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from catseg_fast.errors import InputTypeError
+
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 # Interpolating a float image in 0..255 may overshoot by rounding alone.
@@ -53,7 +55,7 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
         return _from_array(image, name)
     if isinstance(image, Tensor):
         return _from_tensor(image, name)
-    raise TypeError(f"{name}: expected {_WANTED}, got {type(image).__name__}")
+    raise InputTypeError(f"{name}: expected {_WANTED}, got {type(image).__name__}")
 
 
 def _read(path: Path, name: str) -> np.ndarray:
@@ -100,7 +102,9 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
         raise ValueError(f"{name}: expected an array [H, W, 3] or [H, W], got shape {list(array.shape)}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
-        raise TypeError(f"{name}: expected an array of uint8 or floating values in 0..255, got {array.dtype}")
+        raise InputTypeError(
+            f"{name}: expected an array of uint8 or floating values in 0..255, got {array.dtype}"
+        )
     channels_first = np.atleast_3d(array).transpose(2, 0, 1)
     with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
         values = torch.from_numpy(np.array(channels_first, dtype=np.float32, order="C"))
@@ -113,7 +117,7 @@ def _from_tensor(tensor: Tensor, name: str) -> Tensor:
         hint = "; use `permute(2, 0, 1)`" if len(shape) == 3 and shape[2] == 3 else ""
         raise ValueError(f"{name}: expected a tensor [3, H, W] or [1, H, W], got shape {shape}{hint}")
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
-        raise TypeError(
+        raise InputTypeError(
             f"{name}: expected a tensor of uint8 or floating values in 0..255, got {str(tensor.dtype)[6:]}"
         )
     return _validated(tensor.to(torch.float32), tensor.is_floating_point(), shape, name)

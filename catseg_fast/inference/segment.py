@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from catseg_fast.backend import choose_backend
+from catseg_fast.errors import RunError
 from catseg_fast.inference.encoding import EncodedImage
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, LogitStore, Target, TopClasses, read_all
 from catseg_fast.inference.segmentation import Segmentation
@@ -29,7 +31,7 @@ def label(
     if top_k is not None and top_k <= 0:
         raise ValueError(f"top_k: {top_k} is not positive")
     if keep_logits and model.engine.share is not None:
-        raise RuntimeError("class parallel: no rank has all logits; segment with keep_logits=False")
+        raise RunError("class parallel: no rank has all logits; segment with keep_logits=False")
     sizes = [image.readout.size for image in encoded]
     targets: list[LabelMap | TopClasses] = [LabelMap(size, model.device) for size in sizes]
     if top_k is not None:
@@ -62,18 +64,23 @@ def read_out(
     """Run the aggregator on pictures' crops together, and read each one's logits out into its target."""
     crops = [len(image.features) for image in encoded]
     readouts = [image.readout for image in encoded]
-    features = torch.cat([image.features for image in encoded])
-    guidance = [torch.cat(maps) for maps in zip(*(image.guidance for image in encoded), strict=True)]
+    features = _join([image.features for image in encoded])
+    guidance = [_join(maps) for maps in zip(*(image.guidance for image in encoded), strict=True)]
     backend = choose_backend(model.backend, model.device)
     if backend == "reference":
         if model.engine.share is not None:
-            raise RuntimeError("class parallel: the back end 'reference' takes all classes at once")
+            raise RunError("class parallel: the back end 'reference' takes all classes at once")
         text = model.text_features().to(features.dtype).expand(len(features), -1, -1, -1)
         consume = read_all(readouts, targets, crops, backend, store)
         consume(slice(0, len(model.classes)), model.aggregator(as_map(features), text, guidance))
         return
+    plan = model.engine.plan()
     model.engine.stream(
-        as_map(features), model.vocabulary_terms(), guidance, model.max_classes,
+        as_map(features), model.vocabulary_terms(plan), guidance, model.max_classes,
         lambda: read_all(readouts, targets, crops, backend, store),
-        target_bytes + max(READOUT_BYTES, *(readout.class_bytes for readout in readouts)),
+        target_bytes + max(READOUT_BYTES, *(readout.class_bytes for readout in readouts)), plan,
     )  # fmt: skip
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

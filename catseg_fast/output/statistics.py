@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from catseg_fast.errors import MissingPackageError
 from catseg_fast.files import replacing
 
 GROUP = 50_000  # rows that are in memory at a time
@@ -26,7 +27,7 @@ def check_target(path: Path) -> None:
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            raise ImportError(
+            raise MissingPackageError(
                 f"{path}: Parquet needs pyarrow: pip install 'catseg-fast[batch]'; a .json file needs nothing"
             ) from None
 

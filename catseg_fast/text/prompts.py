@@ -17,6 +17,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from catseg_fast.config import Version
+from catseg_fast.errors import InputTypeError
 
 if TYPE_CHECKING:
     from catseg_fast.reference.clip import DenseCLIP
@@ -71,14 +72,14 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
         ValueError: if there is no class, a name or one of its synonyms is blank, or a name stands twice.
     """
     if isinstance(classes, str):
-        raise TypeError(f"{name}: a list of names is wanted, not the string {classes!r}")
+        raise InputTypeError(f"{name}: a list of names is wanted, not the string {classes!r}")
     classes = tuple(classes)
     if not classes:
         raise ValueError(f"{name}: the list is empty; at least one class is needed")
     seen: dict[str, int] = {}
     for index, label in enumerate(classes):
         if not isinstance(label, str):
-            raise TypeError(f"{name}: entry {index} is {label!r}, not a string")
+            raise InputTypeError(f"{name}: entry {index} is {label!r}, not a string")
         if not label.strip():
             raise ValueError(f"{name}: entry {index} is blank")
         if not all(synonym.strip() for synonym in label.split(SYNONYM_SEPARATOR)):

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from catseg_fast.distributed.processes import Processes
+from catseg_fast.distributed.torchrun import Processes
+from catseg_fast.errors import RunError
 from catseg_fast.model import CATSeg
 from catseg_fast.text.prompts import synonyms
 from catseg_fast.training.checkpoints import Checkpoints, export
@@ -86,7 +87,7 @@ class Trainer:
         workers: int = 0,
         save_every: int = 500,
     ) -> None:
-        self.processes = processes or Processes(0, 1, model.device)
+        self.processes = processes or Processes()
         _check(model, pictures, recipe, self.processes)
         self.model, self.pictures, self.recipe, self.output = model, pictures, recipe, output
         self.workers, self.save_every = workers, save_every
@@ -131,7 +132,7 @@ class Trainer:
 
     def start_over(self) -> None:
         """Remove the checkpoints of an earlier run from the output folder."""
-        if self.processes.main:
+        if self.processes.first:
             self.checkpoints.clear()
 
     def run(self, report: Callable[[Step], None] = lambda _: None) -> None:
@@ -153,7 +154,7 @@ class Trainer:
             rank=self.processes.rank, processes=self.processes.count,
             workers=self.workers, pin=self.model.device.type == "cuda",
         )  # fmt: skip
-        log = Log(self.output, self.step) if self.processes.main else None
+        log = Log(self.output, self.step) if self.processes.first else None
         try:
             self._run_steps(batches, log, report)
         finally:
@@ -243,7 +244,7 @@ class Trainer:
             kept = (
                 f"the last checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint yet"
             )
-            raise RuntimeError(f"{what} in step {self.step}, with the pictures {', '.join(names)}; {kept}")
+            raise RunError(f"{what} in step {self.step}, with the pictures {', '.join(names)}; {kept}")
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -9,7 +9,7 @@ With phi(x) = elu(x) + 1, the sums of `class_collect`, and `length` classes (pad
 x and out are `[B, t, HW, C]`. The p_j are shares of one, and what they weigh are means of values: both fit in
 fp16 whatever the keys are. Queries, shares, y and the hidden layer never reach memory. With pooling (h, w)
 the tokens are averages of h x w positions, taken while x is read, y and the MLP are on the pooled grid, and
-what they give is interpolated and added to x by `class_unpool.py`.
+what they give is interpolated and added to x by `unpool.py`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from catseg_fast.kernels.class_attention import unpool
 from catseg_fast.kernels.class_attention.tokens import load_matrix, load_tokens
-from catseg_fast.kernels.class_attention.unpool import add_unpooled
-from catseg_fast.kernels.launch import configs as tuning
-from catseg_fast.kernels.launch.compile_target import CompileTarget
+from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
+from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
 
 
 @triton.jit(do_not_specialize=["classes", "tokens"])
-def _apply_kernel(
+def apply_kernel(
     x_ptr,  # [B, t, HW, C]
     text_ptr,  # [B or 1, t, C], or None
     key_value_ptr,  # [B, hw, heads, d, d] fp32
@@ -57,20 +55,20 @@ def _apply_kernel(
     text_stride_t,
     C: tl.constexpr,
     HEADS: tl.constexpr,
-    HIDDEN: tl.constexpr,  # M
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    M: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
     POOL_H: tl.constexpr,
     POOL_W: tl.constexpr,
-    PRECISION: tl.constexpr,
-    POSITIONS: tl.constexpr,  # positions a program
-    CLASSES: tl.constexpr,  # classes of each position
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,  # D, rounded up
-    BLOCK_H: tl.constexpr,  # hidden channels a step
+    POSITIONS: tl.constexpr,  # positions per program
+    CLASSES: tl.constexpr,  # classes of each position
+    HIDDEN: tl.constexpr,  # hidden channels per step
+    PRECISION: tl.constexpr,
 ):
     D: tl.constexpr = C // HEADS
-    HW: tl.constexpr = (HEIGHT // POOL_H) * (WIDTH // POOL_W)
+    HW: tl.constexpr = (H // POOL_H) * (W // POOL_W)
     dtype = x_ptr.dtype.element_ty
     parts = tl.cdiv(classes, CLASSES)
     first = tl.program_id(0) // parts * POSITIONS
@@ -86,7 +84,7 @@ def _apply_kernel(
     m = m_row[:, None] if EVEN else m_row[:, None] & m_c[None, :]
 
     p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
-    x = load_tokens(p_x, p, m_row, x_stride_p, C, BLOCK_C, WIDTH, POOL_H, POOL_W)
+    x = load_tokens(p_x, p, m_row, x_stride_p, C, BLOCK_C, W, POOL_H, POOL_W)
     normalised = normalise(x, C, BLOCK_C).to(dtype)
     # In fp32, a sum is apart from the larger number that it is added to, which would round each step.
     APART: tl.constexpr = dtype == tl.float32
@@ -122,13 +120,13 @@ def _apply_kernel(
     normalised = normalise(y, C, BLOCK_C).to(dtype)
     y += tl.load(fc2_bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     z = tl.zeros_like(y) if APART else y
-    EVEN_HIDDEN: tl.constexpr = EVEN and (HIDDEN % BLOCK_H == 0)
-    for start in range(0, HIDDEN, BLOCK_H):
-        o_h = start + tl.arange(0, BLOCK_H)
-        fc1 = load_matrix(fc1_ptr, o_h, o_c, C, HIDDEN, C, EVEN_HIDDEN)
+    EVEN_HIDDEN: tl.constexpr = EVEN and (M % HIDDEN == 0)
+    for start in range(0, M, HIDDEN):
+        o_h = start + tl.arange(0, HIDDEN)
+        fc1 = load_matrix(fc1_ptr, o_h, o_c, C, M, C, EVEN_HIDDEN)
         hidden = tl.dot(normalised, tl.trans(fc1), input_precision=PRECISION)
-        hidden += tl.load(fc1_bias_ptr + o_h, mask=o_h < HIDDEN, other=0.0).to(tl.float32)[None, :]
-        fc2 = load_matrix(fc2_ptr, o_c, o_h, HIDDEN, C, HIDDEN, EVEN_HIDDEN)
+        hidden += tl.load(fc1_bias_ptr + o_h, mask=o_h < M, other=0.0).to(tl.float32)[None, :]
+        fc2 = load_matrix(fc2_ptr, o_c, o_h, M, C, M, EVEN_HIDDEN)
         z = tl.dot(tl.maximum(hidden, 0.0).to(dtype), tl.trans(fc2), z, input_precision=PRECISION)
     if APART:
         z += y
@@ -142,7 +140,7 @@ def _apply_kernel(
 
 @dataclass(frozen=True)
 class ApplyConfig(LaunchConfig):
-    """Launch config: positions a program and classes of each, hidden channels a step."""
+    """Launch config: positions per program and classes of each, hidden channels per step."""
 
     positions: int
     classes: int
@@ -152,30 +150,32 @@ class ApplyConfig(LaunchConfig):
     maxnreg: int | None = None
 
 
-# Few steps: each takes the interpreter milliseconds, however large it is.
-INTERPRETER = ApplyConfig(positions=16, classes=4, hidden=512, num_warps=1, num_stages=1)
-
 # By compute capability: rows (positions times classes) and warps of a program, 16-bit types.
 TILES = {80: (64, 4), 86: (64, 8), 89: (64, 8), 90: (128, 8), 100: (64, 4)}
 
 
 @cache
-def default_config(capability: int, dtype: torch.dtype, precision: str, classes: int) -> ApplyConfig:
-    """A config for t classes, for GPUs of a compute capability, at the published sizes or smaller ones."""
-    if dtype == torch.float32:
-        num_stages = 1 if precision == "tf32x3" else 2
+def default_config(capability: int, problem: Problem) -> ApplyConfig:
+    """Return a config for GPUs of a compute capability, at the published sizes or smaller ones."""
+    if problem.dtype == "fp32":
+        num_stages = 1 if problem.precision == "tf32x3" else 2
         return ApplyConfig(
             positions=1, classes=16, hidden=16, num_warps=8, num_stages=num_stages, maxnreg=255
         )
     rows, num_warps = TILES[capability]
-    positions = 2 if classes <= rows // 2 else 1
+    positions = 2 if problem.classes <= rows // 2 else 1
     return ApplyConfig(positions, rows // positions, hidden=64, num_warps=num_warps, num_stages=2)
 
 
-def candidates(capability: int, dtype: torch.dtype, precision: str, classes: int) -> tuple[ApplyConfig, ...]:
-    """Configs worth timing for t classes, the default first."""
-    default = default_config(capability, dtype, precision, classes)
-    if dtype == torch.float32:
+def interpreter_config(problem: Problem) -> ApplyConfig:
+    """Few steps: each takes the interpreter milliseconds, however large it is."""
+    return ApplyConfig(positions=16, classes=4, hidden=512, num_warps=1, num_stages=1)
+
+
+def candidates(capability: int, problem: Problem) -> tuple[ApplyConfig, ...]:
+    """Configs worth timing, the default first."""
+    default = default_config(capability, problem)
+    if problem.dtype == "fp32":
         tiles, hidden = [(1, 16, 4), (1, 16, 8), (1, 32, 4), (1, 32, 8), (1, 64, 8), (2, 16, 8)], (16, 32)
     else:
         tiles, hidden = [(1, 32, 4), (1, 128, 8), (2, 64, 8), (4, 32, 8)], (32, 64)
@@ -186,6 +186,31 @@ def candidates(capability: int, dtype: torch.dtype, precision: str, classes: int
         for tiled in grid(default, hidden=hidden)
     ]
     return default_first(default, [*others, *grid(default, num_stages=(1, 2, 3))])
+
+
+def problem(
+    x: Tensor,
+    text_query: Tensor | None,
+    key_value: Tensor,
+    key_sum: Tensor,
+    q: Tensor,
+    q_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    heads: int,
+    length: int,
+    eps: float,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    *,
+    input_precision: str,
+) -> Problem:
+    """What a measured config is found by."""
+    sizes = {"positions": x.shape[2], "channels": x.shape[3], "heads": heads, "hidden": len(fc1)}
+    pooled = pooling[0] * pooling[1]
+    return Problem.of("class_apply", "apply", ApplyConfig, x, input_precision, **sizes, pooled=pooled)
 
 
 def launch(
@@ -204,162 +229,25 @@ def launch(
     eps: float,
     resolution: Sequence[int],
     pooling: Sequence[int],
+    *,
     input_precision: str,
     config: ApplyConfig,
 ) -> Tensor:
     """Class attention and MLP `[B, t, HW, C]` of `x` under the sums of `class_collect`."""
-    (B, classes, _, C), (H, W), (pool_h, pool_w) = x.shape, resolution, pooling
-    rows, columns = H // pool_h, W // pool_w
-    shape = {"C": C, "HEIGHT": H, "WIDTH": W, "POOL_H": pool_h, "POOL_W": pool_w}
-    block_c = max(16, triton.next_power_of_2(C))
-    tokens = x.new_empty((B, classes, rows * columns, C))
-    grid = (triton.cdiv(B * rows * columns, config.positions) * triton.cdiv(classes, config.classes),)
-    _apply_kernel[grid](
-        x,
-        text_query,
-        key_value,
-        key_sum,
-        q,
-        q_bias,
-        fc1,
-        fc1_bias,
-        fc2,
-        fc2_bias,
-        tokens,
-        classes,
-        B * rows * columns,
-        1 / length,
-        eps,
-        *x.stride()[:3],
+    (B, t, _, C), (height, width), (pool_h, pool_w) = x.shape, resolution, pooling
+    positions = (height // pool_h) * (width // pool_w)
+    tokens = x.new_empty((B, t, positions, C))
+    launcher.run(
+        apply_kernel, (triton.cdiv(B * positions, config.positions) * triton.cdiv(t, config.classes),),
+        x, text_query, key_value, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias, tokens,
+        t, B * positions, 1 / length, eps, *x.stride()[:3],
         *(text_query.expand(B, -1, -1).stride()[:2] if text_query is not None else (0, 0)),
-        **shape,
-        HEADS=heads,
-        HIDDEN=fc1.shape[0],
-        PRECISION=input_precision,
-        POSITIONS=config.positions,
-        CLASSES=config.classes,
-        BLOCK_C=block_c,
-        BLOCK_D=max(16, triton.next_power_of_2(C // heads)),
-        BLOCK_H=config.hidden,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.maxnreg,
-        enable_fp_fusion=True,
-    )
-    if pool_h * pool_w == 1:
-        return tokens
-    return add_unpooled(x, tokens, resolution, pooling)
+        C=C, HEADS=heads, M=len(fc1), H=height, W=width, POOL_H=pool_h, POOL_W=pool_w,
+        BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_D=max(16, triton.next_power_of_2(C // heads)),
+        POSITIONS=config.positions, CLASSES=config.classes, HIDDEN=config.hidden, PRECISION=input_precision,
+        config=config,
+    )  # fmt: skip
+    return tokens if pool_h * pool_w == 1 else unpool.launch(x, tokens, resolution, pooling)
 
 
-# Computes in the type of x and accumulates in fp32; autocast changes nothing.
-@torch.library.custom_op("catseg_fast::class_apply", mutates_args=())
-def class_apply(
-    x: Tensor,
-    text_query: Tensor | None,
-    key_value: Tensor,
-    key_sum: Tensor,
-    q: Tensor,
-    q_bias: Tensor,
-    fc1: Tensor,
-    fc1_bias: Tensor,
-    fc2: Tensor,
-    fc2_bias: Tensor,
-    heads: int,
-    length: int,
-    eps: float,
-    resolution: Sequence[int],
-    pooling: Sequence[int],
-    input_precision: str,
-) -> Tensor:
-    """`launch` at a measured config, or the default."""
-    weights, (B, t, HW, C) = (q, q_bias, fc1, fc1_bias, fc2, fc2_bias), x.shape
-    pooled = pooling[0] * pooling[1]
-    config = tuning.choose(
-        problem(x.dtype, input_precision, B * t, HW, C, heads, len(fc1), pooled),
-        x.device,
-        lambda capability: default_config(capability, x.dtype, input_precision, t),
-        INTERPRETER,
-    )
-    return launch(
-        x,
-        text_query,
-        key_value,
-        key_sum,
-        *weights,
-        heads,
-        length,
-        eps,
-        resolution,
-        pooling,
-        input_precision,
-        config,
-    )
-
-
-@class_apply.register_fake
-def _(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def problem(
-    dtype: torch.dtype,
-    input_precision: str,
-    crop_classes: int,
-    HW: int,
-    C: int,
-    heads: int,
-    M: int,
-    pooled: int,
-) -> Problem:
-    """What a measured config is found by; `pooled` is the number of positions of a token."""
-    sizes = {"positions": HW, "channels": C, "heads": heads, "hidden": M, "pooled": pooled}
-    return Problem.of("class_apply", "apply", ApplyConfig, dtype, input_precision, crop_classes, **sizes)
-
-
-def compile_targets(capability: int) -> list[CompileTarget]:
-    """The kernel at the published sizes (C = 128, 4 heads, M = 512, 24 x 24), and with 2 x 2 pooling."""
-    strides = ("x_stride_b", "x_stride_t", "x_stride_p", "text_stride_b", "text_stride_t")
-    pointers = ("x", "text", "q", "q_bias", "fc1", "fc1_bias", "fc2", "fc2_bias", "out")
-    shape = {"C": 128, "HEIGHT": 24, "WIDTH": 24, "BLOCK_C": 128}
-    targets = []
-    for name, dtype, precision, classes, pool in (
-        ("fp16", torch.float16, "ieee", 1000, 1),
-        ("fp16 pooled", torch.float16, "ieee", 1000, 2),
-        ("fp16 few classes", torch.float16, "ieee", 10, 1),
-        ("bf16", torch.bfloat16, "ieee", 1000, 1),
-        ("fp32 ieee", torch.float32, "ieee", 1000, 1),
-        ("fp32 tf32x3", torch.float32, "tf32x3", 1000, 1),
-        ("fp32 tf32", torch.float32, "tf32", 1000, 1),
-    ):
-        config = default_config(capability, dtype, precision, classes)
-        mma = "wgmma" if capability == 90 and dtype != torch.float32 else "mma"
-        targets.append(
-            CompileTarget(
-                name=name,
-                kernel=_apply_kernel,
-                signature={
-                    **{f"{pointer}_ptr": f"*{name.split()[0]}" for pointer in pointers},
-                    **dict.fromkeys(("key_value_ptr", "key_sum_ptr"), "*fp32"),
-                    **dict.fromkeys(("inverse_length", "eps"), "fp32"),
-                    **dict.fromkeys(("classes", "tokens", *strides), "i32"),
-                },
-                constexprs={
-                    **shape,
-                    "HEADS": 4,
-                    "HIDDEN": 512,
-                    "POOL_H": pool,
-                    "POOL_W": pool,
-                    "PRECISION": precision,
-                    "POSITIONS": config.positions,
-                    "CLASSES": config.classes,
-                    "BLOCK_D": 32,
-                    "BLOCK_H": config.hidden,
-                },
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                maxnreg=config.maxnreg,
-                divisible=strides,
-                expects_mma=None if name == "fp32 ieee" else mma,
-            )
-        )
-    return targets
+KERNEL = Kernel(launch, problem, default_config, candidates, interpreter_config)

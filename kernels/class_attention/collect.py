@@ -1,4 +1,4 @@
-"""First pass of the linear attention over classes: what it must know of all classes, from a chunk of them.
+"""First pass of the linear attention over classes: a chunk's share of what it sums over all classes.
 
 With phi(x) = elu(x) + 1, for each crop, position and head, over the chunk's classes t:
 
@@ -24,15 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels.class_attention.tokens import load_matrix, load_tokens
-from catseg_fast.kernels.launch import configs as tuning
-from catseg_fast.kernels.launch.compile_target import CompileTarget
+from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
+from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
 
 
 @triton.jit(do_not_specialize=["classes", "tokens"])
-def _collect_kernel(
+def collect_kernel(
     x_ptr,  # [B, t, HW, C]
     weight_ptr,  # [2C, C], keys then values
     bias_ptr,  # [2C]
@@ -51,20 +51,20 @@ def _collect_kernel(
     text_stride_t,
     C: tl.constexpr,
     HEADS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
     POOL_H: tl.constexpr,
     POOL_W: tl.constexpr,
     OLD_IS_SHARED: tl.constexpr,  # all positions add to the same old sums
-    PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,  # heads a program
-    POSITIONS: tl.constexpr,  # positions a program, one after another
-    CLASSES: tl.constexpr,  # classes a step
+    GROUP: tl.constexpr,  # heads per program
     BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,  # channels of GROUP heads, rounded up
+    POSITIONS: tl.constexpr,  # positions per program, one after another
+    CLASSES: tl.constexpr,  # classes per step
+    PRECISION: tl.constexpr,
 ):
     D: tl.constexpr = C // HEADS
-    HW: tl.constexpr = (HEIGHT // POOL_H) * (WIDTH // POOL_W)
+    HW: tl.constexpr = (H // POOL_H) * (W // POOL_W)
     dtype = x_ptr.dtype.element_ty
     group = tl.program_id(0) % (HEADS // GROUP)
     first = tl.program_id(0) // (HEADS // GROUP) * POSITIONS
@@ -88,7 +88,7 @@ def _collect_kernel(
             o_t = start + tl.arange(0, CLASSES)
             m_t = o_t < classes
             p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
-            x = load_tokens(p_x, p, m_t, x_stride_p, C, BLOCK_C, WIDTH, POOL_H, POOL_W)
+            x = load_tokens(p_x, p, m_t, x_stride_p, C, BLOCK_C, W, POOL_H, POOL_W)
             x = tl.trans(normalise(x, C, BLOCK_C).to(dtype))
             k = tl.dot(w_k, x, input_precision=PRECISION) + b_k[:, None]
             m = m_g[:, None] & m_t[None, :]
@@ -115,7 +115,7 @@ def _collect_kernel(
 
 @dataclass(frozen=True)
 class CollectConfig(LaunchConfig):
-    """Launch config: channels a program at most (whole heads), its positions, and classes a step."""
+    """Launch config: channels per program at most (whole heads), its positions, and classes per step."""
 
     channels: int
     positions: int
@@ -125,28 +125,50 @@ class CollectConfig(LaunchConfig):
     maxnreg: int | None = None
 
 
-# Few steps: each takes the interpreter milliseconds, however large it is.
-INTERPRETER = CollectConfig(channels=256, positions=64, classes=32, num_warps=1, num_stages=1)
-
-
 @cache
-def default_config(dtype: torch.dtype) -> CollectConfig:
-    """A config that fits every GPU, at the published sizes and smaller ones."""
-    if dtype == torch.float32:
+def default_config(capability: int, problem: Problem) -> CollectConfig:
+    """Return a config that fits every GPU, at the published sizes and smaller ones."""
+    if problem.dtype == "fp32":
         return CollectConfig(channels=32, positions=8, classes=16, num_warps=8, num_stages=1)
     return CollectConfig(channels=64, positions=8, classes=32, num_warps=4, num_stages=2, maxnreg=255)
 
 
-def candidates(dtype: torch.dtype) -> tuple[CollectConfig, ...]:
+def interpreter_config(problem: Problem) -> CollectConfig:
+    """Few steps: each takes the interpreter milliseconds, however large it is."""
+    return CollectConfig(channels=256, positions=64, classes=32, num_warps=1, num_stages=1)
+
+
+def candidates(capability: int, problem: Problem) -> tuple[CollectConfig, ...]:
     """Configs worth timing, the default first; the same for all compute capabilities."""
-    default = default_config(dtype)
-    tiles = ((32, 4), (32, 8), (64, 8)) if dtype == torch.float32 else ((32, 4), (64, 4), (64, 8), (128, 8))
+    default = default_config(capability, problem)
+    tiles = ((32, 4), (32, 8), (64, 8)) if problem.dtype == "fp32" else ((32, 4), (64, 4), (64, 8), (128, 8))
     others = [
         replace(tiled, channels=channels, num_warps=num_warps)
         for channels, num_warps in tiles
         for tiled in grid(default, classes=(16, 32, 64))
     ]
     return default_first(default, [*others, *grid(default, positions=(4, 8, 16), num_stages=(1, 2, 3))])
+
+
+def problem(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    text_key: Tensor | None,
+    key_value: Tensor | None,
+    key_sum: Tensor | None,
+    heads: int,
+    length: int,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    *,
+    input_precision: str,
+) -> Problem:
+    """What a measured config is found by."""
+    sizes = {"positions": x.shape[2], "channels": x.shape[3], "heads": heads}
+    precision = _precision(input_precision)
+    pooled = pooling[0] * pooling[1]
+    return Problem.of("class_collect", "collect", CollectConfig, x, precision, **sizes, pooled=pooled)
 
 
 def launch(
@@ -160,6 +182,7 @@ def launch(
     length: int,
     resolution: Sequence[int],
     pooling: Sequence[int],
+    *,
     input_precision: str,
     config: CollectConfig,
 ) -> tuple[Tensor, Tensor]:
@@ -167,148 +190,28 @@ def launch(
 
     The old ones, `key_value` and `key_sum`, are like them, or `[heads, …]` and the same everywhere, or None.
     """
-    (B, classes, _, C), d = x.shape, x.shape[-1] // heads
-    positions = (resolution[0] // pooling[0]) * (resolution[1] // pooling[1])
+    (B, t, _, C), d = x.shape, x.shape[-1] // heads
+    (height, width), (pool_h, pool_w) = resolution, pooling
+    positions = (height // pool_h) * (width // pool_w)
     new_key_value = x.new_empty((B, positions, heads, d, d), dtype=torch.float32)
     new_key_sum = x.new_empty((B, positions, heads, d), dtype=torch.float32)
     group = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * d <= config.channels))
-    grid = (heads // group * triton.cdiv(B * positions, config.positions),)
-    _collect_kernel[grid](
-        x,
-        weight,
-        bias,
-        text_key,
-        key_value,
-        key_sum,
-        new_key_value,
-        new_key_sum,
-        classes,
-        B * positions,
-        1 / length,
-        *x.stride()[:3],
+    launcher.run(
+        collect_kernel, (heads // group * triton.cdiv(B * positions, config.positions),),
+        x, weight, bias, text_key, key_value, key_sum, new_key_value, new_key_sum,
+        t, B * positions, 1 / length, *x.stride()[:3],
         *(text_key.expand(B, -1, -1).stride()[:2] if text_key is not None else (0, 0)),
-        C=C,
-        HEADS=heads,
-        HEIGHT=resolution[0],
-        WIDTH=resolution[1],
-        POOL_H=pooling[0],
-        POOL_W=pooling[1],
-        OLD_IS_SHARED=key_sum is not None and key_sum.ndim == 2,
-        PRECISION=_precision(input_precision),
-        GROUP=group,
-        POSITIONS=config.positions,
-        CLASSES=config.classes,
-        BLOCK_C=max(16, triton.next_power_of_2(C)),
-        BLOCK_G=max(16, triton.next_power_of_2(group * d)),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        maxnreg=config.maxnreg,
-        enable_fp_fusion=True,
-    )
+        C=C, HEADS=heads, H=height, W=width, POOL_H=pool_h, POOL_W=pool_w,
+        OLD_IS_SHARED=key_sum is not None and key_sum.ndim == 2, GROUP=group,
+        BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_G=max(16, triton.next_power_of_2(group * d)),
+        POSITIONS=config.positions, CLASSES=config.classes, PRECISION=_precision(input_precision),
+        config=config,
+    )  # fmt: skip
     return new_key_value, new_key_sum
-
-
-# Computes in the type of x and accumulates in fp32; autocast changes nothing.
-@torch.library.custom_op("catseg_fast::class_collect", mutates_args=())
-def class_collect(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    text_key: Tensor | None,
-    key_value: Tensor | None,
-    key_sum: Tensor | None,
-    heads: int,
-    length: int,
-    resolution: Sequence[int],
-    pooling: Sequence[int],
-    input_precision: str,
-) -> tuple[Tensor, Tensor]:
-    """`launch` at a measured config, or the default."""
-    B, t, HW, C = x.shape
-    wanted = problem(x.dtype, input_precision, B * t, HW, C, heads, pooling[0] * pooling[1])
-    config = tuning.choose(wanted, x.device, lambda _: default_config(x.dtype), INTERPRETER)
-    sizes = (heads, length, resolution, pooling)
-    return launch(x, weight, bias, text_key, key_value, key_sum, *sizes, input_precision, config)
-
-
-@class_collect.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    text_key: Tensor | None,
-    key_value: Tensor | None,
-    key_sum: Tensor | None,
-    heads: int,
-    length: int,
-    resolution: Sequence[int],
-    pooling: Sequence[int],
-    input_precision: str,
-) -> tuple[Tensor, Tensor]:
-    B, d = x.shape[0], x.shape[-1] // heads
-    positions = (resolution[0] // pooling[0]) * (resolution[1] // pooling[1])
-    return (
-        x.new_empty((B, positions, heads, d, d), dtype=torch.float32),
-        x.new_empty((B, positions, heads, d), dtype=torch.float32),
-    )
-
-
-def problem(
-    dtype: torch.dtype, input_precision: str, crop_classes: int, HW: int, C: int, heads: int, pooled: int
-) -> Problem:
-    """What a measured config is found by; `pooled` is the number of positions of a token."""
-    sizes = {"positions": HW, "channels": C, "heads": heads, "pooled": pooled}
-    precision = _precision(input_precision)
-    return Problem.of("class_collect", "collect", CollectConfig, dtype, precision, crop_classes, **sizes)
 
 
 def _precision(input_precision: str) -> str:
     return "ieee" if input_precision == "tf32x3" else input_precision  # split weights would spill
 
 
-def compile_targets(capability: int) -> list[CompileTarget]:
-    """The kernel at the published sizes: C = 128, 4 heads, 24 x 24."""
-    strides = ("x_stride_b", "x_stride_t", "x_stride_p", "text_stride_b", "text_stride_t")
-    sums = ("old_key_value_ptr", "old_key_sum_ptr", "key_value_ptr", "key_sum_ptr")
-    targets = []
-    for name, dtype, precision in (
-        ("fp16", torch.float16, "ieee"),
-        ("bf16", torch.bfloat16, "ieee"),
-        ("fp32 ieee", torch.float32, "ieee"),
-        ("fp32 tf32", torch.float32, "tf32"),
-    ):
-        mma = "wgmma" if capability == 90 and dtype != torch.float32 else "mma"
-        config = default_config(dtype)
-        targets.append(
-            CompileTarget(
-                name=name,
-                kernel=_collect_kernel,
-                signature={
-                    **dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "text_ptr"), f"*{name.split()[0]}"),
-                    **dict.fromkeys(sums, "*fp32"),
-                    **dict.fromkeys(("classes", "tokens", *strides), "i32"),
-                    "inverse_length": "fp32",
-                },
-                constexprs={
-                    "C": 128,
-                    "HEADS": 4,
-                    "HEIGHT": 24,
-                    "WIDTH": 24,
-                    "POOL_H": 1,
-                    "POOL_W": 1,
-                    "OLD_IS_SHARED": False,
-                    "PRECISION": precision,
-                    "GROUP": config.channels // 32,
-                    "POSITIONS": config.positions,
-                    "CLASSES": config.classes,
-                    "BLOCK_C": 128,
-                    "BLOCK_G": config.channels,
-                },
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                maxnreg=config.maxnreg,
-                divisible=strides,
-                expects_mma=None if name == "fp32 ieee" else mma,
-            )
-        )
-    return targets
+KERNEL = Kernel(launch, problem, default_config, candidates, interpreter_config)

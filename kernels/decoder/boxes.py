@@ -3,11 +3,11 @@
     y[S r + a, S s + b] = g + sum_ij W[a, b, :, :, i, j] . f(x[r + i + a - 1, s + j + b - 1])
 
 with f the identity or relu(scale x + shift), and g a crop's guidance map or nothing (`layers.py`). A program
-takes a tile of `classes` images by `rows` by `columns` and one phase (a, b). For each tap, the tile's input is a
-box of the map: it comes through a tensor descriptor, without index arithmetic or masks, and so does the weight.
-Outside a map without a border the accelerator reads zeros, which is right where f is the identity. Never
-materialised are the normalised map, patches, and the map without guidance. Statistics of the output come from
-the accumulator; a part is an image's tile. For 16-bit types, from compute capability 90 up.
+takes a tile of `classes` images by `rows` by `columns` and one phase (a, b). For each tap, the tile's input
+is a box of the map: it comes through a tensor descriptor, without index arithmetic or masks, and so does the
+weight. Outside a map without a border the accelerator reads zeros, which is right where f is the identity.
+Never materialised are the normalised map, patches, and the map without guidance. Statistics of the output
+come from the accumulator; a part is an image's tile. For 16-bit types, from compute capability 90 up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from catseg_fast.kernels.decoder import group_norm as group_norms
 from catseg_fast.kernels.decoder.common import load_channels, normalise
 from catseg_fast.kernels.decoder.group_norm import GroupNorm
-from catseg_fast.kernels.decoder.layers import Layer, divisor, new_map, new_statistics
+from catseg_fast.kernels.decoder.layers import Layer, divisor, new_map, new_statistics, stride_b
 from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
@@ -78,7 +78,7 @@ def boxes_kernel(
         scale = load_channels(p_norm, CI, CI, CHANNELS)
         shift = load_channels(p_norm + CI, CI, CI, CHANNELS)
     accumulator = tl.zeros((M, CO), tl.float32)
-    for step in range(0, K * K * STEPS):
+    for step in range(K * K * STEPS):
         i = step // (K * STEPS)
         j = step // STEPS % K
         box = x_desc.load([crop, first, y + i, x + j, step % STEPS * CHANNELS])
@@ -164,7 +164,7 @@ def default_config(capability: int, problem: Problem) -> BoxesConfig:
         channels=channels if normalised else min(channels, 64),
         num_warps=4,
         num_stages=3,
-        maxnreg=168,
+        maxnreg=168 if problem.dtype == "fp16" else None,  # three programs fit on a multiprocessor
     )
 
 
@@ -177,7 +177,11 @@ def candidates(capability: int, problem: Problem) -> tuple[BoxesConfig, ...]:
         others += [replace(default, classes=default.classes // 2)] if default.classes > 1 else []
     return default_first(
         default,
-        [config for tiled in others for config in grid(tiled, num_stages=(2, 3, 4), maxnreg=(128, 168, None))],
+        [
+            config
+            for tiled in others
+            for config in grid(tiled, num_stages=(2, 3, 4), maxnreg=(128, 168, None))
+        ],
     )
 
 
@@ -223,7 +227,7 @@ def launch(
         boxes_kernel, (B * triton.cdiv(t, config.classes) * tiles * layer.phases,),
         TensorDescriptor.from_tensor(x, box),
         TensorDescriptor.from_tensor(weight.flatten(0, 1), [config.channels, layer.channels_out]),
-        guidance, norm, out, statistics, t, 0 if guidance is None else guidance.expand(B, -1, -1).stride(0),
+        guidance, norm, out, statistics, t, stride_b(guidance),
         **layer.constants(), S=layer.scale, K=layer.taps, CLASSES=config.classes, ROWS=config.rows,
         COLUMNS=config.columns, CHANNELS=config.channels, config=config,
     )  # fmt: skip

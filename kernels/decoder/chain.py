@@ -19,18 +19,18 @@ from torch import Tensor
 
 from catseg_fast.kernels.decoder import boxes, patches, row_phases, rows
 from catseg_fast.kernels.decoder.group_norm import GroupNorm
-from catseg_fast.kernels.decoder.layers import Layer, layers
+from catseg_fast.kernels.decoder.layers import Layer
 from catseg_fast.kernels.launch.capability import capability_of
 
 
-def decode(
+def launch(
     x: Tensor,
     guidance: Sequence[Tensor],
     weights: Sequence[Tensor],
     group_norms: Sequence[GroupNorm],
     bias: Tensor,
-    height: int,
-    width: int,
+    layers: Sequence[Layer],
+    *,
     input_precision: str,
     out: Tensor | None = None,
     flag: Tensor | None = None,
@@ -40,25 +40,24 @@ def decode(
     Args:
         x: `[B, t, HW, C]`, contiguous but for B and t.
         guidance: of each stage, `[B or 1, 2H * 2W, out]`, contiguous but for B.
-        weights: of each layer (`layers.layers`), packed (`layers.pack`).
+        weights: of each layer, packed.
         group_norms: of each layer but the head.
         bias: the head's, `[1]`.
-        height: H.
-        width: W.
+        layers: the sizes.
         input_precision: of products of fp32 numbers.
-        out: where logits are written, in any floating type, contiguous but for B and t; new memory without it.
+        out: where logits are written, in any floating type, contiguous but for B and t; else new memory.
         flag: `[1]`, int32, set to 1 where a logit is infinite or NaN.
     """
-    found = layers(height, width, x.shape[3], [maps.shape[2] for maps in guidance])
-    maps, norm = x.unflatten(2, (height, width)), None
-    for index, (layer, weight, group_norm) in enumerate(zip(found, weights, group_norms, strict=False)):
+    maps, norm = x.unflatten(2, (layers[0].height, layers[0].width)), None
+    for index, (layer, group_norm) in enumerate(zip(layers, group_norms, strict=False)):
         addend = guidance[index // 2] if layer.scale == 2 else None
-        maps, norm = convolve(maps, weight, addend, norm, group_norm, layer, input_precision)
+        maps, norm = convolve(maps, weights[index], addend, norm, group_norm, layer, input_precision)
     logits, _ = patches.KERNEL(
-        maps, weights[-1], bias, norm, None, found[-1],
+        maps, weights[-1], bias, norm, None, layers[-1],
         input_precision=input_precision, out=None if out is None else out[..., None], flag=flag,
     )  # fmt: skip
-    return logits[..., 0]
+    found: Tensor = logits[..., 0]
+    return found
 
 
 def convolve(
@@ -70,7 +69,7 @@ def convolve(
     layer: Layer,
     input_precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return a layer's output with its border, and its scale and shift; arguments are those of the kernels."""
+    """Return a layer's output with its border, and its scale and shift, as its kernel's `launch` does."""
     if norm is not None and guidance is not None and row_phases.unsupported(layer, x.dtype) is None:
         return row_phases.KERNEL(x, weight, guidance, norm, group_norm, layer)
     if norm is not None and guidance is None and rows.unsupported(layer, x.dtype) is None:

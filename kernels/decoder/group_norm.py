@@ -10,9 +10,9 @@ so that scale x + shift is the normalised x. The next kernel applies it while it
 stored.
 
 The same kernel writes the border of the map x, since it knows the sign of the scale: the infinity for which
-relu(scale x + shift) is zero. A scale that is zero, or rounds to it, would make NaN of that; it is replaced by
-the smallest number of its type (2^-24 in fp16, 2^-126 in fp32), which changes scale x by less than a rounding
-of the result: at most 2^-24 |x| in fp16.
+relu(scale x + shift) is zero. A scale that is zero, or rounds to it, would make NaN of that; it is replaced
+by the smallest number of its type (2^-24 in fp16, 2^-126 in fp32), which changes scale x by less than a
+rounding of the result: at most 2^-24 |x| in fp16.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ channel, so fills a tile with 4x6 of its outputs, whose patches of 6x8 pixels ta
 output instead of 9. Never materialised are the normalised map, patches, and the map without its addend.
 
 Sizes that fill no tile are masked. Statistics of the output, where they are asked for, come from the
-accumulator; a part is a tile of a phase. Where they are not, this is the last layer: it writes logits to memory
-of any strides over B and t, in that memory's type, and sets a flag if one of them is infinite or NaN.
+accumulator; a part is a tile of a phase. Where they are not, this is the last layer: it writes logits to
+memory of any strides over B and t, in that memory's type, and sets a flag if one of them is infinite or NaN.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +26,7 @@ from torch import Tensor
 from catseg_fast.kernels.decoder import group_norm as group_norms
 from catseg_fast.kernels.decoder.common import load_channels, normalise
 from catseg_fast.kernels.decoder.group_norm import GroupNorm
-from catseg_fast.kernels.decoder.layers import Layer, new_map, new_statistics
+from catseg_fast.kernels.decoder.layers import Layer, new_map, new_statistics, stride_b
 from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
@@ -188,14 +187,15 @@ def default_config(capability: int, problem: Problem) -> PatchesConfig:
     block_in, block_out = (max(16, triton.next_power_of_2(n)) for n in _columns(problem))
     if problem.dtype == "fp32":
         return PatchesConfig(64, min(block_out, 64), min(block_in, 32), num_warps=4, num_stages=2)
+    maxnreg = 168 if problem.dtype == "fp16" else None  # three programs fit on a multiprocessor
     if problem.size("group") > 1:
         depth = min(256 if capability >= 90 else 128, 8 * block_in)
-        return PatchesConfig(64, block_out, depth, num_warps=4, num_stages=2, maxnreg=168)
+        return PatchesConfig(64, block_out, depth, num_warps=4, num_stages=2, maxnreg=maxnreg)
     pixels = problem.size("height") * problem.size("width")
     groups = 64 if 0 < pixels % 128 <= 64 else 128
     if block_out >= 128:
         return PatchesConfig(groups, 128, min(block_in, 64), num_warps=8, num_stages=3)
-    return PatchesConfig(groups, block_out, min(block_in, 64), num_warps=4, num_stages=3, maxnreg=168)
+    return PatchesConfig(groups, block_out, min(block_in, 64), num_warps=4, num_stages=3, maxnreg=maxnreg)
 
 
 def candidates(capability: int, problem: Problem) -> tuple[PatchesConfig, ...]:
@@ -257,8 +257,8 @@ def launch(
     layer: the output is `[B, t, S*H, S*W, out]`, and there is no scale and shift.
 
     Args:
-        x: `[B, t, H, W, in]`, or with a border, if `norm` is given, `[B, t, H + 2, W + 2, in]`; contiguous but
-            for B and t.
+        x: `[B, t, H, W, in]`, or with a border, if `norm` is given, `[B, t, H + 2, W + 2, in]`; contiguous
+            but for B and t.
         weight: packed.
         addend: a map `[B or 1, S*H * S*W, out]`, contiguous but for B, or a bias `[out]`.
         norm: scale and shift of the input, `[B, t, 2, in]`.
@@ -284,13 +284,13 @@ def launch(
     launcher.run(
         patches_kernel, (B * t * tiles * layer.phases, layer.block_out // config.outputs),
         x, weight, addend, norm, out, statistics, flag, t, x.stride(0), x.stride(1),
-        addend.expand(B, -1, -1).stride(0) if is_map else 0, out.stride(0), out.stride(1),
+        stride_b(addend) if is_map else 0, out.stride(0), out.stride(1),
         **layer.constants(), S=layer.scale, GROUP_ROWS=group_rows, GROUP_COLUMNS=group_columns,
         PATCH_ROWS=patch_rows, PATCH_COLUMNS=patch_columns, BLOCK_CI=layer.block_in, BLOCK_N=layer.block_out,
         ADDEND_IS_MAP=is_map, GROUPS=config.groups, OUTPUTS=config.outputs, DEPTH=config.depth,
         PRECISION=input_precision, config=config,
     )  # fmt: skip
-    if group_norm is None:
+    if group_norm is None or statistics is None:
         return out, None
     return out, group_norms.launch(out, statistics, config.groups, group_norm, layer)
 

@@ -3,12 +3,12 @@
     y[2 r + a, 2 s + b] = g + sum_ij W[a, b, :, :, i, j] . f(x[r + i + a - 1, s + j + b - 1])
     f(x) = relu(scale x + shift)        (`layers.py`, S = 2)
 
-with g a crop's guidance map, the same for all classes. A program takes a block of columns of one image and one
-horizontal phase b, cut into strips of rows, of which it handles one row each at a time. An input row is loaded
-and normalised once; it meets both rows of taps of both vertical phases, and feeds the accumulators of four
-output rows. The weights stay in shared memory; guidance is loaded before the products that it is added to.
-Never materialised are the normalised map, patches, and the map without guidance. Statistics of the output are
-summed in registers; a part is a program's block. For 16-bit types.
+with g a crop's guidance map, the same for all classes. A program takes a block of columns of one image and
+one horizontal phase b, cut into strips of rows, of which it handles one row each at a time. An input row is
+loaded and normalised once; it meets both rows of taps of both vertical phases, and feeds the accumulators of
+four output rows. The weights stay in shared memory; guidance is loaded before the products that it is added
+to. Never materialised are the normalised map, patches, and the map without guidance. Statistics of the output
+are summed in registers; a part is a program's block. For 16-bit types.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.decoder.common import load_channels, normalise, store_statistics, sum_rows
 from catseg_fast.kernels.decoder import group_norm as group_norms
+from catseg_fast.kernels.decoder.common import load_channels, normalise, store_statistics, sum_rows
 from catseg_fast.kernels.decoder.group_norm import GroupNorm
-from catseg_fast.kernels.decoder.layers import Layer, divisor, new_map, new_statistics
+from catseg_fast.kernels.decoder.layers import Layer, divisor, new_map, new_statistics, stride_b
 from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
@@ -106,13 +106,18 @@ def row_phases_kernel(
         odd = tl.dot(x, w_odd_01, odd)
         done_even += g_even.to(tl.float32)
         p_row = p_out + (2 * row - 1) * (PITCH * CO) + o_out
-        tl.store(p_row, done_even.to(out_ptr.dtype.element_ty), mask=tl.broadcast_to(ends_even, done_even.shape))
+        tl.store(
+            p_row, done_even.to(out_ptr.dtype.element_ty), mask=tl.broadcast_to(ends_even, done_even.shape)
+        )
         done_odd += g_odd.to(tl.float32)
         p_row = p_out + (2 * row - 2) * (PITCH * CO) + o_out
         tl.store(p_row, done_odd.to(out_ptr.dtype.element_ty), mask=tl.broadcast_to(ends_odd, done_odd.shape))
         one_even = tl.where(ends_even, 1.0, 0.0)
         one_odd = tl.where(ends_odd, 1.0, 0.0)
-        sums += sum_rows(done_even, PIXELS, CO, WARPS) * one_even + sum_rows(done_odd, PIXELS, CO, WARPS) * one_odd
+        sums += (
+            sum_rows(done_even, PIXELS, CO, WARPS) * one_even
+            + sum_rows(done_odd, PIXELS, CO, WARPS) * one_odd
+        )
         squares += (
             sum_rows(done_even * done_even, PIXELS, CO, WARPS) * one_even
             + sum_rows(done_odd * done_odd, PIXELS, CO, WARPS) * one_odd
@@ -152,7 +157,9 @@ def unsupported(layer: Layer, dtype: torch.dtype) -> str | None:
 def default_config(capability: int, problem: Problem) -> RowPhasesConfig:
     """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     columns = divisor(problem.size("width"), 16)
-    return RowPhasesConfig(64 // columns, columns, num_warps=4, num_stages=2, maxnreg=168)
+    # The accumulators in tensor memory leave no registers for a second stage.
+    stages = 1 if capability >= 100 else 2
+    return RowPhasesConfig(64 // columns, columns, num_warps=4, num_stages=stages)
 
 
 def candidates(capability: int, problem: Problem) -> tuple[RowPhasesConfig, ...]:
@@ -199,7 +206,7 @@ def launch(
     out, statistics = new_map(x, layer), new_statistics(x, layer, parts)
     launcher.run(
         row_phases_kernel, (B * t * parts,),
-        x, weight, guidance, norm, out, statistics, t, guidance.expand(B, -1, -1).stride(0),
+        x, weight, guidance, norm, out, statistics, t, stride_b(guidance),
         **layer.constants(), STRIPS=config.strips, COLUMNS=config.columns,
         WARPS=config.num_warps, STAGES=config.num_stages, config=config,
     )  # fmt: skip

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
+from catseg_fast.kernels.launch import capability
 from catseg_fast.kernels.launch.checks import DTYPES
-from catseg_fast.kernels.launch.compile_target import capability_of
 from catseg_fast.kernels.launch.config import LaunchConfig
 
 C = TypeVar("C", bound=LaunchConfig)
@@ -45,7 +46,7 @@ class Problem(NamedTuple):
         dtype: type of the tensors, "fp16", "bf16" or "fp32".
         precision: of products of fp32 numbers; "ieee" for other types.
         sizes: what must be equal for a measured config to serve.
-        crop_classes: crops times classes, which need not.
+        crops, classes: B and t, which need not.
     """
 
     op: str
@@ -54,7 +55,8 @@ class Problem(NamedTuple):
     dtype: str
     precision: str
     sizes: tuple[tuple[str, int], ...]
-    crop_classes: int
+    crops: int
+    classes: int
 
     @classmethod
     def of(
@@ -62,29 +64,55 @@ class Problem(NamedTuple):
         op: str,
         kernel: str,
         config: type[LaunchConfig],
-        dtype: torch.dtype,
+        x: Tensor,
         input_precision: str,
-        crop_classes: int,
+        classes: int | None = None,
         **sizes: int,
     ) -> Problem:
-        """The problem of a launch; `input_precision` counts for fp32 alone."""
-        precision = input_precision if dtype == torch.float32 else "ieee"
-        return cls(op, kernel, config, DTYPES[dtype], precision, tuple(sizes.items()), crop_classes)
+        """The problem of a launch on `x [B, t, …]`, or on `x [B, …]` and `classes`.
+
+        `input_precision` counts for fp32 only.
+        """
+        precision = input_precision if x.dtype == torch.float32 else "ieee"
+        crops, t = x.shape[0], x.shape[1] if classes is None else classes
+        return cls(op, kernel, config, DTYPES[x.dtype], precision, tuple(sizes.items()), crops, t)
+
+    @property
+    def crop_classes(self) -> int:
+        """Crops times classes."""
+        return self.crops * self.classes
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Type of the tensors."""
+        return next(dtype for dtype, name in DTYPES.items() if name == self.dtype)
+
+    def size(self, name: str) -> int:
+        """One of the sizes."""
+        return dict(self.sizes)[name]
 
 
 def choose(
-    problem: Problem, device: torch.device, default: Callable[[int], C], interpreter: C | None = None
+    problem: Problem,
+    device: torch.device,
+    default_config: Callable[[int, Problem], C],
+    interpreter_config: Callable[[Problem], C] | None = None,
 ) -> C:
     """The config that a launch takes: on a GPU a measured one, else the default for its compute capability.
 
     Args:
         problem: the launch's.
         device: the tensors', which need not be the current one.
-        default: makes the default config for a compute capability (as 80, 86, 89, 90, 100).
-        interpreter: config for Triton's interpreter, on a CPU; None for the default.
+        default_config: makes the default config for a compute capability (as 80, 86, 89, 90, 100).
+        interpreter_config: makes the config for Triton's interpreter, on a CPU; None for the default.
     """
-    measured = _measured(problem, device) if device.type == "cuda" else interpreter
-    return measured or default(_capability(device))
+    if device.type == "cuda":
+        measured = _measured(problem, device)
+        if measured is not None:
+            return measured
+    elif device.type == "cpu" and interpreter_config is not None:
+        return interpreter_config(problem)
+    return default_config(capability.capability_of(device), problem)
 
 
 def user_folder() -> Path:
@@ -120,11 +148,10 @@ def clear() -> None:
     """Forget files and GPUs, so that they are looked at again."""
     _read_once.cache_clear()
     _measured.cache_clear()
-    _capability.cache_clear()
+    capability.of_gpu.cache_clear()
 
 
 _read_once = cache(read)
-_capability = cache(capability_of)
 
 
 @cache

@@ -9,25 +9,21 @@ never written to memory; regions follow from coordinates. Softmax is in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.launch.checks import DTYPES
-from catseg_fast.kernels.launch.compile_target import CompileTarget
+from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
-from catseg_fast.kernels.launch.tunable import Tunable, Workload
+from catseg_fast.kernels.launch.kernel import Kernel
+from catseg_fast.kernels.window_attention import plain
 from catseg_fast.kernels.window_attention.windows import Windows, token_region
-from catseg_fast.reference import window_attention
 
-MASKED = tl.constexpr(window_attention.MASKED)
+MASKED = tl.constexpr(plain.MASKED)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -90,7 +86,7 @@ def attention_kernel(
 
 @dataclass(frozen=True)
 class AttentionConfig(LaunchConfig):
-    """Launch config: queries a step."""
+    """Launch config: queries per step."""
 
     queries: int
     num_warps: int
@@ -99,95 +95,48 @@ class AttentionConfig(LaunchConfig):
 
 
 @cache
-def default_config(capability: int, dtype: torch.dtype, head_channels: int, window: int) -> AttentionConfig:
-    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
-    if dtype == torch.float32 or window > 16 or head_channels > 64:
+def default_config(capability: int, problem: Problem) -> AttentionConfig:
+    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    head_channels = problem.size("channels") // problem.size("heads")
+    if problem.dtype == "fp32" or problem.size("window") > 16 or head_channels > 64:
         return AttentionConfig(queries=16, num_warps=4)
     return AttentionConfig(queries=16, num_warps=1, maxnreg=255 if capability >= 100 else None)
 
 
-def candidates(
-    capability: int, dtype: torch.dtype, head_channels: int, window: int
-) -> tuple[AttentionConfig, ...]:
+def candidates(capability: int, problem: Problem) -> tuple[AttentionConfig, ...]:
     """Configs worth timing on GPUs of a compute capability, the default first."""
-    default = default_config(capability, dtype, head_channels, window)
+    default = default_config(capability, problem)
     many = grid(default, queries=(16, 32, 64), num_warps=(1, 2, 4), num_stages=(1, 2))
     return default_first(default, [*many, *grid(default, num_warps=(1, 2), maxnreg=(None, 255))])
 
 
-def launch(qkv: Tensor, windows: Windows, heads: int, input_precision: str, config: AttentionConfig) -> None:
-    """Overwrite the queries of `qkv [B, t, HW, 3C]`."""
-    B, t, HW, width = qkv.shape
-    attention_kernel[(B * t * (HW // windows.window**2) * heads,)](
-        qkv, **_constants(windows, width // 3, heads, input_precision, config), num_warps=config.num_warps,
-        num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
-    )  # fmt: skip
+def interpreter_config(problem: Problem) -> AttentionConfig:
+    """All queries in one step."""
+    return AttentionConfig(queries=256, num_warps=4)
 
 
-def problem(
-    dtype: torch.dtype, input_precision: str, crop_classes: int, HW: int, C: int, heads: int, window: int
-) -> Problem:
+def problem(qkv: Tensor, windows: Windows, heads: int, *, input_precision: str) -> Problem:
     """What a measured config is found by."""
-    sizes = {"positions": HW, "channels": C, "heads": heads, "window": window}
-    return Problem.of(
-        "window_block", "attention", AttentionConfig, dtype, input_precision, crop_classes, **sizes
-    )
+    _, _, HW, width = qkv.shape
+    sizes = {"positions": HW, "channels": width // 3, "heads": heads, "window": windows.window}
+    return Problem.of("window_block", "attention", AttentionConfig, qkv, input_precision, **sizes)
 
 
-def tunable(workload: Workload) -> Tunable:
-    """The kernel on a shifted block."""
-    w, (B, t, HW, C) = workload, workload.state
-    windows = Windows(w.height, w.width, w.window, w.window // 2)
-
-    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
-        # Scores q k^T of a standard deviation of one.
-        return (w.normal(device, B, t, HW, 3 * C, scale=(C // w.heads) ** -0.25),)
-
-    def run(inputs: Sequence[Tensor], config: AttentionConfig) -> Sequence[Tensor]:
-        launch(inputs[0], windows, w.heads, w.input_precision, config)
-        return inputs
-
-    return Tunable(
-        problem(w.dtype, w.input_precision, w.crop_classes, HW, C, w.heads, w.window),
-        candidates(w.capability, w.dtype, C // w.heads, w.window),
-        make_inputs,
-        run,
-    )
-
-
-def _constants(
-    windows: Windows, C: int, heads: int, input_precision: str, config: AttentionConfig
-) -> dict[str, Any]:
+def launch(
+    qkv: Tensor, windows: Windows, heads: int, *, input_precision: str, config: AttentionConfig
+) -> Tensor:
+    """Overwrite the queries of `qkv [B, t, HW, 3C]`, and return it."""
+    B, t, HW, width = qkv.shape
     # Two powers of two, 16 or more, that hold the N tokens of a window with little to spare: 144 = 128 + 16.
-    tokens = windows.window**2
-    keys = max(16, triton.next_power_of_2(tokens) // 2)
-    return windows.constants() | {
-        "HEADS": heads,
-        "D": C // heads,
-        "BLOCK_D": max(16, triton.next_power_of_2(C // heads)),
-        "QUERIES": config.queries,
-        "KEYS": keys,
-        "REST": max(16, triton.next_power_of_2(tokens - keys)),
-        "PRECISION": input_precision,
-    }
+    N, D = windows.window**2, width // 3 // heads
+    keys = max(16, triton.next_power_of_2(N) // 2)
+    launcher.run(
+        attention_kernel, (B * t * (HW // N) * heads,), qkv,
+        **windows.constants(), HEADS=heads, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
+        QUERIES=config.queries, KEYS=keys, REST=max(16, triton.next_power_of_2(N - keys)),
+        PRECISION=input_precision, config=config,
+    )  # fmt: skip
+    return qkv
 
 
-def compile_targets(capability: int) -> list[CompileTarget]:
-    """The kernel at the published sizes: C = 128, 4 heads, 24 x 24, window 12, shifted or not."""
-    targets = []
-    for dtype, precision in [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32x3")]:
-        config, name = default_config(capability, dtype, 32, 12), DTYPES[dtype]
-        targets += [
-            CompileTarget(
-                name=f"{name} {precision} shift {shift}",
-                kernel=attention_kernel,
-                signature={"qkv_ptr": f"*{name}"},
-                constexprs=_constants(Windows(24, 24, 12, shift), 128, 4, precision, config),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                maxnreg=config.maxnreg,
-                expects_mma=None if (name, precision) == ("fp32", "ieee") else "mma",
-            )
-            for shift in (0, 6)
-        ]
-    return targets
+KERNEL = Kernel(launch, problem, default_config, candidates, interpreter_config)

@@ -16,56 +16,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.launch.checks import DTYPES
-from catseg_fast.kernels.launch.compile_target import CompileTarget
+from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
-from catseg_fast.kernels.launch.tunable import Tunable, Workload
+from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
 from catseg_fast.kernels.window_attention.windows import Windows, token_position
-
-
-@dataclass(frozen=True)
-class MLPConfig(LaunchConfig):
-    """Launch config: tokens a program, hidden channels a step."""
-
-    rows: int
-    hidden: int
-    num_warps: int
-    num_stages: int
-
-
-@cache
-def default_config(capability: int, dtype: torch.dtype, channels: int) -> MLPConfig:
-    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
-    if dtype == torch.float32:
-        return MLPConfig(rows=16, hidden=16, num_warps=8, num_stages=1)
-    if channels > 128:
-        return MLPConfig(rows=32, hidden=32, num_warps=4, num_stages=2)
-    return MLPConfig(rows=128, hidden=64 if capability >= 90 else 32, num_warps=8, num_stages=2)
-
-
-def candidates(capability: int, dtype: torch.dtype, channels: int) -> tuple[MLPConfig, ...]:
-    """Configs worth timing on GPUs of a compute capability, the default first."""
-    default = default_config(capability, dtype, channels)
-    if dtype == torch.float32:
-        return default_first(
-            default, grid(default, rows=(16, 32, 64), hidden=(16, 32), num_warps=(4, 8), num_stages=(1, 2))
-        )
-    others = [
-        replace(tiled, rows=rows, num_warps=num_warps)
-        for rows, num_warps in ((32, 4), (64, 4), (64, 8), (128, 8), (256, 8))
-        for tiled in grid(default, hidden=(32, 64), num_stages=(2, 3))
-    ]
-    wide = grid(default, rows=(64, 128), hidden=(128,), num_warps=(8,))
-    return default_first(default, [*others, *wide, *grid(default, num_stages=(1, 4))])
 
 
 @triton.jit
@@ -142,11 +103,61 @@ def project_mlp_kernel(
     tl.store(out_ptr + out[:, None] + c[None, :], z.to(dtype), mask)
 
 
+@dataclass(frozen=True)
+class MLPConfig(LaunchConfig):
+    """Launch config: tokens per program, hidden channels per step."""
+
+    rows: int
+    hidden: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def default_config(capability: int, problem: Problem) -> MLPConfig:
+    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    if problem.dtype == "fp32":
+        return MLPConfig(rows=16, hidden=16, num_warps=8, num_stages=1)
+    if problem.size("channels") > 128:
+        return MLPConfig(rows=32, hidden=32, num_warps=4, num_stages=2)
+    return MLPConfig(rows=128, hidden=64 if capability >= 90 else 32, num_warps=8, num_stages=2)
+
+
+def candidates(capability: int, problem: Problem) -> tuple[MLPConfig, ...]:
+    """Configs worth timing on GPUs of a compute capability, the default first."""
+    default = default_config(capability, problem)
+    if problem.dtype == "fp32":
+        return default_first(
+            default, grid(default, rows=(16, 32, 64), hidden=(16, 32), num_warps=(4, 8), num_stages=(1, 2))
+        )
+    others = [
+        replace(tiled, rows=rows, num_warps=num_warps)
+        for rows, num_warps in ((32, 4), (64, 4), (64, 8), (128, 8), (256, 8))
+        for tiled in grid(default, hidden=(32, 64), num_stages=(2, 3))
+    ]
+    wide = grid(default, rows=(64, 128), hidden=(128,), num_warps=(8,))
+    return default_first(default, [*others, *wide, *grid(default, num_stages=(1, 4))])
+
+
+def interpreter_config(problem: Problem) -> MLPConfig:
+    """Few and large programs."""
+    return MLPConfig(rows=1024, hidden=128, num_warps=4, num_stages=1)
+
+
+def problem(
+    x: Tensor, qkv: Tensor, weights: Sequence[Tensor], windows: Windows, *, input_precision: str
+) -> Problem:
+    """What a measured config is found by."""
+    sizes = {"positions": x.shape[2], "channels": x.shape[3], "hidden": len(weights[2])}
+    return Problem.of("window_block", "mlp", MLPConfig, x, input_precision, **sizes)
+
+
 def launch(
     x: Tensor,
     qkv: Tensor,
     weights: Sequence[Tensor],
     windows: Windows,
+    *,
     input_precision: str,
     config: MLPConfig,
 ) -> Tensor:
@@ -157,72 +168,13 @@ def launch(
     B, t, HW, C = x.shape
     out = x.new_empty((B, t, HW, C))
     tokens = B * t * HW
-    project_mlp_kernel[(triton.cdiv(tokens, config.rows),)](
+    launcher.run(
+        project_mlp_kernel, (triton.cdiv(tokens, config.rows),),
         x, qkv, *weights, out, tokens, t, x.stride(0), x.stride(1),
-        **_constants(windows, C, len(weights[2]), input_precision, config),
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        **windows.constants(), C=C, BLOCK_C=triton.next_power_of_2(C), M=len(weights[2]),
+        ROWS=config.rows, HIDDEN=config.hidden, PRECISION=input_precision, config=config,
     )  # fmt: skip
     return out
 
 
-def problem(dtype: torch.dtype, input_precision: str, crop_classes: int, HW: int, C: int, M: int) -> Problem:
-    """What a measured config is found by."""
-    sizes = {"positions": HW, "channels": C, "hidden": M}
-    return Problem.of("window_block", "mlp", MLPConfig, dtype, input_precision, crop_classes, **sizes)
-
-
-def tunable(workload: Workload) -> Tunable:
-    """The kernel on a shifted block."""
-    w, (B, t, HW, C), M = workload, workload.state, workload.hidden
-    windows = Windows(w.height, w.width, w.window, w.window // 2)
-
-    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
-        weights = w.layers(device, (C, C), (M, C), (C, M))
-        return w.normal(device, B, t, HW, C), w.normal(device, B, t, HW, 3 * C), *weights
-
-    def run(inputs: Sequence[Tensor], config: MLPConfig) -> Sequence[Tensor]:
-        x, qkv, *weights = inputs
-        return (launch(x, qkv, weights, windows, w.input_precision, config),)
-
-    return Tunable(
-        problem(w.dtype, w.input_precision, w.crop_classes, HW, C, M),
-        candidates(w.capability, w.dtype, C),
-        make_inputs,
-        run,
-    )
-
-
-def _constants(windows: Windows, C: int, M: int, input_precision: str, config: MLPConfig) -> dict[str, Any]:
-    return windows.constants() | {
-        "C": C,
-        "BLOCK_C": triton.next_power_of_2(C),
-        "M": M,
-        "ROWS": config.rows,
-        "HIDDEN": config.hidden,
-        "PRECISION": input_precision,
-    }
-
-
-def compile_targets(capability: int) -> list[CompileTarget]:
-    """The kernel at the published sizes: C = 128, M = 512, 24 x 24, window 12."""
-    targets = []
-    for dtype, precision in [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32x3")]:
-        config, name = default_config(capability, dtype, 128), DTYPES[dtype]
-        pointers = ("x", "qkv", "proj", "proj_bias", "fc1", "fc1_bias", "fc2", "fc2_bias", "out")
-        mma = None if (name, precision) == ("fp32", "ieee") else "mma"
-        targets.append(
-            CompileTarget(
-                name=f"{name} {precision}",
-                kernel=project_mlp_kernel,
-                signature={
-                    **{f"{pointer}_ptr": f"*{name}" for pointer in pointers},
-                    **dict.fromkeys(("tokens", "classes", "x_stride_b", "x_stride_t"), "i32"),
-                },
-                constexprs=_constants(Windows(24, 24, 12, 6), 128, 512, precision, config),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                divisible=("x_stride_b", "x_stride_t"),
-                expects_mma="wgmma" if capability == 90 and name != "fp32" else mma,
-            )
-        )
-    return targets
+KERNEL = Kernel(launch, problem, default_config, candidates, interpreter_config)

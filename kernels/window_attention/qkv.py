@@ -10,21 +10,17 @@ A program holds a tile of W and of g, and takes its tokens of one class after an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.launch.checks import DTYPES
-from catseg_fast.kernels.launch.compile_target import CompileTarget
+from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
-from catseg_fast.kernels.launch.tunable import Tunable, Workload
+from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
 from catseg_fast.kernels.window_attention.windows import Windows, token_position
 
@@ -86,7 +82,7 @@ def qkv_kernel(
 
 @dataclass(frozen=True)
 class QKVConfig(LaunchConfig):
-    """Launch config: tokens and classes a program, and its channels of each of q, k and v."""
+    """Launch config: tokens and classes per program, and its channels of each of q, k and v."""
 
     rows: int
     channels: int
@@ -96,26 +92,24 @@ class QKVConfig(LaunchConfig):
 
 
 @cache
-def default_config(capability: int, dtype: torch.dtype, channels: int, input_precision: str) -> QKVConfig:
-    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
-    if dtype == torch.float32:
-        num_warps, num_stages = (8, 1) if input_precision == "ieee" else (4, 2)
+def default_config(capability: int, problem: Problem) -> QKVConfig:
+    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    if problem.dtype == "fp32":
+        num_warps, num_stages = (8, 1) if problem.precision == "ieee" else (4, 2)
         return QKVConfig(32, 16, 8, num_warps, num_stages)
-    if channels > 128 or capability in (86, 89):  # the latter have 99 KB of shared memory a program
+    if _is_narrow(capability, problem):
         return QKVConfig(32, 32, 8, num_warps=4, num_stages=2)
     return QKVConfig(64, 128, 8, num_warps=8, num_stages=2)
 
 
-def candidates(
-    capability: int, dtype: torch.dtype, channels: int, input_precision: str
-) -> tuple[QKVConfig, ...]:
+def candidates(capability: int, problem: Problem) -> tuple[QKVConfig, ...]:
     """Configs worth timing on GPUs of a compute capability, the default first."""
-    default = default_config(capability, dtype, channels, input_precision)
-    if dtype == torch.float32:
+    default = default_config(capability, problem)
+    if problem.dtype == "fp32":
         return default_first(
             default, grid(default, rows=(16, 32, 64), channels=(16, 32), num_warps=(4, 8), num_stages=(1, 2))
         )
-    if channels > 128 or capability in (86, 89):
+    if _is_narrow(capability, problem):
         tiles = [(32, 32, 4), (64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)]
     else:
         tiles = [(64, 32, 4), (64, 64, 4), (64, 128, 8), (128, 32, 4), (128, 64, 8)]
@@ -127,81 +121,43 @@ def candidates(
     return default_first(default, others)
 
 
+def interpreter_config(problem: Problem) -> QKVConfig:
+    """Few and large programs."""
+    return QKVConfig(rows=512, channels=256, classes=1024, num_warps=4, num_stages=1)
+
+
+def _is_narrow(capability: int, problem: Problem) -> bool:
+    """Whether the tile of weights must be small: of many channels, or with 99 KB of shared memory."""
+    return problem.size("channels") > 128 or capability in (86, 89)
+
+
+def problem(x: Tensor, *_: object, input_precision: str) -> Problem:
+    """What a measured config is found by."""
+    sizes = {"positions": x.shape[2], "channels": x.shape[3]}
+    return Problem.of("window_block", "qkv", QKVConfig, x, input_precision, **sizes)
+
+
 def launch(
-    x: Tensor, weight: Tensor, query_key: Tensor, windows: Windows, input_precision: str, config: QKVConfig
+    x: Tensor,
+    weight: Tensor,
+    query_key: Tensor,
+    windows: Windows,
+    *,
+    input_precision: str,
+    config: QKVConfig,
 ) -> Tensor:
     """`[B, t, HW, 3C]` from `x [B, t, HW, C]`, `weight [3C, C]` and `query_key [B or 1, HW or 1, 2C]`."""
     B, t, HW, C = x.shape
     guidance = query_key.expand(B, HW, 2 * C)
     qkv = x.new_empty((B, t, HW, 3 * C))
     grid = (triton.cdiv(C, config.channels), triton.cdiv(HW, config.rows), B * triton.cdiv(t, config.classes))
-    qkv_kernel[grid](
+    launcher.run(
+        qkv_kernel, grid,
         x, weight, guidance, qkv, t, x.stride(0), x.stride(1), guidance.stride(0), guidance.stride(1),
-        **_constants(windows, C, input_precision, config),
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        **windows.constants(), C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=config.rows,
+        CHANNELS=config.channels, CLASSES=config.classes, PRECISION=input_precision, config=config,
     )  # fmt: skip
     return qkv
 
 
-def problem(dtype: torch.dtype, input_precision: str, crop_classes: int, HW: int, C: int) -> Problem:
-    """What a measured config is found by."""
-    return Problem.of(
-        "window_block", "qkv", QKVConfig, dtype, input_precision, crop_classes, positions=HW, channels=C
-    )
-
-
-def tunable(workload: Workload) -> Tunable:
-    """The kernel on a shifted block."""
-    w, (_, _, HW, C) = workload, workload.state
-    windows = Windows(w.height, w.width, w.window, w.window // 2)
-
-    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
-        weight = w.normal(device, 3 * C, C, scale=C**-0.5)
-        return w.normal(device, *w.state), weight, w.normal(device, w.crops, HW, 2 * C)
-
-    def run(inputs: Sequence[Tensor], config: QKVConfig) -> Sequence[Tensor]:
-        x, weight, query_key = inputs
-        return (launch(x, weight, query_key, windows, w.input_precision, config),)
-
-    return Tunable(
-        problem(w.dtype, w.input_precision, w.crop_classes, HW, C),
-        candidates(w.capability, w.dtype, C, w.input_precision),
-        make_inputs,
-        run,
-    )
-
-
-def _constants(windows: Windows, C: int, input_precision: str, config: QKVConfig) -> dict[str, Any]:
-    return windows.constants() | {
-        "C": C,
-        "BLOCK_C": triton.next_power_of_2(C),
-        "ROWS": config.rows,
-        "CHANNELS": config.channels,
-        "CLASSES": config.classes,
-        "PRECISION": input_precision,
-    }
-
-
-def compile_targets(capability: int) -> list[CompileTarget]:
-    """The kernel at the published sizes: C = 128, 24 x 24, window 12."""
-    targets = []
-    for dtype, precision in [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32x3")]:
-        config, name = default_config(capability, dtype, 128, precision), DTYPES[dtype]
-        strides = ("x_stride_b", "x_stride_t", "guidance_stride_b", "guidance_stride_n")
-        mma = None if (name, precision) == ("fp32", "ieee") else "mma"
-        targets.append(
-            CompileTarget(
-                name=f"{name} {precision}",
-                kernel=qkv_kernel,
-                signature={
-                    **dict.fromkeys(("x_ptr", "weight_ptr", "guidance_ptr", "qkv_ptr"), f"*{name}"),
-                    **dict.fromkeys(("classes", *strides), "i32"),
-                },
-                constexprs=_constants(Windows(24, 24, 12, 6), 128, precision, config),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                divisible=strides,
-                expects_mma="wgmma" if capability == 90 and name != "fp32" else mma,
-            )
-        )
-    return targets
+KERNEL = Kernel(launch, problem, default_config, candidates, interpreter_config)

@@ -1,7 +1,7 @@
 """Shifted windows as index arithmetic, for the kernels of a window-attention block.
 
 Window order lays the windows of the cyclically shifted image one behind the other, row by row; it is that of
-`catseg_fast.reference.window_attention.partition_windows` after a roll by (-shift, -shift).
+`plain.window_order`.
 """
 
 from __future__ import annotations

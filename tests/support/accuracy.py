@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -35,3 +36,18 @@ def assert_no_worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor, facto
     assert ours_rms <= factor * eager_rms, (
         f"root-mean-square error {ours_rms:.3g}; plain torch {eager_rms:.3g}"
     )
+
+
+def assert_classes_are_apart(op: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    """Check that two runs agree in every bit, and that no class of `x [B, t, ...]` changes a bit of another.
+
+    Each class keeps its place: how a matrix product rounds a row can depend on the row's place in the tile.
+    """
+    out = op(x)
+    assert torch.equal(op(x), out), "two runs differ"
+    for index in range(x.shape[1]):
+        changed = x.clone()
+        changed[:, index] *= -3
+        after, others = op(changed), torch.arange(x.shape[1], device=x.device) != index
+        assert not torch.equal(after[:, index], out[:, index]), f"class {index} does not depend on its input"
+        assert torch.equal(after[:, others], out[:, others]), f"class {index} changes other classes"

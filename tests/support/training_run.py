@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catseg_fast.distributed.processes import Processes, join_processes
+from catseg_fast.distributed.torchrun import Processes, join
 from catseg_fast.training import Recipe, Trainer
 from support.tiny import V2, tiny_model
 
@@ -66,7 +66,7 @@ def trained(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def main(folder: str, kill: str | None = None, behind: str = "-1") -> None:
-    with join_processes(torch.device("cpu")) as processes:
+    with join("cpu") as processes:
         trainer = make_trainer(Path(folder), processes)
 
         def report(step: Any) -> None:

@@ -1,0 +1,26 @@
+"""Errors that a caller can cause and fix. Any other exception is a bug of this package.
+
+Each also derives from the built-in exception that Python programs expect, so `except ValueError` works.
+"""
+
+from __future__ import annotations
+
+
+class CATSegError(Exception):
+    """Base of the errors that a caller can cause and fix; the message says how."""
+
+
+class InputError(CATSegError, ValueError):
+    """An argument, a setting or a file has a value that cannot be used."""
+
+
+class InputTypeError(CATSegError, TypeError):
+    """An argument has a type that cannot be used."""
+
+
+class RunError(CATSegError, RuntimeError):
+    """What was asked for cannot run: on this machine, with the present settings, or any further."""
+
+
+class MissingPackageError(CATSegError, ImportError):
+    """An optional package is not installed; the message has the command that installs it."""
