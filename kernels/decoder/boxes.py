@@ -127,7 +127,7 @@ class BoxesConfig(LaunchConfig):
 
 
 def unsupported(layer: Layer, x: Tensor, capability: int) -> str | None:
-    """Why the kernel does not compute a layer on `x [B, t, ...]` and a capability; None if it does."""
+    """Why the kernel does not compute a layer of `x` on a compute capability; None if it does."""
     if capability < 90:
         return f"compute capability {capability} has no tensor memory accelerator"
     if x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1]):
@@ -234,4 +234,4 @@ def launch(
     return out, group_norms.launch(out, statistics, config.rows * config.columns, group_norm, layer)
 
 
-KERNEL = Kernel(launch, problem, default_config, candidates)
+KERNEL = Kernel(launch, problem, default_config, candidates, compared=group_norms.normalise_plainly)

@@ -1,12 +1,12 @@
 """The decoder's layers one after the other, each on the kernel that is fastest for it.
 
-| layer | from compute capability 90 up | below |
-|---|---|---|
-| phases of the aggregated cost volume | `boxes.py` | `patches.py` |
-| 3x3 convolutions of more than 32 channels | `boxes.py` | `patches.py` |
-| phases of normalised maps | `row_phases.py` | `row_phases.py` |
-| 3x3 convolutions of up to 32 channels | `rows.py` | `rows.py` |
-| the head | `patches.py` | `patches.py` |
+| layer | compute capability 90 and more | 80 | 86, 89 |
+|---|---|---|---|
+| phases of the aggregated cost volume | `boxes.py` | `patches.py` | `patches.py` |
+| 3x3 convolutions of more than 32 channels | `boxes.py` | `patches.py` | `patches.py` |
+| phases of normalised maps | `row_phases.py` | `row_phases.py` | `patches.py` |
+| 3x3 convolutions of up to 32 channels | `rows.py` | `rows.py` | `rows.py` |
+| the head | `patches.py` | `patches.py` | `patches.py` |
 
 `patches.py` also computes what the others do not: fp32, and sizes that do not divide into their tiles.
 """
@@ -70,10 +70,12 @@ def convolve(
     input_precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Return a layer's output with its border, and its scale and shift, as its kernel's `launch` does."""
-    if norm is not None and guidance is not None and row_phases.unsupported(layer, x.dtype) is None:
+    capability = capability_of(x.device)
+    upsamples = norm is not None and guidance is not None
+    if upsamples and row_phases.unsupported(layer, x.dtype, capability) is None:
         return row_phases.KERNEL(x, weight, guidance, norm, group_norm, layer)
     if norm is not None and guidance is None and rows.unsupported(layer, x.dtype) is None:
         return rows.KERNEL(x, weight, norm, group_norm, layer)
-    if boxes.unsupported(layer, x, capability_of(x.device)) is None:
+    if boxes.unsupported(layer, x, capability) is None:
         return boxes.KERNEL(x, weight, guidance, norm, group_norm, layer)
     return patches.KERNEL(x, weight, guidance, norm, group_norm, layer, input_precision=input_precision)

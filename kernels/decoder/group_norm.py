@@ -118,6 +118,14 @@ class GroupNorm(NamedTuple):
     eps: float
 
 
+def normalise_plainly(x: Tensor, norm: Tensor | None = None) -> Tensor:
+    """What the next layer reads of a map with a border, which is finite; x itself without scale and shift."""
+    if norm is None:
+        return x
+    scale, shift = norm[:, :, :, None, None].float().unbind(2)
+    return torch.relu(x.float() * scale + shift)
+
+
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type of scale and shift, in which a map is normalised: fp16 where its packed arithmetic serves."""
     return torch.float16 if dtype == torch.float16 else torch.float32

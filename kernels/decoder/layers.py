@@ -17,11 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 HEAD_GROUP = (4, 6)
@@ -75,15 +73,15 @@ class Layer:
         """Rows and columns of input pixels that a group of output pixels depends on."""
         return self.group[0] + self.taps - 1, self.group[1] + self.taps - 1
 
-    @cached_property
+    @property
     def block_in(self) -> int:
         """Input channels in a packed weight: zeros fill them up to a power of two."""
-        return max(16, triton.next_power_of_2(self.channels_in))
+        return block(self.channels_in)
 
-    @cached_property
+    @property
     def block_out(self) -> int:
         """Columns of a packed weight: the outputs of a group, filled up likewise."""
-        return max(16, triton.next_power_of_2(self.group[0] * self.group[1] * self.channels_out))
+        return block(self.group[0] * self.group[1] * self.channels_out)
 
     def sizes(self) -> dict[str, int]:
         """The sizes by name, as measured configs have them."""
@@ -115,6 +113,11 @@ def layers(height: int, width: int, channels: int, stages: Sequence[int]) -> lis
         height, width, channels = 2 * height, 2 * width, out
         found.append(Layer(height, width, channels, channels, scale=1, normalised=True))
     return [*found, Layer(height, width, channels, 1, scale=1, normalised=True, group=HEAD_GROUP)]
+
+
+def block(size: int) -> int:
+    """The smallest power of two from 16 up that is not less than `size`: what a matrix product takes."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def divisor(size: int, limit: int) -> int:

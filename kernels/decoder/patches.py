@@ -26,7 +26,7 @@ from torch import Tensor
 from catseg_fast.kernels.decoder import group_norm as group_norms
 from catseg_fast.kernels.decoder.common import load_channels, normalise
 from catseg_fast.kernels.decoder.group_norm import GroupNorm
-from catseg_fast.kernels.decoder.layers import Layer, new_map, new_statistics, stride_b
+from catseg_fast.kernels.decoder.layers import Layer, block, new_map, new_statistics, stride_b
 from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
@@ -184,7 +184,7 @@ class PatchesConfig(LaunchConfig):
 @cache
 def default_config(capability: int, problem: Problem) -> PatchesConfig:
     """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
-    block_in, block_out = (max(16, triton.next_power_of_2(n)) for n in _columns(problem))
+    block_in, block_out = _blocks(problem)
     if problem.dtype == "fp32":
         return PatchesConfig(64, min(block_out, 64), min(block_in, 32), num_warps=4, num_stages=2)
     maxnreg = 168 if problem.dtype == "fp16" else None  # three programs fit on a multiprocessor
@@ -214,13 +214,13 @@ def candidates(capability: int, problem: Problem) -> tuple[PatchesConfig, ...]:
 
 def interpreter_config(problem: Problem) -> PatchesConfig:
     """Few and large programs."""
-    block_in, block_out = (max(16, triton.next_power_of_2(n)) for n in _columns(problem))
+    block_in, block_out = _blocks(problem)
     depth = 8 * block_in if problem.size("group") > 1 else block_in
     return PatchesConfig(1024, block_out, depth, num_warps=4, num_stages=1)
 
 
-def _columns(problem: Problem) -> tuple[int, int]:
-    return problem.size("channels_in"), problem.size("group") * problem.size("channels_out")
+def _blocks(problem: Problem) -> tuple[int, int]:
+    return block(problem.size("channels_in")), block(problem.size("group") * problem.size("channels_out"))
 
 
 def problem(
@@ -295,4 +295,6 @@ def launch(
     return out, group_norms.launch(out, statistics, config.groups, group_norm, layer)
 
 
-KERNEL = Kernel(launch, problem, default_config, candidates, interpreter_config)
+KERNEL = Kernel(
+    launch, problem, default_config, candidates, interpreter_config, group_norms.normalise_plainly
+)

@@ -137,8 +137,10 @@ class RowPhasesConfig(LaunchConfig):
     maxnreg: int | None = None
 
 
-def unsupported(layer: Layer, dtype: torch.dtype) -> str | None:
-    """Why the kernel does not compute a layer; None if it does."""
+def unsupported(layer: Layer, dtype: torch.dtype, capability: int) -> str | None:
+    """Why the kernel does not compute a layer on a compute capability; None if it does."""
+    if capability in (86, 89):
+        return "of 100 KB of shared memory, it leaves too little for a second program"
     if dtype == torch.float32:
         return "it is for 16-bit types"
     if layer.scale != 2 or not layer.normalised:
@@ -157,8 +159,7 @@ def unsupported(layer: Layer, dtype: torch.dtype) -> str | None:
 def default_config(capability: int, problem: Problem) -> RowPhasesConfig:
     """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     columns = divisor(problem.size("width"), 16)
-    # The accumulators in tensor memory leave no registers for a second stage.
-    stages = 1 if capability >= 100 else 2
+    stages = 1 if capability >= 100 else 2  # beside tensor memory, a second one leaves too few registers
     return RowPhasesConfig(64 // columns, columns, num_warps=4, num_stages=stages)
 
 
@@ -213,4 +214,4 @@ def launch(
     return out, group_norms.launch(out, statistics, 2 * layer.height * config.columns, group_norm, layer)
 
 
-KERNEL = Kernel(launch, problem, default_config, candidates)
+KERNEL = Kernel(launch, problem, default_config, candidates, compared=group_norms.normalise_plainly)
