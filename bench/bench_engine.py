@@ -22,7 +22,7 @@ from bench.flops import flop_table
 from bench.measure import Timing
 from bench.meter import Meter
 from catseg_fast import SlidingWindow
-from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Readout, reader
+from catseg_fast.inference.readout import LabelMap, Readout, reader
 
 REFERENCE, ENGINE = (next(b for b in BASELINES if b.name.startswith(letter)) for letter in ("(a)", "(d)"))
 LARGE = (1024, 2048)
@@ -92,7 +92,7 @@ def prepare_label_map(case: Case) -> Callable[[], Any]:
         vocabulary = engine.vocabulary(call.text_feats, None)
         engine.stream(
             call.img_feats, vocabulary, call.guidance, None,
-            lambda: reader(readout, target), READOUT_BYTES,
+            lambda: reader(readout, target),
         )  # fmt: skip
 
     return torch.no_grad()(run)

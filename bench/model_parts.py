@@ -65,6 +65,7 @@ def make_model(
     torch.manual_seed(0)
     names = [f"class {index}" for index in range(classes)]
     model = CATSeg(variant, names, sliding_window=device.type == "cuda", max_classes=None)
+    model.engine.graphs = "off"
     model = model.to(device, dtype).eval()
     return model, Picture.random(model)
 

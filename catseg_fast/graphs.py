@@ -1,20 +1,16 @@
-"""CUDA graphs: a call is recorded once and replayed, which spares the host's work for each kernel.
+"""CUDA graphs of `CATSeg.segment` that are recorded on request, for pictures of some sizes.
 
-A recording reads and writes the same memory at every replay. Nothing in it can depend on a value that the
-host looks at, and all that is derived from weights or classes is a constant of it.
+Equal calls are recorded without a request, too: see `catseg_fast.engine.recording`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.schedule import Schedule
 from catseg_fast.errors import RunError
 from catseg_fast.inference.encoding import encode
@@ -22,50 +18,13 @@ from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
 from catseg_fast.inference.segment import read_out
 from catseg_fast.inference.segmentation import Segmentation
-from catseg_fast.model import CATSeg
 from catseg_fast.weights import weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.model import CATSeg
 
 Answer = TypeVar("Answer")
 Size = tuple[int, int]
-
-WARM_UP = 3
-
-
-class Recorder:
-    """Makes CUDA graphs that share their memory: each answer is overwritten by the next replay of any.
-
-    Raises:
-        RuntimeError: if the device is no CUDA GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda" or not torch.cuda.is_available():
-            build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-            raise RunError(
-                f"cuda_graph: needs a CUDA GPU; the model is on {str(device)!r}, with torch "
-                f"{torch.__version__} {build}"
-            )
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Callable[[], Answer]) -> Callable[[], Answer]:
-        """What replays `run`, which is called a few times before: kernels are compiled and checked then."""
-        with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    run()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                answer = run()
-
-        def replay() -> Answer:
-            with torch.cuda.device(self.device):
-                graph.replay()
-            return answer
-
-        return replay
 
 
 class ModelGraphs:
@@ -157,31 +116,19 @@ class ModelGraphs:
                 f"cuda_graph: {schedule.reason}, and copies to the host are not recorded; set "
                 "model.engine.policy = 'recompute'"
             )
-        with _pinned(model.engine, schedule):
-            return buffer, record(lambda: self._read_out(buffer))
+        return buffer, record(lambda: self._read_out(buffer, schedule))
 
     def _readout(self, size: Size) -> Readout:
         return Readout(size, self.model.window if self.sliding_window else None)
 
-    def _read_out(self, pixels: Tensor) -> Any:
+    def _read_out(self, pixels: Tensor, schedule: Schedule | None = None) -> Any:
         """The target that the picture's logits were read out into."""
         model, size = self.model, (pixels.shape[1], pixels.shape[2])
         target: Probabilities | LabelMap = LabelMap(size, model.device)
         if self.probabilities:
             target = Probabilities(len(model.classes), size, model.device)
-        read_out(model, encode(model, [pixels], [self._readout(size)]), [target], 0)
+        read_out(model, encode(model, [pixels], [self._readout(size)]), [target], schedule=schedule)
         return target
-
-
-@contextmanager
-def _pinned(engine: Engine, schedule: Schedule) -> Iterator[None]:
-    """Let calls run by a schedule; free memory, which a recording cannot ask for, does not count."""
-    before = (engine.policy, engine.chunk, engine.memory_budget)
-    engine.policy, engine.chunk, engine.memory_budget = schedule.policy, schedule.chunk, sys.maxsize
-    try:
-        yield
-    finally:
-        engine.policy, engine.chunk, engine.memory_budget = before
 
 
 def _settings(model: CATSeg) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -22,11 +23,15 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 GPU = torch.cuda.is_available()
+_numbers = itertools.count()
 
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from support import interpreter  # noqa: E402
 
 # What plain torch computes is what the kernels are measured by.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -38,6 +43,27 @@ os.environ.pop(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--upstream", metavar="FOLDER", help="a checkout of upstream, for the tests marked so")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let each test have an empty cache folder of the user, which is made when something is written."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Leave out what the interpreter does besides running the kernels."""
+    with interpreter.overflow_checks(False), interpreter.one_search_per_launch():
+        yield
+
+
+@pytest.fixture
+def overflow_checks() -> Iterator[None]:
+    """Let the interpreter check 32-bit integers for overflow."""
+    with interpreter.overflow_checks(True):
+        yield
 
 
 @pytest.fixture
@@ -74,7 +100,10 @@ def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         x = allocate(*args, **kwargs)
         if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta:
             return x
-        return x.fill_(math.nan) if x.is_floating_point() and x.numel() <= MOST_POISONED else x
+        if not x.is_floating_point() or x.numel() > MOST_POISONED:
+            return x
+        with _disable_current_modes():  # what is tested does not fill its buffers
+            return x.fill_(math.nan)
 
     return allocate_poisoned
 

@@ -114,6 +114,7 @@ def test_takes_any_strides(prompts: int) -> None:
         assert torch.equal(embed(*arguments, (4, 5)), expected)
 
 
+@pytest.mark.usefixtures("overflow_checks")
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_takes_offsets_beyond_32_bits(prompts: int) -> None:
     torch.manual_seed(4)

@@ -40,8 +40,7 @@ def make_plan(channels: int, stage_channels: tuple[int, int], dtype: torch.dtype
             DecoderStage(
                 phases=weight(2, 2, out, ins, 2, 2, fan_in=4 * ins),
                 guidance=None,
-                up_bias=empty,
-                up_conv=empty,
+                bias=empty,
                 norm1=norm(out),
                 conv=weight(out, out, 3, 3, fan_in=9 * out),
                 norm2=norm(out),
@@ -120,6 +119,7 @@ def test_takes_any_strides() -> None:
         assert torch.equal(decode(plan, (channels_last, second), strided, (2, 3)), expected)
 
 
+@pytest.mark.usefixtures("overflow_checks")
 def test_takes_offsets_beyond_32_bits() -> None:
     torch.manual_seed(4)
     plan = make_plan(16, (16, 16), torch.float16)

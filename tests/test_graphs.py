@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from catseg_fast import CATSeg
+from catseg_fast.engine import schedule
 from catseg_fast.engine.engine import Engine
-from catseg_fast.graphs import ModelGraphs, Recorder
+from catseg_fast.engine.recording import Recorder
+from catseg_fast.graphs import ModelGraphs
 from catseg_fast.reference.window_attention import shifted_window_mask
 from support.tiny import CLASSES, close, picture, tiny_model
 
@@ -93,18 +95,15 @@ def shared() -> CATSeg:
     return tiny_model(classes=CLASSES[:2], sliding_window=False)
 
 
-def test_each_size_has_its_recording(shared: CATSeg) -> None:
-    made = []
-
+def test_each_size_has_its_recording(shared: CATSeg, monkeypatch: pytest.MonkeyPatch) -> None:
     def record(run: Callable[[], Any]) -> Callable[[], Any]:
-        made.append((shared.engine.policy, shared.engine.chunk, shared.engine.memory_budget))
+        with monkeypatch.context() as patch:  # while a graph is recorded, memory cannot be asked for
+            patch.setattr(schedule, "free_bytes", lambda _: pytest.fail("free memory was asked for"))
+            run()
         return run
 
     graphs = ModelGraphs(shared, [SIZE, (40, 40)], record)
     assert graphs.sizes == [SIZE, (40, 40)]
-    # While recording nothing about memory is asked; afterwards the settings are the user's again.
-    assert all(policy == "resident" and chunk and budget for policy, chunk, budget in made)
-    assert (shared.engine.policy, shared.engine.chunk, shared.engine.memory_budget) == (None, None, None)
     with pytest.raises(ValueError, match=r"image: its size \(40, 41\) was not recorded; .*\(40, 40\)"):
         graphs(picture(40, 41))
 

@@ -92,6 +92,7 @@ def test_strided_logits_give_the_same_bits_every_time(readout: Readout) -> None:
         assert torch.equal(found.labels, expected.labels)
 
 
+@pytest.mark.usefixtures("overflow_checks")
 @pytest.mark.parametrize("readout", [READOUTS[0], READOUTS[4]], ids=str)
 def test_offsets_beyond_two_billion(readout: Readout) -> None:
     """Of the memory between crops and classes no page is touched."""

@@ -26,6 +26,7 @@ from catseg_fast.kernels.launch.checks import INTERPRETED
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.op import Sizes
 from catseg_fast.kernels.window_attention import mlp
+from support.gpus import fake_gpus
 
 GPU = "NVIDIA H200"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -43,13 +44,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     """The user's folder and the package's, both empty, on a machine with two GPUs of other names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(
-        torch.cuda, "get_device_name", lambda device: GPU if device.index == 0 else "RTX 4090"
-    )
-    monkeypatch.setattr(
-        torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (8, 9)
-    )
-    tuning.clear()
+    fake_gpus(monkeypatch, (GPU, 90, 132), ("RTX 4090", 89, 128))
     return tmp_path / "catseg-fast" / "configs", tmp_path / "shipped"
 
 
@@ -249,7 +244,7 @@ def test_tunables_run_and_the_candidates_agree(op):
     variants = [TINY, replace(TINY, prompts=1)] if op == "embed_cost_volume" else [TINY]
     for tunable in (tunable for sizes in variants for tunable in tunables_of(op, sizes)):
         largest = max(
-            tunable.candidates[1:], key=lambda config: math.prod(filter(None, vars(config).values()))
+            tunable.candidates[1:], key=lambda config: math.prod(filter(None, asdict(config).values()))
         )
         chosen = (tunable.candidates[0], largest)
         outcome = tuner.tune(replace(tunable, candidates=chosen), CPU, run_once)
@@ -307,11 +302,8 @@ def test_tunes_on_a_gpu(op):
 
 def make_tunable(*times: float | str) -> tuple[Tunable, Callable[[Callable[[], object]], float]]:
     """A kernel with a candidate for each time, or for a fault, and a timer that knows the times."""
-    (original,) = (
-        tunable
-        for tunable in tunables_of("window_block", TINY, torch.float32)
-        if tunable.problem.kernel == "qkv"
-    )
+    found = tunables_of("window_block", TINY, torch.float32)
+    original = next(tunable for tunable in found if tunable.problem.kernel == "qkv")
     configs = [replace(original.candidates[0], num_stages=number) for number, _ in enumerate(times, 1)]
 
     def run(inputs: Any, config: Any) -> Any:
@@ -414,7 +406,7 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     first, timer = make_tunable(3.0, 2.0)
     second = replace(first, problem=first.problem._replace(classes=1000))
     advanced: list[None] = []
-    # The clock goes on by a second a look: at the start, then before each candidate.
+    # The clock goes on by a second per look: at the start, at each default, then before each candidate.
     outcomes = list(
         tuner.tune_all(
             [first, second],
@@ -422,7 +414,7 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
             GPU,
             tmp_path,
             timer=timer,
-            seconds=3.5,
+            seconds=5.5,
             advance=lambda: advanced.append(None),
         )
     )
@@ -431,15 +423,36 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     assert len(tuning.read(tuning.config_path(tmp_path, GPU, "window_block"), GPU)) == 1
 
 
+@interpreted
+def test_in_little_time_the_slowest_kernels_come_first(tmp_path):
+    times = {10: 1.0, 1000: 3.0, 100: 2.0, 1: "fails"}
+    made = {count: make_tunable(time) for count, time in times.items()}
+    tunables = [
+        replace(tunable, problem=tunable.problem._replace(crops=1, classes=count))
+        for count, (tunable, _) in made.items()
+    ]
+    timers = {id(tunable.run): timer for tunable, (_, timer) in zip(tunables, made.values(), strict=True)}
+
+    def timer(call: Any) -> float:
+        return timers[id(call.func)](call)
+
+    def order(**limit: float) -> list[int]:
+        outcomes = tuner.tune_all(tunables, CPU, GPU, tmp_path, timer=timer, **limit)
+        return [outcome.tunable.problem.crop_classes for outcome in outcomes]
+
+    assert order(seconds=1e6) == [1000, 100, 10, 1]
+    assert order() == [10, 1000, 100, 1]
+
+
 @pytest.mark.usefixtures("folders")
 def test_vocabularies_become_launches():
     def launches(*classes: int, crops: int = 5, dtype: torch.dtype = torch.float16) -> list[tuple[str, int]]:
         found = tuner.list_tunables(["class_apply"], dtype, classes, crops, CUDA)
         return [(tunable.problem.precision, tunable.problem.crop_classes) for tunable in found]
 
-    step = planner.CROP_CLASSES["cuda"]
-    assert launches(1_000_000, 2_000_000) == [("ieee", step // 5 * 5)]
-    assert launches(2, 3, 1_000_000, crops=1) == [("ieee", 2), ("ieee", 3), ("ieee", step)]
+    many, alone = (planner.usual_chunk(1_000_000, crops, CUDA) for crops in (5, 1))
+    assert launches(1_000_000, 2_000_000) == [("ieee", 5 * many)]
+    assert launches(2, 3, 1_000_000, crops=1) == [("ieee", 2), ("ieee", 3), ("ieee", alone)]
     assert launches(2, dtype=torch.float32) == [("ieee", 10), ("tf32x3", 10)]
 
 

@@ -230,6 +230,7 @@ def test_takes_strided_chunks(layout: str) -> None:
     assert torch.equal(out, window_block(block, guidance, x))
 
 
+@pytest.mark.usefixtures("overflow_checks")
 def test_offsets_are_64_bits_wide() -> None:
     """Of storage that is never touched, the system gives none."""
     torch.manual_seed(5)

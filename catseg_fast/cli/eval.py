@@ -17,6 +17,7 @@ from catseg_fast.cli.options import (
     DTYPES,
     Device,
     Seed,
+    TextCache,
     VariantName,
     build_model,
     weights_or_bundled,
@@ -118,6 +119,7 @@ def evaluate(
         bool, typer.Option("--restart", help="Forget what an interrupted evaluation left in --output.")
     ] = False,
     device: Device = None,
+    text_cache: TextCache = True,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -160,7 +162,7 @@ def evaluate(
                 with stderr.status("Loading the model …"):
                     model = build_model(
                         weights, variant, list(classes), seed, device=target, dtype=combination.dtype,
-                        sliding_window=sliding_window, backend=combination.backend,
+                        sliding_window=sliding_window, backend=combination.backend, text_cache=text_cache,
                     )  # fmt: skip
                 if combination.precision is not None:
                     model.engine.precision = getattr(torch, combination.precision)

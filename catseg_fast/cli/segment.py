@@ -23,6 +23,7 @@ from catseg_fast.cli.options import (
     Dtype,
     Seed,
     SlidingWindow,
+    TextCache,
     VariantName,
     Weights,
     build_model,
@@ -91,6 +92,7 @@ def segment(
     sliding_window: SlidingWindow = True,
     backend: Backend = "auto",
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
+    text_cache: TextCache = True,
     seed: Seed = 0,
     class_parallel: Annotated[
         bool,
@@ -125,7 +127,7 @@ def segment(
         with stderr.status("Loading the model …"):
             model = build_model(
                 weights, variant, names, seed, device=device, dtype=dtype,
-                sliding_window=sliding_window, backend=backend,
+                sliding_window=sliding_window, backend=backend, text_cache=text_cache,
             )  # fmt: skip
             file = None if weights is None else resolve(weights)
             about = {

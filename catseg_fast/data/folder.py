@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from catseg_fast.files import open_regular
 from catseg_fast.inference.images import load_image
 from catseg_fast.text.class_lists import read_classes
 
@@ -126,7 +127,7 @@ def read_index_map(path: Path) -> np.ndarray:
         ValueError: if the file cannot be read, has colours, or other than 8 or 16 bits.
     """
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             # Pillow stretches grey values of 2 and 4 bits over 0..255.
             stretched = image.mode == "L" and image.format == "PNG" and image.tile[0].args != "L"
             mode, array = image.mode, np.array(image)

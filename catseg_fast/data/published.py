@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from catseg_fast.data.folder import MOST_CLASSES, files_by_name, ignore_label_of, read_index_map
-from catseg_fast.files import replacing
+from catseg_fast.files import open_regular, replacing
 
 
 def import_dataset(
@@ -98,6 +98,7 @@ def _place(source: Path, target: Path, copy: bool) -> None:
         return
     with replacing(target) as temporary:
         if copy:
-            shutil.copyfile(source, temporary)
+            with open_regular(source) as original, temporary.open("wb") as written:
+                shutil.copyfileobj(original, written)
         else:
             temporary.symlink_to(source.resolve())

@@ -34,11 +34,13 @@ def record_activations(engine: Engine) -> Iterator[dict[str, float]]:
     def stages(plan: Plan, *arguments: Any) -> _Recorder:
         return _Recorder(original(plan, *arguments), _names(plan), largest)
 
+    graphs, engine.graphs = engine.graphs, "off"  # a recording does not call the stages
     vars(engine)["stages"] = stages
     try:
         yield largest
     finally:
         del vars(engine)["stages"]  # the class's own again
+        engine.graphs = graphs
 
 
 class _Recorder:
@@ -46,6 +48,8 @@ class _Recorder:
 
     def __init__(self, stages: Stages, names: Mapping[int, str], largest: dict[str, float]) -> None:
         self._stages, self._names, self._largest = stages, names, largest
+
+    collects_at_once = False  # as in torch: nothing is written to a chunk's place in the state
 
     def __getattr__(self, stage: str) -> Any:
         function = getattr(self._stages, stage)

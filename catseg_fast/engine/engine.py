@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from catseg_fast.engine.class_parallel import ClassShare
 from catseg_fast.engine.folding import Plan, build_plan
 from catseg_fast.engine.gradients import GradientStream
 from catseg_fast.engine.precision import check_input_precision, check_precision, compute_dtype
+from catseg_fast.engine.recording import GraphCache, ambient_settings, check_graphs
 from catseg_fast.engine.schedule import (
     Schedule,
     Sizes,
@@ -74,6 +76,8 @@ class Engine:
         self._triton: dict[torch.dtype, TritonStages] = {}
         self._vocabulary: tuple[object, Plan, VocabularyTerms] | None = None
         self._schedules: dict[object, Schedule] = {}
+        self._graphs = "auto"
+        self.recordings = GraphCache()
 
     @property
     def backend(self) -> str:
@@ -101,6 +105,16 @@ class Engine:
     @input_precision.setter
     def input_precision(self, precision: str) -> None:
         self._input_precision = check_input_precision(precision)
+
+    @property
+    def graphs(self) -> str:
+        """ "auto": equal calls on a GPU are recorded as CUDA graphs at the third one; or "off"."""
+        return self._graphs
+
+    @graphs.setter
+    def graphs(self, setting: str) -> None:
+        self._graphs = check_graphs(setting)
+        self.recordings.clear()
 
     @property
     def chunk(self) -> int | None:
@@ -189,19 +203,50 @@ class Engine:
             def keep(_: slice, part: Tensor) -> None:
                 chunks.append(part)
 
-            self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: keep, plan=plan)
+            self.stream(img_feats, vocabulary, appearance_guidance, max_classes, lambda: keep, plan)
             return torch.cat(chunks, dim=1)
         asked = self.precision is not None or torch.is_autocast_enabled(img_feats.device.type)
         dtype = self._compute_dtype() if asked else self.aggregator.conv1.weight.dtype
-        logits = img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype)
+        output_bytes = B * T * 16 * H * W * dtype.itemsize
+        schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
 
-        def store(classes: slice, part: Tensor) -> None:
-            logits[:, classes] = part
+        def run(img_feats: Tensor, *maps: Tensor) -> Tensor:
+            shape, logits = (B, T, 4 * H, 4 * W), img_feats.new_empty(0, dtype=dtype)
 
-        self.stream(
-            img_feats, vocabulary, appearance_guidance, max_classes, lambda: store, _nbytes(logits), plan
-        )
-        return logits
+            def store(classes: slice, part: Tensor) -> None:
+                nonlocal logits
+                if part.shape == shape:
+                    logits = part.to(dtype)
+                    return
+                if not logits.numel():
+                    logits = img_feats.new_empty(shape, dtype=dtype)
+                logits[:, classes] = part
+
+            given = iter(maps)
+            guidance = [None if x is None else next(given) for x in appearance_guidance]
+            self.stream(img_feats, vocabulary, guidance, max_classes, lambda: store, plan, schedule)
+            return logits
+
+        inputs = [img_feats, *(x for x in appearance_guidance if x is not None)]
+        if not self.records(img_feats.device, schedule):
+            return run(*inputs)
+        guided = tuple(x is not None for x in appearance_guidance)
+        key = ("logits", guided, max_classes, dtype, self.recording_key(plan, vocabulary, schedule))
+        logits = self.recordings(key, inputs, run, Tensor.clone)
+        # What overflows fp16 is computed again, which a recording cannot decide.
+        return logits if bool(logits.isfinite().all()) else run(*inputs)
+
+    def records(self, device: torch.device, schedule: Schedule) -> bool:
+        """Check whether a call may be answered by a recording."""
+        if self.graphs == "off" or self.share is not None or schedule.policy == "offload":
+            return False
+        return self.recordings.serves(device) and not self._differentiable()
+
+    def recording_key(self, plan: Plan, vocabulary: VocabularyTerms, schedule: Schedule) -> object:
+        """Return what a recorded run of the stages depends on besides its inputs."""
+        settings = (self.backend, self.input_precision, schedule.policy, schedule.chunk)
+        ambient = ambient_settings(self.aggregator.conv1.weight.device)
+        return (weakref.ref(plan), weakref.ref(vocabulary), settings, ambient)
 
     def stream(
         self,
@@ -210,8 +255,8 @@ class Engine:
         appearance_guidance: Sequence[Tensor | None],
         max_classes: int | None,
         begin: Callable[[], Consumer],
-        output_bytes: int = 0,
         plan: Plan | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         """Compute the logits of all classes, chunk by chunk in ascending order.
 
@@ -226,22 +271,22 @@ class Engine:
             begin: returns what is called with a slice of classes and their logits `[B, t, 4H, 4W]`. That must
                 change nothing before it can no longer fail for want of memory: it may then be called again.
                 If all is computed again, `begin` is called again first.
-            output_bytes: what the caller holds besides, for the planner.
             plan: the folded weights, if the caller has them.
+            schedule: from `schedule_of`; by default one for a caller who holds nothing besides.
 
         Raises:
             ValueError: if the memory budget is too small for one class.
             RuntimeError: if gradients are wanted of classes that are shared with other processes.
         """
         inputs = (img_feats, vocabulary, appearance_guidance, max_classes)
-        if self._stream(plan or self.plan(), *inputs, begin(), output_bytes):
+        if self._stream(plan or self.plan(), *inputs, begin(), schedule):
             return
         given = (img_feats, vocabulary.features, *appearance_guidance)
         if self._all_ranks(all(x is None or bool(x.isfinite().all()) for x in given)):
             warnings.warn("fp16 overflows: computing again in bf16", RuntimeWarning, stacklevel=2)
             plan = self.plan(torch.bfloat16)
             vocabulary = self.vocabulary(vocabulary.features, max_classes, plan)
-            self._stream(plan, img_feats, vocabulary, appearance_guidance, max_classes, begin(), output_bytes)
+            self._stream(plan, img_feats, vocabulary, appearance_guidance, max_classes, begin(), schedule)
 
     def _stream(
         self,
@@ -251,18 +296,16 @@ class Engine:
         appearance_guidance: Sequence[Tensor | None],
         max_classes: int | None,
         consume: Consumer,
-        output_bytes: int,
+        schedule: Schedule | None,
     ) -> bool:
         """Whether all logits were finite, as far as fp16 is at stake."""
         total = self._total(vocabulary.classes)
         count = total if max_classes is None else min(total, max_classes)
-        resolution = (img_feats.shape[2], img_feats.shape[3])
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
         if differentiable and self.share is not None:
             raise RunError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
-        held = min(count, vocabulary.classes)
-        sizes = Sizes(plan, len(img_feats), resolution, held, img_feats.device, count < total)
-        schedule = self._schedule(sizes, output_bytes, differentiable)
+        if schedule is None or differentiable:
+            schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, 0, differentiable)
         finite = torch.ones((), dtype=torch.bool, device=img_feats.device)
 
         def watch(classes: slice, logits: Tensor) -> None:
@@ -287,6 +330,27 @@ class Engine:
                 return True
             run_streams(streams, watch)
             return self._all_ranks(bool(finite))
+
+    def schedule_of(
+        self,
+        plan: Plan,
+        img_feats: Tensor,
+        vocabulary: VocabularyTerms,
+        max_classes: int | None,
+        output_bytes: int,
+        differentiable: bool = False,
+    ) -> Schedule:
+        """Return how a call with these arguments runs, if the caller holds `output_bytes` besides.
+
+        Raises:
+            ValueError: if the memory budget is too small for one class.
+        """
+        total = self._total(vocabulary.classes)
+        count = total if max_classes is None else min(total, max_classes)
+        B, _, H, W = img_feats.shape
+        held = min(count, vocabulary.classes)
+        sizes = Sizes(plan, B, (H, W), held, img_feats.device, count < total)
+        return self._schedule(sizes, output_bytes, differentiable)
 
     def schedule(
         self,

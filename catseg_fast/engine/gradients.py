@@ -44,7 +44,7 @@ class GradientStream(Stream):
         def advance(before: Tensor | None, classes: slice) -> tuple[Tensor, ClassMemory]:
             x, part = self._before(index - 1, every, classes, before, remembered), empty.part()
             x = self._blocks(index, every, x)
-            self._collect(index, part, x, classes)
+            self._collect(index, part, x, classes, last=False)
             return x, part
 
         x, part = self._run(advance, before, classes)

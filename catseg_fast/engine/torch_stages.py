@@ -34,23 +34,38 @@ def embed_cost_volume(plan: Plan, image: Tensor, text: Tensor, resolution: tuple
     return cost_volume.embed_cost_volume(image, text, *arguments.embedding(plan), resolution)
 
 
-def window_block(block: WindowBlock, guidance: BlockGuidance, x: Tensor) -> Tensor:
-    """Guided window attention and MLP, both with residual: `x [B, t, HW, C]` to the same shape."""
-    return window_attention.ordered_block(
+# Keys and values of all classes at once would take twice the memory of the state.
+collects_at_once = False
+
+
+def window_block(block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Guided window attention and MLP, both with residual: `x [B, t, HW, C]` to the same shape.
+
+    The result goes to `out`, if given.
+    """
+    result = window_attention.ordered_block(
         x, guidance.query_key, arguments.window_weights(block),
         guidance.order, guidance.inverse, guidance.masks, block.heads,
     )  # fmt: skip
+    return result if out is None else out.copy_(result)
 
 
 def class_collect(
-    layer: ClassLayer, memory: ClassMemory, x: Tensor, text_key: Tensor | None, resolution: tuple[int, int]
+    layer: ClassLayer,
+    memory: ClassMemory,
+    x: Tensor,
+    text_key: Tensor | None,
+    resolution: tuple[int, int],
+    last: bool = False,
 ) -> None:
     """Add the keys and values of a chunk `x [B, t, HW, C]` to the memory of all classes.
 
-    `text_key [B or 1, t, C]` is the text guidance's share of the keys.
+    `text_key [B or 1, t, C]` is the text guidance's share of the keys. The `last` chunk closes the memory.
     """
     pooling = layer.pooling or (1, 1)
     memory.add(*class_attention.keys_and_values(x, layer.kv, layer.kv_bias, text_key, resolution, pooling))
+    if last:
+        memory.close(x.dtype)
 
 
 def class_apply(

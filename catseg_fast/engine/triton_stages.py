@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
 from catseg_fast.kernels.launch.checks import DTYPES, INTERPRETED
+from catseg_fast.kernels.launch.prepared import PreparedCalls
 from catseg_fast.kernels.window_attention import op as window_attention
 
 Resolution = tuple[int, int]
@@ -57,7 +59,13 @@ class TritonStages:
         }
         self.fallbacks = {stage: next(filter(None, why)) for stage, why in reasons.items() if any(why)}
         self._embedding, self._decoding = kernel_embedding(plan), kernel_decoding(plan)
+        self._calls = None if plan.embed.device.type == "cpu" else PreparedCalls()
         self._checked = False
+
+    @property
+    def collects_at_once(self) -> bool:
+        """Whether `class_collect` is best called once with all classes, where they are at hand."""
+        return "class_attention" not in self.fallbacks
 
     def check(self, image: ImageTerms) -> None:
         """Compare each kernel with torch on this GPU, once; stages that differ run in torch from then on.
@@ -75,18 +83,29 @@ class TritonStages:
             self._fall_back(stage, f"computes something else than torch on this GPU: {reason}")
 
     def embed_cost_volume(self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution) -> Tensor:
-        def kernel() -> Tensor:
+        def launch(image: Tensor, text: Tensor) -> Tensor:
             return cost_volume.embed_cost_volume(
                 image, text, *self._embedding, resolution, self.input_precision
             )
 
+        def kernel() -> Tensor:
+            return self._repeat(("embed", resolution), launch, image, text)
+
         return self._run("embed_cost_volume", kernel, stages.embed_cost_volume, plan, image, text, resolution)
 
-    def window_block(self, block: WindowBlock, guidance: BlockGuidance, x: Tensor) -> Tensor:
-        def kernel() -> Tensor:
-            return window_block(block, guidance, x, self.input_precision)
+    def window_block(
+        self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        def launch(x: Tensor, query_key: Tensor, out: Tensor | None) -> Tensor:
+            own = replace(guidance, query_key=query_key)
+            return window_block(block, own, x, out, self.input_precision)
 
-        return self._run("window_block", kernel, stages.window_block, block, guidance, x)
+        def kernel() -> Tensor:
+            # The block is the plan's, and lives as long as these stages.
+            key = ("window", id(block), guidance.resolution, guidance.window, guidance.shift)
+            return self._repeat(key, launch, x, guidance.query_key, out)
+
+        return self._run("window_block", kernel, stages.window_block, block, guidance, x, out)
 
     def class_collect(
         self,
@@ -95,11 +114,13 @@ class TritonStages:
         x: Tensor,
         text_key: Tensor | None,
         resolution: Resolution,
+        last: bool = False,
     ) -> None:
         def kernel() -> None:
-            class_collect(layer, memory, x, text_key, resolution, self.input_precision)
+            class_collect(layer, memory, x, text_key, resolution, last, self.input_precision, self._repeat)
 
-        self._run("class_attention", kernel, stages.class_collect, layer, memory, x, text_key, resolution)
+        arguments = (layer, memory, x, text_key, resolution, last)
+        self._run("class_attention", kernel, stages.class_collect, *arguments)
 
     def class_apply(
         self,
@@ -110,7 +131,7 @@ class TritonStages:
         resolution: Resolution,
     ) -> Tensor:
         def kernel() -> Tensor:
-            return class_apply(layer, x, text_query, memory, resolution, self.input_precision)
+            return class_apply(layer, x, text_query, memory, resolution, self.input_precision, self._repeat)
 
         return self._run(
             "class_attention", kernel, stages.class_apply, layer, x, text_query, memory, resolution
@@ -119,11 +140,20 @@ class TritonStages:
     def decode(
         self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: Resolution
     ) -> Tensor:
-        def kernel() -> Tensor:
-            maps = [arguments.channels_last(added) for added in guidance]
+        def launch(x: Tensor, *maps: Tensor) -> Tensor:
             return decoder.decode(x, maps, *self._decoding, resolution, self.input_precision)
 
+        def kernel() -> Tensor:
+            maps = (arguments.channels_last(added) for added in guidance)
+            return self._repeat(("decode", resolution), launch, x, *maps)
+
         return self._run("decode", kernel, stages.decode, plan, guidance, x, resolution)
+
+    def _repeat(self, key: object, launch: Callable[..., Any], *inputs: Tensor | None) -> Any:
+        """Return `launch(*inputs)`, whose launches are prepared and repeated where that is possible."""
+        if self._calls is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return launch(*inputs)
+        return self._calls(key, launch, *inputs)
 
     def _run(
         self, stage: str, kernel: Callable[[], Any], fallback: Callable[..., Any], *arguments: Any
@@ -159,13 +189,22 @@ def kernel_decoding(plan: Plan) -> Decoding:
 
 
 def window_block(
-    block: WindowBlock, guidance: BlockGuidance, x: Tensor, input_precision: str = "ieee"
+    block: WindowBlock,
+    guidance: BlockGuidance,
+    x: Tensor,
+    out: Tensor | None = None,
+    input_precision: str = "ieee",
 ) -> Tensor:
     """`torch_stages.window_block` on kernels."""
     return window_attention.window_block(
         x, guidance.query_key, *arguments.window_weights(block),
-        guidance.resolution, guidance.window, guidance.shift, block.heads, input_precision,
+        guidance.resolution, guidance.window, guidance.shift, block.heads, input_precision, out,
     )  # fmt: skip
+
+
+def call_directly(key: object, launch: Callable[..., Any], *inputs: Tensor | None) -> Any:
+    """Return `launch(*inputs)`, as `PreparedCalls` does."""
+    return launch(*inputs)
 
 
 def class_collect(
@@ -174,16 +213,31 @@ def class_collect(
     x: Tensor,
     text_key: Tensor | None,
     resolution: Resolution,
+    last: bool = False,
     input_precision: str = "ieee",
+    call: Callable[..., Any] = call_directly,
 ) -> None:
     """`torch_stages.class_collect` on kernels; the memory's sums become new tensors."""
-    memory, pooling = _linear(layer, memory), layer.pooling or (1, 1)
+    memory = _linear(layer, memory)
+    heads, length, pooling = memory.heads, memory.length, layer.pooling or (1, 1)
+
+    def launch(
+        x: Tensor, text_key: Tensor | None, key_value: Tensor | None, key_sum: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return class_attention.class_collect(
+            x, layer.kv, layer.kv_bias, text_key, key_value, key_sum, heads, length, resolution, pooling,
+            last, input_precision,
+        )  # fmt: skip
+
     key_value = memory.key_value if isinstance(memory.key_value, Tensor) else None
     key_sum = memory.key_sum if isinstance(memory.key_sum, Tensor) else None
-    memory.key_value, memory.key_sum = class_attention.class_collect(
-        x, layer.kv, layer.kv_bias, text_key, key_value, key_sum, memory.heads, memory.length, resolution,
-        pooling, input_precision,
-    )  # fmt: skip
+    # The layer is the plan's, and lives as long as its prepared launches.
+    key = ("collect", id(layer), heads, length, resolution, last)
+    result, memory.key_sum = call(key, launch, x, text_key, key_value, key_sum)
+    if last:
+        memory.key_value, memory.means = 0.0, result
+    else:
+        memory.key_value = result
 
 
 def class_apply(
@@ -193,16 +247,19 @@ def class_apply(
     memory: ClassMemory,
     resolution: Resolution,
     input_precision: str = "ieee",
+    call: Callable[..., Any] = call_directly,
 ) -> Tensor:
     """`torch_stages.class_apply` on kernels."""
     memory = _linear(layer, memory)
-    key_value, key_sum = memory.key_value, memory.key_sum
-    if not isinstance(key_value, Tensor) or not isinstance(key_sum, Tensor) or key_sum.ndim == 2:
-        raise ValueError("memory: it is empty, no class was added")
-    return class_attention.class_apply(
-        x, text_query, key_value, key_sum, *arguments.apply_weights(layer), memory.heads, memory.length,
-        memory.eps, resolution, layer.pooling or (1, 1), input_precision,
-    )  # fmt: skip
+    settings = (memory.heads, memory.length, memory.eps, resolution, layer.pooling or (1, 1), input_precision)
+
+    def launch(x: Tensor, text_query: Tensor | None, means: Tensor, key_sum: Tensor) -> Tensor:
+        return class_attention.class_apply(
+            x, text_query, means, key_sum, *arguments.apply_weights(layer), *settings
+        )
+
+    out: Tensor = call(("apply", id(layer), *settings), launch, x, text_query, *memory.closed())
+    return out
 
 
 def unsupported_block(block: WindowBlock) -> str | None:

@@ -27,6 +27,7 @@ from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.kernel import Call, record_calls
 from catseg_fast.kernels.launch.op import Op, Random, Sizes
 
+TIMED = (5, 25)  # milliseconds of warming up and of timing a config: 90 of them take 35 s
 # Milliseconds that a call takes.
 Timer = Callable[[Callable[[], object]], float]
 
@@ -59,6 +60,7 @@ class Outcome:
         failed: how many did not compile, or asked for more than the GPU has.
         wrong: configs whose result differs from the default's.
         reason: why the default itself is of no use, if so; then nothing was timed.
+        unsaved: why the fastest config could not be written, if so.
     """
 
     tunable: Tunable
@@ -66,6 +68,7 @@ class Outcome:
     failed: int = 0
     wrong: list[LaunchConfig] = field(default_factory=list)
     reason: str | None = None
+    unsaved: str | None = None
 
     @property
     def default_milliseconds(self) -> float:
@@ -77,7 +80,7 @@ class Outcome:
         """The fastest config."""
         return min(self.milliseconds, key=self.milliseconds.__getitem__)
 
-    def entry(self, gpu: str) -> dict[str, Any]:
+    def entry(self, gpu: str, **facts: int) -> dict[str, Any]:
         """The fastest config as an entry of a file, with all that its time depends on."""
         problem = self.tunable.problem
         return {
@@ -89,6 +92,7 @@ class Outcome:
             "milliseconds": round(self.milliseconds[self.best], 5),
             "default_milliseconds": round(self.default_milliseconds, 5),
             "gpu": gpu,
+            **facts,
             "triton": triton.__version__,
             "torch": torch.__version__,
             "catseg_fast": __version__,
@@ -154,17 +158,53 @@ def tune_all(
         gpu: the device's name.
         folder: of the files, as `tuning.user_folder()`.
         timer: measures a call.
-        seconds: after which it ends; a kernel that is not done by then is left out.
+        seconds: after which it ends; a kernel that is not done by then is left out. Where there is such a
+            limit, the kernels that take longest with their default configs come first.
         advance: called after each candidate.
     """
     deadline = time.monotonic() + seconds
-    for tunable in tunables:
+    for tunable in tunables if math.isinf(seconds) else slowest_first(tunables, device, timer, deadline):
         outcome = tune(tunable, device, timer, deadline, advance)
         if outcome is None:
             return
         if outcome.reason is None:
-            save(tuning.config_path(folder, gpu, tunable.problem.op), gpu, outcome.entry(gpu))
+            path = tuning.config_path(folder, gpu, tunable.problem.op)
+            try:
+                save(path, gpu, outcome.entry(gpu, **_facts(device)))
+            except OSError as error:
+                outcome.unsaved = f"{path} cannot be written: {error}"
         yield outcome
+
+
+def slowest_first(
+    tunables: Sequence[Tunable], device: torch.device, timer: Timer, deadline: float = math.inf
+) -> list[Tunable]:
+    """Sort kernels by the time of their default configs; those that do not run, or come too late, go last."""
+
+    def milliseconds(tunable: Tunable) -> float:
+        if time.monotonic() >= deadline:
+            return 0.0
+        inputs = tunable.make_inputs(device)
+        try:
+            tunable.run(inputs, tunable.candidates[0])
+            return timer(functools.partial(tunable.run, inputs, tunable.candidates[0]))
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # which `tune` reports
+            return 0.0
+
+    return sorted(tunables, key=milliseconds, reverse=True)
+
+
+def _facts(device: torch.device) -> dict[str, int]:
+    """What tells which GPUs may borrow a config of this one."""
+    if device.type != "cuda":
+        return {}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "capability": 10 * found.major + found.minor,
+        "multiprocessors": found.multi_processor_count,
+    }
 
 
 def tune(
@@ -207,7 +247,7 @@ def median_milliseconds(call: Callable[[], object]) -> float:
     """Median time of a call on the current GPU, with nothing in its cache."""
     from triton.testing import do_bench
 
-    median: float = do_bench(call, return_mode="median")
+    median: float = do_bench(call, *TIMED, return_mode="median")
     return median
 
 

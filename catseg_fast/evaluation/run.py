@@ -22,6 +22,7 @@ from torch import Tensor
 
 from catseg_fast.ahead import ahead
 from catseg_fast.data.folder import read_index_map
+from catseg_fast.data.resize import shortest_edge_size
 from catseg_fast.distributed.torchrun import Processes
 from catseg_fast.evaluation.ledger import Ledger, Record
 from catseg_fast.evaluation.metrics import ClassCounts
@@ -72,10 +73,9 @@ def model_segmenter(model: CATSeg) -> Segmenter:
 
 def resize_shortest(image: Tensor) -> Tensor:
     """Resize uint8 `[3, H, W]` as detectron2's `ResizeShortestEdge(640, 2560)`: bilinear, by Pillow."""
-    height, width = image.shape[1:]
-    scale = min(SHORTEST / min(height, width), LONGEST / max(height, width))
-    size = (int(width * scale + 0.5), int(height * scale + 0.5))
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BILINEAR)
+    height, width = shortest_edge_size(image.shape[1], image.shape[2], SHORTEST, LONGEST)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 

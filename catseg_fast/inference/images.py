@@ -7,7 +7,7 @@ import os
 import warnings
 from pathlib import Path
 from threading import Lock
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from catseg_fast.errors import InputTypeError
+from catseg_fast.files import open_regular
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
@@ -61,7 +62,7 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
 def _read(path: Path, name: str) -> np.ndarray:
     """Decode a file to an array for `_from_array`."""
     try:
-        with _open(path) as image:
+        with open_regular(path) as file, _open(file) as image:
             return _decode(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
@@ -71,11 +72,11 @@ def _read(path: Path, name: str) -> np.ndarray:
         raise ValueError(f"{name}: cannot read {str(path)!r}: {error}") from error
 
 
-def _open(path: Path) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
     """Pillow warns from 89 megapixels on, which cameras reach; twice that it still refuses."""
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path)
+        return Image.open(file)
 
 
 def _decode(image: Image.Image) -> np.ndarray:

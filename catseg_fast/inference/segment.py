@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,21 @@ import torch
 from torch import Tensor
 
 from catseg_fast.backend import choose_backend
+from catseg_fast.engine.schedule import Schedule
 from catseg_fast.errors import RunError
-from catseg_fast.inference.encoding import EncodedImage
-from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, LogitStore, Target, TopClasses, read_all
+from catseg_fast.inference.encoding import EncodedImage, encode
+from catseg_fast.inference.readout import (
+    READOUT_BYTES,
+    LabelMap,
+    LogitStore,
+    Readout,
+    Target,
+    TopClasses,
+    read_all,
+)
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.reference.model import as_map
+from catseg_fast.weights import weights_state
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -54,14 +65,53 @@ def label(
 
 
 @torch.no_grad()
+def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentation:
+    """Label one picture `[3, H, W]` on the model's device; equal calls are recorded and replayed."""
+    engine, device = model.engine, pixels.device
+    if choose_backend(model.backend, device) == "reference" or not engine.recordings.serves(device):
+        return label(model, encode(model, [pixels], [readout]), None)[0]
+    plan = engine.plan()
+    vocabulary = model.vocabulary_terms(plan)
+    (H, W), (height, width) = model.variant.feature_resolution, readout.size
+    crops = 1 if readout.window is None else readout.window.count
+    held = 8 * height * width + max(READOUT_BYTES, readout.class_bytes)
+    total, limit = len(model.classes), model.max_classes
+    kept = total if limit is None else min(total, limit)
+    schedule = engine.schedule(crops, (H, W), kept, held, kept < total)
+
+    def run(pixels: Tensor) -> LabelMap:
+        target = LabelMap(readout.size, model.device)
+        read_out(model, encode(model, [pixels], [readout]), [target], schedule=schedule)
+        return target
+
+    def finish(target: LabelMap) -> Segmentation:
+        return Segmentation.of(target, model.classes, readout)
+
+    if not engine.records(device, schedule):
+        return finish(run(pixels))
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    key = ("label", readout, weights_state(tensors), limit, engine.recording_key(plan, vocabulary, schedule))
+    answer = engine.recordings(key, [pixels], run, finish)
+    # What overflows fp16 is computed again, which a recording cannot decide.
+    return finish(run(pixels)) if answer.scores.isnan().any() else answer
+
+
+@torch.no_grad()
 def read_out(
     model: CATSeg,
     encoded: Sequence[EncodedImage],
     targets: Sequence[Target],
-    target_bytes: int,
+    target_bytes: int = 0,
     store: LogitStore | None = None,
+    schedule: Schedule | None = None,
 ) -> None:
-    """Run the aggregator on pictures' crops together, and read each one's logits out into its target."""
+    """Run the aggregator on pictures' crops together, and read each one's logits out into its target.
+
+    Args:
+        target_bytes: what the targets hold.
+        store: also takes in the logits.
+        schedule: how the aggregator runs; by default what memory allows.
+    """
     crops = [len(image.features) for image in encoded]
     readouts = [image.readout for image in encoded]
     features = _join([image.features for image in encoded])
@@ -75,10 +125,13 @@ def read_out(
         consume(slice(0, len(model.classes)), model.aggregator(as_map(features), text, guidance))
         return
     plan = model.engine.plan()
+    vocabulary, img_feats = model.vocabulary_terms(plan), as_map(features)
+    if schedule is None:
+        held = target_bytes + max(READOUT_BYTES, *(readout.class_bytes for readout in readouts))
+        schedule = model.engine.schedule_of(plan, img_feats, vocabulary, model.max_classes, held)
     model.engine.stream(
-        as_map(features), model.vocabulary_terms(plan), guidance, model.max_classes,
-        lambda: read_all(readouts, targets, crops, backend, store),
-        target_bytes + max(READOUT_BYTES, *(readout.class_bytes for readout in readouts)), plan,
+        img_feats, vocabulary, guidance, model.max_classes,
+        lambda: read_all(readouts, targets, crops, backend, store), plan, schedule,
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def embed_cost_volume(
     check_like("bias", bias, (len(weight),), image)
     check_like("text", text, ((1, len(image)), text.shape[1], weight.shape[-1], image.shape[2]), image)
     text = text if text.stride(3) == 1 else text.contiguous()
-    return _embed_cost_volume(image, text, weight.contiguous(), bias, resolution, input_precision)
+    return OP.call(_embed_cost_volume, image, text, weight.contiguous(), bias, resolution, input_precision)
 
 
 @torch.library.custom_op("catseg_fast::embed_cost_volume", mutates_args=())

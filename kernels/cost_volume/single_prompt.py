@@ -24,6 +24,7 @@ from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.kernel import Kernel
+from catseg_fast.kernels.products import add_after
 
 
 @triton.jit(do_not_specialize=["classes"])
@@ -112,7 +113,8 @@ def single_prompt_kernel(
             o_patch = (place // W * PITCH + place % W) * CLASSES + member
             m_patch = (place < ROWS * W)[:, None] & m_tap[None, :]
             patch = tl.load(p_cost + o_patch[:, None] + o_tap, mask=m_patch, other=0.0, cache_modifier=".ca")
-            x = tl.dot(patch, tl.trans(weight), input_precision=PRECISION) + bias[None, :]
+            x = tl.dot(patch, tl.trans(weight), input_precision=PRECISION)
+            x = add_after(x, bias[None, :], weight_ptr.dtype.element_ty)
             class_ = first_class + member
             inside = (place < ROWS * W) & (top * W + place < H * W) & (class_ < classes)
             o_x = ((crop * classes + class_) * (H * W) + top * W + place) * C

@@ -71,12 +71,13 @@ def decode(
     if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
         x = x.contiguous()
     guidance, weights = ([tensor.contiguous() for tensor in tensors] for tensors in (guidance, weights))
+    arguments = (x, guidance, weights, groups, eps, resolution, input_precision)
     if out is None and flag is None:
-        return _decode(x, guidance, weights, groups, eps, resolution, input_precision)
+        return OP.call(_decode, *arguments)
     if out is None:
         factor = 2 ** len(guidance)
         out = x.new_empty((*x.shape[:2], *(factor * size for size in resolution)))
-    _decode_into(x, guidance, weights, groups, eps, resolution, input_precision, out, flag)
+    OP.call(_decode_into, *arguments, out=out, flag=flag)
     return out
 
 
@@ -131,6 +132,8 @@ def _(x: Tensor, guidance: Sequence[Tensor], *rest: Any) -> Tensor:
 
 @torch.library.custom_op("catseg_fast::decode_into", mutates_args=("out", "flag"))
 def _decode_into(
+    out: Tensor,
+    flag: Tensor | None,
     x: Tensor,
     guidance: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -138,10 +141,8 @@ def _decode_into(
     eps: Sequence[float],
     resolution: Sequence[int],
     input_precision: str,
-    out: Tensor,
-    flag: Tensor | None,
 ) -> None:
-    OP.launch(x, guidance, weights, groups, eps, resolution, input_precision, out, flag)
+    OP.launch(x, guidance, weights, groups, eps, resolution, input_precision, out=out, flag=flag)
 
 
 @_decode_into.register_fake
@@ -157,6 +158,7 @@ def _launch(
     eps: Sequence[float],
     resolution: Sequence[int],
     input_precision: str,
+    *,
     out: Tensor | None = None,
     flag: Tensor | None = None,
 ) -> Tensor:

@@ -62,7 +62,7 @@ def update_label_map(
     if logits.stride()[2:] != (logits.shape[3], 1):
         logits = logits.contiguous()
     visible = [min(size, seen) for size, seen in zip(logits.shape[2:], visible, strict=True)]
-    return _update_label_map(logits, scores, labels, first, window, visible)
+    return OP.call(_update_label_map, logits, scores, labels, first, window, visible)
 
 
 @torch.library.custom_op("catseg_fast::update_label_map", mutates_args=())

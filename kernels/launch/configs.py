@@ -4,11 +4,14 @@ They are JSON files, one for each GPU and op, `<gpu>/<op>.json`: a list of entri
 
     {"kernel": "mlp", "dtype": "fp16", "precision": "ieee",
      "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": 255},
-     "config": {"rows": 128, "hidden": 64, "num_warps": 8, "num_stages": 2}, "gpu": "NVIDIA H200", …}
+     "config": {"rows": 128, "hidden": 64, "num_warps": 8, "num_stages": 2},
+     "gpu": "NVIDIA H200", "capability": 90, "multiprocessors": 132, …}
 
 An entry serves a launch of the same kernel, type and sizes; of several, the one whose number of crops times
-classes is nearest, by ratio. Files in the user's cache folder go before those of the package. Where nothing
-fits, the kernel's default config runs.
+classes is nearest, by ratio. Files in the user's cache folder go before those of the package. A GPU that has
+no entry of its own borrows one of another GPU of the same compute capability, whose multiprocessors have the
+same registers and shared memory; of several, from the GPU with the nearest number of multiprocessors. Where
+nothing fits, the kernel's default config runs.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -116,11 +119,36 @@ def choose(
 
 
 def user_folder() -> Path:
-    """Where `catseg-fast tune` writes: `$XDG_CACHE_HOME/catseg-fast/configs`, by default in `~/.cache`."""
+    """Return where `catseg-fast tune` writes: `$XDG_CACHE_HOME/catseg-fast/configs`, or in `~/.cache`.
+
+    Raises:
+        RuntimeError: if the variable is not set and the user has no home folder.
+    """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache_home.is_absolute():  # to be ignored, says the XDG specification
         cache_home = Path.home() / ".cache"
     return cache_home / "catseg-fast" / "configs"
+
+
+def describe(ops: Sequence[str], device: torch.device, dtype: torch.dtype) -> str:
+    """Say in a line where ops' launch configs on a GPU come from: measured on it, borrowed, or defaults."""
+    found: dict[str, list[str]] = {}
+    for op in ops:
+        found.setdefault(_origin(op, DTYPES[dtype], device), []).append(op)
+    parts = [origin if len(found) == 1 else f"{', '.join(ops)}: {origin}" for origin, ops in found.items()]
+    own = all(origin.startswith("measured") for origin in found)
+    return "; ".join(parts) + ("" if own else "; `catseg-fast tune` measures this GPU's own")
+
+
+def _origin(op: str, dtype: str, device: torch.device) -> str:
+    chip = _chip(device)
+    for _, entries in _files(op, device):
+        if any(entry["dtype"] == dtype for entry in entries):
+            gpu = entries[0]["gpu"]
+            if _slug(gpu) == _slug(chip.name):
+                return f"measured on {gpu}"
+            return f"borrowed from {gpu}, of the same compute capability {chip.capability / 10}"
+    return f"defaults (none were measured in {dtype} on a GPU of compute capability {chip.capability / 10})"
 
 
 def config_path(folder: Path, gpu: str, op: str) -> Path:
@@ -146,30 +174,78 @@ def read(path: Path, gpu: str) -> list[dict[str, Any]]:
 
 def clear() -> None:
     """Forget files and GPUs, so that they are looked at again."""
-    _read_once.cache_clear()
-    _measured.cache_clear()
-    capability.of_gpu.cache_clear()
+    for function in (_read_once, _others, _measured, _chip, capability.of_gpu):
+        function.cache_clear()
+
+
+class _Chip(NamedTuple):
+    """What tells GPUs apart."""
+
+    name: str
+    capability: int  # as 90, exactly
+    multiprocessors: int
 
 
 _read_once = cache(read)
 
 
 @cache
+def _chip(device: torch.device) -> _Chip:
+    found = torch.cuda.get_device_properties(device)
+    return _Chip(found.name, 10 * found.major + found.minor, found.multi_processor_count)
+
+
+def _folders() -> tuple[Path, ...]:
+    """The user's folder, where there is one, and the package's."""
+    try:
+        return user_folder(), SHIPPED
+    except RuntimeError as error:
+        _warn("the user's folder of launch configs", error)
+        return (SHIPPED,)
+
+
+@cache
 def _measured(problem: Problem, device: torch.device) -> Any:
-    gpu = torch.cuda.get_device_name(device)
-    for folder in (user_folder(), SHIPPED):
-        path = config_path(folder, gpu, problem.op)
-        entries = [entry for entry in _read_once(path, gpu) if _serves(entry, problem)]
-        if not entries:
+    for path, entries in _files(problem.op, device):
+        fitting = [entry for entry in entries if _serves(entry, problem)]
+        if not fitting:
             continue
         nearest = min(
-            entries, key=lambda entry: abs(math.log(entry["shape"][FREE_SIZE] / problem.crop_classes))
+            fitting, key=lambda entry: abs(math.log(entry["shape"][FREE_SIZE] / problem.crop_classes))
         )
         try:
             return problem.config(**nearest["config"])
         except (TypeError, ValueError) as error:
             _warn(path, error)
     return None
+
+
+def _files(op: str, device: torch.device) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """An op's files and entries in the order in which a device looks at them: its own, then others'."""
+    chip = _chip(device)
+    for folder in _folders():
+        path = config_path(folder, chip.name, op)
+        if entries := _read_once(path, chip.name):
+            yield path, entries
+    others = [item for folder in _folders() for item in _others(folder, op, chip)]
+    for _, path, entries in sorted(others, key=lambda other: other[0]):
+        yield path, entries
+
+
+@cache
+def _others(folder: Path, op: str, chip: _Chip) -> tuple[tuple[float, Path, list[dict[str, Any]]], ...]:
+    """Distance, file and entries of each other GPU of a chip's compute capability in a folder."""
+    found = []
+    for path in sorted(folder.glob(f"*/{op}.json")):
+        if path.parent.name == _slug(chip.name):
+            continue
+        entries = [e for e in _read_once(path, path.parent.name) if e.get("capability") == chip.capability]
+        if entries:
+            count: Any = entries[0].get("multiprocessors")
+            known = isinstance(count, int) and count > 0
+            distance = abs(math.log(int(count) / chip.multiprocessors)) if known else math.inf
+            found.append((distance, path, entries))
+    return tuple(found)
 
 
 def _serves(entry: dict[str, Any], problem: Problem) -> bool:
@@ -203,5 +279,5 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _warn(path: Path, error: Exception) -> None:
-    warnings.warn(f"{path}: not used, default launch configs are: {error}", stacklevel=2)
+def _warn(path: Path | str, error: Exception) -> None:
+    warnings.warn(f"{path}: not used: {error}", stacklevel=2)

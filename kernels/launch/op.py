@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from catseg_fast.kernels.launch.capability import assume, capability_of
@@ -34,6 +35,7 @@ class Sizes:
         decoder: output channels of each decoder stage.
         groups: of the decoder's normalisations, in channels.
         guided: whether each crop has guidance of its own; else one serves all.
+        streamed: whether classes come in several chunks, of which this is not the last.
     """
 
     crops: int = 5
@@ -51,6 +53,7 @@ class Sizes:
     decoder: tuple[int, ...] = (64, 32)
     group: int = 16
     guided: bool = True
+    streamed: bool = False
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -77,7 +80,7 @@ class Random:
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normal numbers of a standard deviation of `scale`."""
-        return (torch.randn(shape, generator=self._generator, device=self.device) * scale).to(self.dtype)
+        return self._draw(torch.randn, shape).mul_(scale).to(self.dtype)
 
     def weight(self, *shape: int) -> Tensor:
         """A weight `[out, …]` that keeps a standard deviation of one."""
@@ -89,12 +92,16 @@ class Random:
 
     def unit(self, *shape: int) -> Tensor:
         """Unit vectors along the last dimension."""
-        vectors = torch.randn(shape, generator=self._generator, device=self.device)
-        return torch.nn.functional.normalize(vectors, dim=-1).to(self.dtype)
+        return F.normalize(self._draw(torch.randn, shape), dim=-1).to(self.dtype)
 
     def uniform(self, *shape: int) -> Tensor:
         """Numbers in [0, 1) in fp32."""
-        return torch.rand(shape, generator=self._generator, device=self.device)
+        return self._draw(torch.rand, shape)
+
+    def _draw(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
+        if self._generator is None:
+            return torch.empty(shape, device=self.device)
+        return draw(shape, generator=self._generator, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -144,8 +151,20 @@ class Op:
     mma: Mapping[str, str] = field(default_factory=dict)
     max_stack: Mapping[str, int] = field(default_factory=dict)
 
-    def launch(self, *arguments: Any) -> Any:
+    def call(self, custom_op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Return `launch(*arguments, **options)`, through the custom op only where PyTorch needs to see it.
+
+        That is while a graph is traced, and where gradients are recorded, which the custom op refuses; its
+        dispatch takes as long as a kernel's launch. A custom op takes the options first.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return custom_op(*options.values(), *arguments)
+        return self.launch(*arguments, **options)
+
+    def launch(self, *arguments: Any, **options: Any) -> Any:
         """Run the first form that supports the call; the first argument is a tensor on the device.
+
+        `options` are passed on to the form: where the result goes, for instance.
 
         Raises:
             ValueError: if none does; the message has the last one's reason.
@@ -154,7 +173,7 @@ class Op:
         for form in self.forms:
             reason = form.unsupported(capability, *arguments)
             if reason is None:
-                return form.launch(*arguments)
+                return form.launch(*arguments, **options)
         raise ValueError(f"{self.name}: {reason}")
 
     def dry_run(

@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -31,9 +31,11 @@ import triton
 
 from catseg_fast.kernels import OPS, load
 from catseg_fast.kernels.launch.capability import CAPABILITIES
+from catseg_fast.kernels.launch.compiling import compile_launch
 from catseg_fast.kernels.launch.launcher import Launch
 
-RECORD = Path(__file__).parents[2] / "bench" / "results" / "resources.json"
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "bench" / "results" / "resources.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = (
     ("fp16", torch.float16, "ieee"),
@@ -158,10 +160,11 @@ def _is_split(launch: Launch) -> bool:
     return launch.constants.get("PRECISION") != "ieee"
 
 
-def resources_of(op: str) -> dict[str, Resources | str]:
-    """Compile an op's kernels in another process: resources by name, or the error where one fails."""
+def resources_of(op: str, capability: int) -> dict[str, Resources | str]:
+    """Compile an op for a chip in another process: resources by name, or the error where one fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, op, "--json"]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    command = [sys.executable, __file__, op, "--capabilities", str(capability), "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -212,31 +215,6 @@ def gpu(capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
 
     return GPUTarget("cuda", capability, 32)
-
-
-def compile_launch(
-    kernel: Any,
-    arguments: Mapping[str, Any],
-    constants: Mapping[str, Any],
-    options: Mapping[str, Any],
-    target: Any,
-) -> Any:
-    """`kernel[grid](*arguments, **constants, **options)` up to the compiled kernel, for a GPU.
-
-    Triton itself says how a launch is specialised: what is a constant, and which integers and pointers are
-    multiples of 16.
-    """
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    given = {**constants, **options}
-    bound, specialization, _ = bind(*arguments.values(), **given)
-    given["debug"] = False
-    parsed, signature, constexprs, attrs = kernel._pack_args(backend, given, bound, specialization, given)
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    return triton.compile(source, target=target, options=parsed.__dict__)
 
 
 def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:
@@ -298,11 +276,11 @@ def _compile(op: str, capability: int, index: int) -> tuple[str, dict[str, Any] 
         return target.name, f"{type(cause).__name__}: {str(cause)[-600:]}"
 
 
-def _compile_all(ops: list[str]) -> dict[str, dict[str, Any] | str]:
+def _compile_all(ops: list[str], capabilities: Sequence[int]) -> dict[str, dict[str, Any] | str]:
     jobs = [
         (op, capability, index)
         for op in ops
-        for capability in CAPABILITIES
+        for capability in capabilities
         for index in range(len(targets(op, capability)))
     ]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
@@ -347,11 +325,14 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", help="ops of catseg_fast.kernels; all without a name")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--write", action="store_true", help=f"record the result in {RECORD.name}")
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES)
     arguments = parser.parse_args()
+    if arguments.write and len(arguments.capabilities) < len(CAPABILITIES):
+        parser.error("--write: records all capabilities")
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("TRITON_INTERPRET is set: interpreted kernels do not compile")
     ops = arguments.ops or list(OPS)
-    compiled = _compile_all(ops)
+    compiled = _compile_all(ops, arguments.capabilities)
     print(json.dumps(compiled) if arguments.json else table(compiled))
     if arguments.write:
         write(compiled, ops)

@@ -1,0 +1,206 @@
+"""CUDA graphs of equal calls: recorded at the third one, replayed from then on, which spares the host's work.
+
+A recording reads and writes the same memory at every replay. Nothing in it may depend on a value that the
+host looks at, and whatever is not one of its inputs is a constant of it: the key must name all of that.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from catseg_fast.errors import RunError
+
+Answer = TypeVar("Answer")
+Result = TypeVar("Result")
+Record = Callable[[Callable[[], Any]], Callable[[], Any]]
+
+SETTINGS = ("auto", "off")
+AFTER = 2  # equal calls before one is recorded
+MOST = 4  # recordings that are kept
+MOST_KEYS = 64  # calls that are told apart while they are counted
+SHARE = 0.25  # of the device's memory that recordings may hold
+WARM_UP = 3
+
+
+class Recorder:
+    """Makes CUDA graphs that share their memory: each answer is overwritten by the next replay of any.
+
+    Args:
+        device: a CUDA GPU.
+        warm_up: calls before the recording, in which kernels are compiled and checked.
+
+    Raises:
+        RunError: if the device is not a CUDA GPU.
+    """
+
+    def __init__(self, device: torch.device, warm_up: int = WARM_UP) -> None:
+        if device.type != "cuda" or not torch.cuda.is_available():
+            build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+            raise RunError(
+                f"cuda_graph: needs a CUDA GPU; the model is on {str(device)!r}, with torch "
+                f"{torch.__version__} {build}"
+            )
+        self.device, self.warm_up, self.pool = device, warm_up, torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Answer]) -> Callable[[], Answer]:
+        """Return what replays `run`; `run` is called a few times before it is recorded."""
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(self.warm_up):
+                    run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                answer = run()
+
+        def replay() -> Answer:
+            with torch.cuda.device(self.device):
+                graph.replay()
+            return answer
+
+        return replay
+
+    @property
+    def bytes(self) -> int:
+        """Memory that PyTorch holds on the device, that of the recordings included."""
+        return torch.cuda.memory_reserved(self.device)
+
+    @property
+    def limit(self) -> int:
+        """Memory that recordings may hold."""
+        return int(SHARE * torch.cuda.get_device_properties(self.device).total_memory)
+
+
+@dataclass
+class _Recording:
+    buffers: list[Tensor]
+    replay: Callable[[], Any]
+    bytes: int
+
+
+def ambient_settings(device: torch.device) -> tuple[object, ...]:
+    """Return PyTorch's settings that change what a recorded call computes."""
+    return (
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def check_graphs(setting: str) -> str:
+    """Return a setting of `Engine.graphs`.
+
+    Raises:
+        ValueError: if it is not one of `SETTINGS`.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"graphs: {setting!r} is not one of {', '.join(SETTINGS)}")
+    return setting
+
+
+class GraphCache:
+    """Counts equal calls, records them, and replays the recordings; safe for several threads.
+
+    Args:
+        make_recorder: makes a recorder for a device, as `Recorder` is.
+        device_type: of the devices whose calls can be recorded.
+
+    Attributes:
+        replays: how many calls were answered by a recording.
+    """
+
+    def __init__(
+        self, make_recorder: Callable[[torch.device], Any] | None = None, device_type: str = "cuda"
+    ) -> None:
+        self._make_recorder = make_recorder or (lambda device: Recorder(device, warm_up=1))
+        self.device_type = device_type
+        self._recorder: Any = None
+        self._counts: OrderedDict[object, int] = OrderedDict()
+        self._recordings: OrderedDict[object, _Recording] = OrderedDict()
+        self._lock = threading.Lock()
+        self.replays = 0
+
+    def __call__(
+        self,
+        key: object,
+        inputs: Sequence[Tensor],
+        run: Callable[..., Answer],
+        finish: Callable[[Answer], Result],
+    ) -> Result:
+        """Return `finish(run(*inputs))`, by a recording from the third call with an equal key on.
+
+        Args:
+            key: all that the answer depends on besides the inputs' values; hashable, and told apart by `==`.
+            inputs: tensors on one device.
+            run: computes the answer; must not wait for the device.
+            finish: copies out of the answer what is kept: the next replay overwrites it.
+        """
+        key = (key, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
+        with self._lock:
+            recording = self._recordings.get(key) or self._count(key, inputs, run)
+            if recording is not None:
+                self._recordings.move_to_end(key)
+                for buffer, x in zip(recording.buffers, inputs, strict=True):
+                    buffer.copy_(x)
+                self.replays += 1
+                return finish(recording.replay())
+        return finish(run(*inputs))
+
+    def serves(self, device: torch.device) -> bool:
+        """Check whether a call on a device can be recorded now."""
+        if device.type != self.device_type or torch.compiler.is_compiling():
+            return False
+        return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+    @property
+    def kept(self) -> list[int]:
+        """The bytes that each recording holds, the least recently used first."""
+        return [recording.bytes for recording in self._recordings.values()]
+
+    def clear(self) -> None:
+        """Drop all recordings, and forget the calls."""
+        with self._lock:
+            self._recordings.clear()
+            self._counts.clear()
+            self._recorder = None
+
+    def _count(self, key: object, inputs: Sequence[Tensor], run: Callable[..., Any]) -> _Recording | None:
+        """Count a call; record it if it was made often enough."""
+        count = self._counts.pop(key, 0)
+        self._counts[key] = count + 1
+        while len(self._counts) > MOST_KEYS:
+            self._counts.popitem(last=False)
+        if count != AFTER:
+            return None
+        try:
+            recording = self._record(inputs, run)
+        except Exception as error:  # of many types, by what cannot be recorded
+            warnings.warn(f"graphs: not recorded, calls run as before: {error}", RuntimeWarning, stacklevel=5)
+            return None
+        self._recordings[key] = recording
+        while len(self._recordings) > MOST or sum(self.kept) > self._recorder.limit:
+            self._recordings.popitem(last=False)
+        return self._recordings.get(key)
+
+    def _record(self, inputs: Sequence[Tensor], run: Callable[..., Any]) -> _Recording:
+        if self._recorder is None:
+            self._recorder = self._make_recorder(inputs[0].device)
+        before = self._recorder.bytes
+        with torch.inference_mode(False), torch.no_grad():
+            buffers = [torch.empty_like(x) for x in inputs]
+            for buffer, x in zip(buffers, inputs, strict=True):
+                buffer.copy_(x)
+            replay = self._recorder(lambda: run(*buffers))
+        return _Recording(buffers, replay, max(0, self._recorder.bytes - before))

@@ -1,0 +1,286 @@
+"""Equal calls are recorded at the third one and replayed; nothing that changed is answered by a recording.
+
+A GPU's recorder is stood in for by one with its interface and its pitfalls: each answer is overwritten by the
+next replay of any recording, and a value that changes outside the inputs stays as it was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from test_plan import features, make_aggregator
+from torch import Tensor
+
+from catseg_fast import CATSeg
+from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.recording import MOST, GraphCache
+from support.tiny import CLASSES, picture, tiny_model
+
+SIZE = (24, 36)
+
+
+class ReplayAgain:
+    """Runs the call again into the memory of the first answer, as a CUDA graph does."""
+
+    bytes, limit = 0, 2**30
+
+    def __init__(self, device: torch.device) -> None:
+        self.recorded = 0
+
+    def __call__(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        self.recorded += 1
+        answer = run()
+
+        def replay() -> Any:
+            again = run()
+            if isinstance(answer, Tensor):
+                return answer.copy_(again)
+            answer.scores.copy_(again.scores)
+            answer.labels.copy_(again.labels)
+            return answer
+
+        return replay
+
+
+def recorded(engine: Engine, make_recorder: Any = ReplayAgain) -> GraphCache:
+    engine.recordings = GraphCache(make_recorder, device_type="cpu")
+    return engine.recordings
+
+
+@pytest.fixture
+def model() -> CATSeg:
+    made = tiny_model(classes=CLASSES)
+    made.backend = "torch"
+    recorded(made.engine)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [None, 2])
+def test_logits_from_the_third_call_on(limit: int | None) -> None:
+    aggregator = make_aggregator()
+    aggregator.max_classes = limit
+    engine = Engine(aggregator)
+    cache = recorded(engine)
+    image, text, guidance = features(aggregator, 4)
+    answers = []
+    for call in range(5):
+        moved = image + call
+        answers.append(engine.logits(moved, text, guidance, limit))
+        torch.testing.assert_close(answers[-1], aggregator(moved, text, guidance), rtol=1e-11, atol=1e-11)
+        assert cache.replays == max(0, call - 1)
+    first, second = (aggregator(image + call, text, guidance) for call in (3, 4))
+    torch.testing.assert_close(answers[3], first, rtol=1e-11, atol=1e-11)  # no replay overwrote it
+    torch.testing.assert_close(answers[4], second, rtol=1e-11, atol=1e-11)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sliding", [True, False])
+def test_segment_and_label_map_are_recorded(model: CATSeg, sliding: bool) -> None:
+    plain = tiny_model(classes=CLASSES)
+    for call in range(5):
+        image = picture(*SIZE, f"picture {call}")
+        answer = model.segment(image, sliding_window=sliding)
+        expected = plain.segment(image, sliding_window=sliding)
+        assert torch.equal(answer.labels, expected.labels)
+        assert torch.equal(answer.scores, expected.scores)
+    assert model.engine.recordings.replays == 3
+    entry = {"image": picture(*SIZE), "height": 30, "width": 20}
+    for _ in range(4):
+        (answer,) = model.label_map([entry])
+        (expected,) = plain.label_map([entry])
+        assert torch.equal(answer.labels, expected.labels)
+    assert model.engine.recordings.replays == 5
+
+
+def another_weight(model: CATSeg) -> None:
+    with torch.no_grad():
+        model.aggregator.conv1.weight.mul_(-1)
+
+
+def another_clip(model: CATSeg) -> None:
+    with torch.no_grad():
+        model.clip_model.visual.conv1.weight.mul_(-1)
+
+
+def another_state_dict(model: CATSeg) -> None:
+    model.load_state_dict(
+        {name: -x if x.is_floating_point() else x for name, x in model.state_dict().items()}
+    )
+
+
+def other_classes(model: CATSeg) -> None:
+    model.set_classes(CLASSES[::-1])
+
+
+def fewer_classes(model: CATSeg) -> None:
+    model.max_classes = 2
+
+
+def another_precision(model: CATSeg) -> None:
+    model.engine.precision = torch.float64
+
+
+def another_chunk(model: CATSeg) -> None:
+    model.engine.chunk = 3
+
+
+def another_backend(model: CATSeg) -> None:
+    model.backend = "reference"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        another_weight, another_clip, another_state_dict, other_classes, fewer_classes, another_precision,
+        another_chunk, another_backend,
+    ],
+)  # fmt: skip
+def test_what_changed_is_not_answered_by_a_recording(model: CATSeg, change: Callable[[CATSeg], None]) -> None:
+    image = picture(*SIZE)
+    for _ in range(4):
+        model.segment(image)
+    replays = model.engine.recordings.replays
+    assert replays == 2
+    change(model)
+    plain = tiny_model(classes=CLASSES)
+    change(plain)
+    answer, expected = model.segment(image), plain.segment(image)
+    assert model.engine.recordings.replays == replays
+    assert answer.classes == expected.classes
+    assert torch.equal(answer.labels, expected.labels)
+    torch.testing.assert_close(answer.scores, expected.scores, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_autocast_and_shapes_are_told_apart(model: CATSeg) -> None:
+    image = picture(*SIZE)
+    for _ in range(3):
+        model.segment(image)
+    assert model.engine.recordings.replays == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.segment(image)
+    model.segment(picture(SIZE[0] + 1, SIZE[1]))
+    model.segment(image.double())
+    model.segment(image, sliding_window=not model.sliding_window)
+    assert model.engine.recordings.replays == 1
+
+
+def test_recordings_are_bounded_and_the_oldest_goes() -> None:
+    cache = GraphCache(ReplayAgain, device_type="cpu")
+    x = torch.ones(2)
+
+    def call(key: int) -> Tensor:
+        return cache(key, [x], lambda x: x * (key + 1), Tensor.clone)
+
+    for key in range(MOST + 1):
+        for _ in range(3):
+            assert call(key).tolist() == [key + 1, key + 1]
+    assert len(cache.kept) == MOST
+    replays = cache.replays
+    call(0)
+    assert cache.replays == replays
+    call(1)
+    assert cache.replays == replays + 1
+
+
+def test_recordings_that_hold_too_much_are_not_kept() -> None:
+    class Large(ReplayAgain):
+        @property
+        def bytes(self) -> int:  # type: ignore[override]
+            return self.recorded * 2**31
+
+    cache = GraphCache(Large, device_type="cpu")
+    for _ in range(5):
+        assert cache("key", [torch.ones(1)], lambda x: x + 1, Tensor.clone).item() == 2
+    assert cache.replays == 0
+    assert cache.kept == []
+
+
+def test_a_call_that_cannot_be_recorded_runs_as_before() -> None:
+    class Fails(ReplayAgain):
+        def __call__(self, run: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    cache = GraphCache(Fails, device_type="cpu")
+    run = [lambda: cache("key", [torch.ones(1)], lambda x: x + 1, Tensor.clone).item()] * 5
+    assert [run[0](), run[1]()] == [2, 2]
+    with pytest.warns(RuntimeWarning, match="graphs: not recorded, calls run as before: operation not"):
+        assert run[2]() == 2
+    assert [run[3](), run[4]()] == [2, 2]
+    assert cache.replays == 0
+
+
+@torch.no_grad()
+def test_off_records_nothing(model: CATSeg) -> None:
+    model.engine.graphs = "off"
+    for _ in range(4):
+        model.segment(picture(*SIZE))
+    assert model.engine.recordings.replays == 0
+    with pytest.raises(ValueError, match="graphs: 'on' is not one of auto, off"):
+        model.engine.graphs = "on"
+
+
+def test_gradients_are_not_recorded() -> None:
+    aggregator = make_aggregator()
+    engine = Engine(aggregator)
+    cache = recorded(engine)
+    for _ in range(4):
+        assert engine.logits(*features(aggregator, 3), None).requires_grad
+    assert cache.replays == 0
+
+
+def test_a_dead_plan_is_never_mistaken_for_a_new_one() -> None:
+    aggregator = make_aggregator()
+    engine = Engine(aggregator)
+    cache = recorded(engine)
+    with torch.no_grad():
+        inputs = features(aggregator, 3)
+        for step in range(12):
+            aggregator.conv1.weight.mul_(1.1)  # a new plan each time, at an address that may be an old one's
+            actual = engine.logits(*inputs, None)
+            torch.testing.assert_close(actual, aggregator(*inputs), rtol=1e-11, atol=1e-11, msg=str(step))
+    assert cache.replays == 0
+
+
+def test_threads_get_their_own_answers() -> None:
+    cache = GraphCache(ReplayAgain, device_type="cpu")
+
+    def call(value: int) -> float:
+        return cache("key", [torch.full((1,), float(value))], lambda x: x * 2, Tensor.clone).item()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(call, range(200))) == [2.0 * value for value in range(200)]
+    assert cache.replays >= 190
+
+
+@torch.no_grad()
+def test_what_overflows_is_computed_again(model: CATSeg) -> None:
+    class Overflows(ReplayAgain):
+        def __call__(self, run: Any) -> Any:
+            replay = super().__call__(run)
+
+            def overflowed() -> Any:
+                answer = replay()
+                answer.scores[0, 0] = torch.nan
+                return answer
+
+            return overflowed
+
+    recorded(model.engine, Overflows)
+    image = picture(*SIZE)
+    first, *others = [model.segment(image) for _ in range(4)]
+    assert all(torch.equal(first.scores, other.scores) for other in others)
+    assert model.engine.recordings.replays == 2
+
+
+@torch.no_grad()
+def test_explain_says_what_recordings_hold(model: CATSeg) -> None:
+    for _ in range(4):
+        model.segment(picture(*SIZE))
+    assert "graphs     auto; 2 calls replayed, 1 recordings hold 0 B" in model.explain()
