@@ -45,6 +45,14 @@ def check(op: Op, inputs: dict[str, Any]) -> None:
             assert (ours == exact).float().mean() >= 0.999
 
 
+def test_new_tensors_hold_nan() -> None:
+    """So that what a kernel does not write is seen (`_poison` in conftest.py)."""
+    ones = torch.ones(3)
+    for x in (torch.empty(3), torch.empty_like(ones), ones.new_empty(3)):
+        assert x.isnan().all()
+    assert torch.empty(3, dtype=torch.int32).shape == (3,)
+
+
 @odd_sizes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_its_plain_form(name: str, sizes: Sizes, dtype: torch.dtype) -> None:

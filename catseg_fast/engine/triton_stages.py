@@ -185,7 +185,7 @@ def kernel_embedding(plan: Plan) -> tuple[Tensor, Tensor]:
 def kernel_decoding(plan: Plan) -> Decoding:
     """Weights, groups and eps of `decode`, laid out as the kernels read them."""
     weights, groups, eps = arguments.decoding(plan)
-    return [weight.contiguous() for weight in weights], groups, eps
+    return decoder.pack_weights(weights), groups, eps
 
 
 def window_block(

@@ -224,7 +224,7 @@ def tune(
         if time.monotonic() >= deadline:
             return None
         try:
-            result = tunable.run(inputs.copy(), config)
+            result = inputs.compared(tunable.run(inputs.copy(), config))
             if expected is None:
                 expected = result
                 if not all(x.isfinite().all() for x in expected):
