@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import torch
 import triton
@@ -132,6 +133,7 @@ def collect_kernel(
 class CollectConfig(LaunchConfig):
     """Launch config: channels per program at most (whole heads), and classes per step."""
 
+    version: ClassVar[int] = 2
     channels: int
     classes: int
     num_warps: int

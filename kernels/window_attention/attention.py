@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -95,6 +96,7 @@ def attention_kernel(
 class AttentionConfig(LaunchConfig):
     """Launch config: queries per step."""
 
+    version: ClassVar[int] = 2
     queries: int
     num_warps: int
     num_stages: int = 1
