@@ -72,12 +72,25 @@ class Engine:
         self._chunk: int | None = None
         self._policy: str | None = None
         self._memory_budget: int | None = None
+        self._graphs = "auto"
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without anything that follows from weights, calls or settings."""
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
         self._vocabulary: tuple[object, Plan, VocabularyTerms] | None = None
         self._schedules: dict[object, Schedule] = {}
-        self._graphs = "auto"
         self.recordings = GraphCache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or a pickle, is made of: the settings."""
+        derived = ("_plans", "_triton", "_vocabulary", "_schedules", "recordings")
+        return {name: value for name, value in vars(self).items() if name not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     @property
     def backend(self) -> str:
