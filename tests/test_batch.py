@@ -85,7 +85,7 @@ def test_results_are_no_pictures(photos: Path) -> None:
     assert len(found) == 6
     assert not any("overlay" in path for path, _ in found)
     Path("empty").mkdir()
-    with pytest.raises(InputError, match="empty holds no pictures$"):
+    with pytest.raises(InputError, match=r"empty holds no pictures$"):
         find_pictures([Path("empty")], output)
 
 
