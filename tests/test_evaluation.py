@@ -26,6 +26,7 @@ from catseg_fast.data.folder import FolderDataset
 from catseg_fast.engine.activations import record_activations
 from catseg_fast.evaluation.ledger import Ledger
 from catseg_fast.evaluation.metrics import ClassCounts
+from catseg_fast.evaluation.report import check_target
 from catseg_fast.evaluation.run import evaluate, model_segmenter, resize_shortest, summarise
 from support.tiny import picture, tiny_model
 
@@ -190,6 +191,45 @@ def test_another_evaluation_is_not_gone_on_with(data: FolderDataset, tmp_path: P
         evaluate(data, by_brightness, 5, ledger=other)
     other.clear()
     assert len(evaluate(data, by_brightness, 5, ledger=other)) == 7
+
+
+@pytest.mark.parametrize("change", ["missing", "other"])
+def test_records_go_with_their_label_maps(data: FolderDataset, tmp_path: Path, change: str) -> None:
+    """Images whose label map is gone, or was written by another evaluation, are done again."""
+    labels, seen = tmp_path / "labels", []
+
+    def counting(image: Tensor) -> Tensor:
+        seen.append(image)
+        return by_brightness(image)
+
+    def both() -> list[Any]:
+        seen.clear()
+        first = evaluate(data, counting, 5, ledger=Ledger(tmp_path, "a", {}), save_labels=labels)
+        second = evaluate(data, counting, 5, ledger=Ledger(tmp_path, "b", {}), compare_labels=labels)
+        return [without_times(first), without_times(second)]
+
+    whole = both()
+    assert len(seen) == 14
+    assert both() == whole
+    assert len(seen) == 0
+    path = labels / f"{data.names[0]}.png"
+    path.unlink()
+    if change == "other":
+        Image.fromarray(np.full(data[0]["sem_seg"].shape, 4, np.uint16)).save(path)
+    assert both() == whole
+    assert len(seen) == 1
+    Image.fromarray(np.full(data[0]["sem_seg"].shape, 4, np.uint16)).save(path)
+    evaluate(data, counting, 5, ledger=Ledger(tmp_path, "b", {}), compare_labels=labels)
+    assert len(seen) == 2
+
+
+def test_results_of_others_are_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    check_target(path)
+    for content in ('{"results": 1}', "[]", "no JSON"):
+        path.write_text(content)
+        with pytest.raises(FileExistsError, match=r"results\.json is there and is not of an evaluation"):
+            check_target(path)
 
 
 def test_half_a_line_is_done_again(data: FolderDataset, tmp_path: Path) -> None:

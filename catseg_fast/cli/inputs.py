@@ -7,17 +7,13 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
 from catseg_fast.errors import InputError
+from catseg_fast.inference.images import picture_suffixes
 from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, is_result, owner_of
 from catseg_fast.output.results import unique_stems
-
-# Pillow only recognises the first five; EPS it hands to Ghostscript.
-_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 
 
 @dataclass(frozen=True)
@@ -123,15 +119,6 @@ def find_pictures(
     if arguments and not found:
         raise InputError(f"{arguments[0]}: there are only results of catseg-fast and no pictures")
     return _with_stems(found, notice)
-
-
-@cache
-def picture_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of the formats that Pillow decodes."""
-    extensions = Image.registered_extensions()
-    return frozenset(
-        suffix for suffix, kind in extensions.items() if kind in Image.OPEN and kind not in _NOT_DECODED
-    )
 
 
 def _with_stems(found: Sequence[tuple[Path, Path]], notice: Callable[[str], object]) -> list[Picture]:
