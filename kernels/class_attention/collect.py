@@ -145,7 +145,7 @@ class CollectConfig(LaunchConfig):
 def default_config(capability: int, problem: Problem) -> CollectConfig:
     """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if problem.dtype == "fp32":
-        return CollectConfig(channels=32, classes=16, num_warps=8, num_stages=1)
+        return CollectConfig(channels=32, classes=16, num_warps=16, num_stages=1)
     if problem.size("channels") > 128:
         return CollectConfig(channels=32, classes=16, num_warps=4, num_stages=2)
     if capability in (86, 89):

@@ -108,7 +108,7 @@ def default_config(capability: int, problem: Problem) -> AttentionConfig:
     """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     head_channels = problem.size("channels") // problem.size("heads")
     if problem.dtype == "fp32" or problem.size("window") > 16 or head_channels > 64:
-        return AttentionConfig(queries=16, num_warps=4)
+        return AttentionConfig(queries=16, num_warps=8 if capability >= 100 else 4)
     if capability == 90 and head_channels <= 32:
         return AttentionConfig(queries=64, num_warps=4, maxnreg=128)  # four programs
     return AttentionConfig(queries=64, num_warps=4)
