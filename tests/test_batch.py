@@ -233,6 +233,23 @@ def test_statistics_as_parquet(results: list[Path], monkeypatch: pytest.MonkeyPa
     assert {name: [row[name] for row in rows] for name in table} == table
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+def test_statistics_replace_only_statistics(tmp_path: Path, suffix: str, rows: int) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow.parquet")
+    entry = {"index": 0, "name": "sky", "share": 1.0, "mean_score": 0.5}
+    result, path = tmp_path / "a.json", tmp_path / f"stats.{suffix}"
+    result.write_text(json.dumps({"image": "a", "width": 2, "height": 2, "classes": [entry] * rows}))
+    for _ in range(2):
+        assert write_statistics(path, [result]) == rows
+    for content in ('["sky", "tree"]', "[\n {},\n]", "[\n", ""):
+        path.write_text(content)
+        with pytest.raises(FileExistsError, match="does not hold statistics"):
+            write_statistics(path, [result])
+        assert path.read_text() == content
+
+
 def test_statistics_that_fail_leave_nothing(photos: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_statistics(Path("stats.json"), [Path("none.json")])

@@ -116,7 +116,7 @@ def segment(
     try:
         if stats is not None:
             check_target(stats)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
     with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
         from catseg_fast.checkpoints.hub import resolve

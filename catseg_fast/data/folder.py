@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -164,7 +165,7 @@ def read_index_map(path: Path) -> np.ndarray:
     return array.astype(np.uint16)
 
 
-def _why_no_index_map(image: Image.Image) -> str | None:
+def _why_no_index_map(image: ImageFile) -> str | None:
     """What keeps the pixels of an opened image from being class indices; None if they are."""
     if image.format not in ("PNG", "TIFF"):
         return f"a {image.format} file; label maps are PNG or TIFF, as other formats can change values"
