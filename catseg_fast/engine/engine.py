@@ -370,7 +370,7 @@ class Engine:
             return plan_gradients(sizes, checkpoint=self.checkpoint, chunk=chunk, budget=budget)
         needs = (sizes.state_bytes, sizes.fixed_bytes, sizes.class_bytes, output_bytes)
         key = (sizes.crops, sizes.classes, sizes.device, needs, self.policy, chunk, budget)
-        if key in self._schedules and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and key in self._schedules:
             return self._schedules[key]
         schedule = plan_schedule(
             sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes
