@@ -39,7 +39,7 @@ LOOP = """
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[str, aot.Resources | str]:
-    """What the targets take that the selected tests need."""
+    """Resources by `aot.key`, of the modules and capabilities of the selected tests."""
     calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
     needed = [call.params for call in calls if call and "module" in call.params]
     return aot.resources_of(
