@@ -36,6 +36,7 @@ def measure(group: str, meter: Meter, case: Case, baseline: Baseline) -> None:
             reference_flop=reference_flop,
             flop=flop if baseline.ours else reference_flop,
             least_bytes=least_bytes(call, answer),
+            profiled=baseline.ours and not baseline.is_graph,
             note=baseline.on_cpu if device.type == "cpu" else "",
             **({"peak_bytes": None} if baseline.is_graph else {}),
         )

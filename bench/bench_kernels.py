@@ -1,9 +1,8 @@
-"""Each stage's kernels on one chunk of classes, against torch."""
+"""Each op's kernels on one chunk of classes, against torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import pytest
 import torch
@@ -13,13 +12,8 @@ from bench import gate
 from bench.cases import DTYPES
 from bench.flops import count, phase_surplus, stage_flop
 from bench.meter import Meter
-from bench.stage_calls import RESOLUTION, STAGES, bind, least_bytes, make_inputs, variant_of
-from catseg_fast.engine import torch_stages as stages
-from catseg_fast.engine.folding import cast as cast_plan
+from bench.stage_calls import RESOLUTION, STAGES, make_stage_call, variant_of
 from catseg_fast.engine.schedule import usual_chunk
-from catseg_fast.engine.streaming import Stages
-
-torch_stages = cast(Stages, stages)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=DTYPES.get)
@@ -33,23 +27,16 @@ def bench_kernels(meter: Meter, full: bool, stage: str, dtype: torch.dtype, run:
     if device.type == "cpu" and dtype == torch.float16:
         pytest.skip("a CPU emulates fp16")
     crops, classes = (5, usual_chunk(4096, 5, device)) if full else (1, 2)
-    inputs = make_inputs(stage, crops, classes, dtype, device)
-    ours = torch_stages
-    if run == "Triton":
-        from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux alone
-
-        ours = TritonStages(inputs.plan)
-    bound = bind(stage, inputs)
-    answer = bound(ours)
-    if fallbacks := getattr(ours, "fallbacks", None):
-        pytest.fail(f"runs in torch: {fallbacks}")
-    exact = bind(stage, cast_plan(inputs, gate.precise(dtype)))
-    ratio = gate.check(answer, bound(torch_stages), exact(torch_stages))
-    flop = count(lambda: bound(torch_stages))
+    call = make_stage_call(stage, crops, classes, dtype, device)
+    ours = call.triton if run == "Triton" else call.plain
+    answer = ours()
+    ratio = gate.check(answer, call.plain(), call.to(gate.precise(dtype)).plain())
+    flop = count(call.plain)
     if stage == "decode":
-        flop -= phase_surplus(inputs.plan, crops * classes, RESOLUTION)
+        phases = [weight for weight in call.inputs["weights"] if weight.shape[1:3] == (2, 2)]
+        flop -= phase_surplus(phases, crops * classes, RESOLUTION)
     meter(
-        torch.no_grad()(lambda: bound(ours)),
+        torch.no_grad()(ours),
         group="kernels",
         case=f"{stage}, t={classes}, B={crops}, {DTYPES[dtype]}",
         run=run,
@@ -58,11 +45,10 @@ def bench_kernels(meter: Meter, full: bool, stage: str, dtype: torch.dtype, run:
         error_ratio=ratio,
         reference_flop=stage_flop(stage.partition(",")[0], variant_of(stage), classes, crops),
         flop=flop * 1e6,
-        least_bytes=least_bytes(stage, inputs, answer),
+        least_bytes=call.least_bytes(answer),
     )
 
 
 def prepare(stage: str, crops: int, classes: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The stage in torch on the CPU."""
-    bound = bind(stage, make_inputs(stage, crops, classes, dtype, torch.device("cpu")))
-    return torch.no_grad()(lambda: bound(torch_stages))
+    return torch.no_grad()(make_stage_call(stage, crops, classes, dtype, torch.device("cpu")).plain)

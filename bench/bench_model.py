@@ -50,6 +50,7 @@ def bench_model(meter: Meter, full: bool, variant: str, dtype: torch.dtype, part
         dtype=dtype,
         remake=(prepare, variant, classes, dtype, part) if part in WHOLE else (),
         error_ratio=model.error_ratio,
+        profiled=part == "engine",
         **facts,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 from unittest import mock
@@ -17,7 +17,6 @@ from bench.cases import Call, Case, make_call
 from catseg_fast.engine import fourier
 from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.class_memory import new_memory
-from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.terms import chunk_text, image_terms, vocabulary_terms
 from catseg_fast.reference.aggregator import AggregatorLayer
 
@@ -50,18 +49,22 @@ def call_flop(case: Case) -> tuple[float, float]:
     with mock.patch("torch.autocast", return_value=nullcontext()):  # which the device has not
         reference, ours, plan = count(call), count(kept), engine.plan()
     H, W = resolution = (kept.img_feats.shape[2], kept.img_feats.shape[3])
-    ours -= phase_surplus(plan, case.crops * case.aggregated, resolution)
+    phases = [stage.phases for stage in plan.decoder]
+    ours -= phase_surplus(phases, case.crops * case.aggregated, resolution)
     if case.selects:
         ours += 2 * H * W * case.crops * call.text_feats[0].numel() / 1e6
     return reference * 1e6, ours * 1e6
 
 
-def phase_surplus(plan: Plan, maps: int, resolution: tuple[int, int]) -> float:
-    """MFLOP that torch's phase convolutions of so many maps do beyond what is wanted: a row and a column."""
+def phase_surplus(phases: Sequence[Tensor], maps: int, resolution: tuple[int, int]) -> float:
+    """MFLOP that torch's phase convolutions of `maps` maps do beyond what is needed: a row and a column.
+
+    `phases` are each decoder stage's weights.
+    """
     H, W = resolution
     surplus = 0.0
-    for stage in plan.decoder:
-        surplus += 2 * stage.phases.numel() * ((H + 1) * (W + 1) - H * W) * maps / 1e6
+    for weight in phases:
+        surplus += 2 * weight.numel() * ((H + 1) * (W + 1) - H * W) * maps / 1e6
         H, W = 2 * H, 2 * W
     return surplus
 
@@ -130,7 +133,7 @@ def flop_table(case: Case) -> list[tuple[str, float, float]]:
 
     def classes() -> None:
         memory = new_memory(layer.classes, case.classes)
-        stages.class_collect(layer.classes, memory, x, vocabulary.keys[0], resolution)
+        stages.class_collect(layer.classes, memory, x, vocabulary.keys[0], resolution, last=True)
         stages.class_apply(layer.classes, x, vocabulary.queries[0], memory, resolution)
 
     def once() -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import triton
 
+from catseg_fast.kernels.launch.compiling import ptxas
+
 # Of the CPU benchmarks; the figures in the documentation are for two.
 THREADS = min(2, torch.get_num_threads())
-GPU_ROUNDS = 30
-CPU_ROUNDS = (3, 30)  # least and most
-CPU_SECONDS = 1.0  # for all rounds of a short call
+GPU_ROUNDS = CPU_ROUNDS = (3, 30)  # least and most
+SECONDS = 1.0  # for all rounds of a call that is short enough
 CEILING_ROUNDS = 10
 
 
@@ -41,11 +42,15 @@ class Timing:
 
 
 def time_call(call: Callable[[], Any], device: torch.device, rounds: int | None = None) -> Timing:
-    """Time a call that has been made before: CUDA events on a GPU, the clock elsewhere."""
+    """Time a call that has been made before: CUDA events on a GPU, the clock elsewhere.
+
+    Without `rounds`, they are as many as fit a second, within limits.
+    """
+    rounds = rounds or rounds_of(clock(call, device), device)
     if device.type != "cuda":
-        return Timing.of([_clock(call) for _ in range(rounds or cpu_rounds(call))])
+        return Timing.of([clock(call, device) for _ in range(rounds)])
     marks = []
-    for _ in range(rounds or GPU_ROUNDS):
+    for _ in range(rounds):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -55,15 +60,18 @@ def time_call(call: Callable[[], Any], device: torch.device, rounds: int | None 
     return Timing.of([start.elapsed_time(stop) / 1e3 for start, stop in marks])
 
 
-def cpu_rounds(call: Callable[[], Any]) -> int:
-    """How often a call is timed on a CPU, from how long it takes once."""
-    least, most = CPU_ROUNDS
-    return max(least, min(most, int(CPU_SECONDS / _clock(call))))
+def rounds_of(seconds: float, device: torch.device) -> int:
+    """How often a call that takes so long is timed."""
+    least, most = GPU_ROUNDS if device.type == "cuda" else CPU_ROUNDS
+    return max(least, min(most, int(SECONDS / seconds)))
 
 
-def _clock(call: Callable[[], Any]) -> float:
+def clock(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, until the device is done."""
     start = time.perf_counter()
     call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -113,7 +121,12 @@ def device_name(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Versions that times depend on."""
     found = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        found["ptxas"] = ptxas(10 * major + minor)
+    return found
 
 
 def open_lines(path: str) -> list[str]:

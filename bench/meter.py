@@ -13,18 +13,22 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import peak_memory, records
 from bench.measure import (
-    GPU_ROUNDS,
     Timing,
+    clock,
     copy_bandwidth,
-    cpu_rounds,
     device_name,
     matmul_rate,
     peak_bytes,
+    rounds_of,
     time_call,
     versions,
 )
+from bench.profiling import profile_call
 from bench.records import Record
 from bench.tables import cells
+
+HOST_ROUNDS = 5
+COMMIT = Path(__file__).parent.parent / "COMMIT"  # of a packed tree
 
 
 class Meter:
@@ -58,6 +62,7 @@ class Meter:
         run: str,
         dtype: torch.dtype,
         remake: Sequence[Any] = (),
+        profiled: bool = False,
         **facts: Any,
     ) -> Record:
         """Measure a call that was checked.
@@ -68,10 +73,13 @@ class Meter:
             dtype: type of the matrix products that it is held against.
             remake: a function that makes the call, and its arguments, for `bench.peak_memory`; on a CPU there
                 is no peak without.
+            profiled: on a GPU, keep how long which kernels run in a call.
             **facts: further fields of `Record`.
         """
         if "peak_bytes" not in facts:
             facts["peak_bytes"] = self._peak_bytes(call, remake)
+        if profiled:
+            facts |= profile_call(call, self.device)
         self.benchmark.group = group
         return self.record(self._time(call), group=group, case=case, run=run, dtype=dtype, **facts)
 
@@ -108,23 +116,27 @@ class Meter:
         return None if peak is None else peak.bytes
 
     def _time(self, call: Callable[[], Any]) -> Timing:
-        """On a GPU pytest-benchmark has the time as the host sees it, the record that of the GPU."""
+        """On a GPU pytest-benchmark has a few calls as the host sees them, the record the time of the GPU."""
+        once = clock(call, self.device)
+        rounds = rounds_of(once, self.device)
         if self.device.type != "cuda":
-            self.benchmark.pedantic(call, rounds=cpu_rounds(call))
+            self.benchmark.pedantic(call, rounds=rounds)
             assert self.benchmark.stats is not None
             return Timing.of(self.benchmark.stats.stats.data)
-
-        def synchronised() -> None:
-            call()
-            torch.cuda.synchronize(self.device)
-
-        self.benchmark.pedantic(synchronised, rounds=GPU_ROUNDS, warmup_rounds=1)
-        return time_call(call, self.device)
+        self.benchmark.pedantic(
+            clock, args=(call, self.device), rounds=HOST_ROUNDS if rounds > HOST_ROUNDS else 1
+        )
+        return time_call(call, self.device, rounds)
 
 
 @functools.cache
 def commit() -> str:
-    """The commit of this checkout, with "+" where files differ from it; empty outside a checkout."""
+    """The commit of this checkout, with "+" where files differ from it; empty outside a checkout.
+
+    A packed tree (`bench.pack`) has it in a file.
+    """
+    if COMMIT.exists():
+        return COMMIT.read_text(encoding="utf-8").strip()
     command = ("git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*")
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return found.stdout.strip()

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +17,6 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "1"  # else the kernels refuse tensors on a CPU
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +24,7 @@ from bench.cases import Case, make_call
 from catseg_fast import reference
 from catseg_fast.engine.schedule import format_bytes, usual_chunk
 from catseg_fast.engine.triton_stages import TritonStages
+from catseg_fast.kernels.launch.launcher import record
 
 RECORD = Path(__file__).parent / "results" / "never_materialised.md"
 CROPS = 5
@@ -76,14 +75,6 @@ def of_the_reference(variant: str, classes: int) -> list[tuple[str, str, Shape]]
     return recorder.written
 
 
-@contextmanager
-def kernels_not_launched() -> Iterator[None]:
-    """Let a launch do nothing, so that what is allocated for it is never touched."""
-    kernel = triton.runtime.interpreter.InterpretedFunction
-    with mock.patch.object(kernel, "__getitem__", return_value=lambda *_, **__: None):
-        yield
-
-
 def of_the_kernels(variant: str) -> dict[str, set[Shape]]:
     """What the Triton stages allocate for a chunk, by stage."""
     call = make_call(Case(variant, 2 * CHUNK, CROPS))
@@ -109,7 +100,7 @@ def of_the_kernels(variant: str) -> dict[str, set[Shape]]:
     with (
         suppress(StopIteration),
         torch.no_grad(),
-        kernels_not_launched(),
+        record(execute=False),
         mock.patch.object(TritonStages, "_run", entering),
         mock.patch.object(Tensor, "new_empty", recording),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from bench.ablation import STEPS
 from bench.records import Record
 from bench.stage_calls import STAGES
-from bench.tables import seconds, what_ran
+from bench.tables import seconds, three_digits, what_ran
 
 DTYPES = ("fp32", "bf16", "fp16")
+OTHERS = ("PyTorch's kernels", "no kernel runs")  # in a profile
 MARKERS = {"torch": "o", "Triton": "^"}
+LINE_MARKERS = "osD^vP*Xph"  # points of several runs may coincide
 STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -20,6 +23,7 @@ STYLE: Any = {
     "axes.titlelocation": "left",
     "font.size": 10,
     "grid.alpha": 0.3,
+    "legend.fontsize": 9,
     "lines.linewidth": 2,
     "savefig.dpi": 150,
 }
@@ -40,13 +44,19 @@ def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
     plots: dict[str, tuple[str, str, Draw]] = {
         "time": ("scaling", "Time of the aggregator against the number of classes", _time),
         "memory": ("scaling", "Peak memory of the aggregator, above weights and inputs", _memory),
+        "steps": ("steps", "Time of the aggregator against the classes per step", _steps),
+        "profile": ("scaling", "Where the time of a plain call goes", _profile),
         "roofline": ("kernels", "Roofline of the stages", _roofline),
         "ablation": ("ablation", "Time of the aggregator after each step", _ablation),
     }
     drawn = []
     for name, (group, title, draw) in plots.items():
-        own = [r for r in records if r.group == group and (name != "memory" or r.peak_bytes is not None)]
-        for number, device in enumerate(dict.fromkeys(record.device for record in own), 1):
+        own = [record for record in records if record.group == group]
+        found = {
+            "memory": [r for r in own if r.peak_bytes is not None],
+            "profile": [r for r in own if r.busy],
+        }
+        for number, device in enumerate(dict.fromkeys(record.device for record in found.get(name, own)), 1):
             path = folder / (f"{name}.png" if number == 1 else f"{name}-{number}.png")
             _save(path, title, [record for record in own if record.device == device], draw)
             drawn.append(path)
@@ -69,20 +79,78 @@ def _save(path: Path, title: str, records: Sequence[Record], draw: Draw) -> None
 
 def _time(figure: Any, records: Sequence[Record]) -> None:
     axes = figure.subplots()
-    for colour, (run, own) in _by_run(records).items():
+    for style, (run, own) in _by_run(records):
         classes = [r.classes for r in own]
-        axes.plot(classes, [1e3 * r.median for r in own], marker="o", color=colour, label=run)
-        low, high = [1e3 * r.p20 for r in own], [1e3 * r.p80 for r in own]
-        axes.fill_between(classes, low, high, color=colour, alpha=0.2, linewidth=0)
-    _against_classes(figure, axes, records, "ms (median; shaded: p20 to p80)")
+        axes.plot(classes, [1e3 * r.median for r in own], **style, label=run)
+        spread = [
+            (r.classes, 1e3 * r.p20, 1e3 * r.p80) for r in own if r.p20 is not None and r.p80 is not None
+        ]
+        if spread:
+            axes.fill_between(*zip(*spread, strict=True), color=style["color"], alpha=0.2, linewidth=0)
+    shaded = any(record.p20 is not None for record in records)
+    _against_classes(figure, axes, records, "ms (median; shaded: p20 to p80)" if shaded else "ms (median)")
 
 
 def _memory(figure: Any, records: Sequence[Record]) -> None:
     axes = figure.subplots()
-    for colour, (run, own) in _by_run(records).items():
-        mebibytes = [(r.peak_bytes or 0) / 2**20 for r in own]
-        axes.plot([r.classes for r in own], mebibytes, marker="o", color=colour, label=run)
+    for style, (run, own) in _by_run(records):
+        held = [(r.classes, r.peak_bytes / 2**20) for r in own if r.peak_bytes is not None]
+        if held:
+            axes.plot(*zip(*held, strict=True), **style, label=run)
     _against_classes(figure, axes, records, "MiB")
+
+
+def _steps(figure: Any, records: Sequence[Record]) -> None:
+    """Time by the classes per step, with what the GPU was busy for, and the peak memory below."""
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    most = max(record.peak_bytes or 1 for record in records) / 2**20
+    for style, (run, own) in _by_run(records):
+        classes = [r.classes for r in own]
+        axes.plot(classes, [1e3 * r.median for r in own], **style, label=run)
+        held = [(r.classes, r.peak_bytes / 2**20) for r in own if r.peak_bytes is not None]
+        if held:
+            below.plot(*zip(*held, strict=True), **style)
+    axes.set(ylabel="ms (median)", ylim=(0, 1.1e3 * max(record.median for record in records)))
+    below.set(xscale="log", xlabel="classes per step", ylabel="peak MiB", ylim=(0, 1.1 * most))
+    ticks = sorted({record.classes or 0 for record in records})
+    below.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    below.set_xticks([], minor=True)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False)
+
+
+def _profile(figure: Any, records: Sequence[Record]) -> None:
+    """A panel for each number of classes: milliseconds of each kernel in the call that was busy the least."""
+    least: dict[int, Record] = {}
+    for record in sorted((r for r in records if r.busy), key=lambda record: record.busy or 0):
+        least.setdefault(record.classes or 0, record)
+    panels = figure.subplots(1, len(least), squeeze=False)[0]
+    found = dict.fromkeys(name for record in least.values() for name in profile_parts(record))
+    names = [*(name for name in found if name not in OTHERS), *OTHERS]
+    for axes, (classes, record) in zip(panels, sorted(least.items()), strict=True):
+        parts = profile_parts(record)
+        for place, name in enumerate(names):
+            value = 1e3 * parts.get(name, 0.0)
+            axes.barh(place, value, color="C7" if name in OTHERS else "C0")
+            axes.text(value, place, f" {three_digits(value)}", va="center")
+        axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names))
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.2e3 * max(parts.values()))
+        axes.set_title(f"T={classes}: {seconds(record.median)}, {record.launches} launches", fontsize=10)
+        axes.set_xlabel("ms")
+
+
+def profile_parts(record: Record) -> dict[str, float]:
+    """Seconds of a profiled call: the package's own kernels, PyTorch's together, and waiting for the host."""
+    own = {name.strip("_").removesuffix("_kernel"): time for name, time, _ in record.kernels if is_own(name)}
+    busy = record.busy or 0.0
+    return own | dict(zip(OTHERS, (busy - sum(own.values()), max(0.0, record.median - busy)), strict=True))
+
+
+def is_own(kernel: str) -> bool:
+    """Check whether a kernel's name in a profile is that of a Triton kernel of this package."""
+    return re.fullmatch(r"\w+_kernel", kernel) is not None
 
 
 def _against_classes(figure: Any, axes: Any, records: Sequence[Record], unit: str) -> None:
@@ -108,14 +176,14 @@ def _roofline(figure: Any, records: Sequence[Record]) -> None:
     """A panel a type, each with its own roof."""
     from matplotlib.lines import Line2D
 
-    records = [r for r in records if r.flop and r.least_bytes]
+    records = [r for r in records if r.flop and r.least_bytes and r.matmul_rate and r.copy_bandwidth]
     types = [dtype for dtype in DTYPES if any(r.case.endswith(dtype) for r in records)]
     panels = figure.subplots(1, len(types), sharey=True, squeeze=False)[0]
     stages = [stage for stage in STAGES if any(_stage(r) == stage for r in records)]
     for axes, dtype in zip(panels, types, strict=True):
         own = [record for record in records if record.case.endswith(dtype)]
         places = [(r.flop or 0) / (r.least_bytes or 1) for r in own]
-        top, slope = own[0].matmul_rate / 1e9, own[0].copy_bandwidth / 1e9
+        top, slope = (own[0].matmul_rate or 0) / 1e9, (own[0].copy_bandwidth or 0) / 1e9
         ends = (min(*places, top / slope) / 2, 2 * max(*places, top / slope))
         axes.plot([ends[0], top / slope, ends[1]], [ends[0] * slope, top, top], color="black", linewidth=1)
         for place, record in zip(places, own, strict=True):
@@ -149,26 +217,36 @@ def _ablation(figure: Any, records: Sequence[Record]) -> None:
         if after < before:
             axes.barh(place, before - after, left=after, color="C0", alpha=0.2)
         axes.barh(place, after, color="C0")
-        axes.plot([1e3 * record.p20, 1e3 * record.p80], [place, place], color="black", linewidth=1)
+        low, high = _spread(record)
+        axes.plot([low, high], [place, place], color="black", linewidth=1)
         label = f"{seconds(record.median)}, {first / after:.3g}x"
-        axes.text(max(before, 1e3 * record.p80), place, f"  {label}", va="center")
+        axes.text(max(before, high), place, f"  {label}", va="center")
         before = after
     axes.set_yticks(range(len(records)), [record.run for record in records])
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.25e3 * max(record.p80 for record in records))  # room for the labels
+    axes.set_xlim(0, 1.25 * max(_spread(record)[1] for record in records))  # room for the labels
     axes.set_xlabel("ms (median; line: p20 to p80), and how many times as fast as the reference")
 
 
-def _by_run(records: Sequence[Record]) -> dict[str, tuple[str, list[Record]]]:
-    """Label and records of each run, few classes first, by the colour of its line."""
+def _spread(record: Record) -> tuple[float, float]:
+    """Milliseconds at p20 and p80, or the median where they were not kept."""
+    low, high = (record.median if value is None else value for value in (record.p20, record.p80))
+    return 1e3 * low, 1e3 * high
+
+
+def _by_run(records: Sequence[Record]) -> list[tuple[dict[str, Any], tuple[str, list[Record]]]]:
+    """Style of its line, label and records of each run, few classes first."""
     found: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.run, record.classes or 0)):
         dtype = next((dtype for dtype in DTYPES if dtype in _parts(record)), "fp32")
         label = record.run if dtype in record.run else f"{record.run}, {dtype}"
         found.setdefault(label, []).append(record)
-    return {f"C{place}": item for place, item in enumerate(found.items())}
+    return [
+        ({"color": f"C{place}", "marker": LINE_MARKERS[place % len(LINE_MARKERS)]}, item)
+        for place, item in enumerate(found.items())
+    ]
 
 
 def _case(records: Sequence[Record]) -> str:

@@ -20,16 +20,19 @@ class Record:
         group: of the table: "aggregator", "scaling", "kernels", "model", …
         case: what was computed.
         run: by what.
-        median, p20, p80: seconds.
-        rounds: calls that were timed.
+        median, p20, p80: seconds; percentiles are None where they were not kept.
+        rounds: calls that were timed; None where it was not kept.
         device: its name.
         matmul_rate: FLOP/s of a matrix product on the device in this run, in the type of the case.
-        copy_bandwidth: bytes/s of a copy in this run.
+        copy_bandwidth: bytes/s of a copy in this run. Both are None where they were not measured.
         classes: T, where it is varied.
         error_ratio: largest error in units of plain torch's, from the gate.
         peak_bytes: above weights and inputs.
         reference_flop, flop: operations of the reference, and of what ran.
         least_bytes: inputs read and outputs written once.
+        busy: seconds in which the GPU ran kernels, of a profiled call.
+        launches: kernels of that call.
+        kernels: name, seconds and launches of its longest kernels, the longest first.
         note: what is not comparable.
         versions, commit: what ran.
     """
@@ -39,18 +42,21 @@ class Record:
     case: str
     run: str
     median: float
-    p20: float
-    p80: float
-    rounds: int
+    p20: float | None
+    p80: float | None
+    rounds: int | None
     device: str
-    matmul_rate: float
-    copy_bandwidth: float
+    matmul_rate: float | None
+    copy_bandwidth: float | None
     classes: int | None = None
     error_ratio: float | None = None
     peak_bytes: int | None = None
     reference_flop: float | None = None
     flop: float | None = None
     least_bytes: int | None = None
+    busy: float | None = None
+    launches: int | None = None
+    kernels: list[tuple[str, float, int]] = field(default_factory=list)
     note: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
@@ -63,12 +69,14 @@ class Record:
     @property
     def matmul_share(self) -> float | None:
         """Share of the device's matmul rate."""
-        return None if self.rate is None else self.rate / self.matmul_rate
+        return None if self.rate is None or self.matmul_rate is None else self.rate / self.matmul_rate
 
     @property
     def copy_share(self) -> float | None:
         """Share of the device's copy bandwidth, for inputs and outputs alone."""
-        return None if self.least_bytes is None else self.least_bytes / self.median / self.copy_bandwidth
+        if self.least_bytes is None or self.copy_bandwidth is None:
+            return None
+        return self.least_bytes / self.median / self.copy_bandwidth
 
 
 def append(path: Path, record: Record) -> None:
@@ -89,7 +97,8 @@ def read(paths: Iterable[Path]) -> list[Record]:
     found: dict[tuple[str, str], Record] = {}
     for path in paths:
         for item in _items(path):
-            record = Record(**item)
+            kernels = [tuple(kernel) for kernel in item.get("kernels", ())]
+            record = Record(**{**item, "kernels": kernels})
             found[record.device, record.id] = record
     return list(found.values())
 

@@ -3,7 +3,8 @@
     python -m bench.report results/*.json                      table and plots, into bench/results/report/
     python -m bench.report --compare old.json new.json         exits with 1 where one is slower by 5 %
 
-Files are pytest-benchmark's (`--benchmark-json`) or those of `--records` (`.jsonl`).
+Files are pytest-benchmark's (`--benchmark-json`), those of `--records` (`.jsonl`), or those of
+`bench/results/h200/`, whose own report is in `bench/results/h200/report/`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import plots, records, tables
+from bench import plots, raw_runs, records, tables
 
 OUTPUT = Path(__file__).parent / "results" / "report"
 
@@ -24,7 +25,7 @@ def write(paths: Sequence[Path], folder: Path) -> str:
     Raises:
         ValueError: if the files hold no records.
     """
-    found = records.read(paths)
+    found = records.read(paths) + raw_runs.read(paths)
     if not found:
         raise ValueError(f"no results in {', '.join(map(str, paths))}")
     text = tables.summary(found)

@@ -9,15 +9,12 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import DTYPES
-from bench.stage_calls import STAGES, bind, make_inputs
-from catseg_fast.engine import torch_stages
-from catseg_fast.engine.streaming import Stages
+from bench.stage_calls import STAGES, make_stage_call
 
 WARM_UP = 3
 ROWS = 25
@@ -46,21 +43,17 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="print PyTorch's own profile")
     options = parser.parse_args()
     stage, crops, classes, dtype = parse(options.case)
-    inputs = make_inputs(stage, crops, classes, dtype, torch.device(options.device))
-    call, stages = bind(stage, inputs), cast(Stages, torch_stages)
-    if options.device == "cuda":
-        from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux alone
-
-        stages = TritonStages(inputs.plan)
+    made = make_stage_call(stage, crops, classes, dtype, torch.device(options.device))
+    call = made.triton if options.device == "cuda" else made.plain
     with torch.no_grad():
         for _ in range(WARM_UP):
-            call(stages)
+            call()
         if options.torch:
-            _print_profile(lambda: call(stages), options.device)
+            _print_profile(call, options.device)
             return
         torch.cuda.synchronize()
         with torch.cuda.profiler.profile():
-            call(stages)
+            call()
             torch.cuda.synchronize()
 
 

@@ -1,102 +1,72 @@
-"""The engine's stages one by one, on random chunks of classes."""
+"""The engine's ops one by one, on random chunks of classes, as their declarations say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case, make_call
-from catseg_fast.engine import torch_stages
-from catseg_fast.engine.class_memory import LinearMemory, new_memory
-from catseg_fast.engine.folding import Plan
-from catseg_fast.engine.streaming import Stages
-from catseg_fast.engine.terms import ImageTerms, image_terms
+from catseg_fast.kernels import TUNABLE_OPS, load
+from catseg_fast.kernels.launch.op import Op, Random
 
 RESOLUTION = (24, 24)
-STAGES = (
-    "embed_cost_volume, P=1",
-    "embed_cost_volume, P=80",
-    "window_block",
-    "window_block, shifted",
-    "class_collect",
-    "class_apply",
-    "decode",
+STAGES = tuple(
+    ", ".join(filter(None, (name, variant))) for name in TUNABLE_OPS for variant in load(name).sizes
 )
 
 
 @dataclass(frozen=True)
-class StageInputs:
-    """What the stages take, in one type."""
+class StageCall:
+    """An op and its arguments."""
 
-    plan: Plan
-    image: ImageTerms
-    x: Tensor  # [B, t, HW, C]
-    text: Tensor  # [1, t, P, F], unit vectors
-    guidance: Tensor  # [2, 1, t, C], the text's share of keys and queries
+    op: Op
+    inputs: dict[str, Any]
+
+    def plain(self) -> Tensor:
+        """The op in plain torch."""
+        return _answer(self.op.plain(**self.inputs))
+
+    def triton(self) -> Tensor:
+        """The op on kernels."""
+        return _answer(self.op.triton(**self.inputs))
+
+    def to(self, dtype: torch.dtype) -> StageCall:
+        """The same call in another type."""
+        return StageCall(self.op, {name: _cast(value, dtype) for name, value in self.inputs.items()})
+
+    def least_bytes(self, answer: Tensor) -> int:
+        """The chunk (or what its cost volume is made of) read once, the answer written once."""
+        read = [self.inputs[name] for name in ("x", "image", "text") if name in self.inputs]
+        return answer.nbytes + sum(x.nbytes for x in read)
 
 
 def variant_of(stage: str) -> str:
-    """Whose weights a stage has."""
+    """The published variant that a stage's sizes are of."""
     return "v1-vitl-swinb" if stage.endswith("P=80") else "v2-vitl"
 
 
 @torch.no_grad()
-def make_inputs(
+def make_stage_call(
     stage: str, crops: int, classes: int, dtype: torch.dtype, device: torch.device
-) -> StageInputs:
-    """Weights and inputs of a stage, the same every time."""
-    call = make_call(Case(variant_of(stage), classes, crops, dtype), device)
-    plan = call.aggregator.engine.plan()
-    with torch.device(device):
-        x = torch.randn(crops, classes, RESOLUTION[0] * RESOLUTION[1], plan.channels)
-        guidance = torch.randn(2, 1, classes, plan.channels)
-    return StageInputs(
-        plan,
-        image_terms(call.aggregator, plan, call.img_feats, call.guidance),
-        x.to(dtype),
-        F.normalize(call.text_feats[:1], dim=-1).to(dtype),
-        guidance.to(dtype),
-    )
+) -> StageCall:
+    """A stage on random weights and inputs, the same every time."""
+    name, _, variant = stage.partition(", ")
+    op = load(name)
+    sizes = replace(op.sizes[variant], crops=crops, classes=classes)
+    return StageCall(op, op.make_inputs(sizes, Random(dtype, device)))
 
 
-@torch.no_grad()
-def bind(stage: str, inputs: StageInputs) -> Callable[[Stages], Tensor]:
-    """The stage on its inputs, by whichever stages are given; what it needs besides is computed by torch."""
-    plan, image, x = inputs.plan, inputs.image, inputs.x
-    layer = plan.layers[0]
-    classes = layer.classes
-    key, query = inputs.guidance
-
-    def collect(stages: Stages) -> LinearMemory:
-        memory = new_memory(classes, x.shape[1])
-        stages.class_collect(classes, memory, x, key, RESOLUTION)
-        assert isinstance(memory, LinearMemory)
-        return memory
-
-    def collected(stages: Stages) -> Tensor:
-        key_value = collect(stages).key_value
-        assert isinstance(key_value, Tensor)
-        return key_value
-
-    if stage == "class_collect":
-        return collected
-    if stage == "class_apply":
-        memory = collect(torch_stages)
-        return lambda stages: stages.class_apply(classes, x, query, memory, RESOLUTION)
-    if stage == "decode":
-        return lambda stages: stages.decode(plan, image.decoder, x, RESOLUTION)
-    if stage.startswith("embed_cost_volume"):
-        return lambda stages: stages.embed_cost_volume(plan, image.features, inputs.text, RESOLUTION)
-    shifted = stage.endswith("shifted")
-    return lambda stages: stages.window_block(layer.blocks[shifted], image.blocks[0][shifted], x)
+def _answer(result: Any) -> Tensor:
+    """What is compared: of class_collect, the sums of products."""
+    answer: Tensor = result[0] if isinstance(result, tuple) else result
+    return answer
 
 
-def least_bytes(stage: str, inputs: StageInputs, answer: Tensor) -> int:
-    """The chunk (or what its cost volume is made of) read once, the answer written once."""
-    if stage.startswith("embed_cost_volume"):
-        return inputs.text.nbytes + inputs.image.features.nbytes + answer.nbytes
-    return inputs.x.nbytes + answer.nbytes
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value

@@ -13,7 +13,7 @@ def cells(record: Record) -> dict[str, str]:
         "case": record.case,
         "run": record.run + (f" [{record.note}]" if record.note else ""),
         "median": seconds(record.median),
-        "p20, p80": f"{seconds(record.p20)}, {seconds(record.p80)}",
+        "p20, p80": percentiles(record),
         "ms a class": _number(
             None if record.classes is None else 1e3 * record.median / record.classes, "{:.3g}"
         ),
@@ -29,10 +29,18 @@ def cells(record: Record) -> dict[str, str]:
 
 def seconds(value: float) -> str:
     """Seconds in the unit that fits."""
-    for unit, name in ((1.0, "s"), (1e-3, "ms")):
-        if value >= unit:
-            return f"{value / unit:.3g} {name}"
-    return f"{value * 1e6:.3g} us"
+    unit, name = next((item for item in ((1.0, "s"), (1e-3, "ms")) if value >= item[0]), (1e-6, "us"))
+    return f"{three_digits(value / unit)} {name}"
+
+
+def three_digits(value: float) -> str:
+    """A number below 1000 with three digits that count: 83.0 and 111."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def percentiles(record: Record) -> str:
+    """p20 and p80; empty where they were not kept."""
+    return ", ".join(seconds(value) for value in (record.p20, record.p80) if value is not None)
 
 
 def summary(records: Sequence[Record]) -> str:
@@ -48,7 +56,7 @@ def summary(records: Sequence[Record]) -> str:
         row = {"group": record.group, **cells(record)}
         row["against (a)"] = _number(of_reference and of_reference / record.median, "{:.2f}x")
         rows.append(row)
-    return "\n".join([*_conditions(records), "", *_table(rows)]) + "\n"
+    return "\n".join([*_conditions(records), "", markdown(rows)])
 
 
 def changes(found: Sequence[Change]) -> str:
@@ -63,7 +71,14 @@ def changes(found: Sequence[Change]) -> str:
         }
         for change in found
     ]
-    return "\n".join(_table(rows)) + "\n"
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """A table in Markdown, with the columns of its first row."""
+    columns = list(rows[0])
+    lines = [list(row.values()) for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, ["---"] * len(columns), *lines))
 
 
 def what_ran(records: Sequence[Record]) -> str:
@@ -81,8 +96,8 @@ def _conditions(records: Sequence[Record]) -> list[str]:
     lines = []
     for device in dict.fromkeys(record.device for record in records):
         own = [record for record in records if record.device == device]
-        rates = sorted({record.matmul_rate / 1e12 for record in own})
-        copies = sorted({record.copy_bandwidth / 1e9 for record in own})
+        rates = sorted({record.matmul_rate / 1e12 for record in own if record.matmul_rate})
+        copies = sorted({record.copy_bandwidth / 1e9 for record in own if record.copy_bandwidth})
         lines.append(
             f"- {what_ran(own)}; matrix product {_range(rates)} TFLOP/s over all types, "
             f"copy {_range(copies)} GB/s"
@@ -90,19 +105,16 @@ def _conditions(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _table(rows: Sequence[dict[str, str]]) -> list[str]:
-    columns = list(rows[0])
-    lines = [list(row.values()) for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines)]
-
-
 def _range(values: Sequence[float]) -> str:
+    if not values:
+        return "of unknown"
     low, high = f"{values[0]:.3g}", f"{values[-1]:.3g}"
     return low if low == high else f"{low} to {high}"
 
 
 def _spread(record: Record) -> str:
-    return f"{seconds(record.median)} ({seconds(record.p20)}, {seconds(record.p80)})"
+    spread = percentiles(record)
+    return f"{seconds(record.median)} ({spread})" if spread else seconds(record.median)
 
 
 def _number(value: float | None, form: str, unit: float = 1) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import click
 import typer
 from rich.console import Console
+from rich.errors import LiveError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -103,6 +105,28 @@ def image_progress(text: str) -> Iterator[Callable[[int, int], None]]:
                 bar.update(task, rate=f"{speed:.2f} img/s")
 
         yield advance
+
+
+@contextmanager
+def late_progress(text: str, after: float = 2.0) -> Iterator[Callable[[int, int], None]]:
+    """A bar that appears only if the work takes longer than `after` seconds; yields a function of the number
+    of steps done and of all.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+    task, begin = bar.add_task(text, total=None), time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if not bar.live.is_started and time.monotonic() - begin > after:
+            with suppress(LiveError):  # rich before 14.1 shows one bar at a time
+                bar.start()
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

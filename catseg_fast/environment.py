@@ -24,7 +24,7 @@ def describe_environment() -> dict[str, str]:
     import torch
 
     from catseg_fast._version import __version__
-    from catseg_fast.backend import choose_backend, default_device
+    from catseg_fast.backend import choose_backend, default_device, why_no_triton
 
     report = {"catseg-fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
     report |= {name: _version(package) for name, package in PACKAGES.items()}
@@ -34,6 +34,11 @@ def describe_environment() -> dict[str, str]:
         gpu = torch.cuda.get_device_properties(index)
         memory = gpu.total_memory / 2**30
         report[f"GPU {index}"] = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory:.0f} GiB"
+        if why_no_triton(device := torch.device("cuda", index)) is None:
+            from catseg_fast.kernels import TUNABLE_OPS, load
+            from catseg_fast.kernels.launch.origins import describe  # triton exists only for Linux
+
+            report[f"GPU {index}, launch configs"] = describe(map(load, TUNABLE_OPS), device, torch.float16)
     if not count:
         report["GPU"] = "none"
     report["CPU"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"

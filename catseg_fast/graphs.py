@@ -6,7 +6,7 @@ Equal calls are recorded without a request, too: see `catseg_fast.engine.recordi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
 from catseg_fast.inference.segment import read_out
 from catseg_fast.inference.segmentation import Segmentation
-from catseg_fast.model import CATSeg
 from catseg_fast.weights import weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.model import CATSeg
 
 Answer = TypeVar("Answer")
 Size = tuple[int, int]

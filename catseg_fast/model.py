@@ -21,12 +21,16 @@ from catseg_fast.checkpoints.checkpoint import (
     resolve,
 )
 from catseg_fast.config import Variant, get_variant
+from catseg_fast.console import late_progress
 from catseg_fast.engine.class_parallel import SOFTMAX, ClassShare
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.loss import segmentation_loss
+from catseg_fast.engine.precision import text_dtype
+from catseg_fast.engine.recording import Recorder
 from catseg_fast.engine.terms import VocabularyTerms
 from catseg_fast.errors import RunError
+from catseg_fast.graphs import ModelGraphs
 from catseg_fast.inference.encoding import EncodedImage, encode
 from catseg_fast.inference.explain import explain
 from catseg_fast.inference.images import ImageLike, load_image
@@ -37,12 +41,13 @@ from catseg_fast.inference.readout import (
 from catseg_fast.inference.segment import label, label_pixels, read_out
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.reference import model as reference_model
+from catseg_fast.reference.requests import check_requests
+from catseg_fast.text.features import Progress, TextEncoder
+from catseg_fast.text.features_cache import FeaturesCache
 from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from catseg_fast.graphs import ModelGraphs
 
 
 class CATSeg(reference_model.CATSeg):
@@ -56,6 +61,8 @@ class CATSeg(reference_model.CATSeg):
             all. By default as upstream has it: 256 in v2, None in v1.
         memory_budget: bytes (or "2GiB") that a call may take above weights and inputs; by default what is
             free. `engine` has further settings.
+        text_cache: True to keep text features in the user's cache folder, so that the next start with the
+            same classes encodes none; False for not; another folder; or a `FeaturesCache` with its own limit.
         **kwargs: further arguments of `catseg_fast.reference.model.CATSeg`.
     """
 
@@ -69,9 +76,11 @@ class CATSeg(reference_model.CATSeg):
         backend: str = "auto",
         max_classes: int | Literal["upstream"] | None = "upstream",
         memory_budget: int | str | None = None,
+        text_cache: bool | str | os.PathLike[str] | FeaturesCache = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(variant, classes, **kwargs)
+        self.text_encoder = TextEncoder(FeaturesCache.of(text_cache))
         self.backend = backend
         if max_classes != "upstream":
             self.max_classes = max_classes
@@ -114,6 +123,8 @@ class CATSeg(reference_model.CATSeg):
         variant: str | Variant | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        sha256: str | None = None,
         **kwargs: Any,
     ) -> Self:
         """A model in evaluation mode with a checkpoint's weights.
@@ -124,14 +135,16 @@ class CATSeg(reference_model.CATSeg):
             variant: what the checkpoint must be; by default what its keys and shapes say.
             device: where the model goes; by default a GPU where there is one.
             dtype: type of the weights.
+            revision: branch, tag or commit of the repository on the hub; by default its main branch.
+            sha256: the SHA-256 that the file must have, as 64 hexadecimal digits.
             **kwargs: further arguments of the constructor.
 
         Raises:
             FileNotFoundError, RuntimeError: if there is no such file, or the hub cannot be reached.
-            ValueError: if the file is no checkpoint, or not one of this variant; the message says what the
-                file looks like.
+            ValueError: if the file is no checkpoint, or not one of this variant, and the message says what
+                it looks like; or if its digest is another one.
         """
-        path = resolve(source)
+        path = resolve(source, revision=revision, sha256=sha256)
         state_dict = read_checkpoint(path)
         if variant is None:
             try:
@@ -180,6 +193,22 @@ class CATSeg(reference_model.CATSeg):
             raise RunError("class parallel: a model whose classes are split cannot be trained")
         else:
             self._share_out(ClassShare(check_classes(classes), share.group))
+
+    def _text_state(self) -> object:
+        return super()._text_state(), self._text_dtype()
+
+    def _text_dtype(self) -> torch.dtype:
+        weight = self.clip_model.text_projection
+        if self.training or choose_backend(self.backend, weight.device) == "reference":
+            return weight.dtype
+        selects = self.max_classes is not None and len(self.classes) > self.max_classes
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            return text_dtype(self.engine.precision, weight, selects)
+
+    def _encode_text(self, tokens: Sequence[Tensor], progress: Progress | None) -> Tensor:
+        prompts, dtype = len(self.templates), self._text_dtype()
+        with late_progress("Encoding class names") as bar:
+            return self.text_encoder.encode(self.clip_model, tokens, prompts, dtype, progress or bar)
 
     def _share_out(self, share: ClassShare) -> None:
         self._keep_classes(share.classes, share.classes[share.own], training=False)
@@ -288,9 +317,6 @@ class CATSeg(reference_model.CATSeg):
             RuntimeError: if the model is not on a CUDA GPU.
             ValueError: if there are no sizes, or the model selects classes.
         """
-        from catseg_fast.engine.recording import Recorder
-        from catseg_fast.graphs import ModelGraphs  # imports this module
-
         record = Recorder(self.device)
         return ModelGraphs(self, sizes, record, sliding_window=sliding_window, probabilities=probabilities)
 
@@ -311,8 +337,9 @@ class CATSeg(reference_model.CATSeg):
 
     def _requests(self, batched_inputs: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, Readout]]:
         """Each image and how upstream's call answers it."""
-        for index, entry in enumerate(batched_inputs):
-            image = self._to_device(entry, index)
+        check_requests(batched_inputs)
+        for entry in batched_inputs:
+            image = entry["image"].to(self.device, torch.float32)
             height, width = self.window.resolution if self.sliding_window else image.shape[-2:]
             size = (entry.get("height", height), entry.get("width", width))
             if self.sliding_window:

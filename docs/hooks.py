@@ -17,7 +17,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     package = Path(installed.name) / "catseg_fast"
     if not package.exists():  # `mkdocs serve` comes here again and again
         package.mkdir()
-        for path in (*(ROOT / "catseg_fast").iterdir(), ROOT / "reference", ROOT / "kernels"):
-            (package / path.name).symlink_to(path)
+        for path in (ROOT / "catseg_fast").iterdir():  # reference and kernels are links there
+            (package / path.name).symlink_to(path.resolve())
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [installed.name]
     return config

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catseg_fast.config import IGNORE_LABEL, Version
+from catseg_fast.labels import class_indices
 
 CLIP_FINETUNE = ("attention", "full", "prompt", "none")
 
@@ -54,13 +55,6 @@ def freeze(
             parameter.requires_grad_(train_backbone and "norm0" not in name)
 
 
-def check_labels(labels: Tensor, classes: int, ignore_label: int, name: str = "labels:") -> None:
-    """Raise a ValueError, which starts with `name`, unless all are class indices or the ignore label."""
-    wrong = labels[(labels != ignore_label) & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        raise ValueError(f"{name} {int(wrong[0])} is neither one of {classes} classes nor {ignore_label}")
-
-
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE_LABEL) -> Tensor:
     """Mean binary cross-entropy over pixels and classes.
 
@@ -68,15 +62,16 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE
 
     Args:
         logits: `[B, T, h, w]`, resized to the labels' size.
-        labels: class indices `[B, H, W]`.
+        labels: class indices `[B, H, W]` of any integer type.
         ignore_label: label of pixels without a class.
 
     Raises:
+        TypeError: if the labels are not integers.
         ValueError: if a label is neither a class index nor the ignore label.
     """
-    check_labels(labels, logits.shape[1], ignore_label)
+    labels = class_indices(labels, logits.shape[1], ignore_label)
     known = labels != ignore_label
     logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
     targets = torch.zeros_like(logits)
-    targets.scatter_(1, torch.where(known, labels, 0)[:, None].long(), known[:, None].to(logits.dtype))
+    targets.scatter_(1, torch.where(known, labels, 0)[:, None], known[:, None].to(logits.dtype))
     return F.binary_cross_entropy_with_logits(logits, targets)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -19,13 +20,16 @@ from catseg_fast.config import (
     Variant,
     get_variant,
 )
-from catseg_fast.errors import InputTypeError
+from catseg_fast.labels import class_indices
 from catseg_fast.reference.aggregator import Aggregator
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.finetune import freeze, segmentation_loss
 from catseg_fast.reference.guidance import build_guidance
 from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resize
-from catseg_fast.text.prompts import Progress, check_classes, encode_classes, get_templates, tokenize_classes
+from catseg_fast.reference.requests import check_requests
+from catseg_fast.text.features import Progress, encode_classes
+from catseg_fast.text.prompts import check_classes, get_templates
+from catseg_fast.text.tokens import tokenize_classes
 from catseg_fast.weights import weights_state
 
 
@@ -156,19 +160,26 @@ class CATSeg(nn.Module):
         They are kept until the classes or the text tower's weights change. Training v2 trains the text tower
         too, so there they are computed anew, with gradients.
         """
-        mode, prompts = self._class_mode(), len(self.templates)
+        mode = self._class_mode()
         tokens = self._tokens[mode]
         if self.training and self.variant.version == "v2":
-            return encode_classes(self.clip_model, tokens, prompts, progress=progress)
-        state = weights_state(self.clip_model.text_parameters())
+            return encode_classes(self.clip_model, tokens, len(self.templates), progress=progress)
+        state = self._text_state()
         cached = self._text_cache.get(mode)
         if cached is None or cached[0] != state:
             # Whatever mode the call is in, what is kept must serve every later one.
             device = self.device.type
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-                features = encode_classes(self.clip_model, tokens, prompts, progress=progress)
+                features = self._encode_text(tokens, progress)
             cached = self._text_cache[mode] = (state, features)
         return cached[1]
+
+    def _text_state(self) -> object:
+        """A value that changes when kept text features are no longer valid."""
+        return weights_state(self.clip_model.text_parameters())
+
+    def _encode_text(self, tokens: Sequence[Tensor], progress: Progress | None) -> Tensor:
+        return encode_classes(self.clip_model, tokens, len(self.templates), progress=progress)
 
     def _class_mode(self) -> bool:
         """The mode whose class names count: the present one, or the other where it alone has names."""
@@ -216,9 +227,10 @@ class CATSeg(nn.Module):
             it were alone. In training mode {"loss_sem_seg": scalar}.
 
         Raises:
-            TypeError, ValueError: if an image is not a tensor `[3, H, W]`, or no classes are set.
+            TypeError, ValueError: if an entry is wrong, or no classes are set; see `check_requests`.
         """
-        images = [self._to_device(entry, index) for index, entry in enumerate(batched_inputs)]
+        check_requests(batched_inputs, self.size_divisibility if self.training else None)
+        images = [entry["image"].to(self.device, torch.float32) for entry in batched_inputs]
         if self.training:
             return {"loss_sem_seg": self._loss(images, batched_inputs)}
         infer = self._infer_sliding if self.sliding_window else self._infer_whole
@@ -245,20 +257,19 @@ class CATSeg(nn.Module):
         clip_images, guidance_images = (
             pad_to_multiple(_stack_padded(batch), self.size_divisibility) for batch in normalised
         )
-        labels = torch.stack([entry["sem_seg"] for entry in batched_inputs])
-        return self._criterion(self.logits(clip_images, guidance_images), labels)
+        classes = len(self._classes[self._class_mode()])
+        labels = [
+            class_indices(entry["sem_seg"], classes, self.ignore_label, f"batched_inputs[{index}]['sem_seg']")
+            for index, entry in enumerate(batched_inputs)
+        ]
+        height, width = (max(x.shape[axis] for x in labels) for axis in (0, 1))
+        labels = [
+            F.pad(x, (0, width - x.shape[1], 0, height - x.shape[0]), value=self.ignore_label) for x in labels
+        ]
+        return self._criterion(self.logits(clip_images, guidance_images), torch.stack(labels))
 
     def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
         return segmentation_loss(logits, labels.to(logits.device), self.ignore_label)
-
-    def _to_device(self, entry: dict[str, Any], index: int) -> Tensor:
-        image = entry["image"]
-        name = f"batched_inputs[{index}]['image']"
-        if not isinstance(image, Tensor):
-            raise InputTypeError(f"{name}: a tensor [3, H, W] is wanted, not {type(image).__name__}")
-        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-            raise ValueError(f"{name}: shape {tuple(image.shape)} is not [3, H, W]")
-        return image.to(self.device, torch.float32)
 
 
 def normalise(images: Tensor) -> tuple[Tensor, Tensor]:

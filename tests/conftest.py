@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -19,8 +22,11 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 GPU = torch.cuda.is_available()
+_numbers = itertools.count()
 
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -37,6 +43,13 @@ os.environ.pop(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--upstream", metavar="FOLDER", help="a checkout of upstream, for the tests marked so")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let each test have an empty cache folder of the user, which is made when something is written."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -60,23 +73,45 @@ def on_gpu() -> Iterator[None]:
         yield
 
 
+# Larger tensors are left as they are, so that the system need not find memory for them.
+MOST_POISONED = 2**26
+
+
+@pytest.fixture(autouse=True)
+def _poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what is allocated with NaN, in all tests of modules that import something of the kernels."""
+    names = (getattr(value, "__module__", None) or value.__name__ for value in imported(request.module))
+    if not any(name.startswith("catseg_fast.kernels") for name in names):
+        return
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def imported(module: ModuleType) -> list[Any]:
+    """Modules, functions and classes among a module's names."""
+    return [value for value in vars(module).values() if isinstance(value, (ModuleType, FunctionType, type))]
+
+
+def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An allocating function whose floating tensors hold NaN; while graphs are made, as it was."""
+
+    @functools.wraps(allocate)
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        x = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta:
+            return x
+        if not x.is_floating_point() or x.numel() > MOST_POISONED:
+            return x
+        with _disable_current_modes():  # what is tested does not fill its buffers
+            return x.fill_(math.nan)
+
+    return allocate_poisoned
+
+
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what the kernels allocate with NaN."""
-    new_empty = Tensor.new_empty
+def default_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels in the interpreter take a GPU's default configs (`capability.assume`)."""
+    from catseg_fast.kernels.launch.kernel import Kernel  # triton exists for Linux only
 
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        x = new_empty(*args, **kwargs)
-        return x.fill_(math.nan) if x.is_floating_point() else x
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
-
-
-@pytest.fixture
-def gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let convolutions in the interpreter have a GPU's default tiles, not those that it likes."""
-    from catseg_fast.kernels import convolution  # decorated when it is imported
-
-    monkeypatch.setattr(
-        convolution, "interpreter_config", lambda size, dtype: convolution.default_config(size, dtype, 90)
-    )
+    unset = property(lambda self: None, lambda self, value: None)
+    monkeypatch.setattr(Kernel, "interpreter_config", unset, raising=False)

@@ -23,10 +23,7 @@ from bench.flops import call_flop, count, stage_flop
 from bench.measure import Timing, time_call
 from bench.meter import Meter
 from bench.records import Record
-from bench.stage_calls import STAGES, bind, make_inputs
-from catseg_fast.engine import folding as plan
-from catseg_fast.engine import torch_stages as stages
-from catseg_fast.engine.streaming import Stages
+from bench.stage_calls import STAGES, make_stage_call
 
 CPU = torch.device("cpu")
 
@@ -52,20 +49,16 @@ def measured(tmp_path: Path) -> Callable[[str, int], Path]:
 
     @torch.no_grad()
     def measure(name: str, repeats: int) -> Path:
-        class Slowed:
-            """Stages whose window blocks are computed several times."""
+        first = make_stage_call("class_collect", 1, 1, torch.float32, CPU)
+        second = make_stage_call("window_block", 1, 1, torch.float32, CPU)
 
-            def window_block(self, *arguments: Any) -> Tensor:
-                for _ in range(repeats):
-                    answer = stages.window_block(*arguments)
-                return answer
+        def slowed() -> Tensor:
+            for _ in range(repeats):
+                answer = second.plain()
+            return answer
 
-        slowed = cast(Stages, Slowed())
-        calls = {
-            "first": (bind("class_collect", make_inputs("class_collect", 1, 1, torch.float32, CPU)), stages),
-            "second": (bind("window_block", make_inputs("window_block", 1, 1, torch.float32, CPU)), slowed),
-        }
-        timings = {key: time_call(partial(call, using), CPU) for key, (call, using) in calls.items()}
+        calls = {"first": first.plain, "second": slowed}
+        timings = {key: time_call(call, CPU) for key, call in calls.items()}
         return write_benchmark_file(tmp_path / name, [make_record(*item) for item in timings.items()])
 
     return measure
@@ -170,28 +163,14 @@ def test_report_of_no_results_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("stage", STAGES)
 @torch.no_grad()
 def test_a_deliberately_wrong_kernel_does_not_pass_the_gate(stage: str) -> None:
-    class Wrong:
-        """Drops the last channel, class or pixel of what a stage computes."""
-
-        def __getattr__(self, name: str) -> Callable[..., object]:
-            right = getattr(stages, name)
-
-            def wrong(*arguments: object) -> object:
-                answer = right(*arguments)
-                if isinstance(answer, Tensor):
-                    answer[..., -1] = 0
-                else:  # class_collect leaves its answer in the memory
-                    arguments[1].key_value[..., -1] = 0  # type: ignore[attr-defined]
-                return answer
-
-            return wrong
-
-    inputs = make_inputs(stage, 1, 2, torch.float32, CPU)
-    call = bind(stage, inputs)
-    truth = bind(stage, plan.cast(inputs, torch.float64))(stages)
-    assert gate.check(call(stages), call(stages), truth) == 1
+    """It drops the last channel, class or pixel."""
+    call = make_stage_call(stage, 1, 2, torch.float32, CPU)
+    truth = call.to(torch.float64).plain()
+    assert gate.check(call.plain(), call.plain(), truth) == 1
+    wrong = call.plain()
+    wrong[..., -1] = 0
     with pytest.raises(gate.WrongAnswer, match="no speed"):
-        gate.check(call(Wrong()), call(stages), truth)
+        gate.check(wrong, call.plain(), truth)
 
 
 def test_the_gate_stops_numbers_that_are_none() -> None:
@@ -213,8 +192,7 @@ def test_operations_are_those_of_the_design(variant: str) -> None:
 @torch.no_grad()
 def test_operations_of_stages_are_those_of_the_design() -> None:
     """DESIGN: MFLOP a class; those of the CPU's fused attention count, too."""
-    inputs = make_inputs("window_block", 1, 2, torch.float32, CPU)
-    ours = count(lambda: bind("window_block", inputs)(stages)) / 2
+    ours = count(make_stage_call("window_block", 1, 2, torch.float32, CPU).plain) / 2
     reference = {
         name: stage_flop(name, "v2-vitl", 2, 1) for name in ("window_block", "decode", "class_apply")
     }

@@ -14,13 +14,14 @@ import pytest
 import torch
 from test_bench_report import make_record
 
-from bench import campaign, ship
-from bench.campaign import Outcome, Step
+from bench import campaign, runner, ship
 from bench.measure import Timing
 from bench.records import append
+from bench.runner import Outcome, Step
 from catseg_fast.engine import tuner
 from catseg_fast.kernels.launch import configs as tuning
 from catseg_fast.kernels.window_attention import mlp
+from support.gpus import fake_gpus
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,11 +41,11 @@ def test_steps_leave_their_output_and_failures_do_not_stop_the_rest(tmp_path: Pa
         Step("third", reason="no GPU"),
         stand_in("fourth", "print('x' * 2**20, 'end')"),
     ]
-    outcomes = campaign.run(steps, tmp_path, 60)
+    outcomes = runner.run(steps, tmp_path, 60)
     assert states(outcomes) == {"first": "done", "second": "failed", "third": "not here", "fourth": "done"}
     assert (tmp_path / "first.log").read_text() == "hello\n"
     assert "3" in outcomes[1].detail
-    assert (tmp_path / "fourth.log").stat().st_size < 1.1 * campaign.MOST_LOG_BYTES
+    assert (tmp_path / "fourth.log").stat().st_size < 1.1 * runner.MOST_LOG_BYTES
     assert (tmp_path / "fourth.log").read_text().endswith("end\n")
 
 
@@ -54,11 +55,11 @@ def test_a_campaign_that_runs_out_of_time_goes_on_where_it_was(tmp_path: Path) -
     slow = f"import os, time; os.path.exists({str(flag)!r}) or time.sleep(60)"
     steps = [stand_in("first", count), stand_in("slow", slow), stand_in("last", count)]
     start = time.monotonic()
-    outcomes = campaign.run(steps, tmp_path, 3)
+    outcomes = runner.run(steps, tmp_path, 3)
     assert time.monotonic() - start < 30
     assert states(outcomes) == {"first": "done", "slow": "cut short", "last": "no time left"}
     flag.touch()
-    outcomes = campaign.run(steps, tmp_path, 60)
+    outcomes = runner.run(steps, tmp_path, 60)
     assert states(outcomes) == {"first": "done", "slow": "done", "last": "done"}
     assert (tmp_path / "count").read_text() == "xx", "what is finished does not run again"
 
@@ -67,7 +68,7 @@ def test_a_campaign_that_runs_out_of_time_goes_on_where_it_was(tmp_path: Path) -
 def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
     """Interrupted as with Ctrl-C or by a scheduler, in the middle of a step, which ends, too."""
     program = (
-        "import os, signal, sys; from bench import campaign; from bench.campaign import Step\n"
+        "import os, signal, sys; from bench import campaign; from bench.runner import Step\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "campaign.all_steps = lambda *_: [\n"
         "    Step('first', (sys.executable, '-c', 'pass')),\n"
@@ -75,68 +76,101 @@ def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path: Path, how: signa
         "                  'import os, time; print(os.getpid(), flush=True); time.sleep(600)'))]\n"
         "sys.exit(campaign.main(['--device', 'cpu', '--minutes', '9', '--output', sys.argv[1]]))"
     )
-    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log, deadline = tmp_path / "slow.log", time.monotonic() + 300
     while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < deadline:
         time.sleep(0.05)
     slow = int(log.read_text())
     child.send_signal(how)
-    _, errors = child.communicate(timeout=300)  # in time to see what is left of the step
-    assert child.returncode
+    output, errors = child.communicate(timeout=300)  # in time to see what is left of the step
+    assert child.returncode == 128 + how
+    assert b"interrupted; not finished: slow\n" in output
+    assert b"the same command goes on" in output
     assert b"Traceback" not in errors
     with pytest.raises(ProcessLookupError):
         os.kill(slow, 0)
-    assert {path.name for path in tmp_path.iterdir()} == {"first.done", "first.log", "slow.log"}
+    assert {path.name for path in tmp_path.iterdir()} == {"device.txt", "first.done", "first.log", "slow.log"}
     steps = [stand_in("first", "raise SystemExit('again')"), stand_in("slow", "print(2)")]
-    assert states(campaign.run(steps, tmp_path, 60)) == {"first": "done", "slow": "done"}
+    assert states(runner.run(steps, tmp_path, 60)) == {"first": "done", "slow": "done"}
     assert log.read_text() == "2\n"
 
 
-def test_steps_of_a_dry_run(tmp_path: Path) -> None:
-    steps = {step.name: step for step in campaign.measuring_steps("cpu", tmp_path, 10)}
-    for dtype in ("bf16", "fp16", "fp32"):
-        assert steps[f"tune-{dtype}"].reason
-        assert not steps[f"tune-{dtype}"].command
-    assert steps["checks"].environment["CUDA_VISIBLE_DEVICES"] == ""
-    benchmarks = {Path(step.command[3]).name for name, step in steps.items() if name.startswith("bench-")}
-    assert benchmarks == {path.name for path in (ROOT / "bench").glob("bench_*.py")}
+def test_a_step_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    """One that hangs does not take the time of the others."""
+    hanging = Step("hanging", (sys.executable, "-c", "import time; time.sleep(600)"), seconds=1)
+    outcomes = runner.run([hanging, stand_in("next", "pass")], tmp_path, 60)
+    assert states(outcomes) == {"hanging": "cut short", "next": "done"}
 
 
-def test_a_gpu_is_tuned_in_every_type_before_it_is_measured(tmp_path: Path) -> None:
-    steps = campaign.measuring_steps("cuda", tmp_path, 60)
-    names = [step.name for step in steps]
-    tuning_steps = [step for step in steps if step.name.startswith("tune-")]
-    assert [step.command[-3] for step in tuning_steps] == ["bf16", "fp16", "fp32"]
-    assert names.index("tune-fp32") < names.index("bench-kernels")
-    assert all(step.environment["XDG_CACHE_HOME"] == str(tmp_path / "cache") for step in steps)
-    assert sum(float(step.command[-1]) for step in tuning_steps) <= 20, "of 60 minutes"
-
-
-def measured_kernels(folder: Path, run: str) -> None:
-    for index in range(5):
-        for dtype, seconds in (("bf16", index), ("fp32", 10 * index)):
-            timing = Timing(seconds, seconds, seconds, 5)
-            case = f"decode, t={index}, B=1, {dtype}"
-            append(folder / "kernels.jsonl", make_record(f"{index}{dtype}", timing, case=case, run=run))
-
-
-@pytest.mark.parametrize("ncu", ["/usr/bin/ncu", None])
-@pytest.mark.parametrize(("device", "run"), [("cuda", "Triton"), ("cpu", "torch")])
-def test_the_slowest_kernels_are_profiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, run: str, ncu: str | None
+def test_what_belongs_to_a_machine_runs_again_on_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(campaign.shutil, "which", lambda _: ncu)
-    (nothing,) = campaign.profiling_steps(device, tmp_path)
-    assert nothing.reason
-    measured_kernels(tmp_path, run)
-    steps = campaign.profiling_steps(device, tmp_path)
-    assert [step.name for step in steps] == [f"profile-decode-t-{t}-B-1-bf16" for t in (4, 3, 2)]
-    by_ncu = device == "cuda" and ncu is not None
-    assert all((step.command[0] == ncu) == by_ncu for step in steps)
-    assert all((step.command[-1] == "--torch") == (not by_ncu) for step in steps)
-    assert all(f"decode, t={t}, B=1, bf16" in step.command for t, step in zip((4, 3, 2), steps, strict=True))
-    names = [step.name for step in campaign.all_steps(device, tmp_path, 60)]
-    assert names.index("bench-kernels") + 1 == names.index("profile-decode-t-4-B-1-bf16")
+    count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
+    compiling = replace(stand_in("compile", count), per_machine=True)
+    for boot in ("one", "one", "another"):
+        (tmp_path / "boot").write_text(boot)
+        monkeypatch.setattr(runner, "BOOT", tmp_path / "boot")
+        runner.run([compiling, stand_in("other", count)], tmp_path / "results", 60)
+    assert (tmp_path / "count").read_text() == "xx" + "x"
+
+
+def test_a_done_file_that_was_cut_short_counts_as_none(tmp_path: Path) -> None:
+    (tmp_path / "only.done").write_text('{"name": "on')
+    assert runner.left([stand_in("only", "pass"), Step("elsewhere", reason="no GPU")], tmp_path) == ["only"]
+    assert states(runner.run([stand_in("only", "pass")], tmp_path, 60)) == {"only": "done"}
+    assert runner.left([stand_in("only", "pass")], tmp_path) == []
+
+
+def test_too_little_time_says_what_is_missing_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [
+        stand_in("quick", "pass"),
+        stand_in("slow", "import time; time.sleep(600)"),
+        stand_in("last", ""),
+    ]
+    monkeypatch.setattr(campaign, "all_steps", lambda *_: steps)
+    start = time.monotonic()
+    assert campaign.main(["--device", "cpu", "--minutes", "0.05", "--output", str(tmp_path)]) == 1
+    assert time.monotonic() - start < 30
+    output = capsys.readouterr().out
+    assert "not finished: slow (cut short), last (no time left); the same command goes on" in output
+    assert "more --minutes" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0", "--device", "cpu"], "--minutes: 0 is not a positive number"),
+        (["--minutes", "nan", "--device", "cpu"], "--minutes: nan is not a positive number"),
+        (["--minutes", "5"], f"needs a CUDA GPU; found none, with torch {torch.__version__}"),
+    ],
+)
+def test_usage_errors(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        campaign.main([*arguments, "--output", str(tmp_path / "new")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_results_of_two_devices_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "device.txt").write_text("NVIDIA H200\n")
+    with pytest.raises(SystemExit):
+        campaign.main(["--device", "cpu", "--minutes", "1", "--output", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert "has results of 'NVIDIA H200'; this machine has 'CPU " in " ".join(error.split())
+
+
+def test_the_time_counts_from_when_the_program_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "all_steps", lambda *_: [stand_in("only", "pass")])
+    arguments = ["--device", "cpu", "--minutes", "1", "--output", str(tmp_path)]
+    assert campaign.main(arguments, begun=time.time() - 60) == 1
+    assert campaign.main(arguments) == 0
 
 
 def test_the_table_comes_last(tmp_path: Path) -> None:
@@ -152,22 +186,22 @@ def test_logs_give_way_when_results_grow(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_bytes(b"r" * 5000)
     for name, length in (("long", 8000), ("short", 100)):
         (tmp_path / f"{name}.log").write_bytes(b"x" * length + b"end")
-    campaign.shorten_logs(tmp_path, 20_000)
-    assert campaign.size(tmp_path) == 5000 + 8003 + 103, "nothing is cut where all fits"
-    campaign.shorten_logs(tmp_path, 7000)
-    assert campaign.size(tmp_path) <= 7000
+    runner.shorten_logs(tmp_path, 20_000)
+    assert runner.size(tmp_path) == 5000 + 8003 + 103, "nothing is cut where all fits"
+    runner.shorten_logs(tmp_path, 7000)
+    assert runner.size(tmp_path) <= 7000
     assert (tmp_path / "records.jsonl").stat().st_size == 5000
     assert (tmp_path / "long.log").read_bytes().endswith(b"xend")
     assert (tmp_path / "short.log").read_bytes() == b"x" * 100 + b"end"
 
 
-@pytest.mark.parametrize("size", [1000, campaign.MOST_BYTES + 1])
+@pytest.mark.parametrize("size", [1000, runner.MOST_BYTES + 1])
 def test_a_folder_above_ten_megabytes_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], size: int
 ) -> None:
     steps = [stand_in("only", f"open({str(tmp_path / 'made')!r}, 'w').truncate({size})")]
     monkeypatch.setattr(campaign, "all_steps", lambda *_: steps)
-    too_large = size > campaign.MOST_BYTES
+    too_large = size > runner.MOST_BYTES
     code = campaign.main(["--device", "cpu", "--minutes", "1", "--output", str(tmp_path)])
     assert code == too_large
     assert ("more than 10 MB" in capsys.readouterr().err) == too_large
@@ -177,20 +211,26 @@ def test_tuned_configs_of_a_campaign_go_into_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A GPU has its defaults until configs for it are in the package, and from then on those."""
-    gpu, package, default = "NVIDIA H200", tmp_path / "package", mlp.default_config(90, torch.bfloat16, 128)
+    gpu, package = "NVIDIA H200", tmp_path / "package"
     monkeypatch.setattr(tuning, "SHIPPED", package)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    fake_gpus(monkeypatch, (gpu, 90, 132))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of the user"))
+
+    def problem(hidden: int) -> tuning.Problem:
+        x = torch.empty(5, 51, 576, 128, dtype=torch.bfloat16, device="meta")
+        sizes = {"positions": 576, "channels": 128, "hidden": hidden}
+        return tuning.Problem.of("window_block", "mlp", mlp.MLPConfig, x, "ieee", **sizes)
 
     def chosen(hidden: int) -> object:
         tuning.clear()
-        problem = mlp.problem(torch.bfloat16, "ieee", 255, 576, 128, hidden)
-        return tuning.choose(problem, torch.device("cuda", 0), lambda _: default)
+        return tuning.choose(problem(hidden), torch.device("cuda", 0), mlp.default_config)
+
+    default = mlp.default_config(90, problem(512))
 
     def tuned(folder: Path, hidden: int, rows: int) -> None:
         entry = {
-            "kernel": "mlp", "dtype": "bf16", "precision": "ieee", "gpu": gpu,
+            "kernel": "mlp", "version": mlp.MLPConfig.version, "dtype": "bf16", "precision": "ieee",
+            "gpu": gpu,
             "shape": {"positions": 576, "channels": 128, "hidden": hidden, "crop_classes": 255},
             "config": asdict(replace(default, rows=rows)),
         }  # fmt: skip

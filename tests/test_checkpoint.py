@@ -11,16 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import safetensors
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from catseg_fast.checkpoints.checkpoint import convert, load_into, read_checkpoint, recognise_variant, resolve
+from catseg_fast.checkpoints.checkpoint import convert, load_into, read_checkpoint, recognise_variant
 from catseg_fast.config import VARIANTS, CLIPConfig, ResNetConfig, SwinConfig, Variant
 from catseg_fast.model import CATSeg
 from catseg_fast.reference.guidance import ResNetGuidance, SwinGuidance
@@ -437,131 +435,3 @@ def test_converts_only_cat_segs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"in\.pth: not a CAT-Seg checkpoint"):
         convert(tmp_path / "in.pth", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
-
-
-# ---- finding ----------------------------------------------------------------------------------------------
-
-
-class Hub:
-    """The hub's two calls: records what was asked, answers with a path or an error."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Exception | None = None) -> None:
-        self.asked: list[tuple[str, str, str]] = []
-        self.files: list[str] = []
-        self.answer = answer
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
-
-    def download(self, repository: str, filename: str, *, repo_type: str) -> str:
-        self.asked.append((repo_type, repository, filename))
-        if self.answer:
-            raise self.answer
-        return f"/cache/{filename}"
-
-    def list_repo_files(self, repository: str, *, repo_type: str) -> list[str]:
-        if self.answer:
-            raise self.answer
-        return self.files
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
-    monkeypatch.chdir(tmp_path)
-    return Hub(monkeypatch)
-
-
-@pytest.mark.parametrize(
-    ("source", "asked"),
-    [
-        ("v2-vitb", ("space", "hamacojr/CAT-Seg-weights", "model_base.pth")),
-        ("v2-vitl", ("space", "hamacojr/CAT-Seg-weights", "model_large.pth")),
-        ("v1-vitb-r101", ("model", "hamacojr/CAT-Seg", "model_final_base.pth")),
-        (
-            "hamacojr/CAT-Seg-weights/model_large.pth",
-            ("space", "hamacojr/CAT-Seg-weights", "model_large.pth"),
-        ),
-        ("hamacojr/CAT-Seg/model_final_huge.pth", ("model", "hamacojr/CAT-Seg", "model_final_huge.pth")),
-        ("some-one/my.model/a/b.safetensors", ("model", "some-one/my.model", "a/b.safetensors")),
-    ],
-)
-def test_hub_ids(source: str, asked: tuple[str, str, str], hub: Hub) -> None:
-    assert resolve(source) == Path("/cache") / asked[2]
-    assert hub.asked == [asked]
-
-
-def test_every_variant_has_weights(hub: Hub) -> None:
-    found = {name: resolve(name) for name in VARIANTS}
-    assert len({tuple(asked) for asked in hub.asked}) == len(VARIANTS) - 1
-    assert found["demo"].is_file()
-    assert recognise_variant(read_checkpoint(found["demo"])) is VARIANTS["demo"]
-
-
-def test_a_repository_without_a_file_name(hub: Hub) -> None:
-    hub.files = ["README.md", "weights.pth"]
-    assert resolve("some/model") == Path("/cache/weights.pth")
-    hub.files += ["model.safetensors"]
-    assert resolve("some/model") == Path("/cache/model.safetensors")
-    hub.files = ["model_base.pth", "model_large.pth"]
-    with pytest.raises(
-        ValueError, match=r"several checkpoints \(model_base\.pth, model_large\.pth\): name one"
-    ):
-        resolve("hamacojr/CAT-Seg-weights")
-    hub.files = ["README.md"]
-    with pytest.raises(ValueError, match="no checkpoint"):
-        resolve("some/model")
-
-
-def test_files_and_folders_come_first(hub: Hub, tmp_path: Path) -> None:
-    file = tmp_path / "some" / "model" / "weights.pth"
-    file.parent.mkdir(parents=True)
-    file.touch()
-    assert resolve("some/model/weights.pth") == Path("some/model/weights.pth")
-    assert resolve("some/model") == Path("some/model/weights.pth")
-    assert resolve(file) == file
-    assert resolve(file.parent) == file
-    (file.parent / "other.safetensors").touch()
-    with pytest.raises(ValueError, match=r"several checkpoints \(other\.safetensors, weights\.pth\)"):
-        resolve(file.parent)
-    (file.parent / "model.safetensors").touch()
-    assert resolve(file.parent).name == "model.safetensors"
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no checkpoint"):
-        resolve("empty")
-    assert not hub.asked
-
-
-@pytest.mark.parametrize(
-    "source", ["none.pth", "folder/none.pth", "/none/at/all.pth", "./some/model", "v3-vitb", "C:\\w.pth"]
-)
-def test_missing_paths_are_not_looked_up_online(source: str, hub: Hub) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*v2-vitl"):
-        resolve(source)
-    assert not hub.asked
-
-
-@pytest.mark.parametrize("source", ["no/such", "no/such/file.pth"])
-@pytest.mark.parametrize("kind", [RepositoryNotFoundError, EntryNotFoundError])
-def test_not_on_the_hub(source: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    error = kind.__new__(kind, "404 Client Error")  # its constructor wants an HTTP response
-    Hub(monkeypatch, error)
-    with pytest.raises(FileNotFoundError, match=r"no/such.* is not on this machine, and the hub has no such"):
-        resolve(source)
-
-
-@pytest.mark.parametrize("source", ["v2-vitl", "hamacojr/CAT-Seg-weights"])
-@pytest.mark.parametrize(
-    "error",
-    [LocalEntryNotFoundError("not cached"), OSError("no route"), ConnectionError("offline mode")],
-    ids=lambda error: type(error).__name__,
-)
-def test_offline_says_what_to_do(source: str, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    Hub(monkeypatch, error)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RuntimeError) as caught:
-        resolve(source)
-    message = str(caught.value)
-    assert "https://huggingface.co/spaces/hamacojr/CAT-Seg-weights/resolve/main/" in message
-    assert huggingface_hub.constants.HF_HUB_CACHE in message
-    assert str(error) in message
-    assert "HF_HUB_OFFLINE is set" in message
-    assert "pass its path" in message

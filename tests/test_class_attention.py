@@ -10,26 +10,17 @@ import torch
 from torch import Tensor
 
 from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine import triton_stages
+from catseg_fast.engine.arguments import apply_weights
 from catseg_fast.engine.class_memory import FullMemory, LinearMemory
 from catseg_fast.engine.folding import ClassLayer
-from catseg_fast.kernels.class_attention import apply as class_apply
-from catseg_fast.kernels.class_attention import collect as class_collect
-from catseg_fast.kernels.class_attention import op as class_attention
-from catseg_fast.kernels.launch.compile_target import CAPABILITIES
+from catseg_fast.kernels.class_attention import apply, collect
+from catseg_fast.kernels.launch.capability import CAPABILITIES
+from catseg_fast.kernels.launch.configs import Problem
 from support.accuracy import assert_no_worse_than_eager, upcast
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is allocated but not written holds NaN."""
-
-    def new_empty(self: Tensor, size: int | tuple[int, ...], **kwargs: Any) -> Tensor:
-        return self.new_full((size,) if isinstance(size, int) else size, torch.nan, **kwargs)
-
-    monkeypatch.setattr(Tensor, "new_empty", new_empty)
 
 
 def make_layer(C: int = 128, heads: int = 4, hidden: int = 512, **changes: Any) -> ClassLayer:
@@ -73,14 +64,13 @@ def run(
     resolution: tuple[int, int],
     *options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both passes over chunks of (x, text_key, text_query): key_value, key_sum, and the outputs in one."""
+    """Both passes over chunks of (x, text_key, text_query): the means, key_sum, and the outputs in one."""
     memory = LinearMemory.new(layer, sum(x.shape[1] for x, _, _ in chunks))
-    for x, text_key, _ in chunks:
-        functions.class_collect(layer, memory, x, text_key, resolution, *options)
+    for index, (x, text_key, _) in enumerate(chunks):
+        last = index == len(chunks) - 1
+        functions.class_collect(layer, memory, x, text_key, resolution, last, *options)
     out = [functions.class_apply(layer, x, text, memory, resolution, *options) for x, _, text in chunks]
-    assert isinstance(memory.key_value, Tensor)
-    assert isinstance(memory.key_sum, Tensor)
-    return memory.key_value, memory.key_sum, torch.cat(out, dim=1)
+    return *memory.closed(), torch.cat(out, dim=1)
 
 
 def check(
@@ -95,7 +85,7 @@ def check(
     chunks = [tuple(x if x is None else x.to(DEVICE, dtype) for x in chunk) for chunk in chunks]
     truth = run(stages, *upcast((layer, chunks)), resolution)
     eager = run(stages, layer, chunks, resolution)
-    ours = run(class_attention, layer, chunks, resolution, input_precision)
+    ours = run(triton_stages, layer, chunks, resolution, input_precision)
     for tensors in zip(ours, eager, truth, strict=True):
         assert_no_worse_than_eager(*tensors)
 
@@ -156,7 +146,7 @@ def test_range_of_fp16(scale: float, shift: float) -> None:
         [y.to(DEVICE, torch.float16) for y in (x, text_key * scale, text_query)],
     )
     truth = run(stages, cast(layer, torch.float64), [tuple(y.double() for y in chunk)], (3, 4))
-    for found, exact in zip(run(class_attention, layer, [tuple(chunk)], (3, 4)), truth, strict=True):
+    for found, exact in zip(run(triton_stages, layer, [tuple(chunk)], (3, 4)), truth, strict=True):
         assert (found.double() - exact).norm() < 2e-3 * exact.norm()
 
 
@@ -177,11 +167,11 @@ def test_strided_views() -> None:
     apart = torch.full((2, 11, 2, 4, 80), torch.nan, device=DEVICE)[:, 3:8, 1, :, 8:72]
     text = torch.full((1, 9, 192), torch.nan, device=DEVICE)[:, 2:7, 64:128]
     transposed = x.transpose(2, 3).contiguous().transpose(2, 3)
-    expected = run(class_attention, layer, [(x, text_key, text_query)], (2, 2))
+    expected = run(triton_stages, layer, [(x, text_key, text_query)], (2, 2))
     for view, view_of_text in ((apart, text), (transposed, text)):
         view_of_text.copy_(text_key)
         view.copy_(x)
-        found = run(class_attention, layer, [(view, view_of_text, text_query)], (2, 2))
+        found = run(triton_stages, layer, [(view, view_of_text, text_query)], (2, 2))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -192,7 +182,7 @@ def test_offsets_beyond_two_billion() -> None:
     x, *_ = (y.to(DEVICE, torch.float16) for y in make_inputs(1, 3, 4, 16))
     far = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided(x.shape, (0, 2**30, 16, 1))
     far.copy_(x)
-    expected, found = (run(class_attention, layer, [(y, None, None)], (2, 2)) for y in (x, far))
+    expected, found = (run(triton_stages, layer, [(y, None, None)], (2, 2)) for y in (x, far))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -200,94 +190,59 @@ def test_same_bits_every_time_and_classes_in_any_order() -> None:
     layer = cast(make_layer(64, 4, 128), torch.float16)
     x, text_key, text_query = (x.to(DEVICE, torch.float16) for x in make_inputs(2, 9, 4, 64))
     chunk = (x, text_key, text_query)
-    first, second = (run(class_attention, layer, [chunk], (2, 2)) for _ in range(2))
+    first, second = (run(triton_stages, layer, [chunk], (2, 2)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    (*_, permuted) = run(class_attention, layer, [tuple(x[:, order] for x in chunk)], (2, 2))
+    (*_, permuted) = run(triton_stages, layer, [tuple(x[:, order] for x in chunk)], (2, 2))
     torch.testing.assert_close(permuted, first[2][:, order], rtol=2e-3, atol=2e-3)
 
 
-APPLY_CONFIGS = {
-    class_apply.default_config(capability, dtype, "ieee", classes)
-    for capability in CAPABILITIES
-    for dtype in (torch.float16, torch.float32)
-    for classes in (1, 1000)
-}
-COLLECT_CONFIGS = {class_collect.default_config(dtype) for dtype in (torch.float16, torch.float32)}
+def problem(dtype: torch.dtype) -> Problem:
+    return Problem.of("", "", apply.ApplyConfig, torch.empty(1, 1, dtype=dtype), "ieee", channels=128)
+
+
+APPLY_CONFIGS, COLLECT_CONFIGS = (
+    {
+        module.default_config(capability, problem(dtype))
+        for capability in CAPABILITIES
+        for dtype in (torch.float16, torch.float32)
+    }
+    for module in (apply, collect)
+)
 
 
 @pytest.mark.parametrize("config", sorted(APPLY_CONFIGS, key=str), ids=str)
-def test_apply_at_every_default_config(config: class_apply.ApplyConfig) -> None:
+def test_apply_at_every_default_config(config: apply.ApplyConfig) -> None:
     layer = cast(make_layer(128, 4, 512), torch.float32)
     x, text_key, text_query = (x.to(DEVICE, torch.float32) for x in make_inputs(1, 67, 3, 128))
     chunks = [(x, text_key, text_query)]
-    key_value, key_sum, eager = run(stages, layer, chunks, (1, 3))
-    weights = (layer.q, layer.q_bias, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias)
-    found = class_apply.launch(
-        x, text_query, key_value, key_sum, *weights, 4, 67, layer.eps, (1, 3), (1, 1), "ieee", config
-    )
+    means, key_sum, eager = run(stages, layer, chunks, (1, 3))
+    found = apply.launch(
+        x, text_query, means, key_sum, *apply_weights(layer), 4, 67, layer.eps, (1, 3), (1, 1),
+        input_precision="ieee", config=config,
+    )  # fmt: skip
     *_, truth = run(stages, *upcast((layer, chunks)), (1, 3))
     assert_no_worse_than_eager(found, eager, truth)
 
 
 @pytest.mark.parametrize("config", sorted(COLLECT_CONFIGS, key=str), ids=str)
-def test_collect_at_every_default_config(config: class_collect.CollectConfig) -> None:
+def test_collect_at_every_default_config(config: collect.CollectConfig) -> None:
     layer = cast(make_layer(128, 4, 128), torch.float32)
     x, text_key, text_query = (x.to(DEVICE, torch.float32) for x in make_inputs(1, 35, 9, 128))
-    expected = run(class_attention, layer, [(x, text_key, text_query)], (3, 3))
-    found = class_collect.launch(
-        x, layer.kv, layer.kv_bias, text_key, None, None, 4, 35, (3, 3), (1, 1), "ieee", config
-    )
+    expected = run(triton_stages, layer, [(x, text_key, text_query)], (3, 3))
+    found = collect.launch(
+        x, layer.kv, layer.kv_bias, text_key, None, None, 4, 35, (3, 3), (1, 1), True,
+        input_precision="ieee", config=config,
+    )  # fmt: skip
     for a, b in zip(found, expected, strict=False):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def op_arguments(dtype: torch.dtype = torch.float32) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments of both custom ops."""
-    layer = cast(make_layer(32, 2, 64), dtype)
-    x, text_key, text_query = (x.to(DEVICE, dtype) for x in make_inputs(2, 3, 6, 32))
-    rest = ((2, 3), (1, 1), "ieee")
-    sums = (torch.rand(2, 6, 2, 16, 16, device=DEVICE), torch.rand(2, 6, 2, 16, device=DEVICE))
-    weights = (layer.q, layer.q_bias, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias)
-    collect = (x, layer.kv, layer.kv_bias, text_key, *sums, 2, 3, *rest)
-    return collect, (x, text_query, *sums, *weights, 2, 3, 1e-6, *rest)
-
-
-def test_ops_pass_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    collect, apply = op_arguments()
-    torch.library.opcheck(class_collect.class_collect, collect)
-    torch.library.opcheck(class_apply.class_apply, apply)
-
-
-def test_autocast_changes_nothing() -> None:
-    collect, apply = op_arguments()
-    with torch.autocast(DEVICE.type, torch.bfloat16):
-        inside = (*class_collect.class_collect(*collect), class_apply.class_apply(*apply))
-    outside = (*class_collect.class_collect(*collect), class_apply.class_apply(*apply))
-    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
-
-
-def test_compiles_in_one_graph() -> None:
-    _, apply = op_arguments()
-    compiled = torch.compile(
-        lambda *args: class_apply.class_apply(*args) * 2, fullgraph=True, backend="aot_eager"
-    )
-    torch.testing.assert_close(compiled(*apply), 2 * class_apply.class_apply(*apply))
-
-
-def test_a_gradient_is_an_error() -> None:
-    _, apply = op_arguments()
-    out = class_apply.class_apply(apply[0].clone().requires_grad_(), *apply[1:])
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        out.sum().backward()
-
-
 def test_says_what_it_does_not_support() -> None:
     layer = make_layer()
-    assert class_attention.unsupported(layer) is None
-    assert "softmax" in str(class_attention.unsupported(replace(layer, linear=False)))
-    assert "40 channels" in str(class_attention.unsupported(make_layer(40, 4)))
+    assert triton_stages.unsupported_classes(layer) is None
+    assert "softmax" in str(triton_stages.unsupported_classes(replace(layer, linear=False)))
+    assert "40 channels" in str(triton_stages.unsupported_classes(make_layer(40, 4)))
 
 
 def test_bad_arguments() -> None:
@@ -302,48 +257,52 @@ def test_bad_arguments() -> None:
         layer: ClassLayer = layer,
         resolution: tuple[int, int] = (2, 3),
     ) -> None:
-        class_attention.class_collect(layer, memory, x, text, resolution)
+        triton_stages.class_collect(layer, memory, x, text, resolution)
 
-    with pytest.raises(ValueError, match=r"x: has shape \[2, 3, 6, 32\]; wanted \[B, t, 8, 32\] for"):
+    with pytest.raises(ValueError, match=r"x: has shape \[2, 3, 6, 32\]; expected \[B, t, 8, 32\] for"):
         collect(resolution=(2, 4))
     with pytest.raises(ValueError, match=r"x: has shape \[3, 6, 32\]"):
         collect(x[0])
     with pytest.raises(ValueError, match="above 0"):
         collect(x[:, :0], None)
-    with pytest.raises(ValueError, match=r"text_key: has shape \[1, 2, 32\]; wanted \[1 or 2, 3, 32\]"):
+    with pytest.raises(ValueError, match=r"text_key: has shape \[1, 2, 32\]; expected \[1 or 2, 3, 32\]"):
         collect(text=text[:, :2])
-    with pytest.raises(ValueError, match=r"text_key: is torch.float16; wanted torch.float32"):
+    with pytest.raises(ValueError, match=r"text_key: is torch.float16; expected torch.float32"):
         collect(text=text.half())
     with pytest.raises(ValueError, match="text_key: has strides"):
         collect(text=torch.zeros(1, 3, 64, device=DEVICE)[:, :, ::2])
-    with pytest.raises(ValueError, match=r"layer.q: is torch.float32; wanted torch.float16"):
+    with pytest.raises(ValueError, match=r"weight: is torch.float32; expected torch.float16"):
         collect(x.half(), None)
-    with pytest.raises(ValueError, match=r"layer.fc2: has strides"):
-        collect(layer=replace(layer, fc2=layer.fc2.t().contiguous().t()))
+    with pytest.raises(ValueError, match=r"weight: has strides"):
+        collect(layer=replace(layer, kv=layer.kv.t().contiguous().t()))
     with pytest.raises(ValueError, match=r"x: dtype torch.float64"):
         collect(x.double(), None)
     with pytest.raises(ValueError, match=r"memory: FullMemory has no kernel"):
         collect(memory=FullMemory.new(layer, 3))
     with pytest.raises(ValueError, match="layer: softmax attention"):
         collect(layer=replace(layer, linear=False))
-    with pytest.raises(ValueError, match=r"memory.key_sum: has shape \[1, 6, 2, 16\]"):
+    with pytest.raises(ValueError, match=r"key_sum: has shape \[1, 6, 2, 16\]; expected \[2, 6, 2, 16\]"):
         collect(memory=replace(memory, key_sum=torch.zeros(1, 6, 2, 16, device=DEVICE)))
     with pytest.raises(ValueError, match="pooling: 3x3 is larger"):
         collect(layer=replace(layer, pooling=(3, 3)))
-    with pytest.raises(ValueError, match="memory: it is empty"):
-        class_attention.class_apply(layer, x, None, memory, (2, 3))
+    with pytest.raises(ValueError, match="memory: it is not closed, or no class was added"):
+        triton_stages.class_apply(layer, x, None, memory, (2, 3))
     with pytest.raises(ValueError, match="input_precision: 'tf64' is not"):
-        class_attention.class_apply(layer, x, None, memory, (2, 3), "tf64")
+        triton_stages.class_collect(layer, memory, x, None, (2, 3), False, "tf64")
+    triton_stages.class_collect(layer, memory, x, None, (2, 3), last=True)
+    transposed = replace(layer, fc2=layer.fc2.t().contiguous().t())
+    with pytest.raises(ValueError, match=r"fc2: has strides"):
+        triton_stages.class_apply(transposed, x, None, memory, (2, 3))
 
 
 def test_a_failed_step_leaves_the_memory_as_it_was() -> None:
     layer = cast(make_layer(32, 2, 64), torch.float32)
     x, *_ = (x.to(DEVICE, torch.float32) for x in make_inputs(2, 3, 6, 32))
     memory = LinearMemory.new(layer, 6)
-    class_attention.class_collect(layer, memory, x, None, (2, 3))
+    triton_stages.class_collect(layer, memory, x, None, (2, 3))
     before = memory.key_value
     assert isinstance(before, Tensor)
     copy = before.clone()
-    class_attention.class_collect(layer, memory, x, None, (2, 3))
+    triton_stages.class_collect(layer, memory, x, None, (2, 3))
     assert torch.equal(before, copy)
     assert memory.key_value is not before

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from catseg_fast.kernels.launch.compile_target import CAPABILITIES, CompileTarget
+from catseg_fast.kernels import OPS
+from catseg_fast.kernels.launch.capability import CAPABILITIES
+from catseg_fast.kernels.launch.launcher import Launch
 from support import aot
 
-MODULES = aot.modules()
+ROOT = Path(__file__).parents[1]
 # On sm_89 the compiler makes of every target what it makes on sm_86.
 CHIPS = [pytest.param(x, marks=pytest.mark.slow if x == 89 else ()) for x in CAPABILITIES]
 TARGETS = [
-    pytest.param(module, capability, target, id=aot.key(module, capability, target), marks=marks)
-    for module in MODULES
+    pytest.param(target, id=target.name, marks=marks)
+    for op in OPS
     for (capability,), marks, _ in CHIPS
-    for target in aot.targets(module, capability)
+    for target in aot.targets(op, capability)
 ]
 pytestmark = pytest.mark.xdist_group("aot")  # one process has what is compiled
 
 GOOD = aot.Resources(128, 0, 0, 0, 1024, "wgmma", 4)
-TARGET = CompileTarget("example", None, {}, {}, num_warps=4, num_stages=2, expects_mma="wgmma")
+TARGET = aot.Target("example", "example", 90, Launch(None, (1,), {}, {}, {}), mma="wgmma")
 LOOP = """
         /*0000*/                   STL [R1], R2 ;
 .L_x_0:
@@ -39,39 +46,41 @@ LOOP = """
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[str, aot.Resources | str]:
-    """Resources by `aot.key`, of the modules and capabilities of the selected tests."""
-    calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
-    needed = [call.params for call in calls if call and "module" in call.params]
-    return aot.resources_of(
-        *(sorted({params[name] for params in needed}) for name in ("module", "capability"))
-    )
+    """Resources by name, of the ops and capabilities of the selected tests; all are compiled in one process."""
+    ops, capabilities = set[str](), set[int]()
+    for item in request.session.items:
+        if item.path == request.path and (call := getattr(item, "callspec", None)):
+            target = call.params.get("target")
+            ops |= {target.op if target else call.params.get("op")} - {None}
+            capabilities |= {target.capability if target else call.params.get("capability")} - {None}
+    return aot.resources_of(sorted(ops), sorted(capabilities))
 
 
-@pytest.mark.parametrize(("module", "capability", "target"), TARGETS)
-def test_takes_no_more_than_it_says(
-    module: str, capability: int, target: CompileTarget, compiled: dict[str, aot.Resources | str]
-) -> None:
-    taken = compiled[aot.key(module, capability, target)]
-    assert not aot.faults(target, capability, taken)
+@pytest.mark.parametrize("target", TARGETS)
+def test_takes_no_more_than_it_says(target: aot.Target, compiled: dict[str, aot.Resources | str]) -> None:
+    assert not aot.faults(target, compiled[target.name])
 
 
 @pytest.mark.parametrize("capability", CHIPS)
-@pytest.mark.parametrize("module", MODULES)
-def test_takes_what_was_recorded(
-    module: str, capability: int, compiled: dict[str, aot.Resources | str]
-) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_takes_what_was_recorded(op: str, capability: int, compiled: dict[str, aot.Resources | str]) -> None:
     """A change that costs registers is to be seen in review: `tests/support/aot.py --write` records it."""
     record = aot.recorded()
     if record is None:
         pytest.skip(f"nothing is recorded of triton {aot.triton.__version__}")
 
     def chosen(by_name: dict[str, Any]) -> dict[str, Any]:
-        start, end = f"{module} / ", f" / sm_{capability}"
+        start, end = f"{op} / ", f" / sm_{capability}"
         return {name: x for name, x in by_name.items() if name.startswith(start) and name.endswith(end)}
 
-    found = {name: x if isinstance(x, str) else asdict(x) for name, x in chosen(compiled).items()}
-    print(aot.table(found))
-    assert found == chosen(record)
+    resources = {name: x if isinstance(x, str) else asdict(x) for name, x in chosen(compiled).items()}
+    print(aot.table(resources))
+    assert resources == chosen(record)
+
+
+def test_names_are_unique() -> None:
+    names = [parameters.values[0].name for parameters in TARGETS]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -86,10 +95,27 @@ def test_takes_what_was_recorded(
     ],
 )
 def test_finds_a_fault(taken: aot.Resources | str, fault: str) -> None:
-    assert not aot.faults(TARGET, 90, GOOD)
-    (found,) = aot.faults(TARGET, 90, taken)
+    assert not aot.faults(TARGET, GOOD)
+    (found,) = aot.faults(TARGET, taken)
     assert fault in found
 
 
 def test_counts_spills_in_loops_apart() -> None:
     assert aot.count_spills(LOOP) == (3, 1)
+
+
+def test_compiles_as_a_launch_does() -> None:
+    """Tensor descriptors; None and 1 are constants; multiples of 16 are marked, but where that is refused."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-m", "support.launch_probe"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    signature, uses_tma = done.stdout.splitlines()
+    found = dict(re.findall(r"%(\w+): ([^,]*)", signature))
+    assert uses_tma == "True"
+    assert "tensordesc" in found["x_desc"]
+    assert not {"one", "nothing", "SIZE"} & set(found)
+    marked = {name for name, kind in found.items() if "tt.divisibility = 16" in kind}
+    assert marked == {"x_ptr", "out_ptr", "sixteen"}
+    assert {"odd", "free"} < set(found)

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.folding import Plan
+from catseg_fast.engine.triton_stages import kernel_embedding
+from catseg_fast.kernels import load
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.cost_volume import single_prompt
 from support.accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 
-pytestmark = pytest.mark.usefixtures("on_gpu", "poison")
+pytestmark = pytest.mark.usefixtures("on_gpu")
 
 
 def make_plan(channels: int, prompts: int, dtype: torch.dtype) -> Plan:
@@ -40,13 +42,17 @@ def make_features(
     return image.to(plan.embed.dtype), text.to(plan.embed.dtype)
 
 
+def embed(plan: Plan, image: Tensor, text: Tensor, resolution: tuple[int, int]) -> Tensor:
+    return cost_volume.embed_cost_volume(image, text, *kernel_embedding(plan), resolution)
+
+
 def check(plan: Plan, image: Tensor, text: Tensor, resolution: tuple[int, int]) -> None:
     truth = stages.embed_cost_volume(upcast(plan), upcast(image), upcast(text), resolution)
     eager = stages.embed_cost_volume(plan, image, text, resolution)
-    assert_no_worse_than_eager(cost_volume.embed_cost_volume(plan, image, text, resolution), eager, truth)
+    assert_no_worse_than_eager(embed(plan, image, text, resolution), eager, truth)
 
 
-@pytest.mark.usefixtures("gpu_tiles")
+@pytest.mark.usefixtures("default_configs")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("prompts", "B", "t", "H", "W"), [(1, 2, 3, 24, 24), (80, 1, 1, 6, 10)])
 def test_matches_plain_torch_with_the_default_configs(
@@ -95,18 +101,17 @@ def test_takes_any_strides(prompts: int) -> None:
     torch.manual_seed(3)
     plan = make_plan(16, prompts, torch.float32)
     image, text = make_features(plan, 2, 3, 20, 32, 2)
-    expected = cost_volume.embed_cost_volume(plan, image, text, (4, 5))
+    expected = embed(plan, image, text, (4, 5))
     wide = torch.full((2, 25, 40), math.nan)
     wide[:, 2:22, 3:35] = image
     vocabulary = torch.full((2, 7, prompts + 1, 32), math.nan)
     vocabulary[:, 2:5, :prompts] = text
-    last = replace(plan, embed=plan.embed.contiguous(memory_format=torch.channels_last))
     for arguments in (
-        (last, image.contiguous(), text),
+        (plan, image.contiguous(), text),
         (plan, wide[:, 2:22, 3:35], vocabulary[:, 2:5, :prompts]),
         (plan, image, text.mT.contiguous().mT),
     ):
-        assert torch.equal(cost_volume.embed_cost_volume(*arguments, (4, 5)), expected)
+        assert torch.equal(embed(*arguments, (4, 5)), expected)
 
 
 @pytest.mark.usefixtures("overflow_checks")
@@ -117,8 +122,8 @@ def test_takes_offsets_beyond_32_bits(prompts: int) -> None:
     image, text = make_features(plan, 1, 3, 9, 16)
     far = torch.empty(2**31 + text.numel(), dtype=torch.float16)  # of which little is ever touched
     far = far.as_strided(text.shape, (0, 2**30, 16, 1)).copy_(text)
-    expected = cost_volume.embed_cost_volume(plan, image, text, (3, 3))
-    assert torch.equal(cost_volume.embed_cost_volume(plan, image, far, (3, 3)), expected)
+    expected = embed(plan, image, text, (3, 3))
+    assert torch.equal(embed(plan, image, far, (3, 3)), expected)
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
@@ -126,7 +131,7 @@ def test_is_deterministic_and_classes_do_not_meet(prompts: int) -> None:
     torch.manual_seed(5)
     plan = make_plan(16, prompts, torch.float16)
     image, text = make_features(plan, 2, 5, 16, 32)
-    assert_classes_are_apart(lambda text: cost_volume.embed_cost_volume(plan, image, text, (4, 4)), text)
+    assert_classes_are_apart(lambda text: embed(plan, image, text, (4, 4)), text)
 
 
 @pytest.mark.parametrize("prompts", [1, 3])
@@ -137,7 +142,7 @@ def test_order_of_classes_does_not_matter(prompts: int) -> None:
     truth = stages.embed_cost_volume(upcast(plan), upcast(image), upcast(text), (4, 4))
     eager = stages.embed_cost_volume(plan, image, text, (4, 4))
     order = torch.tensor([3, 0, 4, 2, 1])
-    ours = cost_volume.embed_cost_volume(plan, image, text[:, order], (4, 4))
+    ours = embed(plan, image, text[:, order], (4, 4))
     assert_no_worse_than_eager(ours, eager[:, order], truth[:, order])
 
 
@@ -148,7 +153,9 @@ def test_bands_of_one_prompt_meet(rows: int, monkeypatch: pytest.MonkeyPatch) ->
     image, text = make_features(plan, 1, 2, 45, 32)
     default_config = single_prompt.default_config
     monkeypatch.setattr(
-        single_prompt, "default_config", lambda *a: replace(default_config(*a), rows=rows, channels=16)
+        single_prompt.KERNEL,
+        "default_config",
+        lambda *a: replace(default_config(*a), rows=rows, channels=16),
     )
     check(plan, image, text, (9, 5))
 
@@ -161,48 +168,41 @@ def test_is_exactly_zero_around_the_map() -> None:
     unit = torch.eye(16)[:1]
     image, text = unit.expand(1, 30, 16), unit.expand(1, 20, 1, 16)
     expected = F.conv2d(torch.ones(1, 1, 10, 3), whole, padding=3).flatten(2).mT
-    x = cost_volume.embed_cost_volume(plan, image, text, (10, 3))
+    x = embed(plan, image, text, (10, 3))
     assert torch.equal(x, expected[:, None].expand_as(x))
-
-
-def test_is_a_sound_custom_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(6)
-    plan = make_plan(16, 2, torch.float32)
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(cost_volume, "_embed_cost_volume", lambda *arguments: calls.append(arguments))
-    cost_volume.embed_cost_volume(plan, *make_features(plan, 2, 3, 6, 16), (2, 3))
-    torch.library.opcheck(torch.ops.catseg_fast.embed_cost_volume.default, calls[0])
-
-
-def test_compiles_into_one_graph() -> None:
-    torch.manual_seed(7)
-    plan = make_plan(16, 2, torch.float32)
-    features = make_features(plan, 1, 2, 6, 16)
-
-    def embed(image: Tensor, text: Tensor) -> Tensor:
-        return cost_volume.embed_cost_volume(plan, image, text, (2, 3)) + 1
-
-    compiled = torch.compile(embed, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*features), embed(*features))
 
 
 def test_names_what_is_wrong() -> None:
     plan = make_plan(16, 3, torch.float32)
     image, text = make_features(plan, 2, 4, 20, 32, 2)
 
-    def refused(match: str, **changes: Any) -> None:
-        arguments = {"plan": plan, "image": image, "text": text, "resolution": (4, 5), **changes}
-        with pytest.raises(ValueError, match=match):
-            cost_volume.embed_cost_volume(**arguments)
+    weight, bias = kernel_embedding(plan)
 
-    refused(r"image: has shape \[2, 20, 32\]; wanted \[B, 16, F\]", resolution=(4, 4))
+    def refused(match: str, **changes: Any) -> None:
+        given = {"image": image, "text": text, "weight": weight, "bias": bias, "resolution": (4, 5)}
+        with pytest.raises(ValueError, match=match):
+            cost_volume.embed_cost_volume(**{**given, **changes})
+
+    refused(r"image: has shape \[2, 20, 32\]; expected \[B, 16, F\]", resolution=(4, 4))
     refused(r"image: has shape \[2, 4, 5, 32\]", image=image.unflatten(1, (4, 5)))
     refused(r"image: dtype torch.float64", image=image.double())
-    refused(r"text: has shape \[2, 4, 3, 31\]; wanted \[1 or 2, 4, 3, 32\]", text=text[..., :31])
-    refused(r"text: has shape \[2, 4, 2, 32\]; wanted \[1 or 2, 4, 3, 32\]", text=text[:, :, :2])
+    refused(r"text: has shape \[2, 4, 3, 31\]; expected \[1 or 2, 4, 3, 32\]", text=text[..., :31])
+    refused(r"text: has shape \[2, 4, 2, 32\]; expected \[1 or 2, 4, 3, 32\]", text=text[:, :, :2])
     refused(r"text: has shape \[2, 0, 3, 32\]", text=text[:, :0])
     refused(r"text: has shape \[2, 12, 32\]", text=text.flatten(1, 2))
-    refused(r"text: is torch.float16; wanted torch.float32", text=text.half())
-    refused(r"plan.embed: is torch.float32; wanted torch.float16", image=image.half(), text=text.half())
+    refused(r"text: is torch.float16; expected torch.float32", text=text.half())
+    refused(r"weight: is torch.float32; expected torch.float16", image=image.half(), text=text.half())
+    refused(r"weight: has shape \[16, 3, 7, 7\]; expected \[16, 7, 7, 7\]", weight=plan.embed)
+    refused(r"bias: has shape \[15\]; expected \[16\]", bias=bias[:15])
     refused(r"image: is on meta; the Triton kernels need a CUDA tensor", image=image.to("meta"))
-    refused(r"text: is on meta; wanted cpu", text=text.to("meta"))
+    refused(r"text: is on meta; expected cpu", text=text.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("crops", "classes", "share"), [(5, 64, 0.9), (5, 128, 0.9), (5, 256, 0.9), (1, 64, 0.7)]
+)
+def test_programs_of_one_prompt_fill_the_multiprocessors(crops: int, classes: int, share: float) -> None:
+    op = load("embed_cost_volume")
+    sizes = replace(op.sizes["P=1"], crops=crops, classes=classes)
+    _, (launch,) = op.dry_run(sizes, torch.float16, "ieee", 90)
+    assert launch.grid[0] >= share * 132, "programs; H100 has 132 multiprocessors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,16 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from catseg_fast.engine import torch_stages as stages
+from catseg_fast.engine.arguments import channels_last
 from catseg_fast.engine.folding import DecoderStage, Normalisation, Plan
-from catseg_fast.kernels import convolution
-from catseg_fast.kernels.convolution import Config, Size
-from catseg_fast.kernels.decoder import group_norm
+from catseg_fast.engine.triton_stages import kernel_decoding
 from catseg_fast.kernels.decoder import op as decoder
 from support.accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 
-pytestmark = pytest.mark.usefixtures("on_gpu", "poison")
+pytestmark = pytest.mark.usefixtures("on_gpu")
 
 
 def make_plan(channels: int, stage_channels: tuple[int, int], dtype: torch.dtype, group: int = 16) -> Plan:
@@ -40,8 +40,7 @@ def make_plan(channels: int, stage_channels: tuple[int, int], dtype: torch.dtype
             DecoderStage(
                 phases=weight(2, 2, out, ins, 2, 2, fan_in=4 * ins),
                 guidance=None,
-                up_bias=empty,
-                up_conv=empty,
+                bias=empty,
                 norm1=norm(out),
                 conv=weight(out, out, 3, 3, fan_in=9 * out),
                 norm2=norm(out),
@@ -65,13 +64,18 @@ def make_inputs(
     return (guidance[0], guidance[1]), x
 
 
+def decode(plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]) -> Tensor:
+    maps = [channels_last(added) for added in guidance]
+    return decoder.decode(x, maps, *kernel_decoding(plan), resolution)
+
+
 def check(plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]) -> None:
     truth = stages.decode(upcast(plan), upcast(guidance), upcast(x), resolution)
     eager = stages.decode(plan, guidance, x, resolution)
-    assert_no_worse_than_eager(decoder.decode(plan, guidance, x, resolution), eager, truth)
+    assert_no_worse_than_eager(decode(plan, guidance, x, resolution), eager, truth)
 
 
-@pytest.mark.usefixtures("gpu_tiles")
+@pytest.mark.usefixtures("default_configs")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_plain_torch_with_the_default_configs(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -105,14 +109,14 @@ def test_takes_any_strides() -> None:
     torch.manual_seed(3)
     plan = make_plan(32, (32, 16), torch.float32)
     (first, second), x = make_inputs(plan, 2, 2, 2, 3, 2)
-    expected = decoder.decode(plan, (first, second), x, (2, 3))
+    expected = decode(plan, (first, second), x, (2, 3))
     classes_apart = torch.full((2, 5, 6, 32), math.nan)
     classes_apart[:, 1::2] = x
     columns_apart = torch.full((2, 2, 6, 40), math.nan)
     columns_apart[..., 4:36] = x
     channels_last = first.contiguous(memory_format=torch.channels_last)
     for strided in (classes_apart[:, 1::2], columns_apart[..., 4:36], x.flip(0).flip(0).mT.contiguous().mT):
-        assert torch.equal(decoder.decode(plan, (channels_last, second), strided, (2, 3)), expected)
+        assert torch.equal(decode(plan, (channels_last, second), strided, (2, 3)), expected)
 
 
 @pytest.mark.usefixtures("overflow_checks")
@@ -122,14 +126,14 @@ def test_takes_offsets_beyond_32_bits() -> None:
     guidance, x = make_inputs(plan, 3, 1, 2, 2)
     far = torch.empty(2**31 + x.numel(), dtype=torch.float16)  # of which little is ever touched
     far = far.as_strided(x.shape, (2**30, 0, 16, 1)).copy_(x)
-    assert torch.equal(decoder.decode(plan, guidance, far, (2, 2)), decoder.decode(plan, guidance, x, (2, 2)))
+    assert torch.equal(decode(plan, guidance, far, (2, 2)), decode(plan, guidance, x, (2, 2)))
 
 
 def test_is_deterministic_and_classes_do_not_meet() -> None:
     torch.manual_seed(5)
     plan = make_plan(32, (16, 16), torch.float16)
     guidance, x = make_inputs(plan, 1, 2, 2, 3)
-    assert_classes_are_apart(lambda x: decoder.decode(plan, guidance, x, (2, 3)), x)
+    assert_classes_are_apart(lambda x: decode(plan, guidance, x, (2, 3)), x)
 
 
 def test_order_of_classes_does_not_matter() -> None:
@@ -138,7 +142,7 @@ def test_order_of_classes_does_not_matter() -> None:
     guidance, x = make_inputs(plan, 1, 2, 2, 3)
     truth = stages.decode(upcast(plan), upcast(guidance), upcast(x), (2, 3))
     order = torch.tensor([1, 0])
-    ours = decoder.decode(plan, guidance, x[:, order], (2, 3))
+    ours = decode(plan, guidance, x[:, order], (2, 3))
     eager = stages.decode(plan, guidance, x, (2, 3))
     assert_no_worse_than_eager(ours, eager[:, order], truth[:, order])
 
@@ -150,81 +154,130 @@ def test_what_is_not_finite_shows_in_the_logits(value: float) -> None:
     plan = make_plan(32, (32, 16), torch.float16)
     guidance, x = make_inputs(plan, 1, 2, 4, 4)
     x[0, 1, 5] = value
-    finite = decoder.decode(plan, guidance, x, (4, 4)).isfinite().flatten(2).all(dim=2)
+    finite = decode(plan, guidance, x, (4, 4)).isfinite().flatten(2).all(dim=2)
     assert finite.tolist() == [[True, False]]
 
 
-def test_statistics_survive_a_large_mean() -> None:
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+def test_writes_to_a_destination_and_sets_a_flag() -> None:
     torch.manual_seed(7)
-    size, config = Size(6, 6, 16, 16, taps=3), Config(16, 16, 32, num_warps=4, num_stages=1)
-    x, weight = torch.randn(1, 2, 36, 16), torch.randn(16, 3, 3, 16) / 12
-    bias = 1e4 + torch.randn(16)
-    maps, statistics = convolution.launch(x, weight, size, config, addend=bias, statistics=True)
-    assert statistics is not None
-    scale, shift = torch.randn(16), torch.randn(16)
-    found = group_norm.launch(statistics, scale, shift, 2, 1e-5, size, config).double()
-    grouped = maps[0].double().view(2, 36, 2, 8)
-    variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
-    expected = scale / (variance + 1e-5).sqrt().repeat_interleave(8, dim=1)
-    torch.testing.assert_close(found[:, 0], expected, rtol=1e-3, atol=0)
-    torch.testing.assert_close(
-        found[:, 1], shift - mean.repeat_interleave(8, dim=1) * expected, rtol=1e-3, atol=0
-    )
+    plan = make_plan(16, (16, 16), torch.float16)
+    guidance, x = make_inputs(plan, 2, 2, 2, 3)
+    maps = [channels_last(added) for added in guidance]
+    arguments = (maps, *kernel_decoding(plan), (2, 3), "ieee")
+    expected = decoder.decode(x, *arguments)
+    answer = torch.full((2, 5, 8, 12), 7.0)
+    flag = torch.zeros(1, dtype=torch.int32)
+    found = decoder.decode(x, *arguments, out=answer[:, 1:3], flag=flag)
+    assert found.data_ptr() == answer[:, 1:].data_ptr()
+    torch.testing.assert_close(answer[:, 1:3].half(), expected, rtol=0, atol=0)
+    assert (answer[:, [0, 3, 4]] == 7).all()
+    assert flag.item() == 0
+    x[1, 1, 3] = math.nan
+    assert decoder.decode(x, *arguments, flag=flag)[1, 1].isnan().any()
+    assert flag.item() == 1
+    decoder.decode(x[:1], *arguments, flag=flag)
+    assert flag.item() == 1, "what another chunk found is kept"
 
 
-def test_is_a_sound_custom_op(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+def test_the_flag_is_of_what_is_written() -> None:
+    """Logits beyond fp16 are infinite in an answer in fp16, and finite in fp32."""
     torch.manual_seed(8)
-    plan = make_plan(16, (16, 16), torch.float32)
-    guidance, x = make_inputs(plan, 1, 2, 2, 3)
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(decoder, "_decode", lambda *arguments: calls.append(arguments))
-    decoder.decode(plan, guidance, x, (2, 3))
-    torch.library.opcheck(torch.ops.catseg_fast.decode.default, calls[0])
+    plan = make_plan(16, (16, 16), torch.float16)
+    plan.head.mul_(1000)
+    plan.head_bias.fill_(6.5e4)
+    guidance, x = make_inputs(plan, 1, 1, 2, 2)
+    arguments = ([channels_last(added) for added in guidance], *kernel_decoding(plan), (2, 2), "ieee")
+    for dtype, expected in ((torch.float32, 0), (torch.float16, 1)):
+        flag, out = torch.zeros(1, dtype=torch.int32), torch.empty(1, 1, 8, 8, dtype=dtype)
+        decoder.decode(x, *arguments, out=out, flag=flag)
+        assert flag.item() == expected
+        assert out.isfinite().all() == (not expected)
 
 
-def test_compiles_into_one_graph() -> None:
+def test_writes_to_a_destination_in_a_compiled_graph() -> None:
     torch.manual_seed(9)
     plan = make_plan(16, (16, 16), torch.float32)
-    guidance, x = make_inputs(plan, 1, 2, 2, 3)
-    compiled = torch.compile(
-        lambda x: decoder.decode(plan, guidance, x, (2, 3)) + 1, fullgraph=True, backend="aot_eager"
-    )
-    assert torch.equal(compiled(x), decoder.decode(plan, guidance, x, (2, 3)) + 1)
+    guidance, x = make_inputs(plan, 1, 1, 2, 2)
+    arguments = ([channels_last(added) for added in guidance], *kernel_decoding(plan), (2, 2), "ieee")
+
+    def call(x: Tensor, out: Tensor, flag: Tensor) -> Tensor:
+        return decoder.decode(x, *arguments, out=out, flag=flag) + 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (call, compiled):
+        out, flag = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int32)
+        assert torch.equal(function(x, out, flag), out + 1)
+        found.append(out)
+    assert torch.equal(*found)
 
 
-def test_has_no_wrong_gradient() -> None:
-    plan = make_plan(16, (16, 16), torch.float32)
-    guidance, x = make_inputs(plan, 1, 1, 1, 1)
-    logits = decoder.decode(plan, guidance, x.requires_grad_(), (1, 1))
-    with pytest.raises(RuntimeError, match="autograd"):
-        logits.sum().backward()
+@pytest.mark.usefixtures("default_configs")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_of_a_normalisation_may_be_zero(dtype: torch.dtype) -> None:
+    """There is no border that a scale of zero turns into minus infinity; a scale may also round to zero."""
+    torch.manual_seed(10)
+    plan = make_plan(16, (32, 16), dtype)
+    for stage in plan.decoder:
+        for norm in (stage.norm1, stage.norm2):
+            norm.weight[:9] = torch.tensor([0.0, -0.0, 6e-8, -6e-8, 1e-7, -3e-7, 0.0, -0.0, 1e-6])
+            norm.bias[:9] = torch.tensor([1.0, 2.0, 0.5, -1.0, 0.0, 0.0, 0.0, -3.0, 1.0])
+    guidance, x = make_inputs(plan, 1, 2, 4, 16)
+    check(plan, guidance, 100 * x, (4, 16))
+    every = replace(plan.decoder[0].norm1, weight=torch.zeros(32, dtype=dtype))
+    stage = replace(plan.decoder[0], norm1=every)
+    check(replace(plan, decoder=(stage, plan.decoder[1])), guidance, x, (4, 16))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+def test_a_normalisation_with_nan_shows_in_all_logits() -> None:
+    torch.manual_seed(11)
+    plan = make_plan(16, (16, 16), torch.float16)
+    plan.decoder[1].norm1.weight[3] = math.nan
+    guidance, x = make_inputs(plan, 1, 1, 4, 4)
+    assert decode(plan, guidance, x, (4, 4)).isnan().all()
 
 
 def test_names_what_is_wrong() -> None:
     plan = make_plan(32, (32, 16), torch.float32)
-    (first, second), x = make_inputs(plan, 2, 3, 4, 4, 2)
+    guidance, x = make_inputs(plan, 2, 3, 4, 4, 2)
+    first, second = map(channels_last, guidance)
+    weights, groups, eps = kernel_decoding(plan)
 
     def refused(match: str, **changes: Any) -> None:
-        given = {"plan": plan, "guidance": (first, second), "x": x, "resolution": (4, 4), **changes}
+        given = {"x": x, "guidance": (first, second), "weights": weights, "groups": groups, "eps": eps}
         with pytest.raises(ValueError, match=match):
-            decoder.decode(**given)
+            decoder.decode(**{**given, "resolution": (4, 4), **changes})
 
-    refused(r"x: has shape \[2, 3, 16, 32\]; wanted \[B, t, 20, C\]", resolution=(4, 5))
+    refused(r"x: has shape \[2, 3, 16, 32\]; expected \[B, t, 20, C\]", resolution=(4, 5))
     refused(r"x: has shape \[2, 3, 512\]", x=x.flatten(2))
     refused(r"x: has shape \[2, 0, 16, 32\]", x=x[:, :0])
     refused(r"x: dtype torch.float64", x=x.double())
     refused(r"input_precision: 'fast'", input_precision="fast")
-    refused(r"guidance: has 1 maps; wanted 2", guidance=(first,))
+    refused(r"weights: has 14 items; expected 8 for 1 stages", guidance=(first,))
+    refused(r"groups: has 3 items; expected 4", groups=groups[:3])
     refused(
-        r"guidance\[0\]: has shape \[2, 32, 8, 7\]; wanted \[1 or 2, 32, 8, 8\]",
-        guidance=(first[..., :7], second),
+        r"guidance\[0\]: has shape \[2, 56, 32\]; expected \[1 or 2, 64, 32\]",
+        guidance=(first[:, :56], second),
     )
-    refused(r"guidance\[1\]: is torch.float16; wanted torch.float32", guidance=(first, second.half()))
+    refused(r"guidance\[1\]: is torch.float16; expected torch.float32", guidance=(first, second.half()))
     refused(
-        r"plan.decoder\[0\].phases: is torch.float32; wanted torch.float16",
+        r"weights\[0\]: is torch.float32; expected torch.float16",
         x=x.half(),
-        guidance=(first.half(), second),
+        guidance=(first.half(), second.half()),
     )
-    refused(r"plan.decoder\[0\].phases: has shape .*; wanted \[2, 2, 32, 16, 2, 2\]", x=x[..., :16])
-    refused(r"is on meta; wanted cpu", guidance=(first.to("meta"), second))
+    refused(r"weights\[0\]: has shape \[4, 128, 32\]; expected \[4, 64, 32\]", x=x[..., :16])
+    out, flag = torch.empty(2, 3, 16, 16), torch.zeros(1, dtype=torch.int32)
+    refused(
+        r"out: is torch.float32 \[2, 3, 8, 8\] on cpu; expected .* \[2, 3, 16, 16\]", out=out[..., :8, :8]
+    )
+    refused(r"out: is torch.int32", out=out.int())
+    refused(r"out: has strides \[1536, 512, 32, 1\]", out=torch.empty(2, 3, 16, 32)[..., :16])
+    refused(
+        r"flag: is torch.int64 \[1\] on cpu; expected torch.int32 \[1\] on cpu", out=out, flag=flag.long()
+    )
+    refused(r"flag: is torch.int32 \[2\]", flag=flag.expand(2))
+    refused(r"is on meta; expected cpu", guidance=(first.to("meta"), second))
     refused(r"x: is on meta; the Triton kernels need a CUDA tensor", x=x.to("meta"))

@@ -116,7 +116,7 @@ def test_logits_are_resized_to_the_labels() -> None:
 def test_bad_labels(label: int) -> None:
     labels = torch.zeros(1, 4, 4, dtype=torch.int64)
     labels[0, 2, 1] = label
-    with pytest.raises(ValueError, match=f"labels: {label} is neither one of 4 classes nor 255"):
+    with pytest.raises(ValueError, match=f"labels: {label} is not one of 4 classes or the ignore label 255"):
         segmentation_loss(torch.zeros(1, 4, 4, 4), labels)
 
 

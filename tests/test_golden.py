@@ -14,7 +14,8 @@ from catseg_fast import reference
 from catseg_fast.config import CLIP_PIXEL_MEAN, VARIANTS, CLIPConfig, ResNetConfig, SwinConfig, Variant
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.model import CATSeg
-from catseg_fast.text.prompts import get_templates, tokenize
+from catseg_fast.text.prompts import get_templates
+from catseg_fast.text.tokens import tokenize
 from support.golden_rule import GOLDEN, Meta, assert_output, check_sha_weights, fill, load_case, make_inputs
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from catseg_fast.inference.readout import LabelMap, Readout
-from catseg_fast.kernels import label_map
+from catseg_fast.inference.readout import LabelMap, Readout, reader
+from catseg_fast.kernels.label_map import op as label_map
 from catseg_fast.reference.inference import SlidingWindow, resize
 from support.accuracy import assert_no_worse_than_eager
 
@@ -43,8 +42,9 @@ def exact(readout: Readout, logits: Tensor) -> Tensor:
 
 def update(readout: Readout, logits: Tensor, step: int) -> LabelMap:
     target = LabelMap(readout.size, DEVICE)
+    read = reader(readout, target, "triton")
     for start in range(0, logits.shape[1], step):
-        label_map.update(readout, target, start, logits[:, start : start + step])
+        read(slice(start, start + step), logits[:, start : start + step])
     return target
 
 
@@ -104,25 +104,17 @@ def test_offsets_beyond_two_billion(readout: Readout) -> None:
     assert torch.equal(found.labels, expected.labels)
 
 
-@pytest.mark.parametrize("readout", [READOUTS[0], READOUTS[4]], ids=str)
-def test_op_passes_opcheck(readout: Readout) -> None:
-    target, logits = LabelMap(readout.size, DEVICE), make_logits(readout)
-    window: tuple[Any, ...] = ()
-    if readout.window is not None:
-        window = (*readout.window.resolution, readout.window.crop_size, readout.window.stride)
-    torch.library.opcheck(
-        label_map.update_label_map, (logits, target.scores, target.labels, 3, window, (24, 24))
-    )
-
-
 def test_bad_arguments() -> None:
-    readout = READOUTS[3]
-    target, logits = LabelMap(readout.size, DEVICE), make_logits(readout)
-    with pytest.raises(ValueError, match=r"logits: has shape \[12, 7, 24, 24\]; wanted \[13, t, h, w\]"):
-        label_map.update(readout, target, 0, logits[1:])
-    with pytest.raises(ValueError, match="all above 0"):
-        label_map.update(readout, target, 0, logits[:, :0])
-    with pytest.raises(ValueError, match=r"readout: .* are not rows and columns"):
-        label_map.update(Readout((5, 5), visible=(0, 3)), target, 0, logits[:1])
-    with pytest.raises(ValueError, match=r"logits: dtype torch.int64"):
-        label_map.update(readout, target, 0, logits.long())
+    readout, logits = READOUTS[3], make_logits(READOUTS[3])
+
+    def refused(match: str, readout: Readout, logits: Tensor) -> None:
+        with pytest.raises(ValueError, match=match):
+            update(readout, logits, 7)
+
+    refused(r"logits: has shape \[12, 7, 24, 24\]; expected \[13, t, h, w\]", readout, logits[1:])
+    refused("all above 0", readout, logits[:, :, :0])
+    refused(r"visible: \(0, 3\) are not rows", Readout((5, 5), visible=(0, 3)), logits[:1])
+    refused(r"logits: dtype torch.int64", readout, logits.long())
+    scores, labels = torch.zeros(5, 5), torch.zeros(5, 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"scores: is \[5, 5\] on .*; expected \[5, 4\], as labels"):
+        label_map.update_label_map(logits[:1], scores.to(DEVICE), labels.to(DEVICE), 0, (), (24, 24))

@@ -72,5 +72,5 @@ def test_what_is_not_a_number_stays_so() -> None:
 def test_bad_labels(label: int) -> None:
     logits, labels = make_batch(torch.float32)
     labels[0, 2, 1] = label
-    with pytest.raises(ValueError, match=f"labels: {label} is neither one of 5 classes nor 255"):
+    with pytest.raises(ValueError, match=f"labels: {label} is not one of 5 classes or the ignore label 255"):
         segmentation_loss(logits, labels)

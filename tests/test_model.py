@@ -69,7 +69,7 @@ def test_training_has_its_own_classes(version: Version) -> None:
     assert torch.equal(sem_seg(model, IMAGE, **SMALL), expected)
     model.train()
     assert model.classes == OTHERS
-    with pytest.raises(ValueError, match="labels: 3 is neither one of 3 classes"):
+    with pytest.raises(ValueError, match="3 is not one of 3 classes"):
         model([{"image": IMAGE, "sem_seg": labels(4)}])
     model.set_classes(("a", "b", "c", "d"), training=True)
     model([{"image": IMAGE, "sem_seg": labels(4)}])
@@ -360,15 +360,16 @@ def test_nan_pixels_propagate(version: Version, backend: str) -> None:
         (torch.zeros(60, 90), ValueError, r"\(60, 90\) is not \[3, H, W\]"),
         (torch.zeros(1, 3, 60, 90), ValueError, r"\(1, 3, 60, 90\) is not \[3, H, W\]"),
         (torch.zeros(3, 0, 90), ValueError, r"\(3, 0, 90\) is not \[3, H, W\]"),
-        (torch.zeros(3, 60, 90).numpy(), TypeError, r"a tensor \[3, H, W\] is wanted, not ndarray"),
-        ("photo.jpg", TypeError, r"a tensor \[3, H, W\] is wanted, not str"),
+        (torch.zeros(3, 60, 90).numpy(), TypeError, r"expected a tensor \[3, H, W\], got ndarray"),
+        ("photo.jpg", TypeError, r"expected a tensor \[3, H, W\], got str"),
     ],
 )
 def test_bad_images(sliding: bool, image: Any, error: type[Exception], message: str) -> None:
     model = tiny_model(sliding_window=sliding, window=WINDOW)
+    labels = torch.zeros(IMAGE.shape[1:], dtype=torch.long)
     for call in (model, model.label_map, model.train()):
         with pytest.raises(error, match=r"^batched_inputs\[1\]\['image'\]: .*" + message):
-            call([{"image": IMAGE, **SMALL}, {"image": image}])
+            call([{"image": IMAGE, "sem_seg": labels, **SMALL}, {"image": image, "sem_seg": labels}])
 
 
 # ---- segment ----------------------------------------------------------------------------------------------

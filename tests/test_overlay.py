@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from catseg_fast.output.overlay import class_colours, class_shares, label_png, overlay
+from catseg_fast.output.colours import class_colours
+from catseg_fast.output.overlay import class_shares, label_png, overlay
 
 CLASSES = ["sky", "grass", "tree"]
 
@@ -17,20 +18,6 @@ def halves(height, width):
     labels = torch.zeros(height, width, dtype=torch.int32)
     labels[:, width // 2 :] = 2
     return torch.full((3, height, width), 100.0), labels
-
-
-def test_colours_are_deterministic_distinct_and_a_prefix_of_longer_lists():
-    colours = class_colours(1000)
-    assert colours.shape == (1000, 3)
-    assert colours.dtype == np.uint8
-    assert np.array_equal(class_colours(7), colours[:7])
-    assert len(np.unique(colours, axis=0)) == 1000
-
-
-def test_neighbouring_colours_differ_clearly_for_thousands_of_classes():
-    colours = class_colours(5000).astype(int)
-    for distance in (1, 2):
-        assert np.abs(colours[distance:] - colours[:-distance]).sum(axis=1).min() > 150
 
 
 def test_shares():
@@ -123,6 +110,24 @@ def test_wrong_shapes_and_alpha():
         overlay(image[:1], labels, CLASSES)
     with pytest.raises(ValueError, match=r"alpha: expected a number in 0\.\.1, got 1\.5"):
         overlay(image, labels, CLASSES, alpha=1.5)
+
+
+def test_colours_can_be_given():
+    image, labels = halves(20, 30)
+    given = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.uint8)
+    picture = np.asarray(overlay(image, labels, CLASSES, 1.0, legend=False, colours=given))
+    assert picture[5, 3].tolist() == [1, 2, 3]
+    assert picture[5, 25].tolist() == [7, 8, 9]
+    with pytest.raises(ValueError, match=r"colours: expected \[T, 3\] for 3 classes, got shape \[2, 3\]"):
+        overlay(image, labels, CLASSES, colours=given[:2])
+
+
+def test_a_white_swatch_is_outlined():
+    labels = torch.zeros(400, 400, dtype=torch.int32)
+    full = np.asarray(overlay(torch.full((3, 400, 400), 100.0), labels, ["white wall"])).astype(int)
+    swatch = full[15:35, 405:435].reshape(-1, 3)
+    assert (np.abs(swatch - 255).sum(axis=1) == 0).any()  # the white itself
+    assert (np.abs(swatch - 190).sum(axis=1) < 20).sum() > 20
 
 
 def test_label_png_keeps_sixteen_bits():

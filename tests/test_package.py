@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import distribution, entry_points
 from importlib.resources import files
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -61,3 +64,30 @@ def test_console_script() -> None:
 def test_the_command_line_starts_without_torch() -> None:
     code = "import sys, catseg_fast.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_wheel_and_source_archive_have_every_file(tmp_path: Path) -> None:
+    """Tuned launch configs, class lists, the page and the bundled weights, too."""
+    setuptools = pytest.importorskip("setuptools")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("needs setuptools 77")
+    root = Path(__file__).parent.parent
+    for name in ("catseg_fast", "kernels", "reference"):
+        shutil.copytree(
+            root / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    code = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,), (archive,) = ((tmp_path / "dist").glob(name) for name in ("*.whl", "*.tar.gz"))
+    in_wheel = set(ZipFile(wheel).namelist())
+    with tarfile.open(archive) as source:
+        in_source = {name.partition("/")[2] for name in source.getnames()}
+    data = {
+        path.relative_to(root).as_posix()
+        for path in (root / "catseg_fast").rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert any(name.startswith("catseg_fast/configs/nvidia-h200/") for name in data)
+    assert data - in_wheel == data - in_source == set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable
@@ -19,21 +18,22 @@ from catseg_fast.cli import main as cli
 from catseg_fast.engine import schedule as planner
 from catseg_fast.engine import tuner
 from catseg_fast.engine.engine import Engine
-from catseg_fast.kernels import TUNABLE_OPS, convolution
-from catseg_fast.kernels.class_attention import apply as class_apply
+from catseg_fast.engine.tuner import Tunable
+from catseg_fast.kernels import TUNABLE_OPS, load
 from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch.capability import CAPABILITIES
 from catseg_fast.kernels.launch.checks import INTERPRETED
-from catseg_fast.kernels.launch.compile_target import CAPABILITIES
 from catseg_fast.kernels.launch.configs import Problem
-from catseg_fast.kernels.launch.tunable import Tunable, Workload
-from catseg_fast.kernels.window_attention import mlp, qkv
+from catseg_fast.kernels.launch.op import Sizes
+from catseg_fast.kernels.window_attention import mlp
+from support.gpus import fake_gpus
 
 GPU = "NVIDIA H200"
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 DEFAULT = mlp.MLPConfig(rows=128, hidden=64, num_warps=8, num_stages=2)
-TINY = Workload(
-    90, torch.float32, "ieee", crops=2, classes=2, height=3, width=6, channels=32, heads=2, window=3,
-    hidden=48, features=32, prompts=(3, 1), decoder=(32, 16),
+TINY = Sizes(
+    crops=2, classes=2, height=3, width=6, channels=32, heads=2, window=3, shift=1, hidden=48, features=32,
+    prompts=3, decoder=(32, 16),
 )  # fmt: skip
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs kernels in Triton's interpreter")
@@ -44,24 +44,20 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path
     """The user's folder and the package's, both empty, on a machine with two GPUs of other names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(
-        torch.cuda, "get_device_name", lambda device: GPU if device.index == 0 else "RTX 4090"
-    )
-    monkeypatch.setattr(
-        torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (8, 9)
-    )
-    tuning.clear()
+    fake_gpus(monkeypatch, (GPU, 90, 132), ("RTX 4090", 89, 128))
     return tmp_path / "catseg-fast" / "configs", tmp_path / "shipped"
 
 
 def problem(crop_classes: int = 255, dtype: torch.dtype = torch.float16, precision: str = "ieee") -> Problem:
-    return mlp.problem(dtype, precision, crop_classes, 576, 128, 512)
+    x = torch.empty(1, crop_classes, 576, 128, dtype=dtype, device="meta")
+    sizes = {"positions": 576, "channels": 128, "hidden": 512}
+    return Problem.of("window_block", "mlp", mlp.MLPConfig, x, precision, **sizes)
 
 
 def entry(rows: int, crop_classes: int = 255, **changes: Any) -> dict[str, Any]:
     """A measured config of `problem(crop_classes)`, told by its rows."""
     return {
-        "kernel": "mlp", "dtype": "fp16", "precision": "ieee",
+        "kernel": "mlp", "version": mlp.MLPConfig.version, "dtype": "fp16", "precision": "ieee",
         "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": crop_classes},
         "config": asdict(replace(DEFAULT, rows=rows)), "milliseconds": 1.0, "gpu": GPU, **changes,
     }  # fmt: skip
@@ -78,7 +74,7 @@ def put(folder: Path, content: object, gpu: str = GPU) -> Path:
 
 def rows_of(wanted: Problem, device: torch.device = CUDA) -> int:
     """Rows of the config that is chosen; the default has 128."""
-    return tuning.choose(wanted, device, lambda _: DEFAULT).rows
+    return tuning.choose(wanted, device, lambda *_: DEFAULT).rows
 
 
 def test_config_files_of_a_gpu(folders):
@@ -96,18 +92,20 @@ def test_user_folder_without_xdg(value, monkeypatch):
 
 
 def test_order_interpreter_measured_default(folders):
-    interpreter = replace(DEFAULT, rows=1024)
     seen: list[int] = []
 
-    def default(capability: int) -> mlp.MLPConfig:
+    def default(capability: int, problem: Problem) -> mlp.MLPConfig:
         seen.append(capability)
         return DEFAULT
+
+    def interpreter(problem: Problem) -> mlp.MLPConfig:
+        return replace(DEFAULT, rows=1024)
 
     assert tuning.choose(problem(), CUDA, default, interpreter) is DEFAULT
     assert tuning.choose(problem(), torch.device("cuda", 1), default, interpreter) is DEFAULT
     put(folders[0], [entry(32)])
     assert tuning.choose(problem(), CUDA, default, interpreter) == replace(DEFAULT, rows=32)
-    assert tuning.choose(problem(), CPU, default, interpreter) is interpreter
+    assert tuning.choose(problem(), CPU, default, interpreter).rows == 1024
     assert seen == [90, 89]
     assert tuning.choose(problem(), CPU, default) is DEFAULT
 
@@ -204,7 +202,7 @@ def test_files_are_read_once(folders, monkeypatch):
 
 
 WORKLOADS = [
-    Workload(capability, dtype, precision, crops, classes)
+    (capability, dtype, precision, crops, classes)
     for capability in CAPABILITIES
     for dtype in (torch.float16, torch.bfloat16, torch.float32)
     for precision in (("ieee", "tf32x3") if dtype == torch.float32 else ("ieee",))
@@ -212,62 +210,59 @@ WORKLOADS = [
 ]
 
 
-def tunables_of(workload: Workload) -> list[Tunable]:
-    modules = dict.fromkeys(TUNABLE_OPS.values())
-    return [
-        tunable
-        for name in modules
-        for tunable in importlib.import_module(f"catseg_fast.kernels.{name}").tunables(workload)
-    ]
+def tunables_of(op: str, sizes: Sizes, dtype: torch.dtype = torch.float16) -> list[Tunable]:
+    return tuner.tunables(load(op), sizes, dtype, "ieee", 90)
 
 
-def test_every_op_has_candidates_for_every_gpu():
-    for workload in WORKLOADS:
-        found = tunables_of(workload)
-        assert {tunable.problem.op for tunable in found} == set(TUNABLE_OPS)
-        for tunable in found:
-            assert 8 <= len(tunable.candidates) <= 32, tunable.problem
-            assert len(set(tunable.candidates)) == len(tunable.candidates)
-            assert all(type(config) is tunable.problem.config for config in tunable.candidates)
+@pytest.mark.parametrize("op", TUNABLE_OPS)
+def test_every_op_has_candidates_for_every_gpu(op):
+    for capability, dtype, precision, crops, classes in WORKLOADS:
+        for published in load(op).sizes.values():
+            sizes = replace(published, crops=crops, classes=classes)
+            found = tuner.tunables(load(op), sizes, dtype, precision, capability)
+            assert {tunable.problem.op for tunable in found} == {op}
+            for tunable in found:
+                assert 8 <= len(tunable.candidates) <= 32, tunable.problem
+                assert len(set(tunable.candidates)) == len(tunable.candidates)
+                assert all(type(config) is tunable.problem.config for config in tunable.candidates)
 
 
-def test_the_default_is_the_first_candidate():
-    for workload in WORKLOADS:
-        capability, dtype, precision = workload.capability, workload.dtype, workload.input_precision
-        found = {tunable.problem.kernel: tunable.candidates[0] for tunable in tunables_of(workload)}
-        assert found["mlp"] == mlp.default_config(capability, dtype, 128)
-        assert found["qkv"] == qkv.default_config(capability, dtype, 128, precision)
-        assert found["apply"] == class_apply.default_config(capability, dtype, precision, workload.classes)
+@pytest.mark.parametrize("op", TUNABLE_OPS)
+def test_the_default_is_the_first_candidate(op):
+    for capability, dtype, precision, crops, classes in WORKLOADS:
+        sizes = replace(next(iter(load(op).sizes.values())), crops=crops, classes=classes)
+        calls, _ = load(op).dry_run(sizes, dtype, precision, capability)
+        for call in calls:
+            default = call.kernel.default_config(capability, call.problem)
+            assert call.kernel.candidates(capability, call.problem)[0] == default
 
 
 @interpreted
 @pytest.mark.parametrize("op", TUNABLE_OPS)
 def test_tunables_run_and_the_candidates_agree(op):
     """The default, and the candidate with the largest tiles."""
-    for tunable in tunables_of(replace(TINY, dtype=torch.float16)):
-        if tunable.problem.op == op:
-            largest = max(
-                tunable.candidates[1:], key=lambda config: math.prod(filter(None, vars(config).values()))
-            )
-            chosen = (tunable.candidates[0], largest)
-            outcome = tuner.tune(replace(tunable, candidates=chosen), CPU, run_once)
-            assert outcome is not None
-            assert tuple(outcome.milliseconds) == chosen, (tunable.problem, outcome)
+    variants = [TINY, replace(TINY, prompts=1)] if op == "embed_cost_volume" else [TINY]
+    for tunable in (tunable for sizes in variants for tunable in tunables_of(op, sizes)):
+        largest = max(
+            tunable.candidates[1:], key=lambda config: math.prod(filter(None, asdict(config).values()))
+        )
+        chosen = (tunable.candidates[0], largest)
+        outcome = tuner.tune(replace(tunable, candidates=chosen), CPU, run_once)
+        assert outcome is not None
+        assert tuple(outcome.milliseconds) == chosen, (tunable.problem, outcome)
 
 
 @interpreted
 @torch.no_grad()
 def test_what_the_tuner_measures_is_what_the_engine_asks_for(monkeypatch):
     asked: set[Problem] = set()
-    make, default_config = Problem.of, convolution.default_config
+    choose = tuning.choose
 
-    def spy(*arguments: Any, **sizes: int) -> Problem:
-        asked.add(wanted := make(*arguments, **sizes))
-        return wanted
+    def spy(problem: Problem, *arguments: Any) -> Any:
+        asked.add(problem)
+        return choose(problem, *arguments)
 
-    monkeypatch.setattr(Problem, "of", spy)
-    # The interpreter takes as long for a small program as for a large one.
-    monkeypatch.setattr(convolution, "default_config", lambda *a: replace(default_config(*a), pixels=1024))
+    monkeypatch.setattr(tuning, "choose", spy)
     for prompts in (3, 1):
         engine = Engine(make_aggregator(prompt_channel=prompts, num_layers=1).float())
         engine.backend, engine.precision = "triton", torch.float32
@@ -277,8 +272,14 @@ def test_what_the_tuner_measures_is_what_the_engine_asks_for(monkeypatch):
         ]
         engine.logits(image[..., :12, :12].float(), text.float(), maps, None)
     monkeypatch.undo()
-    workload = replace(TINY, crops=1, classes=2, height=12, width=12, window=12, hidden=128)
-    assert {tunable.problem for tunable in tunables_of(workload)} == asked
+    sizes = replace(TINY, crops=1, height=12, width=12, window=12, shift=0, hidden=128)
+    expected = {
+        tunable.problem
+        for op in TUNABLE_OPS
+        for prompts in (3, 1)
+        for tunable in tunables_of(op, replace(sizes, prompts=prompts), torch.float32)
+    }
+    assert expected == asked
 
 
 def run_once(call: Callable[[], object]) -> float:
@@ -301,7 +302,8 @@ def test_tunes_on_a_gpu(op):
 
 def make_tunable(*times: float | str) -> tuple[Tunable, Callable[[Callable[[], object]], float]]:
     """A kernel with a candidate for each time, or for a fault, and a timer that knows the times."""
-    original = qkv.tunable(TINY)
+    found = tunables_of("window_block", TINY, torch.float32)
+    original = next(tunable for tunable in found if tunable.problem.kernel == "qkv")
     configs = [replace(original.candidates[0], num_stages=number) for number, _ in enumerate(times, 1)]
 
     def run(inputs: Any, config: Any) -> Any:
@@ -309,7 +311,7 @@ def make_tunable(*times: float | str) -> tuple[Tunable, Callable[[Callable[[], o
         if time == "fails":
             raise RuntimeError("out of resources")
         result = [x.clone() for x in original.run(inputs, config)]
-        inputs[0].zero_()  # a kernel may overwrite its inputs
+        inputs.arguments[0].zero_()  # a kernel may overwrite its inputs
         if time == "wrong":
             result[0][0, 0, 5, 5] *= 1.01
         if time == "NaN":
@@ -359,7 +361,7 @@ def test_a_lost_gpu_ends_it():
 def test_what_is_measured_is_found(folders):
     tunable, timer = make_tunable(3.0, 2.0)
     (outcome,) = tuner.tune_all([tunable], CPU, GPU, folders[0], timer=timer)
-    chosen = tuning.choose(tunable.problem, CUDA, lambda _: tunable.candidates[0])
+    chosen = tuning.choose(tunable.problem, CUDA, lambda *_: tunable.candidates[0])
     assert chosen == outcome.best == tunable.candidates[1]
     (written,) = json.loads(tuning.config_path(folders[0], GPU, "window_block").read_text())
     assert written["gpu"] == GPU
@@ -402,9 +404,9 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(tuner.time, "monotonic", lambda: next(clock))
     first, timer = make_tunable(3.0, 2.0)
-    second = replace(first, problem=first.problem._replace(crop_classes=1000))
+    second = replace(first, problem=first.problem._replace(classes=1000))
     advanced: list[None] = []
-    # The clock goes on by a second a look: at the start, then before each candidate.
+    # The clock goes on by a second per look: at the start, at each default, then before each candidate.
     outcomes = list(
         tuner.tune_all(
             [first, second],
@@ -412,7 +414,7 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
             GPU,
             tmp_path,
             timer=timer,
-            seconds=3.5,
+            seconds=5.5,
             advance=lambda: advanced.append(None),
         )
     )
@@ -421,15 +423,36 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     assert len(tuning.read(tuning.config_path(tmp_path, GPU, "window_block"), GPU)) == 1
 
 
+@interpreted
+def test_in_little_time_the_slowest_kernels_come_first(tmp_path):
+    times = {10: 1.0, 1000: 3.0, 100: 2.0, 1: "fails"}
+    made = {count: make_tunable(time) for count, time in times.items()}
+    tunables = [
+        replace(tunable, problem=tunable.problem._replace(crops=1, classes=count))
+        for count, (tunable, _) in made.items()
+    ]
+    timers = {id(tunable.run): timer for tunable, (_, timer) in zip(tunables, made.values(), strict=True)}
+
+    def timer(call: Any) -> float:
+        return timers[id(call.func)](call)
+
+    def order(**limit: float) -> list[int]:
+        outcomes = tuner.tune_all(tunables, CPU, GPU, tmp_path, timer=timer, **limit)
+        return [outcome.tunable.problem.crop_classes for outcome in outcomes]
+
+    assert order(seconds=1e6) == [1000, 100, 10, 1]
+    assert order() == [10, 1000, 100, 1]
+
+
 @pytest.mark.usefixtures("folders")
 def test_vocabularies_become_launches():
     def launches(*classes: int, crops: int = 5, dtype: torch.dtype = torch.float16) -> list[tuple[str, int]]:
         found = tuner.list_tunables(["class_apply"], dtype, classes, crops, CUDA)
         return [(tunable.problem.precision, tunable.problem.crop_classes) for tunable in found]
 
-    step = planner.CROP_CLASSES["cuda"]
-    assert launches(1_000_000, 2_000_000) == [("ieee", step // 5 * 5)]
-    assert launches(2, 3, 1_000_000, crops=1) == [("ieee", 2), ("ieee", 3), ("ieee", step)]
+    many, alone = (planner.usual_chunk(1_000_000, crops, CUDA) for crops in (5, 1))
+    assert launches(1_000_000, 2_000_000) == [("ieee", 5 * many)]
+    assert launches(2, 3, 1_000_000, crops=1) == [("ieee", 2), ("ieee", 3), ("ieee", alone)]
     assert launches(2, dtype=torch.float32) == [("ieee", 10), ("tf32x3", 10)]
 
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import open_clip
+import open_clip.tokenizer
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from catseg_fast.config import Version
 from catseg_fast.reference.clip import DenseCLIP
+from catseg_fast.text import tokens as tokens_module
+from catseg_fast.text.class_lists import READY_LISTS, ready_list
+from catseg_fast.text.features import encode_classes
 from catseg_fast.text.prompts import (
     PROMPT_ENSEMBLES,
     check_classes,
     class_prompts,
-    encode_classes,
     get_templates,
     synonyms,
-    tokenize,
-    tokenize_classes,
 )
+from catseg_fast.text.tokens import tokenize, tokenize_classes
 from support.golden_rule import fill
 from support.tiny import TEMPLATES, V1, V2, tiny_model
 
@@ -112,9 +116,58 @@ def test_good_classes() -> None:
     assert check_classes(["ein Straßenschild", "猫", "🐈"]) == ("ein Straßenschild", "猫", "🐈")
 
 
+# What a tokenizer may treat otherwise within a text than at its end or by itself.
+PIECES = (
+    "cat", "Traffic_Light", "crème brûlée", "猫", "🐈", "ΑΣ", "\u017f", "ﬁ", "\u2019", "e\u0301", "10", "2.5",
+    "'s", "'LL", "'", "''", ".", ",", ").", "(x)", "-", "_", "&", "&amp", "&amp;", "&#65", ";", "<",
+    "<end_of_text>", "<start_of", "_text>", " ", "  ", "\t", "\n", "\r\n", "\x1b[1m", "\x00", "\x1f", "\x7f",
+    "\xa0", "\u2028", "Ã©", "a", "s", "re", "x" * 30,
+)  # fmt: skip
+
+
 def test_tokens_are_open_clips() -> None:
-    texts = ["a photo of a cat.", "", "  Two   Spaces &amp; more", "a,b", "猫 🐈 naïve"]
+    texts = ["a photo of a cat.", "", "  Two   Spaces &amp; more", "a,b", "猫 🐈 naïve", *PIECES]
     assert torch.equal(tokenize(texts), open_clip.tokenize(texts))
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(
+    texts=st.lists(
+        st.one_of(
+            st.lists(st.sampled_from(PIECES), max_size=8).map("".join),
+            st.text(st.characters(codec="ascii"), max_size=40),
+            st.text(max_size=20),
+        ),
+        max_size=5,
+    )
+)
+def test_tokens_are_open_clips_whatever_the_text(texts: list[str]) -> None:
+    texts = [text for text in texts if len(open_clip.tokenizer._tokenizer.encode(text)) <= 75]
+    assert torch.equal(tokenize(texts), open_clip.tokenize(texts))
+
+
+@pytest.mark.parametrize("name", READY_LISTS)
+def test_tokens_of_the_ready_lists_are_open_clips(name: str) -> None:
+    """Every name in three templates, and some names in all templates."""
+    templates, names = get_templates("imagenet"), ready_list(name).classes
+    for labels, chosen in ((names, (templates[0], templates[7], "{}")), (names[::97], templates)):
+        ours = tokenize_classes(labels, chosen, "v1")
+        for label, tokens in zip(labels, ours, strict=True):
+            assert torch.equal(tokens, open_clip.tokenize(class_prompts(label, chosen, "v1"))), label
+
+
+def test_tokenizing_cleans_no_plain_text_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes a third of a millisecond each, and a class has 80 prompts in v1."""
+    names, templates = ready_list("ade-150").classes, get_templates("imagenet")
+    cleaned: list[str] = []
+    tokenizer, clean = open_clip.tokenizer.SimpleTokenizer(), open_clip.tokenizer._clean_lower
+    tokenizer.clean_fn = lambda text: cleaned.append(text) or clean(text)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(tokens_module, "_tokenizer", lambda: tokenizer)
+    tokens_module._encode_word.cache_clear()
+    texts = sum(map(len, tokenize_classes(names, templates, "v1")))
+    assert texts == 26640
+    assert len(cleaned) < 1500
+    assert not any(" " in text for text in cleaned)
 
 
 def test_a_long_name_is_an_error_with_its_name() -> None:

@@ -16,17 +16,16 @@ from torch import Tensor
 from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.folding import WindowBlock
 from catseg_fast.engine.terms import BlockGuidance, _block_guidance
-from catseg_fast.kernels.launch.compile_target import CAPABILITIES
+from catseg_fast.engine.triton_stages import window_block
+from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.window_attention import mlp
-from catseg_fast.kernels.window_attention import op as window_attention
-from catseg_fast.kernels.window_attention.op import window_block
-from catseg_fast.kernels.window_attention.windows import Windows, token_position, token_region
+from catseg_fast.kernels.window_attention.windows import window_position, window_region
 from support.accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
 G = 48  # channels of the guidance
 
-pytestmark = pytest.mark.usefixtures("on_gpu", "poison")
+pytestmark = pytest.mark.usefixtures("on_gpu")
 
 
 def make_block(
@@ -108,19 +107,14 @@ def test_matches_plain_torch_at_any_size(
     check(block, *make_inputs(block, B, 3, (window * windows[0], window * windows[1]), crops=B))
 
 
+@pytest.mark.usefixtures("default_configs")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_default_configs_match_plain_torch(capability: int, dtype: torch.dtype) -> None:
     torch.manual_seed(7)
     block = make_block(dtype, 64, 2, 6, 3, 96)
-    guidance, x = make_inputs(block, 1, 10, (6, 12))
-    tensors = x, guidance.query_key, block.qkv
-    weights = block.proj, block.proj_bias, block.fc1, block.fc1_bias, block.fc2, block.fc2_bias
-    config = window_attention.default_config(capability, dtype, 64, 2, 6, "ieee")
-    windows = Windows(6, 12, 6, 0)
-    out = window_attention.launch(*tensors, weights, windows, block.heads, "ieee", config)
-    truth = stages.window_block(upcast(block), upcast(guidance), upcast(x))
-    assert_no_worse_than_eager(out, stages.window_block(block, guidance, x), truth)
+    with assume(capability):
+        check(block, *make_inputs(block, 1, 10, (6, 12)))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +143,7 @@ def test_mask_is_finite(dtype: torch.dtype) -> None:
     block = make_block(dtype, 32, 1, 4, 2, 32)
     guidance, x = make_inputs(block, 1, 2, (8, 8))
     guidance = replace(guidance, query_key=guidance.query_key * 10)
-    assert guidance.masks is not None
+    assert any(mask is not None for mask in guidance.masks)
     lower = replace(guidance, masks=tuple(mask if mask is None else 100 * mask for mask in guidance.masks))
     seen = stages.window_block(upcast(block), upcast(guidance), upcast(x))
     unseen = stages.window_block(upcast(block), upcast(lower), upcast(x))
@@ -163,13 +157,11 @@ def _order_kernel(
     HW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, BLOCK)
-    position = token_position(i, H, W, WINDOW, SHIFT)
-    tl.store(position_ptr + i, position, mask=i < HW)
+    j = i % (WINDOW * WINDOW)
     down = i // (WINDOW * WINDOW) // (W // WINDOW)
     across = i // (WINDOW * WINDOW) % (W // WINDOW)
-    last_row, last_column = down == H // WINDOW - 1, across == W // WINDOW - 1
-    region = token_region(i % (WINDOW * WINDOW), last_row, last_column, WINDOW, SHIFT)
-    tl.store(region_ptr + i, region, mask=i < HW)
+    tl.store(position_ptr + i, window_position(j, down, across, H, W, WINDOW, SHIFT), mask=i < HW)
+    tl.store(region_ptr + i, window_region(j, down, across, H, W, WINDOW, SHIFT), mask=i < HW)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +187,7 @@ def test_order_and_regions_are_those_of_the_plain_block(
     assert position.tolist() == guidance.order.tolist()
     region = region.view(-1, N)
     different = region[:, :, None] != region[:, None, :]
-    masks = guidance.masks or (None,) * len(region)
-    for found, mask in zip(different, masks, strict=True):
+    for found, mask in zip(different, guidance.masks, strict=True):
         assert torch.equal(found, torch.zeros(N, N, dtype=torch.bool) if mask is None else mask != 0)
 
 
@@ -265,56 +256,31 @@ def test_order_of_classes_does_not_matter() -> None:
     assert_no_worse_than_eager(ours, eager[:, order], truth[:, order])
 
 
-def test_op_is_registered_correctly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    block = make_block(torch.float32, 16, 1, 4, 2, 32)
-    guidance, x = make_inputs(block, 1, 2, (8, 8))
-    weights = (block.qkv, block.proj, block.proj_bias, block.fc1, block.fc1_bias, block.fc2, block.fc2_bias)
-    op = torch.ops.catseg_fast.window_block.default
-    for chunk in (x, x[:, ::2]):
-        torch.library.opcheck(op, (chunk, guidance.query_key, *weights, 8, 8, 4, 2, 1, "ieee"))
-
-
-def test_compiles_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    block = make_block(torch.float32, 16, 1, 4, 2, 32)
-    guidance, x = make_inputs(block, 1, 2, (8, 8))
-    compiled = torch.compile(lambda x: window_block(block, guidance, x) * 2, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(x), window_block(block, guidance, x) * 2)
-
-
-def test_gives_no_gradient() -> None:
-    block = make_block(torch.float32, 16, 1, 4, 2, 32)
-    guidance, x = make_inputs(block, 1, 1, (8, 8))
-    out = window_block(block, guidance, x.requires_grad_())
-    with pytest.raises((RuntimeError, NotImplementedError), match="autograd"):
-        out.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(1, 64, 16)}, r"x: has shape \[1, 64, 16\]; wanted \[B, t, 64, C\]"),
+        ({"x": torch.zeros(1, 64, 16)}, r"x: has shape \[1, 64, 16\]; expected \[B, t, 64, C\]"),
         ({"x": torch.zeros(1, 0, 64, 16)}, r"x: has shape \[1, 0, 64, 16\]"),
-        ({"x": torch.zeros(1, 1, 63, 16)}, r"x: has shape \[1, 1, 63, 16\]; wanted \[B, t, 64, C\]"),
-        ({"x": torch.zeros(1, 1, 64, 32)}, r"block.qkv: has shape \[48, 16\]; wanted \[96, 32\]"),
+        ({"x": torch.zeros(1, 1, 63, 16)}, r"x: has shape \[1, 1, 63, 16\]; expected \[B, t, 64, C\]"),
+        ({"x": torch.zeros(1, 1, 64, 32)}, r"qkv: has shape \[48, 16\]; expected \[96, 32\]"),
         ({"x": torch.zeros(1, 1, 64, 16).double()}, "x: dtype torch.float64 is none of"),
         (
             {"x": torch.zeros(1, 1, 64, 16).half()},
-            "block.qkv: is torch.float32; wanted torch.float16",
+            "qkv: is torch.float32; expected torch.float16",
         ),
-        ({"window": 3}, "block: has a window of 3, which does not divide 8x8"),
-        ({"window": 25}, "block: has a window of 25; wanted one up to 24"),
+        ({"window": 3}, "window: 3 does not divide the resolution 8x8"),
+        ({"window": 25}, "x, heads, window: a window of 25; expected one up to 24"),
+        ({"shift": 4}, r"shift: 4 is not in \[0, 4\)"),
         (
             {"heads": 3},
-            "block: has 16 channels in 3 heads; wanted a multiple of 16 up to 256, and of the heads",
+            "x, heads, window: 16 channels in 3 heads; expected a multiple of 16 up to 256, and of the heads",
         ),
-        ({"proj": torch.zeros(24, 24)}, "block: has 24 channels in 1 heads"),
-        ({"qkv": torch.zeros(48, 32)}, r"block.qkv: has shape \[48, 32\]; wanted \[48, 16\]"),
-        ({"fc2": torch.zeros(16, 31)}, r"block.fc2: has shape \[16, 31\]; wanted \[16, 32\]"),
+        ({"x": torch.zeros(1, 1, 64, 24)}, "24 channels in 1 heads"),
+        ({"qkv": torch.zeros(48, 32)}, r"qkv: has shape \[48, 32\]; expected \[48, 16\]"),
+        ({"fc2": torch.zeros(16, 31)}, r"fc2: has shape \[16, 31\]; expected \[16, 32\]"),
         (
             {"query_key": torch.zeros(2, 64, 32)},
-            r"query_key: has shape \[2, 64, 32\]; wanted \[1, 1 or 64, 32\]",
+            r"query_key: has shape \[2, 64, 32\]; expected \[1, 1 or 64, 32\]",
         ),
         ({"input_precision": "fp8"}, "input_precision: 'fp8' is not one of ieee"),
     ],
@@ -324,7 +290,6 @@ def test_refuses_bad_input(change: dict[str, Any], message: str) -> None:
     guidance, x = make_inputs(block, 1, 1, (8, 8))
     precision = change.pop("input_precision", "ieee")
     x = change.pop("x", x)
-    if "query_key" in change:
-        guidance = replace(guidance, query_key=change.pop("query_key"))
+    of_guidance = {name: change.pop(name) for name in ("query_key", "window", "shift") if name in change}
     with pytest.raises(ValueError, match=message):
-        window_block(replace(block, **change), guidance, x, precision)
+        window_block(replace(block, **change), replace(guidance, **of_guidance), x, None, precision)

@@ -14,7 +14,8 @@ from torch import Tensor
 from catseg_fast.app.workbench import Report
 from catseg_fast.engine.schedule import format_bytes
 from catseg_fast.inference.segmentation import Segmentation
-from catseg_fast.output.overlay import class_colours, class_shares
+from catseg_fast.output.colours import colours_for
+from catseg_fast.output.overlay import class_shares
 
 # From no score to the highest one: dark blue, violet, red, orange, pale yellow.
 _HEAT = np.array([[8, 10, 40], [72, 22, 110], [168, 42, 96], [236, 100, 48], [252, 186, 60], [255, 250, 200]])
@@ -34,9 +35,10 @@ def viewer_data(photo: Tensor, segmentation: Segmentation) -> dict[str, Any]:
     ranks = rank[labels.numpy()]
     scores = (segmentation.scores.clamp(0, 1) * 255).round().numpy()
     packed = np.stack([ranks & 255, ranks >> 8, scores], axis=-1).astype(np.uint8)
-    colours = class_colours(count)
+    pixels = photo.permute(1, 2, 0).numpy()
+    colours = colours_for(segmentation.classes, labels.numpy(), pixels)
     return {
-        "photo": _uri(Image.fromarray(photo.permute(1, 2, 0).numpy()), "JPEG"),
+        "photo": _uri(Image.fromarray(pixels), "JPEG"),
         "labels": _uri(Image.fromarray(packed), "PNG"),
         "width": labels.shape[1],
         "height": labels.shape[0],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from torch import Tensor
 from catseg_fast.app.memory_meter import MemoryMeter
 from catseg_fast.backend import BACKENDS, choose_backend
 from catseg_fast.engine.schedule import format_bytes
+from catseg_fast.files import file_digest, open_regular
 from catseg_fast.inference.encoding import EncodedImage
 from catseg_fast.inference.images import load_image
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
 from catseg_fast.text.class_lists import parse_classes
-from catseg_fast.text.prompts import Progress
+from catseg_fast.text.features import Progress
 
 MAX_SIDE = 1600  # larger pictures are reduced: the model looks at 640 pixels in any case
 REFERENCE_BYTES = 2**23  # a class and crop in the plain model: 7.2 MB were measured
@@ -95,7 +95,8 @@ class Workbench:
         if tuple(classes) != model.classes:
             model.set_classes(classes)
         self._check_memory(sliding_window)
-        key = (hashlib.sha256(Path(path).read_bytes()).hexdigest(), sliding_window)
+        with open_regular(path) as file:
+            key = (file_digest(file, "sha256"), sliding_window)
         encoding = text = None
         with MemoryMeter(model.device) as meter:
             if loaded is None or loaded.key != key:

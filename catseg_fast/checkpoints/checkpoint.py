@@ -1,4 +1,4 @@
-"""Checkpoints: read, load and convert them. Nothing here ever runs code from a file.
+"""Checkpoints: read, load and convert them. Nothing here ever runs code from a file, nor trusts it.
 
 Upstream publishes detectron2 checkpoints, `{"model": state_dict, …}`; plain state dicts, `{"state_dict": …}`
 and safetensors are read as well.
@@ -6,11 +6,12 @@ and safetensors are read as well.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from catseg_fast._version import __version__
 from catseg_fast.checkpoints.hub import WEIGHTS, resolve
 from catseg_fast.checkpoints.recognise import describe, recognise_variant
-from catseg_fast.checkpoints.unpickle import PICKLE, ZIP, NumpyArray, unpickle
-from catseg_fast.files import replacing
+from catseg_fast.checkpoints.stand_ins import NumpyArray
+from catseg_fast.checkpoints.torch_file import PICKLE, ZIP, read_torch_file
+from catseg_fast.checkpoints.unpickle import shown
+from catseg_fast.files import open_regular, replacing
 
 __all__ = ["IGNORED_KEYS", "convert", "load_into", "read_checkpoint", "recognise_variant", "resolve"]
 
@@ -31,6 +34,12 @@ IGNORED_KEYS = re.compile(
     r"(^|\.)(attn_mask|relative_position_index"
     r"|pixel_mean|pixel_std|clip_pixel_mean|clip_pixel_std|input_resolution|context_length|vocab_size)$"
 )
+
+# The largest published model has 2,000 tensors, and a header of 0.3 MB.
+MAX_TENSORS = 50_000
+MAX_HEADER = 16 * 2**20
+LONGEST_KEY = 1000
+MOST_SHARING = 4  # times that a file's bytes may be in its tensors
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -43,20 +52,47 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ValueError: if the file is empty, truncated, no checkpoint, or a pickle that would run code.
     """
     path = Path(path)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(64)
-    if not head:
-        raise ValueError(f"{path} is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
-    if head.startswith((ZIP, PICKLE)):
-        return _state_dict(unpickle(path), path)
-    if head[8:9] != b"{":
-        raise ValueError(f"{path} is neither a PyTorch nor a safetensors checkpoint")
+        if not head:
+            raise ValueError(f"{path} is empty")
+        if head.startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
+        if head.startswith((ZIP, PICKLE)):
+            content = read_torch_file(file, path)
+        elif head[8:9] == b"{":
+            content = _read_safetensors(file, path)
+        else:
+            raise ValueError(f"{path} is neither a PyTorch nor a safetensors checkpoint")
+        size = os.fstat(file.fileno()).st_size
+    tensors = _state_dict(content, path)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if needed > MOST_SHARING * size:  # many tensors on one storage
+        raise ValueError(f"{path} is damaged: its tensors have {needed} bytes, the file {size}")
+    return tensors
+
+
+def _read_safetensors(file: BinaryIO, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, whose header is measured before the library reads it."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER:
+        raise ValueError(f"{path} is damaged: its header has {length} bytes; at most {MAX_HEADER} are read")
     try:
-        return _state_dict(safetensors.torch.load_file(path), path)
-    except safetensors.SafetensorError as error:
+        header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("the header is no JSON object")
+        _check_count(len(header), path)
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, RecursionError, TypeError, RuntimeError) as error:
+        if str(error).startswith(str(path)):
+            raise
         raise ValueError(f"{path} is a truncated or damaged safetensors file: {error}") from error
+
+
+def _check_count(count: int, path: Path) -> None:
+    if count > MAX_TENSORS:
+        raise ValueError(f"{path} holds {count} entries; a checkpoint has at most {MAX_TENSORS}")
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -67,13 +103,21 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+    _check_count(len(content), path)
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
         if isinstance(value, NumpyArray):
-            value = torch.from_numpy(value.array)
+            try:
+                value = value.tensor
+            except ValueError as error:
+                raise ValueError(f"{path} is truncated, damaged or of another kind: {error}") from error
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{path} holds no state dict: its entry {key!r} is a {type(value).__name__}")
-        tensors[key] = value.detach()
+            kind = type(value).__name__
+            raise ValueError(f"{path} holds no state dict: its entry {shown(repr(key))} is a {kind}")
+        if not key.isprintable() or len(key) > LONGEST_KEY:
+            raise ValueError(f"{path} holds no state dict: its entry {shown(key)} is no parameter's name")
+        # A boolean's byte may have any value in a file, but only 0 or 1 in torch.
+        tensors[key] = value.view(torch.uint8).ne(0) if value.dtype == torch.bool else value
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     return tensors

@@ -15,9 +15,11 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from catseg_fast.errors import RunError
+from catseg_fast.files import file_digest, open_regular
 
 # Upstream's weights, by variant: the kind of repository, its id, the file.
 PUBLISHED = {
@@ -32,33 +34,81 @@ PUBLISHED = {
 BUNDLED = {"demo": Path(__file__).parent / "demo.safetensors"}
 SPACES = {repository for kind, repository, _ in PUBLISHED.values() if kind == "space"}
 
+_ABSENT = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError)
+
 WEIGHTS = (".safetensors", ".pth", ".pt")
 PREFERRED = "model.safetensors"
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
+def resolve(
+    source: str | os.PathLike[str], *, revision: str | None = None, sha256: str | None = None
+) -> Path:
     """The file that `source` stands for, fetched from the Hugging Face Hub where it is not on this machine.
 
     Args:
         source: a file; a folder that holds one checkpoint (or a `model.safetensors`); a variant's name such
             as "v2-vitl" (upstream's weights) or "demo" (in the package); a hub id "owner/name" or
-            "owner/name/path/to/file.pth".
+            "owner/name/path/to/file.pth". A hub id or a variant's name may end in "@revision", and
+            everything in "#sha256=…", for the two arguments below.
+        revision: branch, tag or commit of the hub's repository; by default its main branch. Only a commit's
+            hash stays the same for ever.
+        sha256: SHA-256 that the file must have, as 64 hexadecimal digits.
 
     Raises:
         FileNotFoundError: if there is no such file, repository, or file in the repository.
-        ValueError: if a folder or a repository holds several checkpoints or none.
+        ValueError: if a folder or a repository holds several checkpoints or none, a revision is given for
+            what is not on the hub, or the file's digest is another one.
         RuntimeError: if the hub cannot be reached; the message says what to do.
     """
+    if not os.path.exists(os.path.expanduser(source)):
+        source, revision, sha256 = _split_pins(os.fspath(source), revision, sha256)
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise ValueError(f"sha256: expected 64 hexadecimal digits, got {sha256!r}")
+    path = _local(source)
+    if path is None:
+        path = _download(*_remote(os.fspath(source)), revision)
+    elif revision is not None:
+        raise ValueError(f"revision: {revision!r} is of no use for {source}, which is not on the hub")
+    if sha256 is not None:
+        _check_digest(path, sha256.lower())
+    return path
+
+
+def _split_pins(source: str, revision: str | None, sha256: str | None) -> tuple[str, str | None, str | None]:
+    """Take "@revision" and "#sha256=…" off the end of a source."""
+    source, mark, found = source.partition("#sha256=")
+    if mark and sha256 is not None:
+        raise ValueError(f"sha256: is given twice, as {sha256!r} and as {found!r}")
+    sha256 = found if mark else sha256
+    if not os.path.exists(os.path.expanduser(source)):
+        source, mark, found = source.partition("@")
+        if mark and revision is not None:
+            raise ValueError(f"revision: is given twice, as {revision!r} and as {found!r}")
+        revision = found if mark else revision
+    if revision == "":
+        raise ValueError(f"revision: is empty for {source}")
+    return source, revision, sha256
+
+
+def _local(source: str | os.PathLike[str]) -> Path | None:
+    """The file on this machine, if `source` is one, a folder, or the name of bundled weights."""
     path = Path(source).expanduser()
-    if path.is_file():
-        return path
     if path.is_dir():
         return path / _pick((entry.name for entry in path.iterdir() if entry.is_file()), str(path))
-    name = os.fspath(source)
-    if name in BUNDLED:
-        return BUNDLED[name]
+    if path.exists():
+        open_regular(path).close()
+        return path
+    return BUNDLED.get(os.fspath(source))
+
+
+def _remote(name: str) -> tuple[str, str, str | None]:
+    """Kind and id of the hub's repository that a variant's name or hub id stands for, and the file if named.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
     if name in PUBLISHED:
-        return _download(*PUBLISHED[name])
+        return PUBLISHED[name]
     parts = name.split("/")
     named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/\w[^\\:]*)?", name) is not None
     if not named or (len(parts) == 2 and name.endswith((*WEIGHTS, ".pkl", ".bin"))):
@@ -68,7 +118,14 @@ def resolve(source: str | os.PathLike[str]) -> Path:
             f"and upstream's weights have the names {published}"
         )
     repository = "/".join(parts[:2])
-    return _download("space" if repository in SPACES else "model", repository, "/".join(parts[2:]) or None)
+    return "space" if repository in SPACES else "model", repository, "/".join(parts[2:]) or None
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    with open_regular(path) as file:
+        found = file_digest(file, "sha256")
+    if found != expected:
+        raise ValueError(f"{path}: expected SHA-256 {expected}, found {found}")
 
 
 def _pick(names: Iterable[str], where: str) -> str:
@@ -82,26 +139,26 @@ def _pick(names: Iterable[str], where: str) -> str:
     return weights[0]
 
 
-def _download(kind: str, repository: str, filename: str | None) -> Path:
+def _download(kind: str, repository: str, filename: str | None, revision: str | None) -> Path:
     """The file in the hub's cache; `filename` None picks the only checkpoint of the repository."""
     if filename is None:
-        with _clear_errors(kind, repository, "<file>"):
-            files = huggingface_hub.HfApi().list_repo_files(repository, repo_type=kind)
+        with _clear_errors(kind, repository, "<file>", revision):
+            files = huggingface_hub.HfApi().list_repo_files(repository, repo_type=kind, revision=revision)
         filename = _pick(files, f"the hub's {kind} {repository}")
-    with _clear_errors(kind, repository, filename):
-        path = huggingface_hub.hf_hub_download(repository, filename, repo_type=kind)
+    with _clear_errors(kind, repository, filename, revision):
+        path = huggingface_hub.hf_hub_download(repository, filename, repo_type=kind, revision=revision)
     return Path(path)
 
 
 @contextmanager
-def _clear_errors(kind: str, repository: str, filename: str) -> Iterator[None]:
+def _clear_errors(kind: str, repository: str, filename: str, revision: str | None) -> Iterator[None]:
     """Say what to do about a failed request to the hub."""
-    label = f"{repository}/{filename}"
+    label = f"{repository}/{filename}" + (f" at revision {revision!r}" if revision else "")
     try:
         yield
     except Exception as error:  # the hub's own, requests' or httpx's, by version
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        absent = isinstance(error, (RepositoryNotFoundError, EntryNotFoundError, HFValidationError))
+        absent = isinstance(error, _ABSENT)
         if absent and not isinstance(error, LocalEntryNotFoundError):
             raise FileNotFoundError(
                 f"weights: {label} is not on this machine, and the hub has no such public {kind}: {reason}"
@@ -111,6 +168,6 @@ def _clear_errors(kind: str, repository: str, filename: str) -> Iterator[None]:
         raise RunError(
             f"weights: {label} is neither a file nor in the cache ({constants.HF_HUB_CACHE}), "
             f"and fetching failed: {reason}.{offline} Without network access, download "
-            f"https://huggingface.co/{space}{repository}/resolve/main/{filename} elsewhere, copy it here and "
-            "pass its path instead; or copy the cache of a machine that has it (HF_HOME)."
+            f"https://huggingface.co/{space}{repository}/resolve/{revision or 'main'}/{filename} elsewhere, "
+            "copy it here and pass its path instead; or copy the cache of a machine that has it (HF_HOME)."
         ) from error

@@ -14,6 +14,7 @@ from catseg_fast.cli.options import (
     Device,
     Dtype,
     Seed,
+    TextCache,
     VariantName,
     Weights,
     build_model,
@@ -45,6 +46,7 @@ def app(
     device: Device = None,
     dtype: Dtype = "float32",
     backend: Backend = "auto",
+    text_cache: TextCache = True,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
@@ -66,8 +68,9 @@ def app(
         with stderr.status("Loading the model …"):
             weights = weights_or_bundled(weights, variant)
             model = build_model(
-                weights, variant, default_classes(weights), seed, device=device, dtype=dtype, backend=backend
-            )
+                weights, variant, default_classes(weights), seed, device=device, dtype=dtype,
+                backend=backend, text_cache=text_cache,
+            )  # fmt: skip
         serve(build_page(model, untrained=weights is None), host, port, browser)
 
 

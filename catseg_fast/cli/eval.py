@@ -17,6 +17,7 @@ from catseg_fast.cli.options import (
     DTYPES,
     Device,
     Seed,
+    TextCache,
     VariantName,
     build_model,
     weights_or_bundled,
@@ -118,6 +119,7 @@ def evaluate(
         bool, typer.Option("--restart", help="Forget what an interrupted evaluation left in --output.")
     ] = False,
     device: Device = None,
+    text_cache: TextCache = True,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -137,6 +139,7 @@ def evaluate(
         from catseg_fast.data.folder import FolderDataset
         from catseg_fast.evaluation.report import (
             activations_table,
+            check_target,
             classes_table,
             results_table,
             write_results,
@@ -148,6 +151,8 @@ def evaluate(
             choose_backend(name, target)  # fail before anything is loaded
         dataset = FolderDataset(data)
         classes = _class_names(dataset, classes_file)
+        written = output / "results.json"
+        check_target(written)
         output.mkdir(parents=True, exist_ok=True)
         about = {
             "catseg_fast": __version__, "data_sha256": dataset.fingerprint(), "classes": list(classes),
@@ -160,7 +165,7 @@ def evaluate(
                 with stderr.status("Loading the model …"):
                     model = build_model(
                         weights, variant, list(classes), seed, device=target, dtype=combination.dtype,
-                        sliding_window=sliding_window, backend=combination.backend,
+                        sliding_window=sliding_window, backend=combination.backend, text_cache=text_cache,
                     )  # fmt: skip
                 if combination.precision is not None:
                     model.engine.precision = getattr(torch, combination.precision)
@@ -177,7 +182,6 @@ def evaluate(
                 rows.append((own, found))
             if not processes.first:
                 return
-        written = output / "results.json"
         given = {"data": str(data), "weights": weights, "seed": seed, "limit": limit}
         write_results(written, {**given, **about}, classes, rows)
     named = [(combination.name, found) for combination, (_, found) in zip(combinations, rows, strict=True)]

@@ -12,6 +12,7 @@ from catseg_fast.cli.options import (
     ClassesFile,
     ClassesList,
     Seed,
+    TextCache,
     VariantName,
     Weights,
     build_model,
@@ -37,6 +38,7 @@ def export(
     crops: Annotated[
         int, typer.Option(metavar="N", min=1, help="Images of a call: 5 for a sliding window at once.")
     ] = 1,
+    text_cache: TextCache = True,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -53,7 +55,9 @@ def export(
 
         check_target(target)  # fail before the model is loaded
         with stderr.status("Loading the model …"):
-            model = build_model(weights, variant, names, seed, device="cpu", dtype="float32")
+            model = build_model(
+                weights, variant, names, seed, device="cpu", dtype="float32", text_cache=text_cache
+            )
         with stderr.status("Exporting …"):
             written = export_onnx(model, target, crops=crops)
     for path in written:

@@ -49,8 +49,9 @@ Weights = Annotated[
     typer.Option(
         metavar="W",
         help="Checkpoint: a .pth or .safetensors file, its folder, a hub id, or a variant's name for "
-        "upstream's weights. By default those in this package, which know generated scenes alone; with "
-        "--variant and no weights they are random.",
+        "upstream's weights. A hub id or name may end in @REVISION (a commit, best), and all in "
+        "#sha256=HEX, which the file must then have. By default those in this package, which know generated "
+        "scenes alone; with --variant and no weights they are random.",
     ),
 ]
 VariantName = Annotated[
@@ -68,6 +69,13 @@ SlidingWindow = Annotated[
     ),
 ]
 Backend = Annotated[str, choice("--backend", BACKENDS, "Implementation of the aggregator")]
+TextCache = Annotated[
+    bool,
+    typer.Option(
+        "--text-cache/--no-text-cache",
+        help="Whether the class names' text features are kept in the user's cache folder for the next run.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of untrained weights.")]
 # fmt: on
 

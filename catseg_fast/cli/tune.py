@@ -30,7 +30,7 @@ EXAMPLES = (
 
 def tune(
     op: Annotated[
-        list[str] | None, choice("--op", tuple(TUNABLE_OPS), "What to tune, repeatable; by default all of")
+        list[str] | None, choice("--op", TUNABLE_OPS, "What to tune, repeatable; by default all of")
     ] = None,
     dtype: Annotated[str, choice("--dtype", tuple(DTYPES), "Type of the tensors")] = "fp16",
     classes: Annotated[
@@ -69,12 +69,11 @@ def tune(
         device = _require_gpu()
 
         from catseg_fast.engine import tuner
-        from catseg_fast.kernels.launch.configs import user_folder
 
         tunables = tuner.list_tunables(
-            op or tuple(TUNABLE_OPS), getattr(torch, DTYPES[dtype]), classes, crops, device
+            op or TUNABLE_OPS, getattr(torch, DTYPES[dtype]), classes, crops, device
         )
-        folder, gpu = output or user_folder(), torch.cuda.get_device_name(device)
+        folder, gpu = output or _default_folder(), torch.cuda.get_device_name(device)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         outcomes: list[Outcome] = []
         seconds = math.inf if minutes is None else 60 * minutes
@@ -87,13 +86,23 @@ def tune(
                 _report_faults(outcome)
                 outcomes.append(outcome)
     stdout.print(results_table(outcomes))
-    stdout.print(f"{gpu}: written to {folder}", soft_wrap=True, highlight=False)
+    if any(outcome.reason is None and outcome.unsaved is None for outcome in outcomes):
+        stdout.print(f"{gpu}: written to {folder}", soft_wrap=True, highlight=False)
     if len(outcomes) < len(tunables):
         stderr.print(
             f"time is up: {len(outcomes)} of {len(tunables)} kernels and shapes are done", highlight=False
         )
-    if any(outcome.reason for outcome in outcomes):
+    if any(outcome.reason or outcome.unsaved for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _default_folder() -> Path:
+    from catseg_fast.kernels.launch.configs import user_folder
+
+    try:
+        return user_folder()
+    except RuntimeError as error:
+        raise RunError(f"tune: {error} Name a folder with --output, or set XDG_CACHE_HOME.") from None
 
 
 def _require_gpu() -> torch.device:
@@ -125,6 +134,8 @@ def _report_faults(outcome: Outcome) -> None:
     problem = outcome.tunable.problem
     if outcome.reason is not None:
         say_error(f"{problem.op}, {problem.kernel} {_shape(problem)}: {outcome.reason}")
+    if outcome.unsaved is not None:
+        say_error(f"{problem.op}, {problem.kernel} {_shape(problem)}: {outcome.unsaved}")
     for config in outcome.wrong:
         stderr.print(
             f"[yellow]note:[/] {problem.op}, {problem.kernel} {_shape(problem)}: discarded, as its result is "

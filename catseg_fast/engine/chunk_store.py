@@ -34,16 +34,27 @@ def new_state(policy: str, plan: Plan, image: ImageTerms, classes: int, chunk: i
 
 
 class ResidentState:
-    """One tensor `[B, T, HW, C]` beside the features, updated in place."""
+    """One tensor `[B, T, HW, C]` beside the features, updated in place; one chunk of all classes is it."""
 
     def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
-        self.tensor = like.new_empty(shape)
+        self._shape, self._like = shape, like
+        self._tensor: Tensor | None = None
 
     def load(self, crops: slice, classes: slice) -> Tensor:
-        return self.tensor[crops, classes]
+        assert self._tensor is not None
+        return self._tensor[crops, classes]
 
     def save(self, classes: slice, x: Tensor) -> None:
-        self.tensor[:, classes] = x
+        if x.shape == self._shape:
+            self._tensor = x
+            return
+        self.slot(classes)[:] = x
+
+    def slot(self, classes: slice) -> Tensor:
+        """Return where a chunk of all crops can be written instead of being saved."""
+        if self._tensor is None:
+            self._tensor = self._like.new_empty(self._shape)
+        return self._tensor[:, classes]
 
 
 class SingleState:

@@ -41,7 +41,7 @@ class WindowBlock:
     fc2_bias: Tensor  # [C]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassLayer:
     """One class-attention layer; C channels, d = C / heads, M hidden channels, G text-guidance channels."""
 
@@ -72,14 +72,13 @@ class Normalisation:
     bias: Tensor  # [C]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecoderStage:
     """One decoder stage: phase convolutions, normalisation, 3x3 convolution, normalisation."""
 
     phases: Tensor  # [2, 2, out, in, 2, 2]: output row and column phase first
     guidance: Tensor | None  # [out, G, 3, 3]
-    up_bias: Tensor  # [up]
-    up_conv: Tensor  # [out, up, 3, 3], for the bias alone
+    bias: Tensor  # [1, out, 3, 3]: of the corners, the edges and the inside
     norm1: Normalisation
     conv: Tensor  # [out, out, 3, 3]
     norm2: Normalisation
@@ -228,8 +227,7 @@ def _fold_decoder(up: Any) -> DecoderStage:
     return DecoderStage(
         phases=compose_phases(transposed, up_conv),
         guidance=guidance if guidance.shape[1] else None,
-        up_bias=_bias(up.up),
-        up_conv=up_conv,
+        bias=F.conv2d(_bias(up.up).view(1, -1, 1, 1).expand(-1, -1, 3, 3), up_conv, padding=1),
         norm1=_normalisation(norm1),
         conv=wide(conv2.weight),
         norm2=_normalisation(norm2),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from catseg_fast.config import IGNORE_LABEL
-from catseg_fast.reference.finetune import check_labels
+from catseg_fast.labels import class_indices
 
 # Values of a resized chunk: enough to fill a GPU, few enough for a CPU's cache.
 CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**27}
@@ -30,13 +30,14 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE
 
     Args:
         logits: `[B, T, h, w]`, resized to the labels' size.
-        labels: class indices `[B, H, W]`, on any device.
+        labels: class indices `[B, H, W]` of any integer type, on any device.
         ignore_label: label of pixels without a class.
 
     Raises:
+        TypeError: if the labels are not integers.
         ValueError: if a label is neither a class index nor the ignore label.
     """
-    check_labels(labels, logits.shape[1], ignore_label)
+    labels = class_indices(labels, logits.shape[1], ignore_label)
     loss: Tensor = _Loss.apply(logits, labels.to(logits.device, non_blocking=True), ignore_label)
     return loss
 
@@ -49,7 +50,7 @@ class _Loss(torch.autograd.Function):
         count = B * T * size[0] * size[1]
         step = max(1, CHUNK_VALUES.get(logits.device.type, 2**20) * T // count)
         # A class of no chunk, for pixels to ignore.
-        own = torch.where(labels == ignore_label, -1, labels).to(torch.int64)[:, None]
+        own = torch.where(labels == ignore_label, -1, labels)[:, None]
         total = torch.zeros((), dtype=dtype, device=logits.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(logits, dtype=dtype) if wanted else None

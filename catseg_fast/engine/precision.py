@@ -55,6 +55,24 @@ def compute_dtype(asked: torch.dtype | None, weight: torch.Tensor) -> torch.dtyp
     return weight.dtype
 
 
+def text_dtype(asked: torch.dtype | None, weight: torch.Tensor, selects: bool) -> torch.dtype:
+    """Type of the text tower's matrix products, for text features that are kept.
+
+    On a GPU it is that of the aggregator's stages if this has 16 bits (upstream's v1 does the same there).
+    Where only the best classes are aggregated it is the weights' type: whether a class is among them hangs on
+    differences far smaller than the rounding of 16 bits.
+
+    Args:
+        asked: `Engine.precision`.
+        weight: a weight of the text tower.
+        selects: whether only the best of the classes are aggregated.
+    """
+    if selects or weight.device.type != "cuda" or weight.dtype != torch.float32:
+        return weight.dtype
+    dtype = compute_dtype(asked, weight)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else weight.dtype
+
+
 @functools.cache
 def pays_off_on_cpu(dtype: torch.dtype) -> bool:
     """Whether a matrix product of the stages' size, measured once, is faster on this CPU than in fp32.

@@ -1,21 +1,18 @@
-"""Whether stages compute on this machine what those in torch do, before they are trusted."""
+"""Whether ops compute in Triton on this machine what they do in plain torch, before they are trusted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from catseg_fast.engine import torch_stages
-from catseg_fast.engine.class_memory import new_memory
-from catseg_fast.engine.folding import ClassLayer, Plan, cast
-from catseg_fast.engine.terms import ImageTerms
-
-if TYPE_CHECKING:
-    from catseg_fast.engine.streaming import Stages
+from catseg_fast.engine.folding import Plan
+from catseg_fast.kernels import load
+from catseg_fast.kernels.launch.op import Op, Random, Sizes
+from catseg_fast.reference.window_attention import fit_window
 
 CLASSES = 3
 
@@ -23,51 +20,89 @@ CLASSES = 3
 # (`tests/support/accuracy.py`), over more values than here.
 FACTOR = 4.0
 
+# The stage that an op belongs to; of the others, it has the op's name.
+STAGES = {"class_collect": "class_attention", "class_apply": "class_attention"}
 
-def wrong_stages(candidate: Stages, plan: Plan, image: ImageTerms) -> dict[str, str]:
-    """Run each stage on a few random classes of an image's first crop, against torch in fp32 or float64.
+
+def wrong_stages(
+    plan: Plan, resolution: tuple[int, int], features: int, device: torch.device, input_precision: str
+) -> dict[str, str]:
+    """Run each op on random inputs of a plan's sizes, against its plain form in fp32 or float64.
+
+    Args:
+        plan: gives sizes and type.
+        resolution: (H, W).
+        features: F, of CLIP's features.
+        device: where to run.
+        input_precision: of products of fp32 numbers.
 
     Returns:
         By stage ("embed_cost_volume", "window_block", "class_attention", "decode"), how far it is off; empty
         if all are right. What overflows in torch, too, proves nothing and is passed over.
     """
-    dtype, resolution, device = plan.embed.dtype, image.resolution, image.features.device
-    exact = torch.float64 if dtype == torch.float32 else torch.float32
-    image = image.of(slice(0, 1))
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    x = random(1, CLASSES, image.features.shape[1], plan.channels)
-    text = F.normalize(random(1, CLASSES, plan.prompts, image.features.shape[2]), dim=-1)
     wrong: dict[str, str] = {}
-
-    def compare(stage: str, run: Callable[..., Tensor], *arguments: object) -> None:
-        truth = run(torch_stages, *cast(arguments, exact))
-        eager, ours = (run(stages, *arguments).to(exact) - truth for stages in (torch_stages, candidate))
-        found, allowed = ours.abs().max().item(), FACTOR * eager.abs().max().item()
-        if allowed < float("inf") and not found <= allowed:
-            wrong[stage] = f"error {found:.1e}, of torch {allowed / FACTOR:.1e}"
-
-    def embed(stages: Stages, plan: Plan, features: Tensor, text: Tensor) -> Tensor:
-        return stages.embed_cost_volume(plan, features, text, resolution)
-
-    def window_block(stages: Stages, *arguments: Any) -> Tensor:
-        return stages.window_block(*arguments)
-
-    def attend(stages: Stages, layer: ClassLayer, x: Tensor) -> Tensor:
-        memory = new_memory(layer, CLASSES)
-        stages.class_collect(layer, memory, x, None, resolution)
-        return stages.class_apply(layer, x, None, memory, resolution)
-
-    def decode(stages: Stages, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
-        return stages.decode(plan, guidance, x, resolution)
-
-    compare("embed_cost_volume", embed, plan, image.features, text)
-    for layer, guidance in zip(plan.layers, image.blocks, strict=True):
-        for block, share in zip(layer.blocks, guidance, strict=True):
-            compare("window_block", window_block, block, share, x)
-        compare("class_attention", attend, layer.classes, x)
-    compare("decode", decode, plan, image.decoder, x)
+    for name, sizes in op_sizes(plan, resolution, features):
+        reason = _compare(load(name), sizes, plan.embed.dtype, device, input_precision)
+        if reason is not None:
+            wrong[STAGES.get(name, name)] = reason
     return wrong
+
+
+def op_sizes(plan: Plan, resolution: tuple[int, int], features: int) -> Iterator[tuple[str, Sizes]]:
+    """The ops that a plan needs and can run, by name, with the sizes that they have for it."""
+    from catseg_fast.kernels.class_attention import op as class_attention
+    from catseg_fast.kernels.window_attention import op as window_attention
+
+    height, width = resolution
+    base = Sizes(1, CLASSES, height, width, plan.channels)
+    yield "embed_cost_volume", replace(base, features=features, prompts=plan.prompts)
+    found: dict[tuple[str, Sizes], None] = {}
+    for layer in plan.layers:
+        for block in layer.blocks:
+            window, shift = fit_window(resolution, block.window, block.shift)
+            sizes = replace(base, heads=block.heads, window=window, shift=shift, hidden=len(block.fc1))
+            if window_attention.unsupported(plan.channels, block.heads, block.window) is None:
+                found["window_block", sizes] = None
+        classes = layer.classes
+        pooling, hidden = classes.pooling or (1, 1), len(classes.fc1)
+        sizes = replace(base, heads=classes.heads, hidden=hidden, pooling=pooling)
+        if classes.linear and class_attention.unsupported(plan.channels) is None:
+            found |= dict.fromkeys([("class_collect", sizes), ("class_apply", sizes)])
+    yield from found
+    widths = tuple(stage.conv.shape[0] for stage in plan.decoder)
+    group = widths[0] // plan.decoder[0].norm1.groups
+    yield "decode", replace(base, decoder=widths, group=group)
+
+
+@torch.no_grad()
+def _compare(
+    op: Op, sizes: Sizes, dtype: torch.dtype, device: torch.device, input_precision: str
+) -> str | None:
+    """How far an op is off; None if it is right."""
+    inputs = op.make_inputs(sizes, Random(dtype, device))
+    exact = torch.float64 if dtype == torch.float32 else torch.float32
+    truth = op.plain(**{name: _cast(value, exact) for name, value in inputs.items()})
+    eager = op.plain(**inputs)
+    ours = op.triton(**inputs, input_precision=input_precision)
+    for tensors in zip(*map(_parts, (ours, eager, truth)), strict=True):
+        found, allowed = (_error(x, tensors[2]) for x in tensors[:2])
+        if FACTOR * allowed < float("inf") and not found <= FACTOR * allowed:
+            return f"error {found:.1e}, of torch {allowed:.1e}"
+    return None
+
+
+def _parts(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _error(x: Tensor, truth: Tensor) -> float:
+    return (x.to(truth.dtype) - truth).abs().max().item()
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The same with every floating tensor in it in a type."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value

@@ -11,24 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catseg_fast.engine.folding import DecoderStage, Plan, WindowBlock, wide
-from catseg_fast.reference.window_attention import fit_window, partition_windows, shifted_window_mask
+from catseg_fast.engine.kept import kept
+from catseg_fast.kernels.window_attention.plain import window_masks, window_order
+from catseg_fast.reference.window_attention import fit_window
+
+Geometry = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
 
 
 @dataclass(frozen=True)
 class BlockGuidance:
-    """A window block's share of the appearance guidance, in window order, and the order itself."""
+    """A window block's share of the appearance guidance, and how its windows lie."""
 
     resolution: tuple[int, int]
-    windows: int
+    window: int  # as it fits the resolution
+    shift: int
     order: Tensor  # [HW]: the position of each token when windows are laid one behind the other
     inverse: Tensor  # [HW]
-    masks: tuple[Tensor | None, ...] | None  # [N, N] each, of a shifted block; None where all is seen
+    masks: tuple[Tensor | None, ...]  # [N, N] of each window; None where all is seen
     query_key: Tensor  # [B or 1, HW or 1, 2C], added to queries and keys
 
     def of(self, crops: slice) -> BlockGuidance:
         """The guidance of some crops."""
         query_key = self.query_key if len(self.query_key) == 1 else self.query_key[crops]
         return replace(self, query_key=query_key)
+
+
+UNIT_BYTES = 2**26  # of unit text features that are kept beside the features
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,12 @@ class ImageTerms:
 class VocabularyTerms:
     """Everything of T classes that no image has a say in; the leading 1 stands for "all crops alike".
 
-    The features themselves are neither copied nor cast, so that a large vocabulary is held once.
+    The features are copied and cast only if they are small, so that a large vocabulary is held once.
     """
 
     features: Tensor  # [B or 1, T, P, F]
     inverse_norm: Tensor  # [B or 1, T, P]
+    unit: Tensor | None  # [B or 1, T, P, F], unit vectors in the stages' type; None where they are large
     queries: tuple[Tensor | None, ...]  # by layer: [B or 1, T, C]
     keys: tuple[Tensor | None, ...]
 
@@ -90,14 +99,16 @@ def image_terms(
                 aggregator.decoder_guidance_projection, appearance_guidance[1:], strict=True
             )
         ]
+    by_eps: dict[float, Tensor | None] = dict.fromkeys(layer.guidance_eps for layer in plan.layers)
+    if guidance is not None:
+        tokens = guidance.flatten(2).transpose(1, 2)
+        for eps in by_eps:
+            by_eps[eps] = F.layer_norm(wide(tokens), tokens.shape[-1:], eps=eps).to(dtype)
     blocks = []
     for layer in plan.layers:
-        tokens = None
-        if guidance is not None:
-            tokens = guidance.flatten(2).transpose(1, 2)
-            tokens = F.layer_norm(wide(tokens), tokens.shape[-1:], eps=layer.guidance_eps).to(dtype)
+        normalised = by_eps[layer.guidance_eps]
         first, second = (
-            _block_guidance(block, tokens, resolution, img_feats.device) for block in layer.blocks
+            _block_guidance(block, normalised, resolution, img_feats.device) for block in layer.blocks
         )
         blocks.append((first, second))
     H, W = resolution
@@ -133,7 +144,11 @@ def vocabulary_terms(
                 queries[index], keys[index] = F.linear(
                     projected.to(plan.embed.dtype), layer.classes.text
                 ).chunk(2, dim=-1)
-    return VocabularyTerms(text_feats, inverse_norm, tuple(queries), tuple(keys))
+    unit = None
+    small = text_feats.numel() * plan.embed.itemsize <= UNIT_BYTES
+    if small and not text_feats.requires_grad and not torch.compiler.is_compiling():
+        unit = chunk_text(text_feats, inverse_norm, plan.embed.dtype)
+    return VocabularyTerms(text_feats, inverse_norm, unit, tuple(queries), tuple(keys))
 
 
 def _block_guidance(
@@ -143,30 +158,48 @@ def _block_guidance(
     window, shift = fit_window(resolution, block.window, block.shift)
     if H % window or W % window:
         raise ValueError(f"img_feats: resolution {H}x{W} is not divisible by the window {window}")
-    positions = torch.arange(H * W, device=device).view(1, H, W, 1)
-    positions = torch.roll(positions, (-shift, -shift), dims=(1, 2))
-    order = partition_windows(positions, window).flatten()
-    masks = None
-    if shift:
-        by_window = shifted_window_mask(resolution, window, shift, device).to(block.qkv.dtype)
-        down, across = H // window, W // window  # the last of which hold patches from opposite borders
-        masks = tuple(
-            mask if w // across == down - 1 or w % across == across - 1 else None
-            for w, mask in enumerate(by_window)
-        )
+    order, inverse, masks = _geometry(resolution, window, shift, block.qkv.dtype, device)
     query_key = block.guidance_bias.view(1, 1, -1)
     if block.guidance is not None and tokens is not None:
-        query_key = F.linear(tokens[:, order], block.guidance, block.guidance_bias)
-    return BlockGuidance(resolution, H * W // window**2, order, order.argsort(), masks, query_key)
+        query_key = F.linear(tokens, block.guidance, block.guidance_bias)
+    return BlockGuidance(resolution, window, shift, order, inverse, masks, query_key)
+
+
+class _Sizes:
+    """Owns what follows from sizes only."""
+
+
+_SIZES = _Sizes()
+
+
+def _geometry(
+    resolution: tuple[int, int], window: int, shift: int, dtype: torch.dtype, device: torch.device
+) -> Geometry:
+    """Return order, inverse order and masks of windows, which depend on no weight and no picture."""
+
+    def make() -> Geometry:
+        order = window_order(resolution, window, shift, device)
+        return order, order.argsort(), window_masks(resolution, window, shift, dtype, device)
+
+    return kept(_SIZES, (resolution, window, shift, dtype, device), device, make)
 
 
 def _decoder_guidance(stage: DecoderStage, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """What no class has a say in of a stage's first convolution: guidance, and the bias with its borders."""
-    bias = stage.up_bias.view(1, -1, 1, 1).expand(-1, -1, *size)
-    fixed = F.conv2d(bias, stage.up_conv, padding=1)
+    """Return the part of a stage's first convolution that is the same for every class."""
+    fixed = kept(stage, size, stage.bias.device, lambda: _spread(stage.bias, size))
     if stage.guidance is not None and guidance is not None:
         fixed = fixed + F.conv2d(guidance.to(stage.guidance.dtype), stage.guidance, padding=1)
     return fixed.contiguous(memory_format=torch.channels_last)
+
+
+def _spread(bias: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the map `[1, out, H, W]`, at least 2x2, of a bias `[1, out, 3, 3]`."""
+    for axis, side in enumerate(size, 2):
+        first, inside, last = bias.split(1, dim=axis)
+        shape = list(inside.shape)
+        shape[axis] = side - 2
+        bias = torch.cat([first, inside.expand(shape), last], dim=axis)
+    return bias.contiguous(memory_format=torch.channels_last)
 
 
 def _apply(module: nn.Module | None, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:

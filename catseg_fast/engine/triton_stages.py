@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from catseg_fast.engine import arguments
 from catseg_fast.engine import torch_stages as stages
-from catseg_fast.engine.class_memory import ClassMemory
+from catseg_fast.engine.arguments import Decoding
+from catseg_fast.engine.class_memory import ClassMemory, LinearMemory
 from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
 from catseg_fast.engine.self_check import wrong_stages
 from catseg_fast.engine.terms import BlockGuidance, ImageTerms
@@ -21,7 +24,10 @@ from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
 from catseg_fast.kernels.launch.checks import DTYPES, INTERPRETED
+from catseg_fast.kernels.launch.prepared import PreparedCalls
 from catseg_fast.kernels.window_attention import op as window_attention
+
+Resolution = tuple[int, int]
 
 
 class TritonStages:
@@ -31,7 +37,7 @@ class TritonStages:
     something wrong is an error; else its stage runs in torch from then on, with a warning.
 
     Args:
-        plan: the weights that the stages will be called with.
+        plan: the weights that the stages will be called with; they are laid out for the kernels here, once.
         input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
 
     Attributes:
@@ -43,8 +49,8 @@ class TritonStages:
         untyped = None if plan.embed.dtype in DTYPES else f"no kernel computes in {plan.embed.dtype}"
         if INTERPRETED and plan.embed.dtype == torch.bfloat16:
             untyped = "Triton's interpreter computes wrongly in bfloat16"
-        blocks = [window_attention.unsupported(block) for layer in plan.layers for block in layer.blocks]
-        classes = [class_attention.unsupported(layer.classes) for layer in plan.layers]
+        blocks = [unsupported_block(block) for layer in plan.layers for block in layer.blocks]
+        classes = [unsupported_classes(layer.classes) for layer in plan.layers]
         reasons = {
             "embed_cost_volume": [untyped],
             "window_block": [untyped, *blocks],
@@ -52,7 +58,14 @@ class TritonStages:
             "decode": [untyped],
         }
         self.fallbacks = {stage: next(filter(None, why)) for stage, why in reasons.items() if any(why)}
+        self._embedding, self._decoding = kernel_embedding(plan), kernel_decoding(plan)
+        self._calls = None if plan.embed.device.type == "cpu" else PreparedCalls()
         self._checked = False
+
+    @property
+    def collects_at_once(self) -> bool:
+        """Whether `class_collect` is best called once with all classes, where they are at hand."""
+        return "class_attention" not in self.fallbacks
 
     def check(self, image: ImageTerms) -> None:
         """Compare each kernel with torch on this GPU, once; stages that differ run in torch from then on.
@@ -62,20 +75,37 @@ class TritonStages:
         if self._checked or not image.features.is_cuda:
             return
         self._checked = True
-        for stage, reason in wrong_stages(self, self.plan, image).items():
+        features = image.features
+        wrong = wrong_stages(
+            self.plan, image.resolution, features.shape[2], features.device, self.input_precision
+        )
+        for stage, reason in wrong.items():
             self._fall_back(stage, f"computes something else than torch on this GPU: {reason}")
 
-    def embed_cost_volume(
-        self, plan: Plan, image: Tensor, text: Tensor, resolution: tuple[int, int]
-    ) -> Tensor:
-        arguments = (plan, image, text, resolution)
-        return self._run(
-            "embed_cost_volume", cost_volume.embed_cost_volume, stages.embed_cost_volume, *arguments
-        )
+    def embed_cost_volume(self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution) -> Tensor:
+        def launch(image: Tensor, text: Tensor) -> Tensor:
+            return cost_volume.embed_cost_volume(
+                image, text, *self._embedding, resolution, self.input_precision
+            )
 
-    def window_block(self, block: WindowBlock, guidance: BlockGuidance, x: Tensor) -> Tensor:
-        arguments = (block, guidance, x)
-        return self._run("window_block", window_attention.window_block, stages.window_block, *arguments)
+        def kernel() -> Tensor:
+            return self._repeat(("embed", resolution), launch, image, text)
+
+        return self._run("embed_cost_volume", kernel, stages.embed_cost_volume, plan, image, text, resolution)
+
+    def window_block(
+        self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        def launch(x: Tensor, query_key: Tensor, out: Tensor | None) -> Tensor:
+            own = replace(guidance, query_key=query_key)
+            return window_block(block, own, x, out, self.input_precision)
+
+        def kernel() -> Tensor:
+            # The block is the plan's, and lives as long as these stages.
+            key = ("window", id(block), guidance.resolution, guidance.window, guidance.shift)
+            return self._repeat(key, launch, x, guidance.query_key, out)
+
+        return self._run("window_block", kernel, stages.window_block, block, guidance, x, out)
 
     def class_collect(
         self,
@@ -83,10 +113,14 @@ class TritonStages:
         memory: ClassMemory,
         x: Tensor,
         text_key: Tensor | None,
-        resolution: tuple[int, int],
+        resolution: Resolution,
+        last: bool = False,
     ) -> None:
-        arguments = (layer, memory, x, text_key, resolution)
-        self._run("class_attention", class_attention.class_collect, stages.class_collect, *arguments)
+        def kernel() -> None:
+            class_collect(layer, memory, x, text_key, resolution, last, self.input_precision, self._repeat)
+
+        arguments = (layer, memory, x, text_key, resolution, last)
+        self._run("class_attention", kernel, stages.class_collect, *arguments)
 
     def class_apply(
         self,
@@ -94,25 +128,50 @@ class TritonStages:
         x: Tensor,
         text_query: Tensor | None,
         memory: ClassMemory,
-        resolution: tuple[int, int],
+        resolution: Resolution,
     ) -> Tensor:
-        arguments = (layer, x, text_query, memory, resolution)
-        return self._run("class_attention", class_attention.class_apply, stages.class_apply, *arguments)
+        def kernel() -> Tensor:
+            return class_apply(layer, x, text_query, memory, resolution, self.input_precision, self._repeat)
+
+        return self._run(
+            "class_attention", kernel, stages.class_apply, layer, x, text_query, memory, resolution
+        )
 
     def decode(
-        self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]
+        self,
+        plan: Plan,
+        guidance: tuple[Tensor, Tensor],
+        x: Tensor,
+        resolution: Resolution,
+        out: Tensor | None = None,
+        flag: Tensor | None = None,
     ) -> Tensor:
-        return self._run("decode", decoder.decode, stages.decode, plan, guidance, x, resolution)
+        def launch(x: Tensor, out: Tensor | None, flag: Tensor | None, *maps: Tensor) -> Tensor:
+            return decoder.decode(x, maps, *self._decoding, resolution, self.input_precision, out, flag)
 
-    def _run(self, stage: str, kernel: Callable[..., Any], fallback: Callable[..., Any], *args: Any) -> Any:
+        def kernel() -> Tensor:
+            maps = (arguments.channels_last(added) for added in guidance)
+            return self._repeat(("decode", resolution), launch, x, out, flag, *maps)
+
+        return self._run("decode", kernel, stages.decode, plan, guidance, x, resolution, out, flag)
+
+    def _repeat(self, key: object, launch: Callable[..., Any], *inputs: Tensor | None) -> Any:
+        """Return `launch(*inputs)`, whose launches are prepared and repeated where that is possible."""
+        if self._calls is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return launch(*inputs)
+        return self._calls(key, launch, *inputs)
+
+    def _run(
+        self, stage: str, kernel: Callable[[], Any], fallback: Callable[..., Any], *arguments: Any
+    ) -> Any:
         if stage not in self.fallbacks:
             try:
-                return kernel(*args, input_precision=self.input_precision)
+                return kernel()
             except Exception as error:
                 if not _does_not_compile(error):
                     raise
                 self._fall_back(stage, str(error).strip().splitlines()[-1], error)
-        return fallback(*args)
+        return fallback(*arguments)
 
     def _fall_back(self, stage: str, reason: str, error: Exception | None = None) -> None:
         if os.environ.get("CATSEG_FAST_STRICT") == "1":
@@ -121,6 +180,112 @@ class TritonStages:
         warnings.warn(
             f"{stage} runs in torch, because the Triton kernel fails: {reason}", RuntimeWarning, stacklevel=2
         )
+
+
+def kernel_embedding(plan: Plan) -> tuple[Tensor, Tensor]:
+    """Weights of `embed_cost_volume`, laid out as the kernels read them."""
+    weight, bias = arguments.embedding(plan)
+    return weight.contiguous(), bias
+
+
+def kernel_decoding(plan: Plan) -> Decoding:
+    """Weights, groups and eps of `decode`, laid out as the kernels read them."""
+    weights, groups, eps = arguments.decoding(plan)
+    return decoder.pack_weights(weights), groups, eps
+
+
+def window_block(
+    block: WindowBlock,
+    guidance: BlockGuidance,
+    x: Tensor,
+    out: Tensor | None = None,
+    input_precision: str = "ieee",
+) -> Tensor:
+    """`torch_stages.window_block` on kernels."""
+    return window_attention.window_block(
+        x, guidance.query_key, *arguments.window_weights(block),
+        guidance.resolution, guidance.window, guidance.shift, block.heads, input_precision, out,
+    )  # fmt: skip
+
+
+def call_directly(key: object, launch: Callable[..., Any], *inputs: Tensor | None) -> Any:
+    """Return `launch(*inputs)`, as `PreparedCalls` does."""
+    return launch(*inputs)
+
+
+def class_collect(
+    layer: ClassLayer,
+    memory: ClassMemory,
+    x: Tensor,
+    text_key: Tensor | None,
+    resolution: Resolution,
+    last: bool = False,
+    input_precision: str = "ieee",
+    call: Callable[..., Any] = call_directly,
+) -> None:
+    """`torch_stages.class_collect` on kernels; the memory's sums become new tensors."""
+    memory = _linear(layer, memory)
+    heads, length, pooling = memory.heads, memory.length, layer.pooling or (1, 1)
+
+    def launch(
+        x: Tensor, text_key: Tensor | None, key_value: Tensor | None, key_sum: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return class_attention.class_collect(
+            x, layer.kv, layer.kv_bias, text_key, key_value, key_sum, heads, length, resolution, pooling,
+            last, input_precision,
+        )  # fmt: skip
+
+    key_value = memory.key_value if isinstance(memory.key_value, Tensor) else None
+    key_sum = memory.key_sum if isinstance(memory.key_sum, Tensor) else None
+    # The layer is the plan's, and lives as long as its prepared launches.
+    key = ("collect", id(layer), heads, length, resolution, last)
+    result, memory.key_sum = call(key, launch, x, text_key, key_value, key_sum)
+    if last:
+        memory.key_value, memory.means = 0.0, result
+    else:
+        memory.key_value = result
+
+
+def class_apply(
+    layer: ClassLayer,
+    x: Tensor,
+    text_query: Tensor | None,
+    memory: ClassMemory,
+    resolution: Resolution,
+    input_precision: str = "ieee",
+    call: Callable[..., Any] = call_directly,
+) -> Tensor:
+    """`torch_stages.class_apply` on kernels."""
+    memory = _linear(layer, memory)
+    settings = (memory.heads, memory.length, memory.eps, resolution, layer.pooling or (1, 1), input_precision)
+
+    def launch(x: Tensor, text_query: Tensor | None, means: Tensor, key_sum: Tensor) -> Tensor:
+        return class_attention.class_apply(
+            x, text_query, means, key_sum, *arguments.apply_weights(layer), *settings
+        )
+
+    out: Tensor = call(("apply", id(layer), *settings), launch, x, text_query, *memory.closed())
+    return out
+
+
+def unsupported_block(block: WindowBlock) -> str | None:
+    """Return why the kernels cannot run a block; None if they can."""
+    return window_attention.unsupported(len(block.proj), block.heads, block.window)
+
+
+def unsupported_classes(layer: ClassLayer) -> str | None:
+    """Return why the kernels cannot run a class-attention layer; None if they can."""
+    if not layer.linear:
+        return "softmax attention over classes has no kernel"
+    return class_attention.unsupported(len(layer.q))
+
+
+def _linear(layer: ClassLayer, memory: ClassMemory) -> LinearMemory:
+    if reason := unsupported_classes(layer):
+        raise ValueError(f"layer: {reason}")
+    if not isinstance(memory, LinearMemory):
+        raise ValueError(f"memory: {type(memory).__name__} has no kernel, LinearMemory has")
+    return memory
 
 
 def _does_not_compile(error: Exception) -> bool:

@@ -1,14 +1,13 @@
-"""Timing launch configs on a GPU, and keeping the fastest for `kernels/tuning.py` to find."""
+"""Timing launch configs on a GPU, and keeping the fastest for `kernels/launch/configs.py` to find."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,35 @@ from torch import Tensor
 from catseg_fast._version import __version__
 from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.files import replacing
-from catseg_fast.kernels import TUNABLE_OPS
+from catseg_fast.kernels import load
 from catseg_fast.kernels.launch import configs as tuning
-from catseg_fast.kernels.launch.compile_target import capability_of
+from catseg_fast.kernels.launch.capability import capability_of
 from catseg_fast.kernels.launch.config import LaunchConfig
-from catseg_fast.kernels.launch.tunable import Tunable, Workload
+from catseg_fast.kernels.launch.configs import Problem
+from catseg_fast.kernels.launch.kernel import Call, record_calls
+from catseg_fast.kernels.launch.op import Op, Random, Sizes
 
+TIMED = (5, 25)  # milliseconds of warming up and of timing a config: 90 of them take 35 s
 # Milliseconds that a call takes.
 Timer = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A kernel at certain sizes, and what is worth timing.
+
+    Attributes:
+        problem: what a measured config will be found by.
+        candidates: configs, the default first. Not all need to fit the GPU.
+        make_inputs: the kernel's call in its op on a device, with random tensors of a real call's scale.
+        run: launches the kernel as in such a call with a config, and returns what it computes. It may
+            overwrite the call's tensors, but with numbers that it takes as long for.
+    """
+
+    problem: Problem
+    candidates: tuple[LaunchConfig, ...]
+    make_inputs: Callable[[torch.device], Call]
+    run: Callable[[Call, Any], Sequence[Tensor]] = Call.run
 
 
 @dataclass
@@ -40,6 +60,7 @@ class Outcome:
         failed: how many did not compile, or asked for more than the GPU has.
         wrong: configs whose result differs from the default's.
         reason: why the default itself is of no use, if so; then nothing was timed.
+        unsaved: why the fastest config could not be written, if so.
     """
 
     tunable: Tunable
@@ -47,6 +68,7 @@ class Outcome:
     failed: int = 0
     wrong: list[LaunchConfig] = field(default_factory=list)
     reason: str | None = None
+    unsaved: str | None = None
 
     @property
     def default_milliseconds(self) -> float:
@@ -58,11 +80,12 @@ class Outcome:
         """The fastest config."""
         return min(self.milliseconds, key=self.milliseconds.__getitem__)
 
-    def entry(self, gpu: str) -> dict[str, Any]:
+    def entry(self, gpu: str, **facts: int) -> dict[str, Any]:
         """The fastest config as an entry of a file, with all that its time depends on."""
         problem = self.tunable.problem
         return {
             "kernel": problem.kernel,
+            "version": problem.config.version,
             "dtype": problem.dtype,
             "precision": problem.precision,
             "shape": {**dict(problem.sizes), tuning.FREE_SIZE: problem.crop_classes},
@@ -70,6 +93,7 @@ class Outcome:
             "milliseconds": round(self.milliseconds[self.best], 5),
             "default_milliseconds": round(self.default_milliseconds, 5),
             "gpu": gpu,
+            **facts,
             "triton": triton.__version__,
             "torch": torch.__version__,
             "catseg_fast": __version__,
@@ -80,21 +104,41 @@ class Outcome:
 def list_tunables(
     ops: Sequence[str], dtype: torch.dtype, classes: Sequence[int], crops: int, device: torch.device
 ) -> list[Tunable]:
-    """Kernels of some ops at the launches that vocabularies of so many classes lead to; none twice.
+    """Kernels of some ops at the launches that vocabularies of these sizes lead to; none twice.
 
     Products of fp32 numbers are timed both as "ieee" and as "tf32x3".
     """
-    modules = [
-        importlib.import_module(f"catseg_fast.kernels.{name}")
-        for name in dict.fromkeys(TUNABLE_OPS[op] for op in ops)
-    ]
-    found: dict[tuning.Problem, Tunable] = {}
+    found: dict[Problem, Tunable] = {}
     for chunk in (usual_chunk(count, crops, device) for count in classes):
         for precision in ("ieee", "tf32x3") if dtype == torch.float32 else ("ieee",):
-            workload = Workload(capability_of(device), dtype, precision, crops, chunk)
-            for module in modules:
-                found |= {tunable.problem: tunable for tunable in module.tunables(workload)}
-    return [tunable for problem, tunable in found.items() if problem.op in ops]
+            for op in map(load, ops):
+                for published in op.sizes.values():
+                    sizes = replace(published, crops=crops, classes=chunk)
+                    for tunable in tunables(op, sizes, dtype, precision, capability_of(device)):
+                        found[tunable.problem] = tunable
+    return list(found.values())
+
+
+def tunables(
+    op: Op, sizes: Sizes, dtype: torch.dtype, input_precision: str, capability: int
+) -> list[Tunable]:
+    """The kernels that an op calls at some sizes on GPUs of a compute capability."""
+    calls, _ = op.dry_run(sizes, dtype, input_precision, capability)
+
+    def make_inputs(problem: Problem, device: torch.device) -> Call:
+        inputs = op.make_inputs(sizes, Random(dtype, device))
+        with record_calls() as recorded:
+            op.launch(*inputs.values(), input_precision)
+        return next(call for call in recorded if call.problem == problem)
+
+    return [
+        Tunable(
+            call.problem,
+            call.kernel.candidates(capability, call.problem),
+            functools.partial(make_inputs, call.problem),
+        )
+        for call in calls
+    ]
 
 
 def tune_all(
@@ -115,17 +159,53 @@ def tune_all(
         gpu: the device's name.
         folder: of the files, as `tuning.user_folder()`.
         timer: measures a call.
-        seconds: after which it ends; a kernel that is not done by then is left out.
+        seconds: after which it ends; a kernel that is not done by then is left out. Where there is such a
+            limit, the kernels that take longest with their default configs come first.
         advance: called after each candidate.
     """
     deadline = time.monotonic() + seconds
-    for tunable in tunables:
+    for tunable in tunables if math.isinf(seconds) else slowest_first(tunables, device, timer, deadline):
         outcome = tune(tunable, device, timer, deadline, advance)
         if outcome is None:
             return
         if outcome.reason is None:
-            save(tuning.config_path(folder, gpu, tunable.problem.op), gpu, outcome.entry(gpu))
+            path = tuning.config_path(folder, gpu, tunable.problem.op)
+            try:
+                save(path, gpu, outcome.entry(gpu, **_facts(device)))
+            except OSError as error:
+                outcome.unsaved = f"{path} cannot be written: {error}"
         yield outcome
+
+
+def slowest_first(
+    tunables: Sequence[Tunable], device: torch.device, timer: Timer, deadline: float = math.inf
+) -> list[Tunable]:
+    """Sort kernels by the time of their default configs; those that do not run, or come too late, go last."""
+
+    def milliseconds(tunable: Tunable) -> float:
+        if time.monotonic() >= deadline:
+            return 0.0
+        inputs = tunable.make_inputs(device)
+        try:
+            tunable.run(inputs, tunable.candidates[0])
+            return timer(functools.partial(tunable.run, inputs, tunable.candidates[0]))
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # which `tune` reports
+            return 0.0
+
+    return sorted(tunables, key=milliseconds, reverse=True)
+
+
+def _facts(device: torch.device) -> dict[str, int]:
+    """What tells which GPUs may borrow a config of this one."""
+    if device.type != "cuda":
+        return {}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "capability": 10 * found.major + found.minor,
+        "multiprocessors": found.multi_processor_count,
+    }
 
 
 def tune(
@@ -139,12 +219,12 @@ def tune(
     torch.manual_seed(0)
     outcome, expected = Outcome(tunable), None
     inputs = tunable.make_inputs(device)
-    scratch = _copy(inputs)  # a kernel may overwrite what it is timed on
+    scratch = inputs.copy()  # a kernel may overwrite what it is timed on
     for config in tunable.candidates:
         if time.monotonic() >= deadline:
             return None
         try:
-            result = tunable.run(_copy(inputs), config)
+            result = inputs.compared(tunable.run(inputs.copy(), config))
             if expected is None:
                 expected = result
                 if not all(x.isfinite().all() for x in expected):
@@ -168,23 +248,19 @@ def median_milliseconds(call: Callable[[], object]) -> float:
     """Median time of a call on the current GPU, with nothing in its cache."""
     from triton.testing import do_bench
 
-    median: float = do_bench(call, return_mode="median")
+    median: float = do_bench(call, *TIMED, return_mode="median")
     return median
 
 
 def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
     """Add an entry to a file, in place of one for the same launch; the file is whole at every moment."""
-    launch = ("kernel", "dtype", "precision", "shape")
+    launch = ("kernel", "dtype", "precision", "shape")  # whatever the version: the old one is of no use
     others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
     path.parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(json.dumps(item) for item in [*others, entry])
     with replacing(path) as temporary:
         temporary.write_text(f"[\n{text}\n]\n", encoding="utf-8")
     tuning.clear()
-
-
-def _copy(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if x is None else x.clone() for x in inputs]
 
 
 def _agree(result: Sequence[Tensor], expected: Sequence[Tensor], rounding: float) -> bool:
@@ -197,6 +273,4 @@ def _agree(result: Sequence[Tensor], expected: Sequence[Tensor], rounding: float
 
 def _rounding(tunable: Tunable) -> float:
     """What two right configs may differ by, relative to the largest value."""
-    types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    step = torch.finfo(types[tunable.problem.dtype]).eps
-    return 4 * step + 64 * torch.finfo(torch.float32).eps
+    return 4 * torch.finfo(tunable.problem.torch_dtype).eps + 64 * torch.finfo(torch.float32).eps

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from catseg_fast.labels import class_indices
+
 
 @dataclass(frozen=True)
 class ClassCounts:
@@ -29,22 +31,19 @@ class ClassCounts:
 
     @classmethod
     def of(cls, labels: Tensor, truth: Tensor, classes: int, ignore_label: int) -> ClassCounts:
-        """Count a label map's pixels against the truth, both of integers `[H, W]`.
+        """Count a label map's pixels against the truth, both `[H, W]` of any integer type.
 
         Raises:
-            ValueError: if the sizes differ, or a label is not in 0..classes - 1.
+            TypeError: if one of them is not of integers.
+            ValueError: if the sizes differ, or a label of a pixel that counts is not in 0..classes - 1.
         """
         if labels.shape != truth.shape:
             raise ValueError(
                 f"labels: {list(labels.shape)} and their truth {list(truth.shape)} differ in size"
             )
+        truth = class_indices(truth, classes, ignore_label, "truth")
         counted = truth != ignore_label
-        labels, truth = labels[counted].long(), truth[counted].long()
-        for name, values in (("labels", labels), ("truth", truth)):
-            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < classes:
-                raise ValueError(
-                    f"{name}: {int(values.min())}..{int(values.max())} is not within 0..{classes - 1}"
-                )
+        labels, truth = class_indices(labels[counted], classes), truth[counted]
         right = labels[labels == truth]
         return cls(*(torch.bincount(values, minlength=classes) for values in (right, truth, labels)))
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from catseg_fast.reference.inference import SlidingWindow, resize
+from catseg_fast.kernels.label_map import plain
+from catseg_fast.reference.inference import SlidingWindow
 
 Size = tuple[int, int]
 
@@ -36,13 +38,15 @@ class Readout:
     visible: Size | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
-        logits = logits.float()
-        if self.window is not None:
-            return resize(self.window.merge(logits)[None], self.size)[0]
-        probabilities = logits[:1].sigmoid()
-        if self.visible is not None:
-            probabilities = probabilities[..., : self.visible[0], : self.visible[1]]
-        return resize(probabilities, self.size)[0]
+        visible = self.visible or tuple(logits.shape[2:])
+        return plain.read_out(logits.float(), self.size, self.description, visible)
+
+    @property
+    def description(self) -> tuple[int, ...]:
+        """The window as the ops take it: resolution, side of a crop and stride; empty without one."""
+        if self.window is None:
+            return ()
+        return (*self.window.resolution, self.window.crop_size, self.window.stride)
 
     @property
     def class_bytes(self) -> int:
@@ -72,9 +76,7 @@ def reader(readout: Readout, target: Target, backend: str = "torch") -> Callable
     """
     target.reset()
     if backend == "triton" and isinstance(target, LabelMap):
-        from catseg_fast.kernels import label_map as kernel  # triton exists for Linux alone
-
-        return lambda classes, logits: kernel.update(readout, target, classes.start, logits)
+        return partial(_update_by_kernel, readout, target)
     step = max(1, READOUT_BYTES // readout.class_bytes)
     taken = 0
 
@@ -87,6 +89,16 @@ def reader(readout: Readout, target: Target, backend: str = "torch") -> Callable
             taken = stop
 
     return consume
+
+
+def _update_by_kernel(readout: Readout, target: LabelMap, classes: slice, logits: Tensor) -> None:
+    """`target.update(classes.start, readout(logits))` by a kernel, all or nothing."""
+    from catseg_fast.kernels.label_map.op import update_label_map  # triton exists for Linux only
+
+    visible = readout.visible or tuple(logits.shape[2:])
+    target.scores, target.labels = update_label_map(
+        logits, target.scores, target.labels, classes.start, readout.description, visible
+    )
 
 
 def read_all(
@@ -156,12 +168,7 @@ class LabelMap:
         self.scores, self.labels = torch.full_like(self.scores, -1), torch.zeros_like(self.labels)
 
     def update(self, first: int, probabilities: Tensor) -> None:
-        scores, labels = probabilities.max(dim=0)
-        # As in a maximum over all classes, NaN beats every number, and the first NaN every later one.
-        better = (scores > self.scores) | (scores.isnan() & ~self.scores.isnan())
-        labels = torch.where(better, labels.int() + first, self.labels)
-        scores = torch.where(better, scores, self.scores)
-        self.scores, self.labels = scores, labels
+        self.scores, self.labels = plain.best_classes(probabilities, self.scores, self.labels, first)
 
 
 class TopClasses:

@@ -10,30 +10,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
-_BLUE = 0.58  # the first class's hue
-_SATURATION = np.array([0.85, 0.55, 1.0])
-_VALUE = np.array([0.95, 1.0, 0.7, 0.85, 0.55])
+from catseg_fast.output.colours import Colours, colours_for
 
 _PAPER, _INK, _FAINT = (250, 250, 250), (35, 35, 40), (120, 120, 128)
+_OUTLINE = (190, 190, 196)
 _SMALLEST_SIDE = 360  # with a legend, smaller pictures are enlarged by a whole number
 _SMALLEST_FONT = 13
 _LONGEST_NAME = 12  # in ems
-
-
-def class_colours(count: int) -> np.ndarray:
-    """Colours of `count` classes, uint8 `[count, 3]`: those of neighbouring indices differ clearly.
-
-    Hues step by the golden ratio, so that any prefix covers the circle evenly; saturation and value cycle
-    with coprime periods. A class's colour does not depend on `count`.
-    """
-    index = np.arange(count)
-    hue = (_BLUE + index * _GOLDEN_RATIO) % 1
-    saturation, value = _SATURATION[index % len(_SATURATION)], _VALUE[index % len(_VALUE)]
-    # HSV to RGB; https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative
-    ramp = (np.array([5, 3, 1]) + hue[:, None] * 6) % 6
-    dip = np.clip(np.minimum(ramp, 4 - ramp), 0, 1)
-    return (255 * value[:, None] * (1 - saturation[:, None] * dip)).round().astype(np.uint8)
 
 
 def class_shares(labels: Tensor, count: int) -> Tensor:
@@ -55,6 +38,7 @@ def overlay(
     alpha: float = 0.55,
     legend: bool = True,
     max_legend: int = 16,
+    colours: Colours | None = None,
 ) -> Image.Image:
     """Blend the classes' colours over an image and list the classes present beside it.
 
@@ -65,6 +49,7 @@ def overlay(
         alpha: share of the colours, 0 (the image alone) to 1 (the colours alone).
         legend: whether to add the panel; small pictures are then enlarged to go with its text.
         max_legend: classes in the legend, those with the largest areas; the rest is summed up.
+        colours: of the classes, uint8 `[T, 3]`; by default those that `colours_for` chooses for this picture.
 
     Raises:
         ValueError: if the shapes disagree, a label has no class, or `alpha` is not in 0..1.
@@ -76,11 +61,16 @@ def overlay(
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a number in 0..1, got {alpha}")
+    if colours is not None and colours.shape != (len(classes), 3):
+        raise ValueError(
+            f"colours: expected [T, 3] for {len(classes)} classes, got shape {list(colours.shape)}"
+        )
     shares = class_shares(labels, len(classes))
     factor = max(1, round(_SMALLEST_SIDE / max(labels.shape))) if legend else 1
     photo = _to_numpy(image.round().byte().permute(1, 2, 0), factor)
     label_map = _to_numpy(labels, factor)
-    colours = class_colours(len(classes))
+    if colours is None:
+        colours = colours_for(classes, label_map, photo, alpha)
     paint = colours[label_map]
     paint[_contours(label_map)] = 255
     blended = Image.blend(Image.fromarray(photo), Image.fromarray(paint), alpha)
@@ -153,6 +143,7 @@ def _with_legend(
                 (left, top, left + swatch, top + swatch),
                 radius=em // 4,
                 fill=tuple(colours[shown[i]].tolist()),
+                outline=_OUTLINE,  # white is on white paper otherwise
             )
         draw.text((name_at, middle), name, ink, font, anchor="lm")
         draw.text((percent_end, middle), percent, _FAINT, font, anchor="rm")

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from catseg_fast.files import read_text
+
 # fmt: off
 EVERYDAY_CLASSES = (
     "sky", "building", "road", "sidewalk", "tree", "grass", "mountain", "water", "person", "car", "bicycle",
@@ -67,13 +69,13 @@ def read_classes(path: Path) -> list[str]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is of another kind, damaged, or empty.
+        ValueError: if it is of another kind, damaged, or empty, or no regular file.
     """
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".json"):
         raise ValueError(f"{path}: expected a .txt or a .json file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if suffix == ".txt":

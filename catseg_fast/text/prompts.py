@@ -1,4 +1,4 @@
-"""Class names to CLIP text features: prompt ensembles, synonyms, tokens.
+"""Class names to prompts: ensembles of templates, synonyms.
 
 Sources: upstream `cat_seg/modeling/transformer/cat_seg_predictor.py` (`class_embeddings` in v1,
 `get_text_embeds` in v2) and `cat_seg/third_party/imagenet_templates.py`.
@@ -6,21 +6,12 @@ Sources: upstream `cat_seg/modeling/transformer/cat_seg_predictor.py` (`class_em
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import open_clip
-import torch
-import torch.nn.functional as F
-from open_clip.tokenizer import SimpleTokenizer
-from torch import Tensor
 
 from catseg_fast.config import Version
 from catseg_fast.errors import InputTypeError
-
-if TYPE_CHECKING:
-    from catseg_fast.reference.clip import DenseCLIP
 
 SYNONYM_SEPARATOR = ", "
 SCENE_TEMPLATE = "A photo of a {} in the scene"
@@ -40,8 +31,6 @@ PROMPT_ENSEMBLES: dict[str, tuple[str, ...]] = {
     ),
     "single": (SCENE_TEMPLATE,),
 }
-
-Progress = Callable[[int, int], None]
 
 
 def get_templates(prompt_ensemble: str | Sequence[str]) -> tuple[str, ...]:
@@ -102,79 +91,3 @@ def synonyms(label: str, version: Version) -> list[str]:
 def class_prompts(label: str, templates: Sequence[str], version: Version) -> list[str]:
     """Prompts of a class, all synonyms of the first template first."""
     return [template.format(name) for template in templates for name in synonyms(label, version)]
-
-
-def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
-    """CLIP token ids `[len(texts), context_length]`, zero after the end of the text.
-
-    Raises:
-        ValueError: if a text has more tokens than `context_length` (CLIP would silently truncate it).
-    """
-    tokenizer = _tokenizer()
-    tokens = torch.zeros(len(texts), context_length, dtype=torch.long, device="cpu")
-    for row, text in zip(tokens, texts, strict=True):
-        ids = [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
-        if len(ids) > context_length:
-            raise ValueError(f"the text {text!r} has {len(ids)} tokens, more than CLIP's {context_length}")
-        row[: len(ids)] = torch.tensor(ids, device="cpu")
-    return tokens
-
-
-def tokenize_classes(
-    classes: Sequence[str], templates: Sequence[str], version: Version, context_length: int = 77
-) -> list[Tensor]:
-    """Token ids of each class's prompts, `[P * synonyms, context_length]` each.
-
-    Raises:
-        ValueError: if a prompt is too long; the error names the class.
-    """
-    tokens = []
-    for label in classes:
-        try:
-            tokens.append(tokenize(class_prompts(label, templates, version), context_length))
-        except ValueError as error:
-            raise ValueError(f"classes: {label!r} does not fit: {error}") from error
-    return tokens
-
-
-def encode_classes(
-    clip: DenseCLIP,
-    tokens: Sequence[Tensor],
-    prompts: int,
-    *,
-    batch_size: int = 256,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Text features `[T, P, C]`: unit vectors, the normalised mean over the synonyms of a class.
-
-    Args:
-        clip: the text tower; its device and type are used.
-        tokens: token ids of each class's prompts, from `tokenize_classes`.
-        prompts: templates P a class.
-        batch_size: texts in one call of the text tower.
-        progress: called with the number of texts done and the number of all.
-    """
-    if not tokens:
-        return clip.text_projection.new_empty(0, prompts, clip.text_projection.shape[1])
-    flat = torch.cat(list(tokens))
-    encoded = []
-    for start in range(0, len(flat), batch_size):
-        batch = flat[start : start + batch_size]
-        used = int(batch.argmax(dim=-1).max()) + 1  # the end-of-text token has the largest id
-        features = clip.encode_text(batch[:, :used].to(clip.positional_embedding.device))
-        encoded.append(F.normalize(features, dim=-1))
-        if progress is not None:
-            progress(min(start + batch_size, len(flat)), len(flat))
-    by_class = torch.cat(encoded).split([len(ids) for ids in tokens])
-    return torch.stack([_mean_over_synonyms(features, prompts) for features in by_class])
-
-
-def _mean_over_synonyms(features: Tensor, prompts: int) -> Tensor:
-    if len(features) == prompts:
-        return features
-    return F.normalize(features.unflatten(0, (prompts, -1)).mean(dim=1), dim=-1)
-
-
-@cache
-def _tokenizer() -> SimpleTokenizer:
-    return SimpleTokenizer()

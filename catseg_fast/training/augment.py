@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from catseg_fast.data.resize import shortest_edge_size
 from catseg_fast.training.recipe import Recipe
 
 MAX_SIDE = 1333  # of the longer side of a resized picture
@@ -51,8 +52,7 @@ def augment(
 
 def _resize_shorter_side(image: Tensor, labels: Tensor, side: int) -> tuple[Tensor, Tensor]:
     height, width = labels.shape
-    scale = min(side / min(height, width), MAX_SIDE / max(height, width))
-    size = [round(height * scale), round(width * scale)]
+    size = list(shortest_edge_size(height, width, side, MAX_SIDE))
     if size == [height, width]:
         return image, labels
     image = transforms.resize(image, size, antialias=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from catseg_fast._version import __version__
-from catseg_fast.files import replacing
+from catseg_fast.checkpoints.torch_file import read_torch_file
+from catseg_fast.files import open_regular, replacing
 
 KEPT = 2
 
@@ -57,11 +58,15 @@ class Checkpoints:
         """
         steps = self.steps()
         for step in reversed(steps):
+            path = self.path(step)
             try:
-                content: dict[str, Any] = torch.load(self.path(step), map_location="cpu", weights_only=True)
+                with open_regular(path) as file:
+                    content = read_torch_file(file, path, mapped=False, verify=True)
+                if type(content) is not dict:
+                    raise ValueError(f"expected a dictionary, got a {type(content).__name__}")
                 return content
-            except Exception as error:  # whatever a damaged file makes of the reader
-                warnings.warn(f"{self.path(step)} is damaged: {error}", RuntimeWarning, stacklevel=2)
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{path} is damaged: {error}", RuntimeWarning, stacklevel=2)
         if steps:
             raise ValueError(f"{self.folder}: every checkpoint is damaged")
         return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from catseg_fast.reference.finetune import check_labels
+from catseg_fast.labels import class_indices
 from catseg_fast.training.augment import augment
 from catseg_fast.training.recipe import Recipe
 
@@ -58,7 +58,7 @@ class Crops(Dataset[dict[str, Any]]):
             self._order = (epoch, order)
         sample = self.pictures[int(self._order[1][place])]
         labels, ignore, classes = sample["sem_seg"], self.pictures.ignore_label, len(self.pictures.classes)
-        check_labels(labels, classes, ignore, f"{sample['name']}: label")
+        labels = class_indices(labels, classes, ignore, f"{sample['name']}: label")
         rng = generator(self.recipe, AUGMENTATION, position)
         image, labels = augment(sample["image"], labels, self.recipe, ignore, rng)
         return {"image": image, "sem_seg": labels, "name": sample["name"]}

@@ -116,6 +116,8 @@ class Trainer:
         content = self.checkpoints.load()
         if content is None:
             return False
+        if absent := [key for key in ("model", "optimiser", "scaler", "step", "run") if key not in content]:
+            raise ValueError(f"{self.output}: the last checkpoint has no {', '.join(absent)}")
         theirs, ours = content["run"], self._run()
         different = [
             f"{key}: {theirs.get(key)} there, {ours.get(key)} here"

@@ -1,80 +1,150 @@
-"""Train the demo model's CLIP from scratch: a name for every patch of generated scenes.
+"""Train the demo model's CLIP: a name for every patch of generated scenes.
 
     catseg-fast scenes scenes/train --split train --count 5000
-    python examples/demo_model/pretrain_clip.py --data scenes/train --output clip.safetensors --minutes 30
+    torchrun --nproc-per-node 2 examples/demo_model/pretrain_clip.py --data scenes/train \\
+        --init start.safetensors --output clip.safetensors
 
 Each patch's feature is classified by the text features of whole vocabularies (cross-entropy over cosines): of
-full names ("striped red ring") and of shorter ones ("red ring", "striped thing", "ring"), any word of which
-may be replaced by its synonym, but never two. Most of the time a quarter of the patches is looked at, a
-window around a thing, since few patches are of things. Shapes take longest to learn; two things help:
-positions start as sines and cosines, which tell neighbours from the first step on, and a head that is thrown
-away afterwards says in the middle of the tower which patches around a patch are of its own class. The rest of
-the model is saved as it was initialised.
+full names ("striped red ring") and of shorter ones ("red ring", "striped thing", "ring"), of which any word,
+but never two, may be replaced by its synonym. Some of these names have no word but the shape's, so that it
+cannot be left out; and full names that differ in the shape only are each other's negatives.
+
+Colours and patterns are in a patch, shapes are not: they take most of the training. Four losses guide the
+image tower to them; their heads are thrown away afterwards.
+
+- Silhouettes: after the second block, each patch tells which of the 12x12 points around it are of its class.
+- Companions: one attention head of the third block, and one of the fourth, is to look at patches of the
+  patch's own class, so that a patch can gather what the whole thing's outline is like.
+- Centres: after the fourth block, each patch tells where the middle of its class's patches is.
+- Shapes: after the fourth and the fifth block, a linear layer reads the shape directly.
+
+Most of the time the tower sees windows of 12x12 patches around things, at the end whole pictures of 24x24.
+The rest of the model is saved as it was. A run that was interrupted goes on where its last state was saved;
+SIGTERM saves it first. Where other programs run besides, two processes of one thread each (torchrun) share a
+step better than one process of two threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from catseg_fast import CATSeg
 from catseg_fast.checkpoints.checkpoint import load_into, read_checkpoint
 from catseg_fast.config import VARIANTS
-from catseg_fast.data.scenes.dataset import SPLITS
-from catseg_fast.data.scenes.words import GROUNDS, SYNONYMS, Composition
+from catseg_fast.data.scenes.dataset import SPLITS, Thing
+from catseg_fast.data.scenes.words import GROUNDS, SHAPES, SYNONYMS
 from catseg_fast.files import replacing
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.model import normalise
-from catseg_fast.text.prompts import get_templates, tokenize
+from catseg_fast.text.prompts import get_templates
+from catseg_fast.text.tokens import tokenize
 
 DEMO = VARIANTS["demo"]
-SIDE, GRID, WINDOW = 384, 24, 12
+WIDTH, PATCH, GRID, WINDOW = DEMO.clip.vision_width, DEMO.clip.patch_size, 24, 12
+POINTS = 4  # per side of a patch, at which its labels are taken
+ZOOM_OF_WINDOWS, ZOOM_OF_PICTURES = (0.8, 1.3), (1.0, 1.7)
+MUON = 3.0  # learning rate of the blocks' matrices, times that of everything else
 PARTS = ((0, 1, 2), (1, 2), (0, 2), (2,), (1,), (0,))  # which of pattern, colour and shape a name has
-WEIGHTS = (1.0, 1.0, 1.0, 3.0, 1.0, 1.0, 4.0)  # of the vocabularies' losses, and of kinship's
-MIDDLE, REACH = 2, 6  # the block behind which kinship is read, and how many patches away
+SILHOUETTE, COMPANIONS, CENTRE, READ = 1, (2, 3), 3, (3, 4)  # the blocks that the guiding losses look at
+# Of the names in full, the shapes' and one more vocabulary drawn each step; and of the guiding losses.
+WEIGHTS = (1.0, 2.0, 1.0, 1.0, 0.5, 0.5, 1.0)
+SEEN = 96  # patches of a window that the tower sees
 (TEMPLATE,) = get_templates(DEMO.prompt_ensemble)
+CLASSES = SPLITS["train"].classes
 
 
-class Scenes(Dataset[tuple[Tensor, Tensor]]):
-    """Random views of scenes: pixels uint8 `[3, 384, 384]`, and labels of 4x4 points a patch `[576, 16]`."""
+class Views:
+    """Random views of scenes that are held in memory, without end.
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.random = np.random.default_rng(seed)
-        self.images = sorted((folder / "images").iterdir())
-        self.annotations = folder / "annotations"
+    Args:
+        folder: of a data set that `catseg-fast scenes` wrote.
+        rank, count: this process and how many there are; each holds a part of the scenes.
+        seed: decides everything.
+    """
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def __init__(self, folder: Path, rank: int, count: int, seed: int) -> None:
+        self.random = np.random.default_rng([seed, rank])
+        paths = sorted((folder / "annotations").iterdir())[rank::count]
+        if not paths:
+            raise ValueError(f"data: {folder} has too few scenes for {count} processes")
+        side = len(_read(paths[0]))
+        self.annotations = np.empty((len(paths), side // 2, side // 2), np.uint16)
+        self.images = np.empty((len(paths), side, side, 3), np.uint8)
+        for index, path in enumerate(paths):
+            self.annotations[index] = _read(path)[1::2, 1::2]
+            self.images[index] = _read(folder / "images" / f"{path.stem}.jpg")
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        path = self.images[index]
-        with Image.open(path) as image, Image.open(self.annotations / f"{path.stem}.png") as annotation:
-            side = int(SIDE / self.random.uniform(1, 1.8))
-            left, top = self.random.integers(0, SIDE - side + 1, 2)
-            box = (left, top, left + side, top + side)
-            pixels = np.array(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box))
-            points = np.array(annotation.crop(box).resize((4 * GRID, 4 * GRID), Image.Resampling.NEAREST))
-        if self.random.random() < 0.5:
-            pixels, points = pixels[:, ::-1].copy(), points[:, ::-1].copy()
-        labels = torch.from_numpy(points.astype(np.int64))
-        labels = labels.view(GRID, 4, GRID, 4).permute(0, 2, 1, 3).reshape(GRID * GRID, 16)
-        return torch.from_numpy(pixels).permute(2, 0, 1), labels
+    def batch(self, count: int, side: int, patches: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of `side x side` patches, of which those are looked at that are of things or near some.
+
+        Returns:
+            Pixels of the patches, uint8 `[count, patches, 3 * 16 * 16]`; classes of the 4x4 points of all
+            patches `[count, side, side, 4, 4]`; and the places of the patches, in the view and in the grid of
+            24x24 `[2, count, patches]`.
+        """
+        pixels, points, places = zip(*(self._view(side, patches) for _ in range(count)), strict=True)
+        return torch.stack(pixels), torch.stack(points), torch.stack(places, dim=1)
+
+    def _view(self, side: int, patches: int) -> tuple[Tensor, Tensor, Tensor]:
+        random, number = self.random, int(self.random.integers(len(self.images)))
+        image, labels = self.images[number], self.annotations[number]
+        zoom = ZOOM_OF_PICTURES if side == GRID else ZOOM_OF_WINDOWS
+        length = int(side * PATCH / random.uniform(*zoom))
+        top, left = self._corner(labels, length, whole=side == GRID)
+        scaled = Image.fromarray(image[top : top + length, left : left + length]).resize(
+            (side * PATCH, side * PATCH), Image.Resampling.BILINEAR
+        )
+        pixels = np.asarray(scaled).reshape(side, PATCH, side, PATCH, 3)
+        steps = (np.arange(side * POINTS) + 0.5) * length / (side * POINTS)
+        rows, columns = (((start + steps) / 2).astype(np.intp) for start in (top, left))
+        points = labels[rows[:, None], columns].astype(np.int64)
+        if random.random() < 0.5:
+            pixels, points = pixels[:, :, ::-1, ::-1], points[:, ::-1]
+        pixels = pixels.transpose(0, 2, 4, 1, 3).reshape(side * side, -1)
+        points = np.ascontiguousarray(points.reshape(side, POINTS, side, POINTS).transpose(0, 2, 1, 3))
+
+        things = np.pad((points >= len(GROUNDS)).any((2, 3)), 1)
+        near = np.lib.stride_tricks.sliding_window_view(things, (3, 3)).any((2, 3))
+        chosen = np.sort(np.argsort(random.random(side * side) - near.flatten())[:patches])
+        row, column = random.integers(0, GRID - side + 1, 2)
+        places = (row + chosen // side) * GRID + column + chosen % side
+        return (
+            torch.from_numpy(pixels[chosen]),
+            torch.from_numpy(points),
+            torch.from_numpy(np.stack([chosen, places])),
+        )
+
+    def _corner(self, labels: NDArray[Any], length: int, whole: bool) -> NDArray[np.intp]:
+        """Where a square of `length` pixels begins: around a thing if there is one, unless it is `whole`."""
+        last = 2 * len(labels) - length
+        things = np.argwhere(labels[::4, ::4] >= len(GROUNDS))
+        if whole or not len(things):
+            return self.random.integers(0, last + 1, 2)
+        centre = 8 * things[self.random.integers(len(things))]
+        jitter = self.random.integers(-length // 5, length // 5 + 1, 2)
+        return np.clip(centre + jitter - length // 2, 0, last)
 
 
-@dataclass
+def _read(path: Path) -> NDArray[Any]:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 class Vocabulary:
     """Names that tell classes apart by some of their words.
 
@@ -83,24 +153,20 @@ class Vocabulary:
         index: each class's name `[T]`.
     """
 
-    tokens: list[Tensor]
-    index: Tensor
-
-    @classmethod
-    def of(cls, classes: tuple[str | Composition, ...], parts: tuple[int, ...]) -> Vocabulary:
-        names = [_words(thing, parts) for thing in classes]
+    def __init__(self, parts: tuple[int, ...]) -> None:
+        names = [_words(thing, parts) for thing in CLASSES]
         unique = list(dict.fromkeys(names))
-        tokens = [tokenize([TEMPLATE.format(p) for p in _phrases(words)], 32) for words in unique]
-        return cls(tokens, torch.tensor([unique.index(words) for words in names]))
+        self.tokens = [tokenize([TEMPLATE.format(p) for p in _phrases(words)], 32) for words in unique]
+        self.index = torch.tensor([unique.index(words) for words in names])
 
     def draw(self) -> Tensor:
-        """Token ids of one prompt a name."""
+        """Token ids of one prompt per name."""
         return torch.stack(
             [ids[torch.randint(len(ids), ()) if torch.rand(()) < 0.5 else 0] for ids in self.tokens]
         )
 
 
-def _words(thing: str | Composition, parts: tuple[int, ...]) -> tuple[str, ...]:
+def _words(thing: Thing, parts: tuple[int, ...]) -> tuple[str, ...]:
     if isinstance(thing, str):
         return (thing,)
     words = tuple(thing.words[part] for part in parts)
@@ -114,154 +180,235 @@ def _phrases(words: tuple[str, ...]) -> list[str]:
     return [" ".join(variant) for variant in variants]
 
 
-def choose_window(labels: Tensor, side: int) -> Tensor:
-    """Indices `[B, side * side]` of the patches in a square window, around a thing if there is one."""
-    weights = 1e-3 + (labels >= len(GROUNDS)).any(dim=2).float()
-    centre = torch.multinomial(weights, 1)
-    row, column = ((x - side // 2).clamp(0, GRID - side) for x in (centre // GRID, centre % GRID))
-    steps = torch.arange(side)
-    return ((row[:, :, None] + steps[:, None]) * GRID + column[:, :, None] + steps).flatten(1)
+class Guide(nn.Module):
+    """The heads of the guiding losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.silhouette = nn.Linear(WIDTH, (3 * POINTS) ** 2)
+        self.centre = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2))
+        self.shapes = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(SHAPES))) for _ in READ
+        )
+        shapes = [-100 if isinstance(thing, str) else thing.shape for thing in CLASSES]
+        self.shapes_of_classes = torch.tensor(shapes)
+
+    def silhouette_loss(self, tokens: Tensor, points: Tensor, own: Tensor, chosen: Tensor) -> Tensor:
+        """Cross-entropy of which points of a patch and its eight neighbours are of the patch's class.
+
+        Args:
+            tokens: of the patches `[B, N, C]`.
+            points: classes `[B, side, side, 4, 4]`.
+            own: each patch's class `[B, N]`.
+            chosen: the patches' places in the view `[B, N]`.
+        """
+        plane = points.transpose(2, 3).flatten(3).flatten(1, 2)  # B, 4 * side, 4 * side
+        plane = F.pad(plane.float(), (POINTS,) * 4, value=-1)
+        around = F.unfold(plane[:, None], 3 * POINTS, stride=POINTS).transpose(1, 2)  # B, side * side, 144
+        around = around.gather(1, chosen[..., None].expand(-1, -1, around.shape[2]))
+        logits = self.silhouette(tokens).float()
+        same = (around == own[..., None]).float()
+        loss = F.binary_cross_entropy_with_logits(logits, same, reduction="none")
+        return loss[around >= 0].mean()
+
+    def centre_loss(self, tokens: Tensor, own: Tensor, chosen: Tensor, side: int) -> Tensor:
+        """Smooth L1 loss of each thing patch's way, in patches, to the middle of the patches of its class."""
+        places = torch.stack([chosen // side, chosen % side], dim=2).float()
+        same = (own[:, :, None] == own[:, None]).float()
+        way = same @ places / same.sum(2, keepdim=True) - places
+        things = own >= len(GROUNDS)
+        return F.smooth_l1_loss(self.centre(tokens)[things].float(), way[things])
+
+    def shape_loss(self, tokens: list[Tensor], own: Tensor) -> Tensor:
+        """Cross-entropy of the shape that each patch `own [B, N]` is of, the grounds left out."""
+        target = self.shapes_of_classes[own].flatten()
+        losses = [
+            F.cross_entropy(head(x).float().flatten(0, 1), target)
+            for head, x in zip(self.shapes, tokens, strict=True)
+        ]
+        return torch.stack(losses).mean()
 
 
-def sines_and_cosines(width: int) -> Tensor:
-    """Fixed embedding `[1 + GRID * GRID, width]` of rows and columns; zero for the class token."""
-    frequencies = 100.0 ** -torch.linspace(0, 1, width // 4)
-    angles = torch.arange(GRID)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    rows, columns = axis[:, None].expand(-1, GRID, -1), axis[None].expand(GRID, -1, -1)
-    grid = torch.cat([rows, columns], dim=2).flatten(0, 1)
-    return torch.cat([grid.new_zeros(1, width), grid])
+def run_block(block: Any, x: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A block of CLIP's image tower, with its three projections in one product.
 
-
-def encode_patches(clip: DenseCLIP, images: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """`encode_dense` of the patches `seen [B, N]` alone, as if there were no others.
+    Args:
+        block: the block.
+        x: its input `[B, 1 + N, C]`, the class token first.
+        own: class indices `[B, N]`, or None.
 
     Returns:
-        Features `[B, N, embed_dim]`, and tokens `[B, N, width]` from the middle of the tower.
+        The output; and, with `own`, the mean negative logarithm of the attention that the first head pays to
+        patches of a patch's own class.
     """
-    visual = clip.visual
-    x = visual.conv1(images).flatten(2).transpose(1, 2) + clip.position_embedding(GRID, GRID)[1:]
-    x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))
-    first = (visual.class_embedding + clip.position_embedding(GRID, GRID)[0]).expand(len(x), 1, -1)
-    x = visual.ln_pre(torch.cat([first.to(x.dtype), x], dim=1))
-    *blocks, last = visual.transformer.resblocks
-    for index, block in enumerate(blocks):
-        x = block(x)
-        if index == MIDDLE:
-            middle = x[:, 1:]
-    return (visual.ln_post(clip._value_path(last, x)) @ visual.proj)[:, 1:].float(), middle
-
-
-def kinship_loss(head: nn.Module, tokens: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
-    """Binary cross-entropy of which patches around each one are of its class, among those that are seen."""
-    classes = labels.mode(dim=2).values  # B, GRID * GRID
-    known = torch.zeros_like(classes).scatter_(1, seen, 1)
-    around = F.unfold(
-        torch.stack([classes.float(), known.float()], dim=1).view(-1, 2, GRID, GRID),
-        2 * REACH + 1,
-        padding=REACH,
-    ).view(len(labels), 2, -1, GRID * GRID)  # B, 2, offsets, patches; zero outside: not known
-    own, known = around.gather(3, seen[:, None, None].expand(-1, 2, around.shape[2], -1)).unbind(1)
-    same = (own == classes.gather(1, seen)[:, None]).float()
-    logits = head(tokens).float().transpose(1, 2)
-    return F.binary_cross_entropy_with_logits(logits, same, known) * known.numel() / known.sum()
+    attention = block.attn
+    weight = torch.cat([attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight])
+    qkv = F.linear(block.ln_1(x), weight, attention.in_proj_bias)
+    q, k, v = qkv.view(*x.shape[:2], 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    companions = None
+    if own is not None:
+        first = scores[:, 0, 1:].float()
+        same = own[:, :, None] == own[:, None]
+        to_own = first[..., 1:].masked_fill(~same, float("-inf")).logsumexp(2)
+        companions = (first.logsumexp(2) - to_own).mean()
+    with torch.autocast("cpu", enabled=False):
+        weights = scores.softmax(3)
+    x = x + attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    return x + block.mlp(block.ln_2(x)), companions
 
 
 def losses_of(
-    model: CATSeg,
-    head: nn.Module,
-    pixels: Tensor,
-    labels: Tensor,
-    seen: Tensor,
-    vocabularies: list[Vocabulary],
+    clip: DenseCLIP, guide: Guide, batch: tuple[Tensor, Tensor, Tensor], vocabularies: list[Vocabulary]
 ) -> Tensor:
-    """Mean cross-entropy over the patches `seen`, of each vocabulary, and the kinship loss."""
-    clip = model.clip_model
-    features, middle = encode_patches(clip, normalise(pixels.float())[0], seen)
-    features = F.normalize(features, dim=-1).flatten(0, 1)
-    kinship = kinship_loss(head, middle, labels, seen)
-    labels = labels.gather(1, seen[..., None].expand(-1, -1, labels.shape[2]))
+    """Losses of the vocabularies over half of the things' patches, a tenth of others; and the guides'."""
+    patches, all_points, (chosen, places) = batch
+    points = all_points.flatten(3).flatten(1, 2)
+    points = points.gather(1, chosen[..., None].expand(-1, -1, points.shape[2]))
+    own = points.mode(dim=2).values
+    visual = clip.visual
+    pixels = normalise(patches.view(-1, 3, PATCH, PATCH).float())[0].view(patches.shape)
+    positions = clip.position_embedding(GRID, GRID)
+    x = F.linear(pixels, visual.conv1.weight.flatten(1)) + positions[1:][places]
+    first = (visual.class_embedding + positions[0]).expand(len(x), 1, -1)
+    x = visual.ln_pre(torch.cat([first.to(x.dtype), x], dim=1))
+    *blocks, last = visual.transformer.resblocks
+    companions, read = [], []
+    for index, block in enumerate(blocks):
+        x, loss = run_block(block, x, own if index in COMPANIONS else None)
+        if loss is not None:
+            companions.append(loss)
+        if index == SILHOUETTE:
+            silhouette = guide.silhouette_loss(x[:, 1:], all_points, own, chosen)
+        if index == CENTRE:
+            centre = guide.centre_loss(x[:, 1:], own, chosen, all_points.shape[1])
+        if index in READ:
+            read.append(x[:, 1:])
+    guiding = [silhouette, torch.stack(companions).mean(), centre, guide.shape_loss(read, own)]
+
+    judged = torch.rand(own.shape) < torch.where((points >= len(GROUNDS)).any(2), 0.5, 0.1)
+    # The last block attends to nothing, so a patch needs nothing but the class token beside it.
+    pairs = torch.stack([x[:, :1].expand_as(x[:, 1:])[judged], x[:, 1:][judged]], dim=1)
+    features = (visual.ln_post(clip._value_path(last, pairs)) @ visual.proj)[:, 1].float()
     drawn = [vocabulary.draw() for vocabulary in vocabularies]
     texts = torch.cat(drawn)
-    texts = texts[:, : int(texts.argmax(-1).max()) + 1]
-    sizes = [len(ids) for ids in drawn]
-    text = clip.encode_text(texts, normalize=True).float()
+    text = clip.encode_text(texts[:, : int(texts.argmax(-1).max()) + 1], normalize=True).float()
     with torch.autocast("cpu", enabled=False):
-        logits = clip.logit_scale.exp() * features @ text.T
-    points = labels.flatten(0, 1)
-    losses = []
-    for part, vocabulary in zip(logits.split(sizes, dim=1), vocabularies, strict=True):
-        target = torch.zeros_like(part).scatter_add_(
-            1, vocabulary.index[points], torch.full(points.shape, 1 / points.shape[1])
-        )
-        losses.append(F.cross_entropy(part, target))
-    return torch.stack([*losses, kinship])
+        logits = clip.logit_scale.exp() * F.normalize(features, dim=-1) @ text.T
+    points = points[judged]
+    naming = [
+        -part.log_softmax(1).gather(1, vocabulary.index[points]).mean()
+        for part, vocabulary in zip(logits.split([len(ids) for ids in drawn], 1), vocabularies, strict=True)
+    ]
+    return torch.stack([*naming, *guiding])
 
 
-def batches(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's batches, over and over."""
-    while True:
-        yield from loader
+def make_optimisers(clip: DenseCLIP, guide: Guide, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the image tower's blocks, AdamW for everything else."""
+    matrices = [p for p in clip.visual.transformer.parameters() if p.ndim == 2]
+    known = {id(p) for p in matrices}
+    rest = [p for p in (*clip.parameters(), *guide.parameters()) if id(p) not in known]
+    return [
+        torch.optim.Muon(matrices, lr=MUON * rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
+
+
+def rate_at(step: int, total: int, decay: float) -> float:
+    """The learning rate's factor: it rises for 100 steps, stays, and falls to 0 in the last share `decay`."""
+    return min(1.0, (step + 1) / 100, (1 - step / total) / decay)
+
+
+def average(parameters: list[nn.Parameter], *values: float) -> list[float]:
+    """Replace gradients by their mean over the processes; the means of some values."""
+    if not dist.is_initialized():
+        return list(values)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([torch.tensor(values), *(x.flatten() for x in gradients)])
+    dist.all_reduce(flat)
+    means, *parts = (flat / dist.get_world_size()).split([len(values), *(x.numel() for x in gradients)])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return means.tolist()
 
 
 def train(options: argparse.Namespace) -> None:
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1:
+        dist.init_process_group("gloo")
     torch.manual_seed(options.seed)
     model = CATSeg(DEMO, clip_finetune="full")
     clip = model.clip_model.requires_grad_(True).train()
-    head = nn.Linear(model.variant.clip.vision_width, (2 * REACH + 1) ** 2)
-    with torch.no_grad():
-        clip.visual.positional_embedding += 0.2 * sines_and_cosines(model.variant.clip.vision_width)
-    if options.init:
-        load_into(model, read_checkpoint(options.init), str(options.init))
-    classes = SPLITS["train"].classes
-    vocabularies = [Vocabulary.of(classes, parts) for parts in PARTS]
-    parameters = [*clip.parameters(), *head.parameters()]
-    decayed = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=options.lr, betas=(0.9, 0.98),
-    )  # fmt: skip
-    loader = DataLoader(
-        Scenes(options.data, options.seed), options.batch_size, shuffle=True, drop_last=True,
-        num_workers=options.workers, persistent_workers=options.workers > 0,
-    )  # fmt: skip
-    start, total = time.monotonic(), 60 * options.minutes
+    load_into(model, read_checkpoint(options.init), str(options.init))
+    guide = Guide()
+    optimisers = make_optimisers(clip, guide, options.lr)
+    parameters = [*clip.parameters(), *guide.parameters()]
+    step, minutes = 0, 0.0
+    state_file = options.output.with_suffix(".state.pt")
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        clip.load_state_dict(state["clip"])
+        guide.load_state_dict(state["guide"])
+        for optimiser, its in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(its)
+        step, minutes = state["step"], state["minutes"]
+
+    def spent() -> float:
+        """Minutes of this process's CPU that the run took."""
+        return minutes + time.process_time() / 60
+
+    def save() -> None:
+        state = {
+            "clip": clip.state_dict(), "guide": guide.state_dict(), "step": step, "minutes": spent(),
+            "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+        }  # fmt: skip
+        with replacing(state_file) as temporary:
+            torch.save(state, temporary)
+        with replacing(options.output) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+
+    views = Views(options.data, rank, count, options.seed + step)
+    torch.manual_seed((options.seed + step) * count + rank)
+    vocabularies = [Vocabulary(parts) for parts in PARTS]
+    full, shape = vocabularies[0], vocabularies[3]
+    others = [vocabulary for vocabulary in vocabularies if vocabulary not in (full, shape)]
     log = options.output.with_suffix(".jsonl").open("a", encoding="utf-8")
-    for step, (pixels, labels) in enumerate(batches(loader), 1):
-        share = (time.monotonic() - start) / total  # of the time
-        if share >= 1:
-            break
-        rate = options.lr * min(1, step / 200) * (0.02 + 0.98 * np.cos(share * np.pi / 2) ** 2)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    while step < options.steps:
+        if step < options.windows * options.steps:
+            batch = views.batch(options.batch_size, WINDOW, SEEN)
+        else:
+            batch = views.batch(max(1, options.batch_size // 6), GRID, GRID * GRID)
+        for optimiser, rate in zip(optimisers, (MUON * options.lr, options.lr), strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * rate_at(step, options.steps, options.decay)
+        drawn = others[int(torch.randint(len(others), ()))]
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-            seen = choose_window(labels, GRID if share > options.windows else WINDOW)
-            losses = losses_of(model, head, pixels, labels, seen, vocabularies)
-            loss = losses @ torch.tensor(WEIGHTS) / sum(WEIGHTS)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+            losses = losses_of(clip, guide, batch, [full, shape, drawn])
+        (losses @ torch.tensor(WEIGHTS) / sum(WEIGHTS)).backward()
+        (stopped,) = average(parameters, float(bool(stop)))
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
             clip.logit_scale.clamp_(max=np.log(100))
-        if step % 20 == 0:
+        step += 1
+        if rank == 0 and step % 10 == 0:
             row = {
                 "step": step,
-                "minutes": round((time.monotonic() - start) / 60, 2),
+                "cpu_minutes": round(spent(), 2),
                 "loss": [round(x, 3) for x in losses.tolist()],
-                "rate": round(rate, 6),
                 "scale": round(clip.logit_scale.exp().item(), 2),
             }
             print(json.dumps(row), file=log, flush=True)
-        if step % 250 == 0:
-            save(model, options.output)
-    save(model, options.output)
-
-
-def save(model: CATSeg, path: Path) -> None:
-    with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+        if rank == 0 and (step % 50 == 0 or step == options.steps or stopped):
+            save()
+        if stopped:
+            break
+    if count > 1:
+        dist.destroy_process_group()
 
 
 def main() -> None:
@@ -270,12 +417,12 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="scenes of the split 'train'")
     parser.add_argument("--output", type=Path, required=True, help="a .safetensors file")
-    parser.add_argument("--init", type=Path, help="weights to start from")
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--init", type=Path, required=True, help="weights of the demo variant to start from")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch-size", type=int, default=32, help="windows per step and process")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--windows", type=float, default=0.85, help="share of the time with windows")
-    parser.add_argument("--workers", type=int, choices=(0, 1), default=1, help="processes that load scenes")
+    parser.add_argument("--windows", type=float, default=0.85, help="share of the steps with windows")
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the steps in which the rate falls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     train(parser.parse_args())

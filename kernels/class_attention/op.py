@@ -1,239 +1,390 @@
-"""Linear attention over classes: the Triton counterparts of `stages.class_collect` and `stages.class_apply`.
+"""Linear attention over classes, in two ops: `class_collect` sums over classes, `class_apply` uses the sums.
 
-This is where arguments are checked, and where the tuner finds both; the kernels are in `class_collect.py` and
-`class_apply.py`.
+With phi(x) = elu(x) + 1 and norm without affine part, for each crop, position and head of d channels:
+
+    n = norm(x);  k = phi(W_k n + b_k + text_key);  v = W_v n + b_v
+    key_value = sum_t k_t v_t^T / length;  key_sum = sum_t k_t
+    q = phi(W_q n + b_q + text_query);  y = x + length q key_value / (q key_sum + eps)
+    out = x + y + W_2 relu(W_1 norm(y) + b_1) + b_2
+
+The last call of `class_collect` may give, in place of `key_value`, what `class_apply` reads: for each channel
+of a key the mean of all values, weighted by the keys, mean_j = length key_value_j / key_sum_j, in the type of
+x. Then y = x + sum_j p_j mean_j with shares p_j = q_j key_sum_j / (q key_sum + eps), which fit in fp16 as the
+means do, whatever the keys are.
+
+With pooling (h, w), tokens are averages of h x w positions, and the way back is a bilinear interpolation. The
+kernels are in `collect.py`, `apply.py` and `unpool.py`.
+
+Both ops compute in the type of x and accumulate in fp32 whatever autocast says, and have no gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from catseg_fast.engine.class_memory import ClassMemory, LinearMemory
-from catseg_fast.engine.folding import ClassLayer
-from catseg_fast.kernels.class_attention import apply as apply_op
-from catseg_fast.kernels.class_attention import collect as collect_op
-from catseg_fast.kernels.launch.checks import check_like, check_runnable
-from catseg_fast.kernels.launch.tunable import Tunable, Workload
+from catseg_fast.kernels.class_attention import apply, collect, plain
+from catseg_fast.kernels.launch.checks import check_destination, check_like, check_runnable
+from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 
 MAX_CHANNELS = 256
 
 
-def unsupported(layer: ClassLayer) -> str | None:
-    """Why the kernels cannot run a layer, so that it falls back to `stages`; None if they can."""
-    C = layer.q.shape[0]
-    if not layer.linear:
-        return "softmax attention over classes has no kernel"
-    if C % 16 or C > MAX_CHANNELS:
-        return f"class attention of {C} channels has no kernel: not a multiple of 16 up to {MAX_CHANNELS}"
+def unsupported(channels: int) -> str | None:
+    """Why the kernels cannot run a layer of these sizes; None if they can."""
+    if channels % 16 or channels > MAX_CHANNELS:
+        return f"{channels} channels; expected a multiple of 16 up to {MAX_CHANNELS}"
     return None
 
 
 def class_collect(
-    layer: ClassLayer,
-    memory: ClassMemory,
     x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     text_key: Tensor | None,
-    resolution: tuple[int, int],
+    key_value: Tensor | None,
+    key_sum: Tensor | None,
+    heads: int,
+    length: int,
+    resolution: Sequence[int],
+    pooling: Sequence[int] = (1, 1),
+    means: bool = False,
     input_precision: str = "ieee",
-) -> None:
-    """Add the keys and values of a chunk to the memory of all classes.
+) -> tuple[Tensor, Tensor]:
+    """Add a chunk's keys and values to sums over classes.
 
     Args:
-        layer: folded weights, in the type of `x`.
-        memory: a `LinearMemory`; its sums become new tensors, the old ones are left as they are.
-        x: `[B, t, HW, C]`, fp16, bf16 or fp32; any strides as long as channels lie one behind the other.
+        x: `[B, t, HW, C]`, fp16, bf16 or fp32; any strides, but a copy is made where channels are not
+            contiguous.
+        weight, bias: `[2C, C]` and `[2C]`, of keys, then of values.
         text_key: the text guidance's share of the keys, `[B or 1, t, C]`, or None.
+        key_value, key_sum: old sums in fp32, `[B, hw, heads, d, d]` and `[B, hw, heads, d]`, or without the
+            first two dimensions if they are the same everywhere; None at first. They are not overwritten.
+        heads: attention heads.
+        length: by which values are divided, to stay within fp16's range: the number of all classes.
         resolution: (H, W).
+        pooling: (h, w).
+        means: whether the chunk is the last, and means are made of the sums.
         input_precision: of products of fp32 numbers: "ieee" or "tf32"; here, "tf32x3" means "ieee".
+
+    Returns:
+        The new `key_value`, or with `means` the means, of the same shape in the type of x; and `key_sum`.
 
     Raises:
         ValueError: for what the kernels do not support, and for shapes, types or devices that do not fit.
         RuntimeError: if the GPU is too old.
     """
-    memory = _check(layer, memory, x, "text_key", text_key, resolution, input_precision)
-    memory.key_value, memory.key_sum = collect_op.class_collect(
-        _dense(x),
-        layer.kv,
-        layer.kv_bias,
-        text_key,
-        *_sums(layer, memory, x, resolution),
-        memory.heads,
-        memory.length,
-        resolution,
-        layer.pooling or (1, 1),
-        input_precision,
-    )
+    _check(x, "text_key", text_key, heads, resolution, pooling, input_precision)
+    C = x.shape[3]
+    _check_weights(x, weight=(weight, (2 * C, C)), bias=(bias, (2 * C,)))
+    _check_sums(x, key_value, key_sum, heads, resolution, pooling, may_be_shared=True)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return COLLECT.call(
+        _class_collect, x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling,
+        means, input_precision,
+    )  # fmt: skip
 
 
 def class_apply(
-    layer: ClassLayer,
     x: Tensor,
     text_query: Tensor | None,
-    memory: ClassMemory,
-    resolution: tuple[int, int],
+    means: Tensor,
+    key_sum: Tensor,
+    q: Tensor,
+    q_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    heads: int,
+    length: int,
+    eps: float,
+    resolution: Sequence[int],
+    pooling: Sequence[int] = (1, 1),
     input_precision: str = "ieee",
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Class attention from the memory of all classes, MLP, and both residuals.
+    """Class attention from sums over all classes, MLP, and both residuals.
 
     Args:
-        layer, x, resolution: as in `class_collect`.
+        x, heads, length, resolution, pooling: as in `class_collect`.
         text_query: the text guidance's share of the queries, `[B or 1, t, C]`, or None.
-        memory: a `LinearMemory` of the same crops.
+        means: of values, `[B, hw, heads, d, d]` in the type of x, contiguous.
+        key_sum: the sums of keys, `[B, hw, heads, d]` in fp32.
+        q, q_bias, fc1, fc1_bias, fc2, fc2_bias: `[C, C]`, `[C]`, `[M, C]`, `[M]`, `[C, M]` and `[C]`.
+        eps: added to the weights' sum.
         input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+        out: where the result goes, like x and with dense rows of positions, but with any strides over B and
+            t; it may be x. By default a new, contiguous tensor.
 
     Returns:
-        `[B, t, HW, C]`, contiguous.
+        `[B, t, HW, C]`: `out`, or the new tensor.
 
     Raises:
-        ValueError: as in `class_collect`; also if nothing was added to the memory.
+        ValueError: as in `class_collect`.
         RuntimeError: if the GPU is too old.
     """
-    memory = _check(layer, memory, x, "text_query", text_query, resolution, input_precision)
-    key_value, key_sum = _sums(layer, memory, x, resolution)
-    if key_value is None or key_sum is None or key_sum.ndim == 2:
-        raise ValueError("memory: it is empty, no class was added")
-    out: Tensor = apply_op.class_apply(
-        _dense(x),
-        text_query,
-        key_value,
-        key_sum,
-        layer.q,
-        layer.q_bias,
-        layer.fc1,
-        layer.fc1_bias,
-        layer.fc2,
-        layer.fc2_bias,
-        memory.heads,
-        memory.length,
-        memory.eps,
-        resolution,
-        layer.pooling or (1, 1),
-        input_precision,
-    )
+    _check(x, "text_query", text_query, heads, resolution, pooling, input_precision)
+    C, M = x.shape[3], len(fc1)
+    _check_weights(
+        x, q=(q, (C, C)), q_bias=(q_bias, (C,)), fc1=(fc1, (M, C)), fc1_bias=(fc1_bias, (M,)),
+        fc2=(fc2, (C, M)), fc2_bias=(fc2_bias, (C,)),
+    )  # fmt: skip
+    d, positions = C // heads, _tokens(resolution, pooling)
+    _check_weights(x, means=(means, (len(x), positions, heads, d, d)))
+    _check_sums(x, None, key_sum, heads, resolution, pooling, may_be_shared=False)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    arguments = (
+        x, text_query, means, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
+        heads, length, eps, resolution, pooling, input_precision,
+    )  # fmt: skip
+    if out is None:
+        return APPLY.call(_class_apply, *arguments)
+    check_destination("out", out, x)
+    APPLY.call(_class_apply_into, *arguments, out=out)
     return out
 
 
-def tunables(workload: Workload) -> list[Tunable]:
-    """Both kernels, without pooling."""
-    return [_tunable_collect(workload), _tunable_apply(workload)]
-
-
-def _tunable_collect(workload: Workload) -> Tunable:
-    w, (B, t, HW, C), heads = workload, workload.state, workload.heads
-    d = C // heads
-
-    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
-        x, text_key = w.normal(device, *w.state), w.normal(device, 1, t, C)
-        # The sums of an earlier chunk.
-        key_value = torch.randn(B, HW, heads, d, d, device=device)
-        key_sum = torch.rand(B, HW, heads, d, device=device)
-        return x, *w.layers(device, (2 * C, C)), text_key, key_value, key_sum
-
-    def run(inputs: Sequence[Tensor], config: collect_op.CollectConfig) -> Sequence[Tensor]:
-        x, weight, bias, text_key, key_value, key_sum = inputs
-        sizes = (heads, t, (w.height, w.width), (1, 1))
-        return collect_op.launch(
-            x, weight, bias, text_key, key_value, key_sum, *sizes, w.input_precision, config
-        )
-
-    wanted = collect_op.problem(w.dtype, w.input_precision, w.crop_classes, HW, C, heads, pooled=1)
-    return Tunable(wanted, collect_op.candidates(w.dtype), make_inputs, run)
-
-
-def _tunable_apply(workload: Workload) -> Tunable:
-    w, (B, t, HW, C), heads, M = workload, workload.state, workload.heads, workload.hidden
-    d = C // heads
-
-    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
-        x, text_query = w.normal(device, *w.state), w.normal(device, 1, t, C)
-        # Of t keys around one; values are divided by t.
-        key_value = torch.randn(B, HW, heads, d, d, device=device)
-        key_sum = t * (0.5 + torch.rand(B, HW, heads, d, device=device))
-        return x, text_query, key_value, key_sum, *w.layers(device, (C, C), (M, C), (C, M))
-
-    def run(inputs: Sequence[Tensor], config: apply_op.ApplyConfig) -> Sequence[Tensor]:
-        x, text_query, key_value, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias = inputs
-        weights = (q, q_bias, fc1, fc1_bias, fc2, fc2_bias)
-        sizes = (heads, t, 1e-6, (w.height, w.width), (1, 1))
-        return (
-            apply_op.launch(x, text_query, key_value, key_sum, *weights, *sizes, w.input_precision, config),
-        )
-
-    wanted = apply_op.problem(w.dtype, w.input_precision, w.crop_classes, HW, C, heads, M, pooled=1)
-    configs = apply_op.candidates(w.capability, w.dtype, w.input_precision, t)
-    return Tunable(wanted, configs, make_inputs, run)
-
-
-def _check(
-    layer: ClassLayer,
-    memory: ClassMemory,
+@torch.library.custom_op("catseg_fast::class_collect", mutates_args=())
+def _class_collect(
     x: Tensor,
-    text_name: str,
-    text: Tensor | None,
-    resolution: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor,
+    text_key: Tensor | None,
+    key_value: Tensor | None,
+    key_sum: Tensor | None,
+    heads: int,
+    length: int,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    means: bool,
     input_precision: str,
-) -> LinearMemory:
-    if reason := unsupported(layer):
-        raise ValueError(f"layer: {reason}")
-    if not isinstance(memory, LinearMemory):
-        raise ValueError(f"memory: {type(memory).__name__} has no kernel, LinearMemory has")
-    check_runnable("x", x, input_precision)
-    (H, W), C = resolution, layer.q.shape[0]
-    if x.ndim != 4 or 0 in x.shape or x.shape[2:] != (H * W, C):
-        wanted = f"[B, t, {H * W}, {C}] for resolution {H}x{W}, with B and t above 0"
-        raise ValueError(f"x: has shape {list(x.shape)}; wanted {wanted}")
-    if text is not None:
-        check_like(text_name, text, ((1, x.shape[0]), x.shape[1], C), x)
-        if text.stride(-1) != 1:
-            raise ValueError(
-                f"{text_name}: has strides {text.stride()}; wanted channels one behind the other"
-            )
-    M = layer.fc1.shape[0]
-    shapes = {"q": (C, C), "q_bias": (C,), "kv": (2 * C, C), "kv_bias": (2 * C,)}
-    shapes |= {"fc1": (M, C), "fc1_bias": (M,), "fc2": (C, M), "fc2_bias": (C,)}
-    for name, shape in shapes.items():
-        weight = getattr(layer, name)
-        check_like(f"layer.{name}", weight, shape, x)
-        if not weight.is_contiguous():
-            raise ValueError(f"layer.{name}: has strides {weight.stride()}; wanted a contiguous tensor")
-    pool_h, pool_w = layer.pooling or (1, 1)
-    if pool_h > H or pool_w > W:
-        raise ValueError(f"layer.pooling: {pool_h}x{pool_w} is larger than the resolution {H}x{W}")
-    return memory
-
-
-def _sums(
-    layer: ClassLayer, memory: LinearMemory, x: Tensor, resolution: tuple[int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The memory's sums for `x`: of each position, of the padding, or None where there is nothing yet."""
-    pool_h, pool_w = layer.pooling or (1, 1)
-    tokens = (resolution[0] // pool_h) * (resolution[1] // pool_w)
-    heads, d = memory.heads, x.shape[-1] // memory.heads
-    return (
-        _check_sum("key_value", memory.key_value, x, tokens, (heads, d, d)),
-        _check_sum("key_sum", memory.key_sum, x, tokens, (heads, d)),
-    )
-
-
-def _check_sum(
-    name: str, sums: Tensor | float, x: Tensor, tokens: int, shape: tuple[int, ...]
-) -> Tensor | None:
-    if not isinstance(sums, Tensor):
-        return None
-    wanted = (x.shape[0], tokens, *shape)
-    if sums.shape not in (wanted, shape):
-        raise ValueError(f"memory.{name}: has shape {list(sums.shape)}; wanted {list(wanted)}")
-    if (sums.dtype, sums.device) != (torch.float32, x.device) or not sums.is_contiguous():
-        raise ValueError(
-            f"memory.{name}: is {sums.dtype} on {sums.device} with strides {sums.stride()}; "
-            f"wanted a contiguous torch.float32 on {x.device}"
-        )
+) -> tuple[Tensor, Tensor]:
+    sums: tuple[Tensor, Tensor] = COLLECT.launch(
+        x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling, means,
+        input_precision,
+    )  # fmt: skip
     return sums
 
 
-def _dense(x: Tensor) -> Tensor:
-    """`x` with its channels one behind the other; a copy only where they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+@_class_collect.register_fake
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, heads, _, resolution, pooling, means, _ = rest
+    shape, d = (len(x), _tokens(resolution, pooling), heads), x.shape[-1] // heads
+    return (
+        x.new_empty((*shape, d, d), dtype=x.dtype if means else torch.float32),
+        x.new_empty((*shape, d), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("catseg_fast::class_apply", mutates_args=())
+def _class_apply(
+    x: Tensor,
+    text_query: Tensor | None,
+    means: Tensor,
+    key_sum: Tensor,
+    q: Tensor,
+    q_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    heads: int,
+    length: int,
+    eps: float,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    input_precision: str,
+) -> Tensor:
+    out: Tensor = APPLY.launch(
+        x, text_query, means, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
+        heads, length, eps, resolution, pooling, input_precision,
+    )  # fmt: skip
+    return out
+
+
+@_class_apply.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("catseg_fast::class_apply_into", mutates_args=("out",))
+def _class_apply_into(
+    out: Tensor,
+    x: Tensor,
+    text_query: Tensor | None,
+    means: Tensor,
+    key_sum: Tensor,
+    q: Tensor,
+    q_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    heads: int,
+    length: int,
+    eps: float,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    input_precision: str,
+) -> None:
+    APPLY.launch(
+        x, text_query, means, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
+        heads, length, eps, resolution, pooling, input_precision, out=out,
+    )  # fmt: skip
+
+
+@_class_apply_into.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def _launch_collect(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *rest, input_precision = arguments
+    sums: tuple[Tensor, Tensor] = collect.KERNEL(*rest, input_precision=input_precision)
+    return sums
+
+
+def _launch_apply(*arguments: Any, out: Tensor | None = None) -> Tensor:
+    *rest, input_precision = arguments
+    result: Tensor = apply.KERNEL(*rest, input_precision=input_precision, out=out)
+    return result
+
+
+def _check(
+    x: Tensor,
+    text_name: str,
+    text: Tensor | None,
+    heads: int,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    input_precision: str,
+) -> None:
+    check_runnable("x", x, input_precision)
+    height, width = resolution
+    if x.ndim != 4 or 0 in x.shape or x.shape[2] != height * width:
+        expected = f"[B, t, {height * width}, C] for resolution {height}x{width}, with B, t and C above 0"
+        raise ValueError(f"x: has shape {list(x.shape)}; expected {expected}")
+    C = x.shape[3]
+    if reason := unsupported(C):
+        raise ValueError(f"x: has {reason}")
+    if C % heads:
+        raise ValueError(f"heads: {heads} do not divide {C} channels")
+    if text is not None:
+        check_like(text_name, text, ((1, x.shape[0]), x.shape[1], C), x)
+        if text.stride(-1) != 1:
+            raise ValueError(f"{text_name}: has strides {text.stride()}; expected contiguous channels")
+    if pooling[0] > height or pooling[1] > width:
+        raise ValueError(f"pooling: {pooling[0]}x{pooling[1]} is larger than the resolution {height}x{width}")
+
+
+def _check_weights(x: Tensor, **weights: tuple[Tensor, tuple[int, ...]]) -> None:
+    for name, (weight, shape) in weights.items():
+        check_like(name, weight, shape, x)
+        if not weight.is_contiguous():
+            raise ValueError(f"{name}: has strides {weight.stride()}; expected a contiguous tensor")
+
+
+def _check_sums(
+    x: Tensor,
+    key_value: Tensor | None,
+    key_sum: Tensor | None,
+    heads: int,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    may_be_shared: bool,
+) -> None:
+    d, positions = x.shape[3] // heads, (x.shape[0], _tokens(resolution, pooling))
+    named = {"key_value": (key_value, (heads, d, d)), "key_sum": (key_sum, (heads, d))}
+    for name, (sums, shape) in named.items():
+        if sums is None:
+            continue
+        if sums.shape != (*positions, *shape) and not (may_be_shared and sums.shape == shape):
+            raise ValueError(f"{name}: has shape {list(sums.shape)}; expected {[*positions, *shape]}")
+        if (sums.dtype, sums.device) != (torch.float32, x.device) or not sums.is_contiguous():
+            raise ValueError(
+                f"{name}: is {sums.dtype} on {sums.device} with strides {sums.stride()}; "
+                f"expected a contiguous torch.float32 on {x.device}"
+            )
+
+
+def _tokens(resolution: Sequence[int], pooling: Sequence[int]) -> int:
+    """Pooled positions hw."""
+    return (resolution[0] // pooling[0]) * (resolution[1] // pooling[1])
+
+
+def _collect_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
+    (B, t, _, C), heads, d = sizes.state, sizes.heads, sizes.channels // sizes.heads
+    shape = (B, _tokens(sizes.resolution, sizes.pooling), heads)
+    return {
+        "x": random.normal(*sizes.state),
+        "weight": random.weight(2 * C, C),
+        "bias": random.bias(2 * C),
+        "text_key": random.normal(B if sizes.guided else 1, t, C),
+        # In a stream, the sums of an earlier chunk of one class.
+        "key_value": random.uniform(*shape, d, d) / t if sizes.streamed else None,
+        "key_sum": random.uniform(*shape, d) if sizes.streamed else None,
+        "heads": heads,
+        "length": t,
+        "resolution": sizes.resolution,
+        "pooling": sizes.pooling,
+        "means": not sizes.streamed,
+    }
+
+
+def _apply_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
+    (B, t, _, C), M, heads, d = sizes.state, sizes.hidden, sizes.heads, sizes.channels // sizes.heads
+    shape = (B, _tokens(sizes.resolution, sizes.pooling), heads)
+    return {
+        "x": random.normal(*sizes.state),
+        "text_query": random.normal(B if sizes.guided else 1, t, C),
+        # Of t keys around one.
+        "means": random.normal(*shape, d, d, scale=t**-0.5),
+        "key_sum": t * (0.5 + random.uniform(*shape, d)),
+        "q": random.weight(C, C),
+        "q_bias": random.bias(C),
+        "fc1": random.weight(M, C),
+        "fc1_bias": random.bias(M),
+        "fc2": random.weight(C, M),
+        "fc2_bias": random.bias(C),
+        "heads": heads,
+        "length": t,
+        "eps": 1e-6,
+        "resolution": sizes.resolution,
+        "pooling": sizes.pooling,
+    }
+
+
+ODD = (
+    Sizes(1, 1, 2, 3, channels=16, heads=1, hidden=17, guided=False),
+    Sizes(2, 7, 3, 3, channels=48, heads=3, hidden=80, streamed=True),
+    Sizes(1, 33, 4, 3, channels=160, heads=5, hidden=96, guided=False),
+    Sizes(2, 3, 7, 8, channels=64, heads=4, hidden=64, pooling=(2, 3), streamed=True),
+)
+
+COLLECT = Op(
+    name="class_collect",
+    plain=plain.class_collect,
+    triton=class_collect,
+    forms=(Form(_launch_collect),),
+    make_inputs=_collect_inputs,
+    sizes={"": Sizes(classes=204, guided=False), "streamed": Sizes(guided=False, streamed=True)},
+    special={"pooled": Sizes(guided=False, pooling=(2, 2))},
+    odd=ODD,
+    mma={"collect_kernel": "mma"},
+)
+
+APPLY = Op(
+    name="class_apply",
+    plain=plain.class_apply,
+    triton=class_apply,
+    forms=(Form(_launch_apply),),
+    make_inputs=_apply_inputs,
+    sizes={"": Sizes(classes=204, guided=False), "whole tiles": Sizes(classes=256, guided=False)},
+    special={"pooled": Sizes(classes=204, guided=False, pooling=(2, 2))},
+    odd=ODD,
+    mma={"apply_kernel": "wgmma"},
+)

@@ -1,4 +1,4 @@
-"""What both passes of the class attention do to rows of tokens, one row a class and position."""
+"""What both passes of the class attention do to rows of tokens, one row per class and position."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ def load_tokens(
     x_stride_p,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    WIDTH: tl.constexpr,
+    W: tl.constexpr,
     POOL_H: tl.constexpr,
     POOL_W: tl.constexpr,
 ):
     """Rows of tokens `[rows, BLOCK_C]` in fp32: of x itself, or averages over POOL_H x POOL_W positions."""
     o_c = tl.arange(0, BLOCK_C)
     m = m_row[:, None] if C == BLOCK_C else m_row[:, None] & (o_c < C)[None, :]
-    corner = p // (WIDTH // POOL_W) * POOL_H * WIDTH + p % (WIDTH // POOL_W) * POOL_W
+    corner = p // (W // POOL_W) * POOL_H * W + p % (W // POOL_W) * POOL_W
     x = tl.load((x_ptr + corner * x_stride_p)[:, None] + o_c[None, :], mask=m, other=0.0).to(tl.float32)
     for i in tl.static_range(1, POOL_H * POOL_W):
-        position = corner + i // POOL_W * WIDTH + i % POOL_W
+        position = corner + i // POOL_W * W + i % POOL_W
         x += tl.load((x_ptr + position * x_stride_p)[:, None] + o_c[None, :], mask=m, other=0.0).to(
             tl.float32
         )
@@ -32,11 +32,6 @@ def load_tokens(
 
 
 @triton.jit
-def load_matrix(
-    ptr, o_row, o_column, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr
-):
-    """`[rows, columns]` of a row-major ROWS x COLUMNS matrix; zero outside, unless EVEN: all is inside."""
-    p = ptr + o_row[:, None] * row_stride + o_column[None, :]
-    if EVEN:
-        return tl.load(p)
-    return tl.load(p, mask=(o_row < ROWS)[:, None] & (o_column < COLUMNS)[None, :], other=0.0)
+def feature_map(x):
+    """phi(x) = elu(x) + 1; NaN where x is."""
+    return tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)))

@@ -8,113 +8,91 @@ pooled is `[B, t, hw, C]`; the interpolated tokens never reach memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.launch.compile_target import CompileTarget
-
-# Positions times channels of a program.
-ELEMENTS = 2048
+from catseg_fast.kernels.launch import launcher
+from catseg_fast.kernels.launch.config import LaunchConfig
 
 
 @triton.jit(do_not_specialize=["classes"])
-def _unpool_kernel(
-    x_ptr,  # [B, t, HW, C]
+def unpool_kernel(
+    x_ptr,  # [B, t, HW, C], strided over B, t and HW
     pooled_ptr,  # [B * t, hw, C]
-    out_ptr,  # [B * t, HW, C], output: x plus the interpolated pooled
+    out_ptr,  # [B, t, HW, C], output, strided over B and t: x plus the interpolated pooled; it may be x
     classes,  # t
     x_stride_b,
     x_stride_t,
     x_stride_p,
-    row_scale,  # pooled rows a row
+    out_stride_b,
+    out_stride_t,
+    row_scale,  # pooled rows per row
     column_scale,
     C: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
     POOL_H: tl.constexpr,
     POOL_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):
-    ROWS: tl.constexpr = HEIGHT // POOL_H
-    COLUMNS: tl.constexpr = WIDTH // POOL_W
-    parts: tl.constexpr = (HEIGHT * WIDTH + BLOCK_P - 1) // BLOCK_P
+    POOLED_H: tl.constexpr = H // POOL_H
+    POOLED_W: tl.constexpr = W // POOL_W
+    parts: tl.constexpr = (H * W + POSITIONS - 1) // POSITIONS
     map_ = (tl.program_id(0) // parts).to(tl.int64)
-    p = tl.program_id(0) % parts * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = tl.program_id(0) % parts * POSITIONS + tl.arange(0, POSITIONS)
     o_c = tl.arange(0, BLOCK_C)
-    m = (p < HEIGHT * WIDTH)[:, None] & (o_c < C)[None, :]
+    m = (p < H * W)[:, None] & (o_c < C)[None, :]
 
-    row, column = (p // WIDTH).to(tl.float32) * row_scale, (p % WIDTH).to(tl.float32) * column_scale
-    top, left = tl.minimum(row.to(tl.int32), ROWS - 1), tl.minimum(column.to(tl.int32), COLUMNS - 1)
-    bottom, right = tl.minimum(top + 1, ROWS - 1), tl.minimum(left + 1, COLUMNS - 1)
+    row, column = (p // W).to(tl.float32) * row_scale, (p % W).to(tl.float32) * column_scale
+    top, left = tl.minimum(row.to(tl.int32), POOLED_H - 1), tl.minimum(column.to(tl.int32), POOLED_W - 1)
+    bottom, right = tl.minimum(top + 1, POOLED_H - 1), tl.minimum(left + 1, POOLED_W - 1)
     down, across = (row - top)[:, None], (column - left)[:, None]
-    p_map = pooled_ptr + map_ * (ROWS * COLUMNS * C) + o_c[None, :]
-    top_left = tl.load(p_map + (top * COLUMNS + left)[:, None] * C, mask=m, other=0.0).to(tl.float32)
-    top_right = tl.load(p_map + (top * COLUMNS + right)[:, None] * C, mask=m, other=0.0).to(tl.float32)
-    bottom_left = tl.load(p_map + (bottom * COLUMNS + left)[:, None] * C, mask=m, other=0.0).to(tl.float32)
-    bottom_right = tl.load(p_map + (bottom * COLUMNS + right)[:, None] * C, mask=m, other=0.0).to(tl.float32)
+    p_map = pooled_ptr + map_ * (POOLED_H * POOLED_W * C) + o_c[None, :]
+    top_left = tl.load(p_map + (top * POOLED_W + left)[:, None] * C, mask=m, other=0.0).to(tl.float32)
+    top_right = tl.load(p_map + (top * POOLED_W + right)[:, None] * C, mask=m, other=0.0).to(tl.float32)
+    bottom_left = tl.load(p_map + (bottom * POOLED_W + left)[:, None] * C, mask=m, other=0.0).to(tl.float32)
+    bottom_right = tl.load(p_map + (bottom * POOLED_W + right)[:, None] * C, mask=m, other=0.0).to(tl.float32)
     upper = top_left * (1 - across) + top_right * across
     lower = bottom_left * (1 - across) + bottom_right * across
 
     p_x = x_ptr + map_ // classes * x_stride_b + map_ % classes * x_stride_t
     x = tl.load(p_x + p[:, None] * x_stride_p + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-    p_out = out_ptr + map_ * (HEIGHT * WIDTH * C)
+    p_out = out_ptr + map_ // classes * out_stride_b + map_ % classes * out_stride_t
     tl.store(p_out + p[:, None] * C + o_c[None, :], x + upper * (1 - down) + lower * down, mask=m)
 
 
-def add_unpooled(x: Tensor, pooled: Tensor, resolution: Sequence[int], pooling: Sequence[int]) -> Tensor:
-    """`x [B, t, HW, C]` plus `pooled [B, t, hw, C]` interpolated to `resolution`; part of `class_apply`."""
-    (B, classes, HW, C), (H, W) = x.shape, resolution
-    rows, columns = H // pooling[0], W // pooling[1]
+@dataclass(frozen=True)
+class UnpoolConfig(LaunchConfig):
+    """Launch config: positions times channels per program."""
+
+    elements: int = 2048
+    num_warps: int = 4
+
+
+def launch(
+    x: Tensor,
+    pooled: Tensor,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    out: Tensor,
+    config: UnpoolConfig = UnpoolConfig(),
+) -> Tensor:
+    """Write to `out` `x [B, t, HW, C]` plus `pooled [B, t, hw, C]` interpolated to `resolution`.
+
+    out, strided over B and t, may be x.
+    """
+    (B, t, HW, C), (height, width), (pool_h, pool_w) = x.shape, resolution, pooling
     block_c = max(16, triton.next_power_of_2(C))
-    block_p = max(1, ELEMENTS // block_c)
-    out = x.new_empty((B, classes, HW, C))
-    _unpool_kernel[(B * classes * triton.cdiv(HW, block_p),)](
-        x,
-        pooled,
-        out,
-        classes,
-        *x.stride()[:3],
-        (rows - 1) / max(H - 1, 1),
-        (columns - 1) / max(W - 1, 1),
-        C=C,
-        HEIGHT=H,
-        WIDTH=W,
-        POOL_H=pooling[0],
-        POOL_W=pooling[1],
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    positions = max(1, config.elements // block_c)
+    launcher.run(
+        unpool_kernel, (B * t * triton.cdiv(HW, positions),),
+        x, pooled, out, t, *x.stride()[:3], *out.stride()[:2],
+        (height // pool_h - 1) / max(height - 1, 1), (width // pool_w - 1) / max(width - 1, 1),
+        C=C, H=height, W=width, POOL_H=pool_h, POOL_W=pool_w, BLOCK_C=block_c, POSITIONS=positions,
+        config=config,
+    )  # fmt: skip
     return out
-
-
-def compile_targets(capability: int) -> list[CompileTarget]:
-    """The kernel at C = 128 and 24 x 24, with 2 x 2 pooling; the same for all capabilities."""
-    strides = ("x_stride_b", "x_stride_t", "x_stride_p")
-    return [
-        CompileTarget(
-            name="fp16",
-            kernel=_unpool_kernel,
-            signature={
-                **dict.fromkeys(("x_ptr", "pooled_ptr", "out_ptr"), "*fp16"),
-                **dict.fromkeys(("classes", *strides), "i32"),
-                **dict.fromkeys(("row_scale", "column_scale"), "fp32"),
-            },
-            constexprs={
-                "C": 128,
-                "HEIGHT": 24,
-                "WIDTH": 24,
-                "POOL_H": 2,
-                "POOL_W": 2,
-                "BLOCK_P": ELEMENTS // 128,
-                "BLOCK_C": 128,
-            },
-            num_warps=4,
-            num_stages=1,
-            divisible=strides,
-        )
-    ]

@@ -1,37 +1,34 @@
-"""Cost volume of one prompt a class and its 7x7 convolution in one kernel; part of `cost_volume.py`.
+"""Cost volume of one prompt per class and its 7x7 convolution, in one kernel.
 
     cost[b, t, i] = image[b, i] . text[b, t]        x[b, t] = conv7x7(cost[b, t]) + bias, to C channels
 
 A program takes a group of classes and a band of rows of one crop. Of the band and three rows on either side,
 it writes the cost to scratch memory of its own, classes last and with zeros around the map; then it reads it
 back, shifted by each of the 49 taps, as the left operand of a second matrix product. Classes being next to
-each other there, and zeros being where the map ends, that takes 16 bytes at a time and no mask a tap. Other
+each other there, and zeros being where the map ends, that takes 16 bytes at a time and no mask per tap. Other
 programs compute the overlap of bands again, so that none waits for another. The scratch memory, of B t HW
 numbers and the overlap, stays in cache; patches `[B*t*HW, 49]` never reach memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.convolution import Size, random_weight
-from catseg_fast.kernels.launch.checks import DTYPES
-from catseg_fast.kernels.launch.compile_target import CompileTarget
+from catseg_fast.kernels.cost_volume.convolution import Size
+from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
-from catseg_fast.kernels.launch.configs import Problem, choose
-from catseg_fast.kernels.launch.tunable import Tunable, Workload
+from catseg_fast.kernels.launch.configs import Problem
+from catseg_fast.kernels.launch.kernel import Kernel
+from catseg_fast.kernels.products import add_after
 
 
 @triton.jit(do_not_specialize=["classes"])
-def embed_kernel(
+def single_prompt_kernel(
     image_ptr,  # [B, HW, F]
     text_ptr,  # [B or 1, t, F]
     weight_ptr,  # [C, 49]
@@ -39,25 +36,25 @@ def embed_kernel(
     cost_ptr,  # [programs, PLACES, CLASSES], scratch
     out_ptr,  # [B, t, HW, C], output
     classes,  # t
-    image_stride_crop,
-    image_stride_pixel,
-    image_stride_feature,
-    text_stride_crop,
-    text_stride_class,
+    image_stride_b,
+    image_stride_p,
+    image_stride_f,
+    text_stride_b,
+    text_stride_t,
     H: tl.constexpr,
     W: tl.constexpr,
     F: tl.constexpr,
     C: tl.constexpr,
-    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,  # of a band
     CLASSES: tl.constexpr,  # of a group
-    BLOCK_P: tl.constexpr,  # pixels a step of the first product
-    BLOCK_K: tl.constexpr,  # features a step
-    BLOCK_M: tl.constexpr,  # pixels x classes a step of the second product
-    BLOCK_N: tl.constexpr,  # output channels a step
+    PIXELS: tl.constexpr,  # pixels per step of the first product
+    FEATURES: tl.constexpr,  # features per step
+    PATCHES: tl.constexpr,  # pixels x classes per step of the second product
+    CHANNELS: tl.constexpr,  # output channels per step
+    PRECISION: tl.constexpr,
 ):
     BANDS: tl.constexpr = (H + ROWS - 1) // ROWS
-    PIXELS: tl.constexpr = (ROWS + 6) * W
+    BAND: tl.constexpr = (ROWS + 6) * W
     # Three zeros end each row and begin the next.
     PITCH: tl.constexpr = W + 3
     PLACES: tl.constexpr = (ROWS + 6) * PITCH + 3
@@ -69,27 +66,27 @@ def embed_kernel(
     crop = (program // (BANDS * groups)).to(tl.int64)
     o_class = tl.arange(0, CLASSES)
 
-    k = tl.arange(0, BLOCK_K)
+    k = tl.arange(0, FEATURES)
     text_class = tl.minimum(first_class + o_class, classes - 1)  # text beyond the last is not stored
-    p_text = text_ptr + crop * text_stride_crop + text_class.to(tl.int64)[None, :] * text_stride_class
+    p_text = text_ptr + crop * text_stride_b + text_class.to(tl.int64)[None, :] * text_stride_t
     p_cost = cost_ptr + program.to(tl.int64) * (PLACES * CLASSES) + o_class[None, :]
-    for start in range(0, PIXELS, BLOCK_P):
-        place = start + tl.arange(0, BLOCK_P)
+    for start in range(0, BAND, PIXELS):
+        place = start + tl.arange(0, PIXELS)
         pixel = (top - 3) * W + place
         m_pixel = (pixel >= 0) & (pixel < H * W)
-        p_image = image_ptr + crop * image_stride_crop + pixel[:, None] * image_stride_pixel
-        cost = tl.zeros((BLOCK_P, CLASSES), tl.float32)
-        for feature in range(0, F, BLOCK_K):
+        p_image = image_ptr + crop * image_stride_b + pixel[:, None] * image_stride_p
+        cost = tl.zeros((PIXELS, CLASSES), tl.float32)
+        for feature in range(0, F, FEATURES):
             m_feature = feature + k < F
-            m_image = m_pixel[:, None] if F % BLOCK_K == 0 else m_pixel[:, None] & m_feature[None, :]
-            m_text = None if F % BLOCK_K == 0 else m_feature[:, None]
-            image = tl.load(p_image + (feature + k)[None, :] * image_stride_feature, mask=m_image, other=0.0)
+            m_image = m_pixel[:, None] if F % FEATURES == 0 else m_pixel[:, None] & m_feature[None, :]
+            m_text = None if F % FEATURES == 0 else m_feature[:, None]
+            image = tl.load(p_image + (feature + k)[None, :] * image_stride_f, mask=m_image, other=0.0)
             text = tl.load(
-                p_text + (feature + k)[:, None], mask=m_text, other=None if F % BLOCK_K == 0 else 0.0
+                p_text + (feature + k)[:, None], mask=m_text, other=None if F % FEATURES == 0 else 0.0
             )
             cost = tl.dot(image, text, cost, input_precision=PRECISION)
         o_cost = (place // W * PITCH + 3 + place % W)[:, None] * CLASSES
-        tl.store(p_cost + o_cost, cost, mask=(place < PIXELS)[:, None])
+        tl.store(p_cost + o_cost, cost, mask=(place < BAND)[:, None])
     BORDER: tl.constexpr = triton.next_power_of_2((ROWS + 7) * 3)
     border = tl.arange(0, BORDER)
     o_border = (border // 3 * PITCH + border % 3)[:, None] * CLASSES
@@ -101,8 +98,8 @@ def embed_kernel(
     m_tap = tap < 49
     o_tap = (tap // 7 * PITCH + tap % 7)[None, :] * CLASSES
     p_cost = cost_ptr + program.to(tl.int64) * (PLACES * CLASSES)
-    for first_channel in range(0, C, BLOCK_N):
-        channel = first_channel + tl.arange(0, BLOCK_N)
+    for first_channel in range(0, C, CHANNELS):
+        channel = first_channel + tl.arange(0, CHANNELS)
         m_channel = channel < C
         weight = tl.load(
             weight_ptr + channel[:, None] * 49 + tap[None, :],
@@ -110,13 +107,14 @@ def embed_kernel(
             other=0.0,
         )
         bias = tl.load(bias_ptr + channel, mask=m_channel, other=0.0).to(tl.float32)
-        for start in range(0, ROWS * W * CLASSES, BLOCK_M):
-            row = start + tl.arange(0, BLOCK_M)
+        for start in range(0, ROWS * W * CLASSES, PATCHES):
+            row = start + tl.arange(0, PATCHES)
             place, member = row // CLASSES, row % CLASSES
             o_patch = (place // W * PITCH + place % W) * CLASSES + member
             m_patch = (place < ROWS * W)[:, None] & m_tap[None, :]
             patch = tl.load(p_cost + o_patch[:, None] + o_tap, mask=m_patch, other=0.0, cache_modifier=".ca")
-            x = tl.dot(patch, tl.trans(weight), input_precision=PRECISION) + bias[None, :]
+            x = tl.dot(patch, tl.trans(weight), input_precision=PRECISION)
+            x = add_after(x, bias[None, :], weight_ptr.dtype.element_ty)
             class_ = first_class + member
             inside = (place < ROWS * W) & (top * W + place < H * W) & (class_ < classes)
             o_x = ((crop * classes + class_) * (H * W) + top * W + place) * C
@@ -124,10 +122,10 @@ def embed_kernel(
 
 
 @dataclass(frozen=True)
-class Config(LaunchConfig):
-    """Launch config: rows and classes of a program, and what each step of its two products takes.
+class SinglePromptConfig(LaunchConfig):
+    """Launch config: rows and classes per program, and the steps of its two products.
 
-    Of the first product, `pixels` and `features` a step; of the second, `patches` (pixels x classes) and
+    Of the first product, `pixels` and `features` per step; of the second, `patches` (pixels x classes) and
     output channels.
     """
 
@@ -141,46 +139,65 @@ class Config(LaunchConfig):
     num_stages: int
 
 
+MULTIPROCESSORS = 132  # of H100 and H200
+
+
 @cache
-def default_config(size: Size, dtype: torch.dtype, capability: int) -> Config:
-    """A config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
-    rows = min(8, triton.next_power_of_2(size.height))
-    channels = min(max(16, triton.next_power_of_2(size.channels_out)), 128)
-    if dtype == torch.float32:
-        return Config(rows, 16, 32, 32, 32, min(channels, 64), num_warps=8, num_stages=1)
-    return Config(rows, 16, 64, 64, 64, channels, num_warps=4, num_stages=3)
+def default_config(capability: int, problem: Problem) -> SinglePromptConfig:
+    """Return a config that fits every GPU.
+
+    A band of 4 rows computes the costs of 2.5 times as many, and gives 5 crops of 64 classes 120 programs.
+    Few classes take narrower bands, as long as there are multiprocessors for them.
+    """
+    rows = min(4, triton.next_power_of_2(problem.size("height")))
+    while rows > 1 and 2 * programs(problem.crops, problem.classes, problem.size("height"), rows) <= (
+        MULTIPROCESSORS
+    ):
+        rows //= 2
+    return _config(problem, rows)
 
 
-def candidates(size: Size, dtype: torch.dtype, capability: int) -> tuple[Config, ...]:
-    """Configs worth timing on GPUs of a compute capability, the default first."""
-    default = default_config(size, dtype, capability)
-    if dtype == torch.float32:
-        others = grid(default, rows=(8, 16), patches=(16, 32), channels=(32, 64), num_stages=(1, 2))
+def interpreter_config(problem: Problem) -> SinglePromptConfig:
+    """Few and large programs."""
+    return _config(problem, min(8, triton.next_power_of_2(problem.size("height"))))
+
+
+def _config(problem: Problem, rows: int) -> SinglePromptConfig:
+    channels = min(max(16, triton.next_power_of_2(problem.size("channels"))), 128)
+    if problem.dtype == "fp32":
+        return SinglePromptConfig(rows, 16, 32, 32, 32, min(channels, 64), num_warps=8, num_stages=1)
+    return SinglePromptConfig(rows, 16, 64, 64, 64, channels, num_warps=4, num_stages=3)
+
+
+def candidates(capability: int, problem: Problem) -> tuple[SinglePromptConfig, ...]:
+    """Configs worth timing, the default first; the same for all compute capabilities."""
+    default = default_config(capability, problem)
+    if problem.dtype == "fp32":
+        others = grid(default, rows=(4, 8), patches=(16, 32), channels=(32, 64), num_stages=(1, 2))
         return default_first(default, others)
     tiles = [
         tiled
         for blocks, num_warps in ((64, 4), (128, 8))
         for tiled in grid(default, pixels=(blocks,), patches=(blocks,), num_warps=(num_warps,))
     ]
-    choices = {"rows": (4, 8, 16), "classes": (16, 32), "num_stages": (2, 3)}
+    choices = {"rows": (2, 4, 8), "classes": (16, 32), "num_stages": (2, 3)}
     return default_first(default, [config for tiled in tiles for config in grid(tiled, **choices)])
 
 
-def problem(size: Size, dtype: torch.dtype, input_precision: str, crop_classes: int) -> Problem:
+def programs(crops: int, classes: int, height: int, rows: int, group: int = 16) -> int:
+    """Programs of a launch with bands of so many rows and groups of so many classes."""
+    return crops * triton.cdiv(classes, group) * triton.cdiv(height, rows)
+
+
+def problem(
+    image: Tensor, text: Tensor, weight: Tensor, bias: Tensor, size: Size, *, input_precision: str
+) -> Problem:
     """What a measured config is found by."""
     sizes = {"height": size.height, "width": size.width, "channels": size.channels_out}
     return Problem.of(
-        "embed_cost_volume", "single_prompt", Config, dtype, input_precision, crop_classes, **sizes
-    )
-
-
-def choose_config(size: Size, image: Tensor, classes: int, input_precision: str) -> Config:
-    """The config for `image [B, HW, F]` and so many classes."""
-    return choose(
-        problem(size, image.dtype, input_precision, len(image) * classes),
-        image.device,
-        lambda capability: default_config(size, image.dtype, capability),
-    )
+        "embed_cost_volume", "single_prompt", SinglePromptConfig, image, input_precision, text.shape[1],
+        **sizes,
+    )  # fmt: skip
 
 
 def launch(
@@ -189,99 +206,32 @@ def launch(
     weight: Tensor,
     bias: Tensor,
     size: Size,
+    *,
     input_precision: str,
-    config: Config,
+    config: SinglePromptConfig,
 ) -> Tensor:
     """`[B, t, HW, C]` of `image [B, HW, F]` and `text [B or 1, t, 1, F]`, whose features are contiguous.
 
-    Nothing is checked.
+    Arguments are not checked.
 
     Args:
         weight: `[C, 7, 7, 1]`, contiguous.
         bias: `[C]`.
     """
     (B, HW, F), t = image.shape, text.shape[1]
-    programs = triton.cdiv(size.height, config.rows) * triton.cdiv(t, config.classes) * B
+    grid_size = programs(B, t, size.height, config.rows, config.classes)
     places = (config.rows + 6) * (size.width + 3) + 3
+    scratch = image.new_empty((grid_size, places, config.classes))
     out = image.new_empty((B, t, HW, size.channels_out))
-    embed_kernel[(programs,)](
-        image,
-        text,
-        weight,
-        bias,
-        image.new_empty((programs, places, config.classes)),
-        out,
-        t,
-        *image.stride(),
-        *text.expand(B, -1, -1, -1).stride()[:2],
-        **_constants(size, F, input_precision, config),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=True,
-    )
+    launcher.run(
+        single_prompt_kernel, (grid_size,),
+        image, text, weight, bias, scratch, out, t,
+        *image.stride(), *text.expand(B, -1, -1, -1).stride()[:2],
+        H=size.height, W=size.width, F=F, C=size.channels_out, ROWS=config.rows, CLASSES=config.classes,
+        PIXELS=config.pixels, FEATURES=config.features, PATCHES=config.patches, CHANNELS=config.channels,
+        PRECISION=input_precision, config=config,
+    )  # fmt: skip
     return out
 
 
-def tunable(workload: Workload) -> Tunable:
-    """The kernel at a workload's sizes."""
-    w, (B, t, HW, C), F = workload, workload.state, workload.features
-    size = Size(w.height, w.width, 1, C, taps=7)
-
-    def make_inputs(device: torch.device) -> tuple[Tensor, ...]:
-        # Unit vectors; of an image, laid out as CLIP's are.
-        image = w.normal(device, B, F, HW, scale=F**-0.5).transpose(1, 2)
-        text = w.normal(device, 1, t, 1, F, scale=F**-0.5)
-        return image, text, random_weight(w, size, device), w.normal(device, C)
-
-    def run(inputs: Sequence[Tensor], config: Config) -> Sequence[Tensor]:
-        image, text, weight, bias = inputs
-        return (launch(image, text, weight, bias, size, w.input_precision, config),)
-
-    wanted = problem(size, w.dtype, w.input_precision, w.crop_classes)
-    return Tunable(wanted, candidates(size, w.dtype, w.capability), make_inputs, run)
-
-
-def compile_targets(capability: int) -> list[CompileTarget]:
-    """The kernel at the sizes of v2."""
-    size = Size(24, 24, 1, 128, taps=7)
-    precisions = [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32x3")]
-    return [_compile_target(size, dtype, capability, precision) for dtype, precision in precisions]
-
-
-def _compile_target(size: Size, dtype: torch.dtype, capability: int, input_precision: str) -> CompileTarget:
-    config = default_config(size, dtype, capability)
-    pointers = ("image_ptr", "text_ptr", "weight_ptr", "bias_ptr", "cost_ptr", "out_ptr")
-    strides = ("image_stride_crop", "image_stride_feature", "text_stride_crop", "text_stride_class")
-    uses_mma = dtype != torch.float32 or input_precision != "ieee"
-    return CompileTarget(
-        name=f"{DTYPES[dtype]}{'' if input_precision == 'ieee' else ' ' + input_precision}",
-        kernel=embed_kernel,
-        signature={
-            **dict.fromkeys(pointers, f"*{DTYPES[dtype]}"),
-            **dict.fromkeys(("classes", *strides), "i32"),
-        },
-        constexprs={
-            "image_stride_pixel": 1,  # features come as [B, F, HW]
-            **_constants(size, 768, input_precision, config),
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        divisible=strides,
-        expects_mma=("wgmma" if capability == 90 and dtype != torch.float32 else "mma") if uses_mma else None,
-    )
-
-
-def _constants(size: Size, features: int, input_precision: str, config: Config) -> dict[str, Any]:
-    return {
-        "H": size.height,
-        "W": size.width,
-        "F": features,
-        "C": size.channels_out,
-        "PRECISION": input_precision,
-        "ROWS": config.rows,
-        "CLASSES": config.classes,
-        "BLOCK_P": config.pixels,
-        "BLOCK_K": config.features,
-        "BLOCK_M": config.patches,
-        "BLOCK_N": config.channels,
-    }
+KERNEL = Kernel(launch, problem, default_config, candidates, interpreter_config)

@@ -1,15 +1,18 @@
-"""Guided upsampling decoder (CAT-Seg paper, section 3.4): `stages.decode` in nine kernels.
+"""Guided upsampling decoder (CAT-Seg paper, section 3.4) in nine kernels.
 
 For x `[B, t, HW, C]` and each of two stages, with GN group normalisation and g an image's guidance map, the
 same for every class:
 
     u = phases(x) + g        y = conv3x3(relu(GN(u)))        x' = relu(GN(y))
 
-and logits = head(x'), a 3x3 convolution to one channel. The five convolutions are `convolution.py`'s kernel,
-each of which reads its input through the normalisation before it and leaves the statistics of its output;
-`group_norm.py` merges them. In memory are u and y alone, `[B*t, 2H, 2W, out]` channels last; never
-materialised are the upsampled maps `[B*t, up, 2H, 2W]`, their concatenation with the guidance
-`[B*t, up + G, 2H, 2W]`, the normalised maps, and patches.
+and logits = head(x'), a 3x3 convolution to one channel. Each of the five convolutions (`layers.py`,
+`chain.py`) reads its input through the normalisation before it and leaves the statistics of its output, which
+`group_norm.py` merges. Only u and y are in memory, channels last, with a border of one pixel, `[B, t, 2H + 2,
+2W + 2, out]`; never materialised are the upsampled maps `[B*t, up, 2H, 2W]`, their concatenation with the
+guidance `[B*t, up + G, 2H, 2W]`, the normalised maps, and patches.
+
+The maps are allocated by each call and their borders written by it, so that nothing has to hold between
+calls: kept buffers would save a hundredth of the decoder's time, and would stay allocated.
 
 The op computes in x's type whatever autocast says, and has no gradient.
 """
@@ -22,72 +25,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catseg_fast.engine.folding import DecoderStage, Plan
-from catseg_fast.kernels import convolution
-from catseg_fast.kernels.convolution import Config, Size
-from catseg_fast.kernels.decoder import group_norm
-from catseg_fast.kernels.launch.checks import DTYPES, check_like, check_runnable
-from catseg_fast.kernels.launch.compile_target import CompileTarget
-from catseg_fast.kernels.launch.tunable import Tunable, Workload
+from catseg_fast.kernels.decoder import chain, plain
+from catseg_fast.kernels.decoder.group_norm import GroupNorm
+from catseg_fast.kernels.decoder.layers import HEAD_GROUP, Layer, layers, pack, unpack
+from catseg_fast.kernels.launch.checks import check_like, check_runnable
+from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 
 
-def sizes(height: int, width: int, channels: int, stages: Sequence[int]) -> list[Size]:
-    """Sizes of the convolutions: two for each stage, of whose output channels is given, and the head."""
-    found = []
-    for out in stages:
-        found.append(Size(height, width, channels, out, taps=2, scale=2))
-        height, width, channels = 2 * height, 2 * width, out
-        found.append(Size(height, width, channels, channels, taps=3))
-    return [*found, Size(height, width, channels, 1, taps=3)]
-
-
-def launch(
+def decode(
     x: Tensor,
     guidance: Sequence[Tensor],
     weights: Sequence[Tensor],
     groups: Sequence[int],
     eps: Sequence[float],
-    height: int,
-    width: int,
-    input_precision: str,
-    configs: Sequence[Config] | None = None,
+    resolution: Sequence[int],
+    input_precision: str = "ieee",
+    out: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Tensor:
-    """`decode` on tensors. Nothing is checked.
+    """Upsample a chunk to logits on Triton kernels, any sizes.
 
     Args:
-        guidance: of each stage, `[B or 1, 2H * 2W, out]`.
-        weights: of each stage, `[4 * out, 2, 2, in]`, two `[out]`, `[out, 3, 3, out]` and two `[out]`; then
-            the head's `[1, 3, 3, out]` and `[1]`; all contiguous.
+        x: `[B, t, HW, C]`, of at least one class; fp16, bf16 or fp32.
+        guidance: of each stage, the part of its first convolution that is the same for every class, channels
+            last: `[B or 1, 2H * 2W, out]`, then `[B or 1, 4H * 4W, out]`.
+        weights: packed (`pack_weights`): of each stage, the phases, scale and shift `[out]` of the first
+            normalisation, the 3x3 convolution, and the second's `[out]`; then the head's and its bias `[1]`.
         groups: of each stage's two normalisations.
         eps: likewise.
-        configs: of each convolution; None for measured ones, or the defaults.
+        resolution: (H, W).
+        input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+        out: where logits are written, `[B, t, 4H, 4W]` in any floating type, contiguous but for B and t: a
+            slice of a larger tensor will do. New memory without it.
+        flag: `[1]`, int32: set to 1 if a logit is infinite or NaN as it is written, else left as it is.
+
+    Returns:
+        Logits `[B, t, 4H, 4W]`, in x's type or in `out`.
+
+    Raises:
+        ValueError: if an argument has a wrong shape, type or device.
+        RuntimeError: if the GPU is too old.
     """
-    B, t, _, C = x.shape
-    convolutions = sizes(height, width, C, [maps.shape[-1] for maps in guidance])
-    if configs is None:
-        configs = [convolution.choose_config("decode", size, x, input_precision) for size in convolutions]
-    norm: Tensor | None = None
-    for index in range(2 * len(guidance)):
-        weight, scale, shift = weights[3 * index : 3 * index + 3]
-        size, config = convolutions[index], configs[index]
-        x, statistics = convolution.launch(
-            x,
-            weight,
-            size,
-            config,
-            addend=guidance[index // 2] if index % 2 == 0 else None,
-            norm=norm,
-            statistics=True,
-            input_precision=input_precision,
-        )
-        assert statistics is not None
-        norm = group_norm.launch(statistics, scale, shift, groups[index], eps[index], size, config)
-    head, bias = weights[-2:]
-    logits, _ = convolution.launch(
-        x, head, convolutions[-1], configs[-1], addend=bias, norm=norm, input_precision=input_precision
-    )
-    factor = 2 ** len(guidance)
-    return logits.view(B, t, factor * height, factor * width)
+    _check(x, guidance, weights, groups, eps, resolution, input_precision)
+    _check_destination(x, len(guidance), resolution, out, flag)
+    if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
+        x = x.contiguous()
+    guidance, weights = ([tensor.contiguous() for tensor in tensors] for tensors in (guidance, weights))
+    arguments = (x, guidance, weights, groups, eps, resolution, input_precision)
+    if out is None and flag is None:
+        return OP.call(_decode, *arguments)
+    if out is None:
+        factor = 2 ** len(guidance)
+        out = x.new_empty((*x.shape[:2], *(factor * size for size in resolution)))
+    OP.call(_decode_into, *arguments, out=out, flag=flag)
+    return out
+
+
+def pack_weights(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return `decode`'s weights from those of `plain.decode`, whose convolutions have their taps first."""
+    *stages, head, bias = weights
+    packed = []
+    for index, weight in enumerate(stages):
+        packed.append(pack(weight, scale=2 if index % 6 == 0 else 1) if index % 3 == 0 else weight)
+    return [*packed, pack(head, 1, HEAD_GROUP), bias]
+
+
+def _plain(
+    x: Tensor,
+    guidance: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    eps: Sequence[float],
+    resolution: Sequence[int],
+) -> Tensor:
+    """`plain.decode` of packed weights."""
+    weights, found = list(weights), _layers(x, guidance, resolution)
+    for index, layer in zip((*range(0, len(weights) - 2, 3), -2), found, strict=True):
+        weights[index] = unpack(weights[index], layer)
+    return plain.decode(x, guidance, weights, groups, eps, resolution)
+
+
+def _layers(x: Tensor, guidance: Sequence[Tensor], resolution: Sequence[int]) -> list[Layer]:
+    height, width = resolution
+    return layers(height, width, x.shape[3], [maps.shape[2] for maps in guidance])
 
 
 @torch.library.custom_op("catseg_fast::decode", mutates_args=())
@@ -97,180 +117,145 @@ def _decode(
     weights: Sequence[Tensor],
     groups: Sequence[int],
     eps: Sequence[float],
-    height: int,
-    width: int,
+    resolution: Sequence[int],
     input_precision: str,
 ) -> Tensor:
-    return launch(x, guidance, weights, groups, eps, height, width, input_precision)
+    logits: Tensor = OP.launch(x, guidance, weights, groups, eps, resolution, input_precision)
+    return logits
 
 
 @_decode.register_fake
-def _(
+def _(x: Tensor, guidance: Sequence[Tensor], *rest: Any) -> Tensor:
+    (height, width), factor = rest[3], 2 ** len(guidance)
+    return x.new_empty((*x.shape[:2], factor * height, factor * width))
+
+
+@torch.library.custom_op("catseg_fast::decode_into", mutates_args=("out", "flag"))
+def _decode_into(
+    out: Tensor,
+    flag: Tensor | None,
     x: Tensor,
     guidance: Sequence[Tensor],
     weights: Sequence[Tensor],
     groups: Sequence[int],
     eps: Sequence[float],
-    height: int,
-    width: int,
+    resolution: Sequence[int],
     input_precision: str,
-) -> Tensor:
-    factor = 2 ** len(guidance)
-    return x.new_empty((*x.shape[:2], factor * height, factor * width))
+) -> None:
+    OP.launch(x, guidance, weights, groups, eps, resolution, input_precision, out=out, flag=flag)
 
 
-def decode(
-    plan: Plan,
-    guidance: tuple[Tensor, Tensor],
+@_decode_into.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def _launch(
     x: Tensor,
-    resolution: tuple[int, int],
-    input_precision: str = "ieee",
+    guidance: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    eps: Sequence[float],
+    resolution: Sequence[int],
+    input_precision: str,
+    *,
+    out: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Tensor:
-    """`stages.decode` on Triton kernels, any sizes.
-
-    Args:
-        plan: the folded weights, in x's type.
-        guidance: of each stage, everything of its first convolution that no class has a say in,
-            `[B or 1, out, 2H, 2W]` and `[B or 1, out, 4H, 4W]`; channels last spares a copy.
-        x: `[B, t, HW, C]`, of at least one class; fp16, bf16 or fp32.
-        resolution: (H, W).
-        input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
-
-    Returns:
-        Logits `[B, t, 4H, 4W]`.
-
-    Raises:
-        ValueError: if an argument has a wrong shape, type or device.
-        RuntimeError: if the GPU is too old.
-    """
-    height, width = resolution
-    _check(plan, guidance, x, height, width, input_precision)
-    if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
-        x = x.contiguous()
-    norms = [norm for stage in plan.decoder for norm in (stage.norm1, stage.norm2)]
-    return _decode(
-        x,
-        [maps.permute(0, 2, 3, 1).flatten(1, 2).contiguous() for maps in guidance],
-        [
-            *(weight for stage in plan.decoder for weight in _weights(stage)),
-            _taps_first(plan.head),
-            plan.head_bias,
-        ],
-        [norm.groups for norm in norms],
-        [norm.eps for norm in norms],
-        height,
-        width,
-        input_precision,
-    )
-
-
-def tunables(workload: Workload) -> list[Tunable]:
-    """The convolutions, each with the merge of its statistics, of which its tiles are the parts."""
-    return [
-        _tunable(workload, size, has_norm=index > 0)
-        for index, size in enumerate(
-            sizes(workload.height, workload.width, workload.channels, workload.decoder)
-        )
-    ]
-
-
-def _tunable(workload: Workload, size: Size, has_norm: bool) -> Tunable:
-    w, B, t = workload, workload.crops, workload.classes
-    is_head, groups = size.channels_out == 1, max(1, size.channels_out // 16)
-
-    def make_inputs(device: torch.device) -> tuple[Tensor | None, ...]:
-        x = w.normal(device, B, t, size.pixels, size.channels_in)
-        addend = norm = None
-        if is_head:
-            addend = w.normal(device, 1)
-        elif size.scale == 2:
-            addend = w.normal(device, B, size.phases * size.pixels, size.channels_out)
-        if has_norm:
-            norm = w.normal(device, B * t, 2, size.channels_in).to(convolution.norm_dtype(w.dtype))
-        scale, shift = (w.normal(device, size.channels_out) for _ in range(2))
-        return x, convolution.random_weight(w, size, device), addend, norm, scale, shift
-
-    def run(inputs: Sequence[Any], config: Config) -> Sequence[Tensor]:
-        x, weight, addend, norm, scale, shift = inputs
-        out, statistics = convolution.launch(
-            x,
-            weight,
-            size,
-            config,
-            addend=addend,
-            norm=norm,
-            statistics=not is_head,
-            input_precision=w.input_precision,
-        )
-        if statistics is None:
-            return (out,)
-        return out, group_norm.launch(statistics, scale, shift, groups, 1e-5, size, config)
-
-    return Tunable(
-        convolution.problem("decode", size, w.dtype, w.input_precision, w.crop_classes),
-        convolution.candidates(size, w.dtype, w.capability),
-        make_inputs,
-        run,
-    )
-
-
-def compile_targets(capability: int) -> list[CompileTarget]:
-    """The kernels at the sizes of the published variants."""
-    targets = []
-    for dtype, precision in [*((dtype, "ieee") for dtype in DTYPES), (torch.float32, "tf32x3")]:
-        up1, conv1, up2, conv2, head = sizes(24, 24, 128, (64, 32))
-        kinds = [
-            ("phases 1", up1, {"addend": "map", "statistics": True}),
-            ("conv 1", conv1, {"norm": True, "statistics": True}),
-            ("phases 2", up2, {"addend": "map", "norm": True, "statistics": True}),
-            ("conv 2", conv2, {"norm": True, "statistics": True}),
-            ("head", head, {"addend": "bias", "norm": True}),
-        ]
-        targets += [
-            convolution.compile_target(name, size, dtype, capability, precision, **options)  # type: ignore[arg-type]
-            for name, size, options in kinds
-        ]
-        if precision == "ieee":
-            config = convolution.default_config(up1, dtype, capability)
-            targets.append(group_norm.compile_target("group norm", up1, dtype, 4, config))
-    return targets
+    affine = zip(weights[1:-2:3], weights[2:-2:3], groups, eps, strict=True)
+    return chain.launch(
+        x, guidance, [*weights[:-2:3], weights[-2]], [GroupNorm(*norm) for norm in affine], weights[-1],
+        _layers(x, guidance, resolution), input_precision=input_precision, out=out, flag=flag,
+    )  # fmt: skip
 
 
 def _check(
-    plan: Plan, guidance: Sequence[Tensor], x: Tensor, height: int, width: int, input_precision: str
+    x: Tensor,
+    guidance: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    eps: Sequence[float],
+    resolution: Sequence[int],
+    input_precision: str,
 ) -> None:
+    height, width = resolution
     if x.ndim != 4 or x.shape[2] != height * width or not x.numel():
         raise ValueError(
-            f"x: has shape {list(x.shape)}; wanted [B, t, {height * width}, C] with none of them 0, "
+            f"x: has shape {list(x.shape)}; expected [B, t, {height * width}, C] with none of them 0, "
             f"for a resolution of {height}x{width}"
         )
     check_runnable("x", x, input_precision)
-    if len(guidance) != len(plan.decoder):
-        raise ValueError(
-            f"guidance: has {len(guidance)} maps; wanted {len(plan.decoder)}, one a decoder stage"
-        )
-    channels = x.shape[3]
-    for index, (stage, maps) in enumerate(zip(plan.decoder, guidance, strict=True)):
-        out = stage.conv.shape[0]
+    stages = len(guidance)
+    counts = {"weights": (weights, 6 * stages + 2), "groups": (groups, 2 * stages), "eps": (eps, 2 * stages)}
+    for name, (given, expected) in counts.items():
+        if len(given) != expected:
+            raise ValueError(f"{name}: has {len(given)} items; expected {expected} for {stages} stages")
+    for stage, maps in enumerate(guidance):
         height, width = 2 * height, 2 * width
-        check_like(f"guidance[{index}]", maps, ((1, x.shape[0]), out, height, width), x)
-        check_like(f"plan.decoder[{index}].phases", stage.phases, (2, 2, out, channels, 2, 2), x)
-        check_like(f"plan.decoder[{index}].conv", stage.conv, (out, out, 3, 3), x)
+        check_like(f"guidance[{stage}]", maps, ((1, x.shape[0]), height * width, maps.shape[-1]), x)
+    *convolutions, head = _layers(x, guidance, resolution)
+    for index, layer in enumerate(convolutions):
+        for offset, shape in enumerate((layer.packed, (layer.channels_out,), (layer.channels_out,))):
+            check_like(f"weights[{3 * index + offset}]", weights[3 * index + offset], shape, x)
+    check_like(f"weights[{6 * stages}]", weights[-2], head.packed, x)
+    check_like(f"weights[{6 * stages + 1}]", weights[-1], (1,), x)
+
+
+def _check_destination(
+    x: Tensor, stages: int, resolution: Sequence[int], out: Tensor | None, flag: Tensor | None
+) -> None:
+    if out is not None:
+        height, width = (2**stages * size for size in resolution)
+        shape = [*x.shape[:2], height, width]
+        if list(out.shape) != shape or not out.is_floating_point() or out.device != x.device:
+            raise ValueError(
+                f"out: is {out.dtype} {list(out.shape)} on {out.device}; expected a floating type, {shape} "
+                f"and {x.device}"
+            )
+        if out.stride(3) != 1 or out.stride(2) != width:
+            raise ValueError(
+                f"out: has strides {list(out.stride())}; expected [any, any, {width}, 1], for rows that "
+                "follow each other"
+            )
+    if flag is not None and (flag.shape != (1,) or flag.dtype != torch.int32 or flag.device != x.device):
+        raise ValueError(
+            f"flag: is {flag.dtype} {list(flag.shape)} on {flag.device}; expected torch.int32 [1] "
+            f"on {x.device}"
+        )
+
+
+def _make_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
+    B, _, positions, channels = sizes.state
+    guidance, weights = [], []
+    for out in sizes.decoder:
+        positions *= 4
+        guidance.append(random.normal(B if sizes.guided else 1, positions, out))
+        weights += [random.weight(4 * out, 2, 2, channels), random.normal(out), random.bias(out)]
+        weights += [random.weight(out, 3, 3, out), random.normal(out), random.bias(out)]
         channels = out
-    check_like("plan.head", plan.head, (1, channels, 3, 3), x)
+    weights += [random.weight(1, 3, 3, channels), random.bias(1)]
+    return {
+        "x": random.normal(*sizes.state),
+        "guidance": guidance,
+        "weights": pack_weights(weights),
+        "groups": [out // sizes.group for out in sizes.decoder for _ in range(2)],
+        "eps": [1e-5] * (2 * len(sizes.decoder)),
+        "resolution": sizes.resolution,
+    }
 
 
-def _weights(stage: DecoderStage) -> tuple[Tensor, ...]:
-    return (
-        _taps_first(stage.phases.flatten(0, 2)),
-        stage.norm1.weight,
-        stage.norm1.bias,
-        _taps_first(stage.conv),
-        stage.norm2.weight,
-        stage.norm2.bias,
-    )
-
-
-def _taps_first(weight: Tensor) -> Tensor:
-    """`[out, in, K, K]` as `[out, K, K, in]`, contiguous: no copy if it is channels last."""
-    return weight.permute(0, 2, 3, 1).contiguous()
+OP = Op(
+    name="decode",
+    plain=_plain,
+    triton=decode,
+    forms=(Form(_launch),),
+    make_inputs=_make_inputs,
+    sizes={"": Sizes()},
+    odd=(
+        Sizes(1, 2, 1, 2, channels=16, decoder=(16, 16), guided=False),
+        Sizes(2, 3, 5, 4, channels=9, decoder=(6, 12), group=3),
+        Sizes(1, 7, 4, 4, channels=128, decoder=(64, 32), guided=False),
+        Sizes(2, 2, 3, 5, channels=24, decoder=(32, 8), group=8),
+    ),
+    mma=dict.fromkeys(("boxes_kernel", "patches_kernel", "row_phases_kernel", "rows_kernel"), "wgmma"),
+)

@@ -11,17 +11,18 @@ from torch import Tensor
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 OLDEST = (8, 0)
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 INTERPRETED = triton.knobs.runtime.interpret  # what it is when kernels are decorated holds for good
 
 
 def too_old(gpu: torch.device) -> str | None:
-    """Why a GPU is too old for the kernels; None if it is not."""
+    """Return why a GPU is too old for the kernels; None if it is not."""
     capability = torch.cuda.get_device_capability(gpu)
     if capability >= OLDEST:
         return None
-    seen, wanted = (".".join(map(str, version)) for version in (capability, OLDEST))
+    seen, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
     return (
-        f"{torch.cuda.get_device_name(gpu)} has compute capability {seen}; the Triton kernels need {wanted}"
+        f"{torch.cuda.get_device_name(gpu)} has compute capability {seen}; the Triton kernels need {needed}"
     )
 
 
@@ -47,18 +48,31 @@ def check_like(name: str, tensor: Tensor, shape: Sequence[int | tuple[int, ...]]
     """Check a tensor's shape, and that its type and device are those of `x`.
 
     Args:
-        shape: the wanted size of each dimension, or the sizes that will do.
+        shape: the expected size of each dimension, or the sizes that will do.
 
     Raises:
-        ValueError: with the shapes, types or devices seen and wanted.
+        ValueError: with the shapes, types or devices seen and expected.
     """
     sizes = [tuple(dict.fromkeys(size)) if isinstance(size, tuple) else (size,) for size in shape]
     if tensor.ndim != len(sizes) or any(
         seen not in size for seen, size in zip(tensor.shape, sizes, strict=True)
     ):
-        wanted = ", ".join(" or ".join(map(str, size)) for size in sizes)
-        raise ValueError(f"{name}: has shape {list(tensor.shape)}; wanted [{wanted}]")
+        expected = ", ".join(" or ".join(map(str, size)) for size in sizes)
+        raise ValueError(f"{name}: has shape {list(tensor.shape)}; expected [{expected}]")
     if tensor.dtype != x.dtype:
-        raise ValueError(f"{name}: is {tensor.dtype}; wanted {x.dtype}, as the rest")
+        raise ValueError(f"{name}: is {tensor.dtype}; expected {x.dtype}, like the others")
     if tensor.device != x.device:
-        raise ValueError(f"{name}: is on {tensor.device}; wanted {x.device}, as the rest")
+        raise ValueError(f"{name}: is on {tensor.device}; expected {x.device}, like the others")
+
+
+def check_destination(name: str, out: Tensor, x: Tensor) -> None:
+    """Check that the state `[B, t, HW, C]` of `x` can be written to `out`.
+
+    Raises:
+        ValueError: if its shape, type or device is not that of `x`, or its positions are not dense.
+    """
+    check_like(name, out, x.shape, x)
+    if out.stride()[2:] != (x.shape[3], 1):
+        raise ValueError(
+            f"{name}: has strides {list(out.stride())}; expected [any, any, {x.shape[3]}, 1], dense positions"
+        )

@@ -4,11 +4,14 @@ They are JSON files, one for each GPU and op, `<gpu>/<op>.json`: a list of entri
 
     {"kernel": "mlp", "dtype": "fp16", "precision": "ieee",
      "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": 255},
-     "config": {"rows": 128, "hidden": 64, "num_warps": 8, "num_stages": 2}, "gpu": "NVIDIA H200", …}
+     "config": {"rows": 128, "hidden": 64, "num_warps": 8, "num_stages": 2},
+     "gpu": "NVIDIA H200", "capability": 90, "multiprocessors": 132, …}
 
-An entry serves a launch of the same kernel, type and sizes; of several, the one whose number of crops times
-classes is nearest, by ratio. Files in the user's cache folder go before those of the package. Where nothing
-fits, the kernel's default config runs.
+An entry serves a launch of the same kernel, in the same `version` (1 if it names none), type and sizes; of
+several, the one whose number of crops times classes is nearest, by ratio. Files in the user's cache folder go
+before those of the package. A GPU that has no entry of its own borrows one of another GPU of the same compute
+capability, whose multiprocessors have the same registers and shared memory; of several, from the GPU with the
+nearest number of multiprocessors. Where nothing fits, the kernel's default config runs.
 """
 
 from __future__ import annotations
@@ -18,15 +21,16 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
+from catseg_fast.kernels.launch import capability
 from catseg_fast.kernels.launch.checks import DTYPES
-from catseg_fast.kernels.launch.compile_target import capability_of
 from catseg_fast.kernels.launch.config import LaunchConfig
 
 C = TypeVar("C", bound=LaunchConfig)
@@ -45,7 +49,7 @@ class Problem(NamedTuple):
         dtype: type of the tensors, "fp16", "bf16" or "fp32".
         precision: of products of fp32 numbers; "ieee" for other types.
         sizes: what must be equal for a measured config to serve.
-        crop_classes: crops times classes, which need not.
+        crops, classes: B and t, which need not.
     """
 
     op: str
@@ -54,7 +58,8 @@ class Problem(NamedTuple):
     dtype: str
     precision: str
     sizes: tuple[tuple[str, int], ...]
-    crop_classes: int
+    crops: int
+    classes: int
 
     @classmethod
     def of(
@@ -62,37 +67,81 @@ class Problem(NamedTuple):
         op: str,
         kernel: str,
         config: type[LaunchConfig],
-        dtype: torch.dtype,
+        x: Tensor,
         input_precision: str,
-        crop_classes: int,
+        classes: int | None = None,
         **sizes: int,
     ) -> Problem:
-        """The problem of a launch; `input_precision` counts for fp32 alone."""
-        precision = input_precision if dtype == torch.float32 else "ieee"
-        return cls(op, kernel, config, DTYPES[dtype], precision, tuple(sizes.items()), crop_classes)
+        """The problem of a launch on `x [B, t, …]`, or on `x [B, …]` and `classes`.
+
+        `input_precision` counts for fp32 only.
+        """
+        precision = input_precision if x.dtype == torch.float32 else "ieee"
+        crops, t = x.shape[0], x.shape[1] if classes is None else classes
+        return cls(op, kernel, config, DTYPES[x.dtype], precision, tuple(sizes.items()), crops, t)
+
+    @property
+    def crop_classes(self) -> int:
+        """Crops times classes."""
+        return self.crops * self.classes
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Type of the tensors."""
+        return next(dtype for dtype, name in DTYPES.items() if name == self.dtype)
+
+    def size(self, name: str) -> int:
+        """One of the sizes."""
+        return dict(self.sizes)[name]
 
 
 def choose(
-    problem: Problem, device: torch.device, default: Callable[[int], C], interpreter: C | None = None
+    problem: Problem,
+    device: torch.device,
+    default_config: Callable[[int, Problem], C],
+    interpreter_config: Callable[[Problem], C] | None = None,
 ) -> C:
     """The config that a launch takes: on a GPU a measured one, else the default for its compute capability.
 
     Args:
         problem: the launch's.
         device: the tensors', which need not be the current one.
-        default: makes the default config for a compute capability (as 80, 86, 89, 90, 100).
-        interpreter: config for Triton's interpreter, on a CPU; None for the default.
+        default_config: makes the default config for a compute capability (as 80, 86, 89, 90, 100).
+        interpreter_config: makes the config for Triton's interpreter, on a CPU; None for the default.
     """
-    measured = _measured(problem, device) if device.type == "cuda" else interpreter
-    return measured or default(_capability(device))
+    if device.type == "cuda":
+        measured = _measured(problem, device)
+        if measured is not None:
+            return measured
+    elif device.type == "cpu" and interpreter_config is not None:
+        return interpreter_config(problem)
+    return default_config(capability.capability_of(device), problem)
 
 
 def user_folder() -> Path:
-    """Where `catseg-fast tune` writes: `$XDG_CACHE_HOME/catseg-fast/configs`, by default in `~/.cache`."""
+    """Return where `catseg-fast tune` writes: `$XDG_CACHE_HOME/catseg-fast/configs`, or in `~/.cache`.
+
+    Raises:
+        RuntimeError: if the variable is not set and the user has no home folder.
+    """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache_home.is_absolute():  # to be ignored, says the XDG specification
         cache_home = Path.home() / ".cache"
     return cache_home / "catseg-fast" / "configs"
+
+
+def origin(problem: Problem, device: torch.device) -> str:
+    """Say where the config of a launch on a GPU comes from: measured on it, borrowed, or a default."""
+    chip = _chip(device)
+    gpus = (e["gpu"] for _, entries in _files(problem.op, device) for e in entries if _serves(e, problem))
+    gpu = next(gpus, None)
+    if gpu is None:
+        return (
+            f"defaults (none were measured in {problem.dtype} at compute capability {chip.capability / 10})"
+        )
+    if _slug(gpu) == _slug(chip.name):
+        return f"measured on {gpu}"
+    return f"borrowed from {gpu}, of the same compute capability {chip.capability / 10}"
 
 
 def config_path(folder: Path, gpu: str, op: str) -> Path:
@@ -118,25 +167,44 @@ def read(path: Path, gpu: str) -> list[dict[str, Any]]:
 
 def clear() -> None:
     """Forget files and GPUs, so that they are looked at again."""
-    _read_once.cache_clear()
-    _measured.cache_clear()
-    _capability.cache_clear()
+    for function in (_read_once, _others, _measured, _chip, capability.of_gpu):
+        function.cache_clear()
+
+
+class _Chip(NamedTuple):
+    """What tells GPUs apart."""
+
+    name: str
+    capability: int  # as 90, exactly
+    multiprocessors: int
 
 
 _read_once = cache(read)
-_capability = cache(capability_of)
+
+
+@cache
+def _chip(device: torch.device) -> _Chip:
+    found = torch.cuda.get_device_properties(device)
+    return _Chip(found.name, 10 * found.major + found.minor, found.multi_processor_count)
+
+
+def _folders() -> tuple[Path, ...]:
+    """The user's folder, where there is one, and the package's."""
+    try:
+        return user_folder(), SHIPPED
+    except RuntimeError as error:
+        _warn("the user's folder of launch configs", error)
+        return (SHIPPED,)
 
 
 @cache
 def _measured(problem: Problem, device: torch.device) -> Any:
-    gpu = torch.cuda.get_device_name(device)
-    for folder in (user_folder(), SHIPPED):
-        path = config_path(folder, gpu, problem.op)
-        entries = [entry for entry in _read_once(path, gpu) if _serves(entry, problem)]
-        if not entries:
+    for path, entries in _files(problem.op, device):
+        fitting = [entry for entry in entries if _serves(entry, problem)]
+        if not fitting:
             continue
         nearest = min(
-            entries, key=lambda entry: abs(math.log(entry["shape"][FREE_SIZE] / problem.crop_classes))
+            fitting, key=lambda entry: abs(math.log(entry["shape"][FREE_SIZE] / problem.crop_classes))
         )
         try:
             return problem.config(**nearest["config"])
@@ -145,10 +213,38 @@ def _measured(problem: Problem, device: torch.device) -> Any:
     return None
 
 
+def _files(op: str, device: torch.device) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """An op's files and entries in the order in which a device looks at them: its own, then others'."""
+    chip = _chip(device)
+    for folder in _folders():
+        path = config_path(folder, chip.name, op)
+        if entries := _read_once(path, chip.name):
+            yield path, entries
+    others = [item for folder in _folders() for item in _others(folder, op, chip)]
+    for _, path, entries in sorted(others, key=lambda other: other[0]):
+        yield path, entries
+
+
+@cache
+def _others(folder: Path, op: str, chip: _Chip) -> tuple[tuple[float, Path, list[dict[str, Any]]], ...]:
+    """Distance, file and entries of each other GPU of a chip's compute capability in a folder."""
+    found = []
+    for path in sorted(folder.glob(f"*/{op}.json")):
+        if path.parent.name == _slug(chip.name):
+            continue
+        entries = [e for e in _read_once(path, path.parent.name) if e.get("capability") == chip.capability]
+        if entries:
+            count: Any = entries[0].get("multiprocessors")
+            known = isinstance(count, int) and count > 0
+            distance = abs(math.log(int(count) / chip.multiprocessors)) if known else math.inf
+            found.append((distance, path, entries))
+    return tuple(found)
+
+
 def _serves(entry: dict[str, Any], problem: Problem) -> bool:
     sizes = {name: size for name, size in entry["shape"].items() if name != FREE_SIZE}
-    wanted = (problem.kernel, problem.dtype, problem.precision, dict(problem.sizes))
-    return (entry["kernel"], entry["dtype"], entry["precision"], sizes) == wanted
+    wanted = (problem.kernel, problem.dtype, problem.precision, dict(problem.sizes), problem.config.version)
+    return (entry["kernel"], entry["dtype"], entry["precision"], sizes, entry.get("version", 1)) == wanted
 
 
 def _check(entries: Any, gpu: str) -> None:
@@ -176,5 +272,5 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _warn(path: Path, error: Exception) -> None:
-    warnings.warn(f"{path}: not used, default launch configs are: {error}", stacklevel=2)
+def _warn(path: Path | str, error: Exception) -> None:
+    warnings.warn(f"{path}: not used: {error}", stacklevel=2)

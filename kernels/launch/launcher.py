@@ -8,14 +8,14 @@ compiles what is listed, and therefore exactly what a launch passes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from catseg_fast.kernels.launch.config import LaunchConfig
+from torch.utils._python_dispatch import _disable_current_modes
 
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")  # fields of a config that are Triton's
+from catseg_fast.kernels.launch.config import LaunchConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Launch:
         arguments: its runtime arguments by name, in order: tensors, tensor descriptors, numbers or None.
         constants: its `tl.constexpr` arguments by name.
         options: Triton's options by name.
+        compiled: Triton's compiled kernel; None in the interpreter, and where nothing was executed.
     """
 
     kernel: Any
@@ -35,26 +36,42 @@ class Launch:
     arguments: Mapping[str, Any]
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
+    compiled: Any = None
+
+    def without_arguments(self) -> Launch:
+        """Return the launch without its tensors, which it would keep alive."""
+        return replace(self, arguments={})
 
 
 class _Recorder(threading.local):
-    launches: list[Launch] | None = None
+    launches: list[Any] | None = None
     execute = True
+    note: Callable[[Launch], Any] | None = None
 
 
 _recorder = _Recorder()
 
 
 @contextmanager
-def record(execute: bool = True) -> Iterator[list[Launch]]:
-    """List the launches of this thread; without `execute`, nothing runs."""
-    launches: list[Launch] = []
-    before = _recorder.launches, _recorder.execute
-    _recorder.launches, _recorder.execute = launches, execute
+def record(execute: bool = True, note: Callable[[Launch], Any] | None = None) -> Iterator[list[Any]]:
+    """List the launches of this thread.
+
+    Args:
+        execute: whether they run.
+        note: what is listed of each, as soon as it has run; by default the `Launch` itself.
+    """
+    launches: list[Any] = []
+    before = _recorder.launches, _recorder.execute, _recorder.note
+    _recorder.launches, _recorder.execute, _recorder.note = launches, execute, note
     try:
         yield launches
     finally:
-        _recorder.launches, _recorder.execute = before
+        _recorder.launches, _recorder.execute, _recorder.note = before
+
+
+def listing() -> bool:
+    """Check whether launches of this thread are only listed."""
+    return _recorder.launches is not None and not _recorder.execute
 
 
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: LaunchConfig, **constants: Any) -> None:
@@ -68,11 +85,15 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: LaunchConfi
             passed as constants by the caller.
         **constants: its `tl.constexpr` arguments.
     """
-    options = {name: value for name in _OPTIONS if (value := getattr(config, name, None)) is not None}
-    options["enable_fp_fusion"] = True
-    if _recorder.launches is not None:
+    options = config.options
+    if _recorder.launches is None:
+        kernel[grid](*arguments, **constants, **options)
+    else:
+        compiled = None
+        if _recorder.execute:
+            with _disable_current_modes():  # the interpreter computes with PyTorch's own operations
+                compiled = kernel[grid](*arguments, **constants, **options)
         names = [name for name in kernel.arg_names if name not in constants]
         named = dict(zip(names, arguments, strict=True))
-        _recorder.launches.append(Launch(kernel, grid, named, constants, options))
-    if _recorder.execute:
-        kernel[grid](*arguments, **constants, **options)
+        launch = Launch(kernel, grid, named, constants, options, compiled)
+        _recorder.launches.append(launch if _recorder.note is None else _recorder.note(launch))

@@ -1,36 +1,48 @@
 """Compile kernels for GPUs that are not there, and read what they take from the machine code.
 
+What is compiled is what ops launch: each op of `catseg_fast.kernels.OPS` is called on the meta device, where
+launches are recorded (`launcher.record`), and specialised as Triton does at a launch.
+
 A kernel's mode, interpreted or compiled, is fixed when it is decorated. So this file runs as a program of its
-own, without TRITON_INTERPRET: `python tests/support/aot.py class_attention.apply` compiles a module's targets
-(all modules' without a name) and prints the table; with `--write` it records them in
-bench/results/resources.json, for this version of Triton.
+own, without TRITON_INTERPRET: `python tests/support/aot.py class_apply` compiles an op's kernels (all ops'
+without a name) and prints the table; with `--write` it records them in bench/results/resources.json, for this
+version of Triton.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
-import catseg_fast.kernels
-from catseg_fast.kernels.launch.compile_target import CAPABILITIES, CompileTarget
+from catseg_fast.kernels import OPS, load
+from catseg_fast.kernels.launch.capability import CAPABILITIES
+from catseg_fast.kernels.launch.compiling import compile_launch
+from catseg_fast.kernels.launch.launcher import Launch
 
-RECORD = Path(__file__).parents[2] / "bench" / "results" / "resources.json"
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "bench" / "results" / "resources.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = (
+    ("fp16", torch.float16, "ieee"),
+    ("bf16", torch.bfloat16, "ieee"),
+    ("fp32 ieee", torch.float32, "ieee"),
+    ("fp32 tf32x3", torch.float32, "tf32x3"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,29 +83,88 @@ class Resources:
     programs: int
 
 
-def modules() -> list[str]:
-    """Names of the kernel modules that declare targets."""
-    package = catseg_fast.kernels
-    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    names = (module.name.removeprefix(f"{package.__name__}.") for module in found)
-    return [name for name in names if hasattr(_import(name), "compile_targets")]
+@dataclass(frozen=True)
+class Target:
+    """One launch of an op, for one compute capability.
+
+    Attributes:
+        op: the op's name.
+        name: the launch's among all of the op's and of all chips', as in the record.
+        capability: the GPU's.
+        launch: what is passed.
+        mma: the matrix instruction that must come out: "mma" for any kind, "wgmma", or None.
+        max_stack: bytes of stack that are accepted.
+    """
+
+    op: str
+    name: str
+    capability: int
+    launch: Launch
+    mma: str | None = None
+    max_stack: int = 0
 
 
-def targets(module: str, capability: int) -> list[CompileTarget]:
-    """The targets that a module declares."""
-    declared: list[CompileTarget] = _import(module).compile_targets(capability)
-    return declared
+@functools.cache
+def targets(op: str, capability: int) -> tuple[Target, ...]:
+    """What an op launches at its sizes: a kernel in all types where it first appears, later in fp16 only.
+
+    Launches that compile alike are one.
+    """
+    declared, found, seen = load(op), [], set()
+    known: set[str] = set()
+    for variant, sizes in {**declared.sizes, **declared.special}.items():
+        before = frozenset(known)
+        for kind, dtype, precision in TYPES:
+            _, launches = declared.dry_run(sizes, dtype, precision, capability)
+            of_kernel: dict[str, int] = {}
+            for launch in launches:
+                name = launch.kernel.__name__
+                of_kernel[name] = number = of_kernel.get(name, 0) + 1
+                known.add(name)
+                if name in before and dtype != torch.float16:
+                    continue
+                alike = (name, specialise(launch), repr(sorted(launch.options.items())))
+                if alike in seen:
+                    continue
+                seen.add(alike)
+                mma: str | None = declared.mma.get(name)
+                if dtype == torch.float32:
+                    mma = "mma" if mma and precision == "tf32x3" and _is_split(launch) else None
+                elif mma == "wgmma" and capability != 90:
+                    mma = "mma"
+                words = [name, *([str(number)] if number > 1 else []), kind]
+                title = ", ".join(filter(None, [" ".join(words), variant]))
+                key = f"{op} / {title} / sm_{capability}"
+                found.append(Target(op, key, capability, launch, mma, declared.max_stack.get(name, 0)))
+    return tuple(found)
 
 
-def key(module: str, capability: int, target: CompileTarget) -> str:
-    """A target's name among all modules' and chips'."""
-    return f"{module} / {target.name} / sm_{capability}"
+def specialise(launch: Launch) -> str:
+    """What Triton makes different kernels of: types and values, as far as they matter."""
+    described = {}
+    for name, value in {**launch.arguments, **launch.constants}.items():
+        if isinstance(value, torch.Tensor):
+            value = value.dtype
+        elif hasattr(value, "block_shape"):  # a tensor descriptor
+            value = (value.base.dtype, value.block_shape, getattr(value, "padding", None))
+        elif isinstance(value, float) and name in launch.arguments:
+            value = "a number"
+        elif isinstance(value, int) and name in launch.arguments:
+            value = 1 if value == 1 else value % 16 == 0
+        described[name] = value
+    return repr(described)
 
 
-def resources_of(modules: Iterable[str], capabilities: Iterable[int]) -> dict[str, Resources | str]:
-    """Compile modules' targets in another process: resources by `key`, or the error where one fails."""
+def _is_split(launch: Launch) -> bool:
+    """Whether products of fp32 numbers run on tensor cores."""
+    return launch.constants.get("PRECISION") != "ieee"
+
+
+def resources_of(ops: Iterable[str], capabilities: Iterable[int]) -> dict[str, Resources | str]:
+    """Compile ops for chips in another process: resources by name, or the error where one fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    chosen = [*modules, "--capabilities", *map(str, capabilities)]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    chosen = [*ops, "--capabilities", *map(str, capabilities)]
     command = [sys.executable, __file__, *chosen, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -102,23 +173,23 @@ def resources_of(modules: Iterable[str], capabilities: Iterable[int]) -> dict[st
     return {name: x if isinstance(x, str) else Resources(**x) for name, x in compiled.items()}
 
 
-def faults(target: CompileTarget, capability: int, taken: Resources | str) -> list[str]:
+def faults(target: Target, taken: Resources | str) -> list[str]:
     """What is wrong with a compiled target; empty if nothing is."""
     if isinstance(taken, str):
         return [f"does not compile: {taken}"]
     found = []
-    limit = CHIPS[capability].block_memory
+    limit = CHIPS[target.capability].block_memory
     if taken.shared > limit:
-        found.append(f"{taken.shared} bytes of shared memory; sm_{capability} has {limit}")
+        found.append(f"{taken.shared} bytes of shared memory; sm_{target.capability} has {limit}")
     if taken.stack > target.max_stack:
         found.append(f"{taken.stack} bytes of stack; {target.max_stack} are accepted")
     if taken.spills_in_loops:
         found.append(f"{taken.spills_in_loops} spills in a loop")
     came_out = taken.mma.split()
-    if target.expects_mma == "mma" and not came_out:
+    if target.mma == "mma" and not came_out:
         found.append("no matrix instruction")
-    elif target.expects_mma not in (None, "mma") and target.expects_mma not in came_out:
-        found.append(f"no {target.expects_mma}, but {taken.mma or 'no matrix instruction'}")
+    elif target.mma not in (None, "mma") and target.mma not in came_out:
+        found.append(f"no {target.mma}, but {taken.mma or 'no matrix instruction'}")
     return found
 
 
@@ -130,31 +201,21 @@ def recorded() -> dict[str, dict[str, Any]] | None:
     return record.get(triton.__version__)
 
 
-def compile_target(target: CompileTarget, capability: int) -> Resources:
+def compile_target(target: Target) -> Resources:
     """Compile as a launch would, and read the cubin."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    launch = target.launch
+    compiled = compile_launch(
+        launch.kernel, launch.arguments, launch.constants, launch.options,
+        gpu(target.capability),
+    )  # fmt: skip
+    return _read(compiled, launch.options.get("num_warps", 4), CHIPS[target.capability])
 
-    arguments = target.kernel.arg_names
-    if set(arguments) != {*target.signature, *target.constexprs}:
-        wrong = set(arguments) ^ {*target.signature, *target.constexprs}
-        raise ValueError(f"signature and constexprs differ from the kernel's arguments in {sorted(wrong)}")
-    divisible = [
-        (index,)
-        for index, name in enumerate(arguments)
-        if target.signature.get(name, "").startswith("*") or name in target.divisible
-    ]
-    source = ASTSource(
-        fn=target.kernel,
-        signature={name: target.signature.get(name, "constexpr") for name in arguments},
-        constexprs={(arguments.index(name),): value for name, value in target.constexprs.items()},
-        attrs={index: [["tt.divisibility", 16]] for index in divisible},
-    )
-    options = {"num_warps": target.num_warps, "num_stages": target.num_stages, "enable_fp_fusion": True}
-    if target.maxnreg is not None:
-        options["maxnreg"] = target.maxnreg
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return _read(compiled, target.num_warps, CHIPS[capability])
+
+def gpu(capability: int) -> Any:
+    """Triton's description of a GPU."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", capability, 32)
 
 
 def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:
@@ -162,12 +223,12 @@ def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        if match is None:
-            raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
-        registers, stack = int(match[1]), int(match[2])
-        # Registers are spilled to the stack; the disassembler takes as long as ptxas.
-        spills, spills_in_loops = count_spills(_run("nvdisasm", "-c", file.name)) if stack else (0, 0)
+        code = _run("nvdisasm", "-c", file.name)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if match is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
+    registers, stack = int(match[1]), int(match[2])
+    spills, spills_in_loops = count_spills(code)
     shared = compiled.metadata.shared
     by_warp = -(-registers * 32 // 256) * 256  # registers come in units of 256 a warp
     programs = min(
@@ -207,33 +268,28 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _import(module: str) -> Any:
-    return importlib.import_module(f"catseg_fast.kernels.{module}")
-
-
-def _compile(module: str, capability: int, index: int) -> tuple[str, dict[str, Any] | str]:
-    target = targets(module, capability)[index]
-    name = key(module, capability, target)
+def _compile(op: str, capability: int, index: int) -> tuple[str, dict[str, Any] | str]:
+    target = targets(op, capability)[index]
     try:
-        return name, asdict(compile_target(target, capability))
+        return target.name, asdict(compile_target(target))
     except Exception as error:  # whatever the compiler says is the result
         cause = error.__cause__ or error
-        return name, f"{type(cause).__name__}: {str(cause)[-600:]}"
+        return target.name, f"{type(cause).__name__}: {str(cause)[-600:]}"
 
 
-def _compile_all(names: list[str], capabilities: list[int]) -> dict[str, dict[str, Any] | str]:
+def _compile_all(ops: list[str], capabilities: Sequence[int]) -> dict[str, dict[str, Any] | str]:
     jobs = [
-        (module, capability, index)
-        for module in names
+        (op, capability, index)
+        for op in ops
         for capability in capabilities
-        for index in range(len(targets(module, capability)))
+        for index in range(len(targets(op, capability)))
     ]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         return dict(pool.map(_compile, *zip(*jobs, strict=True), chunksize=1)) if jobs else {}
 
 
 def table(compiled: dict[str, dict[str, Any] | str]) -> str:
-    """The resources, a line a target."""
+    """The resources, one line per target."""
     columns = ("registers", "stack", "spills", "spills_in_loops", "shared", "mma", "programs")
     width = max(map(len, compiled), default=0)
     lines = [f"{'triton ' + triton.__version__:{width}}  " + "  ".join(columns)]
@@ -243,14 +299,16 @@ def table(compiled: dict[str, dict[str, Any] | str]) -> str:
     return "\n".join(lines)
 
 
-def write(compiled: dict[str, dict[str, Any] | str], names: list[str]) -> None:
-    """Record resources under this version of Triton, in place of what was recorded of these modules."""
+def write(compiled: dict[str, dict[str, Any] | str], ops: list[str]) -> None:
+    """Record resources under this version of Triton, in place of what was recorded of these ops."""
     failed = [name for name, taken in compiled.items() if isinstance(taken, str)]
     if failed:
         raise SystemExit(f"not recorded: {', '.join(failed)} did not compile")
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     old = {
-        name: x for name, x in record.get(triton.__version__, {}).items() if name.split(" / ")[0] not in names
+        name: x
+        for name, x in record.get(triton.__version__, {}).items()
+        if (op := name.split(" / ")[0]) in OPS and op not in ops
     }
     record[triton.__version__] = dict(sorted({**old, **compiled}.items()))
     lines = ",\n".join(
@@ -265,7 +323,7 @@ def write(compiled: dict[str, dict[str, Any] | str], names: list[str]) -> None:
 def main() -> None:
     """The program."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("modules", nargs="*", help="modules of catseg_fast.kernels; all without a name")
+    parser.add_argument("ops", nargs="*", help="ops of catseg_fast.kernels; all without a name")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--write", action="store_true", help=f"record the result in {RECORD.name}")
     parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES)
@@ -274,11 +332,11 @@ def main() -> None:
         parser.error("--write: records all capabilities")
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("TRITON_INTERPRET is set: interpreted kernels do not compile")
-    names = arguments.modules or modules()
-    compiled = _compile_all(names, arguments.capabilities)
+    ops = arguments.ops or list(OPS)
+    compiled = _compile_all(ops, arguments.capabilities)
     print(json.dumps(compiled) if arguments.json else table(compiled))
     if arguments.write:
-        write(compiled, names)
+        write(compiled, ops)
 
 
 if __name__ == "__main__":

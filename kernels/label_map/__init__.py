@@ -1,0 +1,1 @@
+"""Label maps from logits, chunk by chunk: `op.py` and its kernels."""

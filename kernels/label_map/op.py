@@ -1,0 +1,129 @@
+"""Label maps: a chunk's logits become probabilities of pixels, and meet the best ones so far.
+
+With a sliding window, `merge.py` makes probabilities of the picture from those of its crops, a few classes at
+a time; `update.py` resizes them to the answer's size and takes the maximum. Without a window there is one
+crop, and the visible part of its logits is resized after the sigmoid. Logits are `[B, t, h, w]`; scores and
+labels `[H, W]`. Probabilities of crops and of H x W pixels never reach memory.
+
+The op computes in fp32 whatever autocast says, and has no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from catseg_fast.kernels.label_map import merge, plain, update
+from catseg_fast.kernels.launch.checks import check_runnable
+from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
+
+# Of the merged maps that exist at a time.
+SCRATCH_BYTES = 2**25
+
+
+def update_label_map(
+    logits: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    first: int,
+    window: Sequence[int],
+    visible: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Take a chunk's logits into a label map.
+
+    Args:
+        logits: `[B, t, h, w]` of all crops, the last of which is the whole picture.
+        scores, labels: the best so far, `[H, W]`, in fp32 and int32.
+        first: number of the chunk's first class.
+        window: (R, S, crop size, stride) of a sliding window, or nothing.
+        visible: (rows, columns) of the only crop that count, where there is no window.
+
+    Returns:
+        New scores and labels.
+
+    Raises:
+        ValueError: for shapes, types or devices that do not fit.
+        RuntimeError: if the GPU is too old.
+    """
+    check_runnable("logits", logits, "ieee")
+    crops = plain.count_crops(window) if window else 1
+    if logits.ndim != 4 or 0 in logits.shape or len(logits) != crops:
+        raise ValueError(f"logits: has shape {list(logits.shape)}; expected [{crops}, t, h, w], all above 0")
+    if min(visible) <= 0:
+        raise ValueError(f"visible: {tuple(visible)} are not rows and columns above 0")
+    if scores.shape != labels.shape or scores.device != logits.device:
+        raise ValueError(
+            f"scores: is {list(scores.shape)} on {scores.device}; expected {list(labels.shape)}, as labels, "
+            f"on {logits.device}, as logits"
+        )
+    if logits.stride()[2:] != (logits.shape[3], 1):
+        logits = logits.contiguous()
+    visible = [min(size, seen) for size, seen in zip(logits.shape[2:], visible, strict=True)]
+    return OP.call(_update_label_map, logits, scores, labels, first, window, visible)
+
+
+@torch.library.custom_op("catseg_fast::update_label_map", mutates_args=())
+def _update_label_map(
+    logits: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    first: int,
+    window: Sequence[int],
+    visible: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    best: tuple[Tensor, Tensor] = _launch(logits, scores, labels, first, window, visible)
+    return best
+
+
+@_update_label_map.register_fake
+def _(logits: Tensor, scores: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return scores.new_empty(scores.shape), labels.new_empty(labels.shape)
+
+
+def _launch(
+    logits: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    first: int,
+    window: Sequence[int],
+    visible: Sequence[int],
+    input_precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    merging, updating = merge.default_config(logits.device), update.default_config(logits.device)
+    if not window:
+        maps = logits[0, :, : visible[0], : visible[1]]
+        return update.launch(maps, scores, labels, first, True, updating)
+    step = max(1, SCRATCH_BYTES // (4 * window[0] * window[1]))
+    for start in range(0, logits.shape[1], step):
+        maps = merge.launch(logits[:, start : start + step], window, merging)
+        scores, labels = update.launch(maps, scores, labels, first + start, False, updating)
+    return scores, labels
+
+
+def _make_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
+    """A picture of 20 H x 25 W pixels; of more than one crop, those of upstream's sliding window."""
+    (B, t, *_), (height, width) = sizes.state, sizes.resolution
+    side = 16 * height
+    scores = random.uniform(20 * height, 25 * width) / 2
+    return {
+        "logits": random.normal(B, t, 4 * height, 4 * width),
+        "scores": scores,
+        "labels": torch.zeros_like(scores, dtype=torch.int32),
+        "first": 3,
+        "window": () if B == 1 else (side * 5 // 3, side * 5 // 3, side, side * 2 // 3),
+        "visible": (4 * height, 4 * width - 1),
+    }
+
+
+OP = Op(
+    name="update_label_map",
+    plain=plain.update_label_map,
+    triton=update_label_map,
+    forms=(Form(_launch),),
+    make_inputs=_make_inputs,
+    sizes={"sliding window": Sizes(), "whole image": Sizes(crops=1)},
+    odd=(Sizes(5, 7, 3, 3), Sizes(1, 33, 3, 2), Sizes(5, 2, 2, 2)),
+)

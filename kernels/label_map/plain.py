@@ -1,0 +1,65 @@
+"""Label maps in plain torch ops, in any floating type; `op.py` and the kernels have the equations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def update_label_map(
+    logits: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    first: int,
+    window: Sequence[int],
+    visible: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """`op.update_label_map`."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return best_classes(read_out(logits, scores.shape, window, visible), scores, labels, first)
+
+
+def read_out(logits: Tensor, size: Sequence[int], window: Sequence[int], visible: Sequence[int]) -> Tensor:
+    """Probabilities `[t, *size]` of `logits [B, t, h, w]`; other arguments as in `op.update_label_map`."""
+    if window:
+        return _resize(_merge(logits, window)[None], size)[0]
+    probabilities = logits[:1].sigmoid()[..., : visible[0], : visible[1]]
+    return _resize(probabilities, size)[0]
+
+
+def best_classes(probabilities: Tensor, scores: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The best of classes `first`, `first + 1`, … of `probabilities [t, H, W]` and of those so far."""
+    best, index = probabilities.max(dim=0)
+    # As in a maximum over all classes, NaN beats every number, and the first NaN every later one.
+    better = (best > scores) | (best.isnan() & ~scores.isnan())
+    return torch.where(better, best, scores), torch.where(better, index.int() + first, labels)
+
+
+def count_crops(window: Sequence[int]) -> int:
+    """Crops of a sliding window, the whole picture included."""
+    rows, columns, side, stride = window
+    return len(_starts(rows, side, stride)) * len(_starts(columns, side, stride)) + 1
+
+
+def _merge(logits: Tensor, window: Sequence[int]) -> Tensor:
+    """Probabilities `[t, R, S]`: the crops' averaged where they overlap, then with the whole picture's."""
+    rows, columns, side, stride = window
+    *crops, whole = _resize(logits, (side, side)).sigmoid()
+    total, count = whole.new_zeros(len(whole), rows, columns), whole.new_zeros(rows, columns)
+    corners = [(top, left) for top in _starts(rows, side, stride) for left in _starts(columns, side, stride)]
+    for (top, left), crop in zip(corners, crops, strict=True):
+        total[:, top : top + side, left : left + side] += crop
+        count[top : top + side, left : left + side] += 1
+    return (total / count + _resize(whole[None], (rows, columns))[0]) / 2
+
+
+def _starts(size: int, side: int, stride: int) -> list[int]:
+    """Where crops begin; the last one ends at the border."""
+    return [min(start, size - side) for start in range(0, size - side + stride, stride)]
+
+
+def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

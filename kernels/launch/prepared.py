@@ -1,0 +1,408 @@
+"""Launches that are prepared once and repeated on other tensors, without Triton's and PyTorch's dispatch.
+
+`prepare` runs a function that launches kernels, and notes what each launch takes: of every pointer, from
+which tensor it comes and at which byte. A `Prepared` repeats the launches on other tensors of the same
+shapes, strides, types and alignment. Buffers that live only inside the function share one allocation, in
+which those that are never needed at the same time overlap.
+
+On a GPU the compiled kernels are called directly; in the interpreter the same plan runs on views of tensors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from catseg_fast.kernels.launch.launcher import Launch, record
+
+ALIGNMENT = 256  # bytes, of buffers in the shared allocation
+
+# Operations of PyTorch that compute nothing.
+_ALLOCATIONS = {"empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like"}
+_VIEWS = {
+    "detach", "alias", "view", "_unsafe_view", "_reshape_alias", "expand", "slice", "select", "as_strided",
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "split", "split_with_sizes", "unbind",
+}  # fmt: skip
+
+
+class NotPreparable(Exception):
+    """The function does more than launch kernels; the message says what."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor at byte `offset` of a buffer: an input, an output, or a part of the shared allocation."""
+
+    buffer: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """Return the tensor in a buffer of bytes."""
+        size = self.dtype.itemsize
+        typed = buffer[self.offset % size :]
+        typed = typed[: len(typed) // size * size].view(self.dtype)
+        return typed.as_strided(self.shape, self.stride, typed.storage_offset() + self.offset // size)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A launch with its arguments in order; pointers and tensor descriptors by index, with their places."""
+
+    launch: Launch
+    values: list[Any]
+    pointers: list[tuple[int, _Place]]
+    descriptors: list[tuple[int, Any, _Place]]
+
+    @property
+    def places(self) -> list[_Place]:
+        return [place for _, place in self.pointers] + [place for _, _, place in self.descriptors]
+
+    def moved(self, numbers: dict[int, int], offsets: dict[int, int]) -> _Step:
+        """Return the step with other numbers of buffers, and offsets in these."""
+
+        def move(place: _Place) -> _Place:
+            offset = place.offset + offsets.get(place.buffer, 0)
+            return _Place(numbers[place.buffer], offset, place.shape, place.stride, place.dtype)
+
+        pointers = [(index, move(place)) for index, place in self.pointers]
+        descriptors = [(index, value, move(place)) for index, value, place in self.descriptors]
+        return _Step(self.launch, self.values, pointers, descriptors)
+
+
+@dataclass
+class _Notes(TorchDispatchMode):
+    """Notes what a function allocates and launches, without keeping its buffers alive.
+
+    Buffers are numbered in the order of their allocation, behind the inputs; storages are told apart by their
+    present owner, since an address is used again once its memory is freed.
+    """
+
+    inputs: Sequence[Tensor | None]
+    computed: list[str] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._owners: dict[int, int] = {}
+        self._starts: list[int] = []  # of the inputs, in bytes of their storage
+        for x in self.inputs:
+            if x is not None:
+                self._own(x)
+                self._starts.append(int(x.storage_offset()) * x.itemsize)
+        if len(self._owners) < len(self.bytes):
+            raise NotPreparable("two inputs share memory")
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op._schema.name.rpartition("::")[2]
+        out = op(*args, **(kwargs or {}))
+        if name in _ALLOCATIONS:
+            self._own(out)
+        elif name not in _VIEWS:
+            self.computed.append(name)
+        return out
+
+    def note(self, launch: Launch) -> _Step:
+        """Note a launch that has just run."""
+        arguments = {**launch.arguments, **launch.constants}
+        step = _Step(launch.without_arguments(), [], [], [])
+        for index, name in enumerate(launch.kernel.arg_names):
+            value = arguments[name]
+            is_tensor = isinstance(value, Tensor)
+            x = value if is_tensor else getattr(value, "base", None)
+            place = self.place(x) if isinstance(x, Tensor) else None
+            if place is not None and is_tensor:
+                step.pointers.append((index, place))
+            elif place is not None:
+                step.descriptors.append((index, _without_base(value), place))
+            step.values.append(value if place is None else None)
+        return step
+
+    def place(self, x: Tensor) -> _Place | None:
+        """Return where a tensor is; None if it is a constant of the function."""
+        buffer = self._owners.get(x.untyped_storage()._cdata)
+        if buffer is None:
+            return None
+        offset = int(x.storage_offset()) * x.itemsize
+        if buffer < len(self._starts):
+            offset -= self._starts[buffer]
+        return _Place(buffer, offset, tuple(x.shape), x.stride(), x.dtype)
+
+    def _own(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        self._owners[storage._cdata] = len(self.bytes)
+        self.bytes.append(storage.nbytes())
+
+
+class Prepared:
+    """Launches that were prepared by `prepare`."""
+
+    def __init__(self, notes: _Notes, steps: Sequence[_Step], result: Any) -> None:
+        self._inputs = [index for index, x in enumerate(notes.inputs) if x is not None]
+        self._is_tuple = isinstance(result, tuple)
+        outputs = _tensors(result)
+        self._outputs: list[tuple[torch.Size, torch.dtype]] = []
+        self._results: list[int] = []  # buffers that are returned
+        numbers = {buffer: buffer for buffer in range(len(self._inputs))}
+        for x in outputs:
+            place = notes.place(x) if isinstance(x, Tensor) else None
+            if place is not None and place.buffer < len(self._inputs):
+                given = notes.inputs[self._inputs[place.buffer]]
+                if given is not x:
+                    raise NotPreparable("it returns a part of an input")
+            elif place is None or place.buffer in numbers or place.offset or not x.is_contiguous():
+                raise NotPreparable("it returns something else than contiguous tensors of its own")
+            else:
+                numbers[place.buffer] = len(numbers)
+                self._outputs.append((x.shape, x.dtype))
+            self._results.append(numbers[place.buffer])
+        if not outputs:
+            raise NotPreparable("it returns nothing")
+        self._device: torch.device = outputs[0].device
+        self.shared_bytes, offsets = _share(steps, notes.bytes, set(numbers))
+        shared = len(numbers)
+        numbers |= dict.fromkeys(offsets, shared)
+        self._steps = [step.moved(numbers, offsets) for step in steps]
+        self._launches = [_Launched.of(step) for step in self._steps if step.launch.compiled is not None]
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        """Return the result for other inputs; each must have the `signature` of the one that was prepared."""
+        device = self._device
+        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._outputs]
+        shared = torch.empty(self.shared_bytes, dtype=torch.uint8, device=device)
+        tensors: list[Any] = [*(inputs[index] for index in self._inputs), *outputs, shared]
+        if device.type == "cpu":
+            self._interpret([_bytes_of(x) for x in tensors])
+        else:
+            self._launch([x.data_ptr() for x in tensors], _stream_of(device))
+        if self._is_tuple:
+            return tuple([tensors[number] for number in self._results])
+        return tensors[self._results[0]]
+
+    def _launch(self, addresses: list[int], stream: int) -> None:
+        for launched in self._launches:
+            values = launched.values.copy()
+            for index, buffer, offset in launched.pointers:
+                values[index] = addresses[buffer] + offset
+            for index, descriptor, buffer, offset in launched.descriptors:
+                values[index] = _with_base(descriptor, _Address(addresses[buffer] + offset))
+            launched(stream, values)
+
+    def _interpret(self, buffers: list[Tensor]) -> None:
+        for step in self._steps:
+            values = step.values.copy()
+            for index, place in step.pointers:
+                values[index] = place.view(buffers[place.buffer])
+            for index, descriptor, place in step.descriptors:
+                values[index] = _with_base(descriptor, place.view(buffers[place.buffer]))
+            step.launch.kernel[step.launch.grid](*values, **step.launch.options)
+
+
+def prepare(function: Callable[..., Any], *inputs: Tensor | None) -> tuple[Any, Prepared]:
+    """Run `function(*inputs)`, and prepare its repetition.
+
+    Args:
+        function: launches kernels on its inputs, on buffers that it allocates, and on tensors that stay the
+            same (weights); it computes nothing by PyTorch's own operations, and returns contiguous tensors
+            that it allocated, or inputs that it writes to.
+        inputs: tensors, no two of which share memory, or None.
+
+    Returns:
+        The function's result, and what repeats it.
+
+    Raises:
+        NotPreparable: if the function does anything else.
+    """
+    notes = _Notes(inputs)
+    with notes, record(note=notes.note) as steps:
+        result = function(*inputs)
+    if notes.computed:
+        raise NotPreparable(f"it computes with {', '.join(dict.fromkeys(notes.computed))}")
+    return result, Prepared(notes, steps, result)
+
+
+def signature(inputs: Sequence[Tensor | None]) -> tuple[object, ...]:
+    """Return what must be equal for prepared launches to serve other inputs."""
+    return tuple(
+        None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in inputs
+    )
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step with all that Triton's launcher takes.
+
+    This is the one place that knows how `JITFunction.run` calls it in Triton 3.4 to 3.8; hooks are left out.
+    """
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    kernel: tuple[Any, Any]
+    values: list[Any]
+    pointers: list[tuple[int, int, int]]  # argument, buffer, byte
+    descriptors: list[tuple[int, Any, int, int]]
+
+    @classmethod
+    def of(cls, step: _Step) -> _Launched:
+        compiled, grid = step.launch.compiled, step.launch.grid
+        pointers = [(index, place.buffer, place.offset) for index, place in step.pointers]
+        descriptors = [(index, value, place.buffer, place.offset) for index, value, place in step.descriptors]
+        kernel = (compiled.function, compiled.packed_metadata)
+        x, y, z = (*grid, *(1,) * (3 - len(grid)))
+        return cls(compiled.run, (x, y, z), kernel, step.values, pointers, descriptors)
+
+    def __call__(self, stream: int, values: list[Any]) -> None:
+        self.run(*self.grid, stream, *self.kernel, None, None, None, *values)
+
+
+class PreparedCalls:
+    """Functions that launch kernels, by key and signature: run, prepared, compared once, then repeated.
+
+    A repetition whose result differs by a bit from the function's own is given up, with a warning.
+
+    Attributes:
+        repeated: how many calls were repetitions.
+    """
+
+    LIMIT = 256  # keys that are told apart
+
+    def __init__(self) -> None:
+        self._calls: dict[object, Prepared | None] = {}
+        self._trusted: dict[object, Prepared] = {}
+        self.repeated = 0
+
+    def __call__(self, key: object, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
+        """Return `function(*inputs)`.
+
+        Args:
+            key: names the function and all that it depends on besides its inputs.
+            function: as for `prepare`; returns at least one tensor.
+            inputs: as for `prepare`.
+        """
+        key = (key, signature(inputs))
+        prepared = self._trusted.get(key)
+        if prepared is not None:
+            self.repeated += 1
+            return prepared(*inputs)
+        if key in self._calls and self._calls[key] is None:
+            return function(*inputs)
+        if _capturing(inputs):  # nothing can be compared now
+            return function(*inputs)
+        return self._learn(key, function, inputs)
+
+    def _learn(self, key: object, function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> Any:
+        if len(self._calls) >= self.LIMIT:
+            self._calls.clear()
+            self._trusted.clear()
+        prepared = self._calls.get(key)
+        if prepared is None:
+            try:
+                result, self._calls[key] = prepare(function, *inputs)
+                return result
+            except NotPreparable:
+                self._calls[key] = None
+                return function(*inputs)
+        result = function(*inputs)
+        expected = [x.clone() for x in _tensors(result)]  # the repetition may write to the same place
+        try:
+            same = _same_bits(expected, _tensors(prepared(*inputs)))
+            reason = "another result"
+        except Exception as error:  # of many types, if Triton's interface has changed
+            same, reason = False, str(error)
+        if same:
+            self._trusted[key] = prepared
+            return result
+        self._calls[key] = None
+        warnings.warn(f"kernels are launched the slow way: {reason}", RuntimeWarning, stacklevel=3)
+        for x, right in zip(_tensors(result), expected, strict=True):
+            x.copy_(right)
+        return result
+
+
+def _capturing(inputs: Sequence[Tensor | None]) -> bool:
+    on_gpu = any(x is not None and x.is_cuda for x in inputs)
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+def _same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    pairs = ((a.contiguous(), b.contiguous()) for a, b in zip(first, second, strict=True))
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+
+
+def _tensors(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _stream_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return stream
+
+
+@dataclass(frozen=True)
+class _Address:
+    """Stands in for a tensor of which only the address counts."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _without_base(descriptor: Any) -> Any:
+    return _with_base(descriptor, None)
+
+
+def _with_base(descriptor: Any, base: Any) -> Any:
+    """Return a copy of a tensor descriptor on another base, which is not checked again."""
+    copy = object.__new__(type(descriptor))
+    copy.__dict__.update(descriptor.__dict__, base=base)
+    return copy
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    """Return the memory of a tensor from its first element on, uint8."""
+    whole = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+    return whole[x.storage_offset() * x.itemsize :]
+
+
+def _share(steps: Sequence[_Step], sizes: Sequence[int], apart: set[int]) -> tuple[int, dict[int, int]]:
+    """Lay out buffers in one allocation, the largest first, each where none is that lives at the same time.
+
+    Args:
+        steps: launches in order.
+        sizes: bytes of each buffer.
+        apart: buffers that have memory of their own.
+
+    Returns:
+        The allocation's bytes, and each buffer's first one.
+    """
+    lives: dict[int, tuple[int, int]] = {}
+    for number, step in enumerate(steps):
+        for place in step.places:
+            if place.buffer not in apart:
+                first, _ = lives.get(place.buffer, (number, number))
+                lives[place.buffer] = (first, number)
+    starts: dict[int, int] = {}
+    for buffer in sorted(lives, key=lambda buffer: -sizes[buffer]):
+        first, last = lives[buffer]
+        start = 0
+        for begin, end in sorted(
+            (starts[other], starts[other] + sizes[other])
+            for other in starts
+            if lives[other][0] <= last and first <= lives[other][1]
+        ):
+            if start + sizes[buffer] <= begin:
+                break
+            start = max(start, -(-end // ALIGNMENT) * ALIGNMENT)
+        starts[buffer] = start
+    return max((start + sizes[buffer] for buffer, start in starts.items()), default=0), starts

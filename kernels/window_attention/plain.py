@@ -1,0 +1,117 @@
+"""The window-attention block in plain torch ops, in any floating type; `op.py` has the equations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASKED = -100.0  # added to the score of a token of another region, as upstream does
+
+
+def window_block(
+    x: Tensor,
+    query_key: Tensor,
+    qkv: Tensor,
+    proj: Tensor,
+    proj_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    resolution: Sequence[int],
+    window: int,
+    shift: int,
+    heads: int,
+) -> Tensor:
+    """`op.window_block`, for the windows' order and masks at a resolution."""
+    weights = (qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias)
+    order = window_order(resolution, window, shift, x.device)
+    masks = window_masks(resolution, window, shift, x.dtype, x.device)
+    return ordered_block(x, query_key, weights, order, order.argsort(), masks, heads)
+
+
+def ordered_block(
+    x: Tensor,
+    query_key: Tensor,
+    weights: Sequence[Tensor],
+    order: Tensor,
+    inverse: Tensor,
+    masks: Sequence[Tensor | None],
+    heads: int,
+) -> Tensor:
+    """The block for an order and masks that are given.
+
+    Args:
+        x: `[B, t, HW, C]`.
+        query_key: `[B or 1, HW or 1, 2C]`.
+        weights: of `window_block`.
+        order: `[HW]`: the position of each token in window order.
+        inverse: `[HW]`: the way back.
+        masks: `[N, N]` of each window, or None where all is seen.
+        heads: attention heads.
+    """
+    qkv_weight, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
+    (B, t, HW, C), windows = x.shape, len(masks)
+    qkv = F.linear(normalise(x).index_select(2, order), qkv_weight)  # B, t, HW, 3C
+    if query_key.shape[1] > 1:
+        query_key = query_key.index_select(1, order)
+    qkv[..., : 2 * C] += query_key[:, None]
+    qkv = qkv.view(B * t, windows, HW // windows, 3, heads, -1)
+    if all(mask is None for mask in masks):
+        attended = _attend(qkv.flatten(0, 1), None)
+    else:
+        attended = torch.stack([_attend(qkv[:, w], mask) for w, mask in enumerate(masks)], dim=1)
+    attended = attended.view(B, t, HW, C)
+    x = x + F.linear(attended, proj, proj_bias).index_select(2, inverse)
+    hidden = F.gelu(F.linear(normalise(x), fc1, fc1_bias))
+    return x + F.linear(hidden, fc2, fc2_bias)
+
+
+def window_order(resolution: Sequence[int], window: int, shift: int, device: torch.device) -> Tensor:
+    """The position of each token `[HW]` when windows of the shifted image are laid one behind the other."""
+    H, W = resolution
+    positions = torch.arange(H * W, device=device).view(H, W).roll((-shift, -shift), dims=(0, 1))
+    return _in_windows(positions, window).flatten()
+
+
+def window_masks(
+    resolution: Sequence[int], window: int, shift: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, ...]:
+    """Each window's mask `[N, N]`, 0 within a region of the image, else `MASKED`; None where all is seen.
+
+    After the cyclic shift, the last windows of a row or column hold tokens from opposite borders, which must
+    not see each other; the other windows have no mask.
+    """
+    H, W = resolution
+    down, across = H // window, W // window
+    if not shift:
+        return (None,) * (down * across)
+    rows, columns = (
+        (place >= len(place) - window).int() + (place >= len(place) - shift).int()
+        for place in (torch.arange(size, device=device) for size in (H, W))
+    )
+    regions = _in_windows(rows[:, None] * 3 + columns[None, :], window)  # windows, N
+    masks = (regions[:, :, None] != regions[:, None, :]).to(dtype) * MASKED
+    return tuple(
+        mask if w // across == down - 1 or w % across == across - 1 else None for w, mask in enumerate(masks)
+    )
+
+
+def normalise(x: Tensor) -> Tensor:
+    """LayerNorm without affine part."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def _in_windows(x: Tensor, window: int) -> Tensor:
+    """`[H, W]` cut into windows `[windows, N]`, row by row."""
+    return x.unflatten(1, (-1, window)).unflatten(0, (-1, window)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _attend(qkv: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention inside windows `qkv [n, N, 3, heads, d]`, the scale already in the queries: `[n, N, C]`."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return attended.transpose(1, 2).flatten(2)

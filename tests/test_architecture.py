@@ -1,0 +1,73 @@
+"""What may import what: the contracts of `[tool.importlinter]` in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("importlinter", reason="import-linter is not installed (it needs Python 3.11)")
+
+ROOT = Path(__file__).parents[1]
+UPWARD = "Rooms import downward, from the commands to the kernels"
+OPS = "Ops do not import each other"
+CIRCLES = "No circles in a room"
+
+
+def lint_imports(root: Path) -> tuple[int, str]:
+    """Check the contracts of a tree; the exit code, and what is printed."""
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--no-cache"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the package's modules."""
+    for folder in ("catseg_fast", "kernels", "reference"):
+        kept = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.json", "static")
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=kept)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_contracts_are_kept() -> None:
+    code, printed = lint_imports(ROOT)
+    assert code == 0, printed
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("kernels/layer_norm.py", "from catseg_fast.engine.folding import Plan", UPWARD),
+        ("kernels/launch/config.py", "import catseg_fast.files", UPWARD),
+        ("kernels/decoder/plain.py", "def late(): from catseg_fast.reference.upsample import Up", UPWARD),
+        ("catseg_fast/engine/folding.py", "from catseg_fast.model import CATSeg", UPWARD),
+        ("catseg_fast/graphs.py", "from catseg_fast.model import CATSeg", UPWARD),
+        ("kernels/decoder/op.py", "from catseg_fast.kernels.cost_volume import plain", OPS),
+        ("catseg_fast/engine/fourier.py", "from catseg_fast.engine import streaming", CIRCLES),
+    ],
+)
+def test_a_planted_import_is_found(tree: Path, module: str, line: str, contract: str) -> None:
+    with (tree / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    code, printed = lint_imports(tree)
+    assert code != 0
+    assert f"{contract} BROKEN" in printed, printed
+
+
+def test_a_module_without_a_layer_is_found(tree: Path) -> None:
+    (tree / "catseg_fast" / "utils.py").touch()
+    code, printed = lint_imports(tree)
+    assert code != 0
+    assert "utils" in printed, printed
