@@ -172,7 +172,7 @@ def _why_no_index_map(image: ImageFile) -> str | None:
     if getattr(image, "n_frames", 1) > 1:
         return f"a file of {getattr(image, 'n_frames', 1)} images"
     # Pillow stretches grey values of 1, 2 and 4 bits over 0..255.
-    stretched = image.format == "PNG" and image.mode == "L" and image.tile[0].args != "L"  # type: ignore[attr-defined]
+    stretched = image.format == "PNG" and image.mode == "L" and image.tile[0].args != "L"
     if stretched or image.mode == "1":
         return "an image grey of fewer than 8 bits"
     if image.mode not in ("L", "P", "I;16", "I;16B", "I"):
