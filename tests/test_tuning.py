@@ -57,7 +57,7 @@ def problem(crop_classes: int = 255, dtype: torch.dtype = torch.float16, precisi
 def entry(rows: int, crop_classes: int = 255, **changes: Any) -> dict[str, Any]:
     """A measured config of `problem(crop_classes)`, told by its rows."""
     return {
-        "kernel": "mlp", "dtype": "fp16", "precision": "ieee",
+        "kernel": "mlp", "version": mlp.MLPConfig.version, "dtype": "fp16", "precision": "ieee",
         "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": crop_classes},
         "config": asdict(replace(DEFAULT, rows=rows)), "milliseconds": 1.0, "gpu": GPU, **changes,
     }  # fmt: skip

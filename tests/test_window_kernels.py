@@ -175,8 +175,12 @@ def test_refuses_bad_destinations(out: Tensor, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["x", "query_key", "qkv", "proj_bias", "fc1", "fc2_bias"])
 def test_not_a_number_is_seen(name: str) -> None:
+    """Where torch shows it, whose attention on a CPU loses some; and in no class that does not have it."""
     inputs = make(SMALL)
     inputs[name].view(-1)[3] = torch.nan
-    out, expected = op.window_block(**inputs), plain.window_block(**inputs)
-    assert out.isnan().any()
-    assert torch.equal(out.isnan(), expected.isnan())
+    out, expected = op.window_block(**inputs).isnan(), plain.window_block(**inputs).isnan()
+    assert expected.any()
+    assert (out >= expected).all()
+    if name == "x":  # of the first class
+        assert torch.equal(out, expected)
+        assert not out[:, 1].any()

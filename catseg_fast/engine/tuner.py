@@ -85,6 +85,7 @@ class Outcome:
         problem = self.tunable.problem
         return {
             "kernel": problem.kernel,
+            "version": problem.config.version,
             "dtype": problem.dtype,
             "precision": problem.precision,
             "shape": {**dict(problem.sizes), tuning.FREE_SIZE: problem.crop_classes},
@@ -253,7 +254,7 @@ def median_milliseconds(call: Callable[[], object]) -> float:
 
 def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
     """Add an entry to a file, in place of one for the same launch; the file is whole at every moment."""
-    launch = ("kernel", "dtype", "precision", "shape")
+    launch = ("kernel", "dtype", "precision", "shape")  # whatever the version: the old one is of no use
     others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
     path.parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(json.dumps(item) for item in [*others, entry])

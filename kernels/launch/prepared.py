@@ -5,8 +5,7 @@ which tensor it comes and at which byte. A `Prepared` repeats the launches on ot
 shapes, strides, types and alignment. Buffers that live only inside the function share one allocation, in
 which those that are never needed at the same time overlap.
 
-On a GPU the compiled kernels are called directly; `launch_compiled` is the one place that knows how Triton
-does it. In the interpreter the same plan runs on views of tensors.
+On a GPU the compiled kernels are called directly; in the interpreter the same plan runs on views of tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from catseg_fast.kernels.launch.launcher import Launch, record
 
@@ -149,7 +147,8 @@ class Prepared:
 
     def __init__(self, notes: _Notes, steps: Sequence[_Step], result: Any) -> None:
         self._inputs = [index for index, x in enumerate(notes.inputs) if x is not None]
-        outputs, self._structure = tree_flatten(result)
+        self._is_tuple = isinstance(result, tuple)
+        outputs = _tensors(result)
         self._outputs: list[tuple[torch.Size, torch.dtype]] = []
         self._results: list[int] = []  # buffers that are returned
         numbers = {buffer: buffer for buffer in range(len(self._inputs))}
@@ -172,6 +171,7 @@ class Prepared:
         shared = len(numbers)
         numbers |= dict.fromkeys(offsets, shared)
         self._steps = [step.moved(numbers, offsets) for step in steps]
+        self._launches = [_Launched.of(step) for step in self._steps if step.launch.compiled is not None]
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         """Return the result for other inputs; each must have the `signature` of the one that was prepared."""
@@ -183,16 +183,18 @@ class Prepared:
             self._interpret([_bytes_of(x) for x in tensors])
         else:
             self._launch([x.data_ptr() for x in tensors], _stream_of(device))
-        return tree_unflatten([tensors[number] for number in self._results], self._structure)
+        if self._is_tuple:
+            return tuple([tensors[number] for number in self._results])
+        return tensors[self._results[0]]
 
     def _launch(self, addresses: list[int], stream: int) -> None:
-        for step in self._steps:
-            values = step.values.copy()
-            for index, place in step.pointers:
-                values[index] = addresses[place.buffer] + place.offset
-            for index, descriptor, place in step.descriptors:
-                values[index] = _with_base(descriptor, _Address(addresses[place.buffer] + place.offset))
-            launch_compiled(step.launch, stream, values)
+        for launched in self._launches:
+            values = launched.values.copy()
+            for index, buffer, offset in launched.pointers:
+                values[index] = addresses[buffer] + offset
+            for index, descriptor, buffer, offset in launched.descriptors:
+                values[index] = _with_base(descriptor, _Address(addresses[buffer] + offset))
+            launched(stream, values)
 
     def _interpret(self, buffers: list[Tensor]) -> None:
         for step in self._steps:
@@ -234,13 +236,31 @@ def signature(inputs: Sequence[Tensor | None]) -> tuple[object, ...]:
     )
 
 
-def launch_compiled(launch: Launch, stream: int, values: Sequence[Any]) -> None:
-    """Launch a compiled kernel as `JITFunction.run` does in Triton 3.4 to 3.8, without its hooks."""
-    grid, compiled = launch.grid, launch.compiled
-    compiled.run(
-        grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
-        stream, compiled.function, compiled.packed_metadata, None, None, None, *values,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Launched:
+    """A step with all that Triton's launcher takes.
+
+    This is the one place that knows how `JITFunction.run` calls it in Triton 3.4 to 3.8; hooks are left out.
+    """
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    kernel: tuple[Any, Any]
+    values: list[Any]
+    pointers: list[tuple[int, int, int]]  # argument, buffer, byte
+    descriptors: list[tuple[int, Any, int, int]]
+
+    @classmethod
+    def of(cls, step: _Step) -> _Launched:
+        compiled, grid = step.launch.compiled, step.launch.grid
+        pointers = [(index, place.buffer, place.offset) for index, place in step.pointers]
+        descriptors = [(index, value, place.buffer, place.offset) for index, value, place in step.descriptors]
+        kernel = (compiled.function, compiled.packed_metadata)
+        x, y, z = (*grid, *(1,) * (3 - len(grid)))
+        return cls(compiled.run, (x, y, z), kernel, step.values, pointers, descriptors)
+
+    def __call__(self, stream: int, values: list[Any]) -> None:
+        self.run(*self.grid, stream, *self.kernel, None, None, None, *values)
 
 
 class PreparedCalls:
@@ -256,7 +276,7 @@ class PreparedCalls:
 
     def __init__(self) -> None:
         self._calls: dict[object, Prepared | None] = {}
-        self._trusted: set[object] = set()
+        self._trusted: dict[object, Prepared] = {}
         self.repeated = 0
 
     def __call__(self, key: object, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
@@ -268,9 +288,8 @@ class PreparedCalls:
             inputs: as for `prepare`.
         """
         key = (key, signature(inputs))
-        if key in self._trusted:
-            prepared = self._calls[key]
-            assert prepared is not None
+        prepared = self._trusted.get(key)
+        if prepared is not None:
             self.repeated += 1
             return prepared(*inputs)
         if key in self._calls and self._calls[key] is None:
@@ -292,18 +311,18 @@ class PreparedCalls:
                 self._calls[key] = None
                 return function(*inputs)
         result = function(*inputs)
-        expected = [x.clone() for x in tree_flatten(result)[0]]  # the repetition may write to the same place
+        expected = [x.clone() for x in _tensors(result)]  # the repetition may write to the same place
         try:
-            same = _same_bits(expected, tree_flatten(prepared(*inputs))[0])
+            same = _same_bits(expected, _tensors(prepared(*inputs)))
             reason = "another result"
         except Exception as error:  # of many types, if Triton's interface has changed
             same, reason = False, str(error)
         if same:
-            self._trusted.add(key)
+            self._trusted[key] = prepared
             return result
         self._calls[key] = None
         warnings.warn(f"kernels are launched the slow way: {reason}", RuntimeWarning, stacklevel=3)
-        for x, right in zip(tree_flatten(result)[0], expected, strict=True):
+        for x, right in zip(_tensors(result), expected, strict=True):
             x.copy_(right)
         return result
 
@@ -316,6 +335,10 @@ def _capturing(inputs: Sequence[Tensor | None]) -> bool:
 def _same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     pairs = ((a.contiguous(), b.contiguous()) for a, b in zip(first, second, strict=True))
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+
+
+def _tensors(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _stream_of(device: torch.device) -> int:

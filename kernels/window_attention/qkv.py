@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -110,6 +111,7 @@ class QKVConfig(LaunchConfig):
     `tma` is for compute capability 9.0 and newer. Sizes that no tensor descriptor takes use pointers anyway.
     """
 
+    version: ClassVar[int] = 2
     rows: int
     channels: int
     classes: int
