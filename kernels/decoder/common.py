@@ -27,6 +27,16 @@ def normalise(x, scale, shift):
 
 
 @triton.jit
+def again(x):
+    """x of 16 bits for one more product; the machine code has no trace of it.
+
+    Where several products read a value, Triton 3.8 computes it in the first one's layout, and in its own for
+    the others, so that x would be normalised twice. To the compiler, this is another x.
+    """
+    return x.to(tl.int16, bitcast=True).to(x.dtype, bitcast=True)
+
+
+@triton.jit
 def sum_rows(x, ROWS: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
     """`x [ROWS, N]` to `[WARPS, 8, N]`: sums of the rows that one thread of a wgmma accumulator has."""
     return tl.sum(tl.sum(tl.reshape(x, (ROWS // (16 * WARPS), WARPS, 2, 8, N)), 2), 0)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels.decoder import group_norm as group_norms
-from catseg_fast.kernels.decoder.common import load_channels, normalise, store_statistics, sum_rows
+from catseg_fast.kernels.decoder.common import again, load_channels, normalise, store_statistics, sum_rows
 from catseg_fast.kernels.decoder.group_norm import GroupNorm
 from catseg_fast.kernels.decoder.layers import Layer, divisor, new_map, new_statistics, stride_b
 from catseg_fast.kernels.launch import launcher
@@ -96,13 +96,19 @@ def row_phases_kernel(
         p_row = p_x + row * ((W + 2) * CI) + o_x
         x = normalise(tl.load(p_row, cache_modifier=".ca"), scale, shift)
         done_even = tl.dot(x, w_even_10, even)
+        x = again(x)
         even = tl.dot(x, w_even_00, tl.zeros((PIXELS, CO), tl.float32))
+        x = again(x)
         done_odd = tl.dot(x, w_odd_10, odd)
+        x = again(x)
         odd = tl.dot(x, w_odd_00, tl.zeros((PIXELS, CO), tl.float32))
         x = normalise(tl.load(p_row + CI, cache_modifier=".ca"), scale, shift)
         done_even = tl.dot(x, w_even_11, done_even)
+        x = again(x)
         even = tl.dot(x, w_even_01, even)
+        x = again(x)
         done_odd = tl.dot(x, w_odd_11, done_odd)
+        x = again(x)
         odd = tl.dot(x, w_odd_01, odd)
         done_even += g_even.to(tl.float32)
         p_row = p_out + (2 * row - 1) * (PITCH * CO) + o_out

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels.decoder import group_norm as group_norms
-from catseg_fast.kernels.decoder.common import load_channels, normalise, store_statistics, sum_rows
+from catseg_fast.kernels.decoder.common import again, load_channels, normalise, store_statistics, sum_rows
 from catseg_fast.kernels.decoder.group_norm import GroupNorm
 from catseg_fast.kernels.decoder.layers import Layer, divisor, new_map, new_statistics
 from catseg_fast.kernels.launch import launcher
@@ -80,15 +80,21 @@ def rows_kernel(
         p_row = p_x + row * (PITCH * CI)
         x = normalise(tl.load(p_row, cache_modifier=".ca"), scale, shift)
         done = tl.dot(x, w20, upper)
+        x = again(x)
         upper = tl.dot(x, w10, middle)
+        x = again(x)
         middle = tl.dot(x, w00, tl.zeros((PIXELS, CO), tl.float32))
         x = normalise(tl.load(p_row + CI, cache_modifier=".ca"), scale, shift)
         done = tl.dot(x, w21, done)
+        x = again(x)
         upper = tl.dot(x, w11, upper)
+        x = again(x)
         middle = tl.dot(x, w01, middle)
         x = normalise(tl.load(p_row + 2 * CI, cache_modifier=".ca"), scale, shift)
         done = tl.dot(x, w22, done)
+        x = again(x)
         upper = tl.dot(x, w12, upper)
+        x = again(x)
         middle = tl.dot(x, w02, middle)
         # The first two rows of a strip end no output row of it.
         ends = row >= 2
