@@ -176,7 +176,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     for name in (
         "catseg_fast.CATSeg.segment",
-        "catseg_fast.engine.engine.Engine",
+        "catseg_fast.engine.Engine",
         "catseg_fast.ray.segment_dataset",
     ):
         assert f'id="{name}"' in api
