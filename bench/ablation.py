@@ -64,7 +64,7 @@ def _partly_folded(call: Call, steps: tuple[str, ...]) -> Tensor:
             x = stages.window_block(block, guidance, x)
         if "closed-form padding" in steps:
             memory = new_memory(folded.classes, x.shape[1])
-            stages.class_collect(folded.classes, memory, x, vocabulary.keys[index], resolution)
+            stages.class_collect(folded.classes, memory, x, vocabulary.keys[index], resolution, last=True)
             x = stages.class_apply(folded.classes, x, vocabulary.queries[index], memory, resolution)
         maps = rearrange(x, "B T (H W) C -> B C T H W", H=H, W=W)
         if "closed-form padding" not in steps:

@@ -9,20 +9,17 @@ what models compute in on a GPU. What is not compiled when the time is up is com
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from multiprocessing import get_context
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.cases import CROPS
 from catseg_fast.engine import tuner
@@ -31,84 +28,13 @@ from catseg_fast.engine.tuner import Tunable
 from catseg_fast.kernels import OPS, TUNABLE_OPS, load
 from catseg_fast.kernels.launch import configs
 from catseg_fast.kernels.launch.capability import assume, capability_of
+from catseg_fast.kernels.launch.compiling import Job
 from catseg_fast.kernels.launch.launcher import Launch, record
 
 CLASSES = (150, 1203)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_PROCESSES = 15
 SAID_EVERY = 5.0  # seconds
-
-
-@dataclass(frozen=True)
-class Descriptor:
-    """A tensor descriptor without its tensor, which is told by its type."""
-
-    kind: type
-    values: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def of(cls, descriptor: Any) -> Descriptor:
-        """The description of a descriptor, which is a dataclass."""
-        values = {field.name: getattr(descriptor, field.name) for field in fields(descriptor)}
-        told = {name: x.dtype if isinstance(x, Tensor) else _frozen(x) for name, x in values.items()}
-        return cls(type(descriptor), tuple(told.items()))
-
-    def make(self) -> Any:
-        """A descriptor of the same kind, of a tensor on the meta device."""
-        values: dict[str, Any] = {name: list(x) if isinstance(x, tuple) else x for name, x in self.values}
-        base = torch.empty_strided(values["shape"], values["strides"], dtype=values["base"], device="meta")
-        return self.kind(**{**values, "base": base})
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _told(value: Any) -> Any:
-    """What Triton makes different kernels of: the type of a tensor, and which kind of number it is."""
-    if isinstance(value, Tensor):
-        return value.dtype
-    if hasattr(value, "block_shape"):
-        return Descriptor.of(value)
-    if type(value) is not int or value == 1:
-        return value
-    return (2**32 if value >= 2**31 else 0) + (16 if value % 16 == 0 else 7)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A kernel to compile for certain arguments; can be sent to another process.
-
-    Attributes:
-        module, name: of the `@triton.jit` function.
-        arguments: in order, as far as they matter; tensors are aligned as PyTorch's are.
-        options: `tl.constexpr` arguments and Triton's options, by name.
-    """
-
-    module: str
-    name: str
-    arguments: tuple[Any, ...]
-    options: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def of(cls, launch: Launch) -> Job:
-        """The job that compiles a launch."""
-        options = (*launch.constants.items(), *launch.options.items())
-        function = launch.kernel.fn
-        return cls(
-            function.__module__, function.__name__, tuple(map(_told, launch.arguments.values())), options
-        )
-
-    def compile(self) -> str | None:
-        """Compile the kernel for the current GPU; why it does not compile, if so."""
-        kernel = getattr(importlib.import_module(self.module), self.name)
-        try:
-            arguments = (x.make() if isinstance(x, Descriptor) else x for x in self.arguments)
-            kernel.warmup(*arguments, grid=(1,), **dict(self.options))
-        except Exception as error:  # whatever the compiler says is the result
-            cause = error.__cause__ or error
-            return f"{type(cause).__name__}: {str(cause).strip()[-300:]}"
-        return None
 
 
 def op_launches(dtype: torch.dtype, device: torch.device) -> Iterator[Launch]:

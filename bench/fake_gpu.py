@@ -5,7 +5,11 @@ compile them and hand them to the driver is replaced. So the host's work can be 
 GPU. It
 needs a process of its own, in which Triton's interpreter is off:
 
-    python -m bench.fake_gpu --classes 150
+    python -m bench.fake_gpu --cases 150:0 847:256
+
+prints, for each case, the kernels and operations of a call, and the host's time per launch in units of an
+addition of two small tensors. Operations of PyTorch take longer on the meta device than on a GPU, so that the
+time of a whole call says nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CAPABILITY = 90
+ROUNDS = 30
 MEMORY = 2**37  # bytes, as an H200 has
 
 # Operations of PyTorch that start nothing on a GPU.
@@ -113,7 +118,7 @@ def fake_gpu() -> Iterator[Orders]:
         (backend, "why_no_triton", lambda _: None),
         (schedule, "free_bytes", lambda _: MEMORY),
         (schedule, "CROP_CLASSES", {"meta": schedule.CROP_CLASSES["cuda"]}),
-        (Tensor, "__bool__", lambda _: True),  # the one value that a call looks at says that all is finite
+        (Tensor, "__bool__", lambda x: x.dtype == torch.bool),  # logits are finite, and no flag is set
         (torch, "is_autocast_enabled", lambda *_: False),  # which knows no "meta"
         (Engine, "_without_autocast", lambda _: nullcontext()),
         (JITFunction, "_do_compile", stand_in),
@@ -162,25 +167,67 @@ def seconds(call: Callable[[], object], rounds: int = 10) -> float:
     return min(times)
 
 
+def measure(case: str, variant: str, crops: int, orders: Orders) -> dict[str, Any]:
+    """Return what a call of a case such as "847:256" (classes, and the best ones of each crop or 0) costs."""
+    classes, best = map(int, case.split(":"))
+    call = make_call(variant, classes, crops, best or None)
+    count(call, orders)
+    found = {"kernels": dict(orders.kernels), "operations": dict(orders.operations)}
+    total, one = orders.total, torch.ones(4)
+    add = seconds(lambda: one + one, 1000)
+    (stages,) = call.aggregator.engine._triton.values()  # type: ignore[attr-defined]
+    with timed(stages._calls) as spent:
+        before = orders.kernels.total()
+        for _ in range(ROUNDS):
+            call()
+        launches = (orders.kernels.total() - before) / ROUNDS
+    calls = len(spent) // ROUNDS
+    per_launch = sum(min(spent[number::calls]) for number in range(calls)) / launches
+    return {
+        **found, "total": total, "launch_seconds": per_launch, "launch_adds": per_launch / add,
+        "repeated": stages._calls.repeated,
+    }  # fmt: skip
+
+
+@contextmanager
+def timed(calls: Any) -> Iterator[list[float]]:
+    """Yield the seconds of each prepared call, from its arguments to its last launch."""
+    spent: list[float] = []
+    owner = type(calls)
+    original = owner.__call__
+
+    def call(self: Any, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return original(self, *arguments)
+        finally:
+            spent.append(time.perf_counter() - start)
+
+    owner.__call__ = call
+    try:
+        yield spent
+    finally:
+        owner.__call__ = original
+
+
 def main() -> None:
     """The program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variant", default="v2-vitl")
-    parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--crops", type=int, default=5)
-    parser.add_argument("--best", type=int, help="aggregate only the best classes of each crop")
+    parser.add_argument(
+        "--cases", nargs="+", default=["150:0", "1203:0", "847:256"], metavar="T:N",
+        help="classes, and how many of each crop's best are aggregated; 0 for all",
+    )  # fmt: skip
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not launched")
 
     with fake_gpu() as orders, torch.no_grad():
-        call = make_call(options.variant, options.classes, options.crops, options.best)
-        count(call, orders)
-        found = {"total": orders.total, "kernels": orders.kernels, "operations": orders.operations}
-        one = torch.ones(4)
-        print(json.dumps({**found, "seconds": seconds(call), "add": seconds(lambda: one + one, 1000)}))
+        found = {case: measure(case, options.variant, options.crops, orders) for case in options.cases}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def flop_table(case: Case) -> list[tuple[str, float, float]]:
 
     def classes() -> None:
         memory = new_memory(layer.classes, case.classes)
-        stages.class_collect(layer.classes, memory, x, vocabulary.keys[0], resolution)
+        stages.class_collect(layer.classes, memory, x, vocabulary.keys[0], resolution, last=True)
         stages.class_apply(layer.classes, x, vocabulary.queries[0], memory, resolution)
 
     def once() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import triton
 
+from catseg_fast.kernels.launch.compiling import ptxas
+
 # Of the CPU benchmarks; the figures in the documentation are for two.
 THREADS = min(2, torch.get_num_threads())
 GPU_ROUNDS = CPU_ROUNDS = (3, 30)  # least and most
@@ -119,7 +121,12 @@ def device_name(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Versions that times depend on."""
     found = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        found["ptxas"] = ptxas(10 * major + minor)
+    return found
 
 
 def open_lines(path: str) -> list[str]:

@@ -64,14 +64,13 @@ def run(
     resolution: tuple[int, int],
     *options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both passes over chunks of (x, text_key, text_query): key_value, key_sum, and the outputs in one."""
+    """Both passes over chunks of (x, text_key, text_query): the means, key_sum, and the outputs in one."""
     memory = LinearMemory.new(layer, sum(x.shape[1] for x, _, _ in chunks))
-    for x, text_key, _ in chunks:
-        functions.class_collect(layer, memory, x, text_key, resolution, *options)
+    for index, (x, text_key, _) in enumerate(chunks):
+        last = index == len(chunks) - 1
+        functions.class_collect(layer, memory, x, text_key, resolution, last, *options)
     out = [functions.class_apply(layer, x, text, memory, resolution, *options) for x, _, text in chunks]
-    assert isinstance(memory.key_value, Tensor)
-    assert isinstance(memory.key_sum, Tensor)
-    return memory.key_value, memory.key_sum, torch.cat(out, dim=1)
+    return *memory.closed(), torch.cat(out, dim=1)
 
 
 def check(
@@ -198,17 +197,18 @@ def test_same_bits_every_time_and_classes_in_any_order() -> None:
     torch.testing.assert_close(permuted, first[2][:, order], rtol=2e-3, atol=2e-3)
 
 
-def problem(dtype: torch.dtype, classes: int) -> Problem:
-    return Problem.of("", "", apply.ApplyConfig, torch.empty(1, classes, dtype=dtype), "ieee")
+def problem(dtype: torch.dtype) -> Problem:
+    return Problem.of("", "", apply.ApplyConfig, torch.empty(1, 1, dtype=dtype), "ieee", channels=128)
 
 
-APPLY_CONFIGS = {
-    apply.default_config(capability, problem(dtype, classes))
-    for capability in CAPABILITIES
-    for dtype in (torch.float16, torch.float32)
-    for classes in (1, 1000)
-}
-COLLECT_CONFIGS = {collect.default_config(90, problem(dtype, 1)) for dtype in (torch.float16, torch.float32)}
+APPLY_CONFIGS, COLLECT_CONFIGS = (
+    {
+        module.default_config(capability, problem(dtype))
+        for capability in CAPABILITIES
+        for dtype in (torch.float16, torch.float32)
+    }
+    for module in (apply, collect)
+)
 
 
 @pytest.mark.parametrize("config", sorted(APPLY_CONFIGS, key=str), ids=str)
@@ -216,9 +216,9 @@ def test_apply_at_every_default_config(config: apply.ApplyConfig) -> None:
     layer = cast(make_layer(128, 4, 512), torch.float32)
     x, text_key, text_query = (x.to(DEVICE, torch.float32) for x in make_inputs(1, 67, 3, 128))
     chunks = [(x, text_key, text_query)]
-    key_value, key_sum, eager = run(stages, layer, chunks, (1, 3))
+    means, key_sum, eager = run(stages, layer, chunks, (1, 3))
     found = apply.launch(
-        x, text_query, key_value, key_sum, *apply_weights(layer), 4, 67, layer.eps, (1, 3), (1, 1),
+        x, text_query, means, key_sum, *apply_weights(layer), 4, 67, layer.eps, (1, 3), (1, 1),
         input_precision="ieee", config=config,
     )  # fmt: skip
     *_, truth = run(stages, *upcast((layer, chunks)), (1, 3))
@@ -231,7 +231,7 @@ def test_collect_at_every_default_config(config: collect.CollectConfig) -> None:
     x, text_key, text_query = (x.to(DEVICE, torch.float32) for x in make_inputs(1, 35, 9, 128))
     expected = run(triton_stages, layer, [(x, text_key, text_query)], (3, 3))
     found = collect.launch(
-        x, layer.kv, layer.kv_bias, text_key, None, None, 4, 35, (3, 3), (1, 1),
+        x, layer.kv, layer.kv_bias, text_key, None, None, 4, 35, (3, 3), (1, 1), True,
         input_precision="ieee", config=config,
     )  # fmt: skip
     for a, b in zip(found, expected, strict=False):
@@ -259,7 +259,7 @@ def test_bad_arguments() -> None:
     ) -> None:
         triton_stages.class_collect(layer, memory, x, text, resolution)
 
-    with pytest.raises(ValueError, match=r"x: has shape \[2, 3, 6, 32\]; expected \[B, t, 8, 32\] for"):
+    with pytest.raises(ValueError, match=r"x: has shape \[2, 3, 6, 32\]; expected \[B, t, 8, C\] for"):
         collect(resolution=(2, 4))
     with pytest.raises(ValueError, match=r"x: has shape \[3, 6, 32\]"):
         collect(x[0])
@@ -285,11 +285,11 @@ def test_bad_arguments() -> None:
         collect(memory=replace(memory, key_sum=torch.zeros(1, 6, 2, 16, device=DEVICE)))
     with pytest.raises(ValueError, match="pooling: 3x3 is larger"):
         collect(layer=replace(layer, pooling=(3, 3)))
-    with pytest.raises(ValueError, match="memory: it is empty"):
+    with pytest.raises(ValueError, match="memory: it is not closed, or no class was added"):
         triton_stages.class_apply(layer, x, None, memory, (2, 3))
     with pytest.raises(ValueError, match="input_precision: 'tf64' is not"):
-        triton_stages.class_collect(layer, memory, x, None, (2, 3), "tf64")
-    triton_stages.class_collect(layer, memory, x, None, (2, 3))
+        triton_stages.class_collect(layer, memory, x, None, (2, 3), False, "tf64")
+    triton_stages.class_collect(layer, memory, x, None, (2, 3), last=True)
     transposed = replace(layer, fc2=layer.fc2.t().contiguous().t())
     with pytest.raises(ValueError, match=r"fc2: has strides"):
         triton_stages.class_apply(transposed, x, None, memory, (2, 3))

@@ -214,7 +214,7 @@ def test_a_chunk_step_compiles_without_graph_breaks() -> None:
 
     def class_attention(x: Tensor) -> Tensor:
         memory = new_memory(layer, 3)
-        stages.class_collect(layer, memory, x, None, (24, 24))
+        stages.class_collect(layer, memory, x, None, (24, 24), last=True)
         return stages.class_apply(layer, x, None, memory, (24, 24))
 
     for stage in (

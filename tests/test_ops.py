@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from catseg_fast.kernels import OPS, TUNABLE_OPS, load
 from catseg_fast.kernels.launch import configs
@@ -42,6 +43,14 @@ def check(op: Op, inputs: dict[str, Any]) -> None:
             assert_no_worse_than_eager(ours, eager, exact.double())
         else:
             assert (ours == exact).float().mean() >= 0.999
+
+
+def test_new_tensors_hold_nan() -> None:
+    """So that what a kernel does not write is seen (`_poison` in conftest.py)."""
+    ones = torch.ones(3)
+    for x in (torch.empty(3), torch.empty_like(ones), ones.new_empty(3)):
+        assert x.isnan().all()
+    assert torch.empty(3, dtype=torch.int32).shape == (3,)
 
 
 @odd_sizes
@@ -121,6 +130,8 @@ def test_a_dry_run_launches_what_a_run_does(name: str, capability: int) -> None:
 
 
 def describe(value: Any) -> Any:
+    if isinstance(value, TensorDescriptor):
+        return describe(value.base), value.shape, value.strides, value.block_shape
     return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 

@@ -137,7 +137,8 @@ def test_class_attention_in_chunks_with_closed_form_padding(
     layer = plan.layers[1].classes
     memory = new_memory(layer, T)
     for classes in (slice(0, 2), slice(2, T)):
-        stages.class_collect(layer, memory, x[:, classes], vocabulary.keys[1][:, classes], (H, W))
+        key = vocabulary.keys[1][:, classes]
+        stages.class_collect(layer, memory, x[:, classes], key, (H, W), last=classes.stop == T)
     actual = [
         stages.class_apply(layer, x[:, classes], vocabulary.queries[1][:, classes], memory, (H, W))
         for classes in (slice(0, 1), slice(1, T))

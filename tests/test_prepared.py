@@ -51,6 +51,33 @@ def test_other_inputs_and_no_input() -> None:
         assert torch.equal(prepared(x, other), chain(x, other))
 
 
+def add_into(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    run(add_kernel, (triton.cdiv(x.numel(), 16),), x, y, out, x.numel(), config=Config(), BLOCK=16)
+    return out
+
+
+def test_a_destination_is_written_and_returned() -> None:
+    state = torch.zeros(3, 16)
+    result, prepared = prepare(add_into, torch.ones(16), torch.ones(16), state[1])
+    assert result.data_ptr() == state[1].data_ptr()
+    out = state[2]
+    assert prepared(torch.ones(16), torch.full((16,), 4.0), out) is out
+    assert state.mean(dim=1).tolist() == [0, 2, 5]
+
+
+def test_a_repetition_that_writes_something_else_is_undone() -> None:
+    calls, state = PreparedCalls(), torch.zeros(16)
+    hidden = iter([torch.full((16,), float(value)) for value in range(10)])
+
+    def function(x: Tensor, out: Tensor) -> Tensor:
+        return add_into(x, next(hidden), out)
+
+    calls("key", function, torch.zeros(16), state)
+    with pytest.warns(RuntimeWarning, match="another result"):
+        calls("key", function, torch.zeros(16), state)
+    assert state.tolist() == [1.0] * 16
+
+
 def test_buffers_share_memory_once_they_are_not_needed() -> None:
     _, prepared = prepare(chain, torch.ones(1000), None)
     assert 8000 <= prepared.shared_bytes <= 8192  # two of 4000 bytes, aligned
@@ -91,9 +118,10 @@ def test_an_address_that_is_used_again_is_another_buffer() -> None:
     [
         (lambda x: add(x, x * 2), "it computes with mul"),
         (lambda x: add(x, x.T.contiguous().T), "it computes with clone"),
-        (lambda x: x, "contiguous tensors of its own"),
+        (lambda x: x[1:], "a part of an input"),
         (lambda x: add(x, x)[1:], "contiguous tensors of its own"),
-        (lambda x: None, "something else|nothing"),
+        (lambda x: None, "something else"),
+        (lambda x: (), "nothing"),
     ],
 )
 def test_what_cannot_be_prepared(function: Any, reason: str) -> None:

@@ -19,7 +19,7 @@ from catseg_fast.engine.terms import BlockGuidance, _block_guidance
 from catseg_fast.engine.triton_stages import window_block
 from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.window_attention import mlp
-from catseg_fast.kernels.window_attention.windows import token_position, token_region
+from catseg_fast.kernels.window_attention.windows import window_position, window_region
 from support.accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
@@ -157,13 +157,11 @@ def _order_kernel(
     HW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, BLOCK)
-    position = token_position(i, H, W, WINDOW, SHIFT)
-    tl.store(position_ptr + i, position, mask=i < HW)
+    j = i % (WINDOW * WINDOW)
     down = i // (WINDOW * WINDOW) // (W // WINDOW)
     across = i // (WINDOW * WINDOW) % (W // WINDOW)
-    last_row, last_column = down == H // WINDOW - 1, across == W // WINDOW - 1
-    region = token_region(i % (WINDOW * WINDOW), last_row, last_column, WINDOW, SHIFT)
-    tl.store(region_ptr + i, region, mask=i < HW)
+    tl.store(position_ptr + i, window_position(j, down, across, H, W, WINDOW, SHIFT), mask=i < HW)
+    tl.store(region_ptr + i, window_region(j, down, across, H, W, WINDOW, SHIFT), mask=i < HW)
 
 
 @pytest.mark.parametrize(
@@ -294,4 +292,4 @@ def test_refuses_bad_input(change: dict[str, Any], message: str) -> None:
     x = change.pop("x", x)
     of_guidance = {name: change.pop(name) for name in ("query_key", "window", "shift") if name in change}
     with pytest.raises(ValueError, match=message):
-        window_block(replace(block, **change), replace(guidance, **of_guidance), x, precision)
+        window_block(replace(block, **change), replace(guidance, **of_guidance), x, None, precision)

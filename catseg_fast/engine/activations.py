@@ -49,6 +49,8 @@ class _Recorder:
     def __init__(self, stages: Stages, names: Mapping[int, str], largest: dict[str, float]) -> None:
         self._stages, self._names, self._largest = stages, names, largest
 
+    collects_at_once = False  # as in torch: nothing is written to a chunk's place in the state
+
     def __getattr__(self, stage: str) -> Any:
         function = getattr(self._stages, stage)
         return self._watched(stage, function) if stage in STAGES else function
@@ -59,7 +61,8 @@ class _Recorder:
             if stage in ("class_collect", "class_apply"):
                 name += f", {stage.removeprefix('class_')}"
             watch = _Watch()
-            watch.see([value for value in arguments if isinstance(value, Tensor)])
+            given = arguments[:3] if stage == "decode" else arguments  # behind which is where its result goes
+            watch.see([value for value in given if isinstance(value, Tensor)])
             with watch:
                 result = function(part, *arguments)
             self._largest[name] = max(self._largest.get(name, 0.0), watch.largest())

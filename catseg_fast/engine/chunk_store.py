@@ -48,9 +48,13 @@ class ResidentState:
         if x.shape == self._shape:
             self._tensor = x
             return
+        self.slot(classes)[:] = x
+
+    def slot(self, classes: slice) -> Tensor:
+        """Return where a chunk of all crops can be written instead of being saved."""
         if self._tensor is None:
             self._tensor = self._like.new_empty(self._shape)
-        self._tensor[:, classes] = x
+        return self._tensor[:, classes]
 
 
 class SingleState:

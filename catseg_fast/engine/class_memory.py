@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from catseg_fast.engine.folding import ClassLayer, wide
+from catseg_fast.engine.kept import kept
 from catseg_fast.kernels.class_attention import plain
 
 
@@ -29,6 +30,9 @@ class ClassMemory(Protocol):
 
     def merge(self, part: Any) -> None:
         """Take in what a part holds."""
+
+    def close(self, dtype: torch.dtype) -> None:
+        """Make ready for queries of a type: no more classes come."""
 
     def of(self, crops: slice) -> ClassMemory:
         """The memory of some crops."""
@@ -48,7 +52,8 @@ def new_memory(layer: ClassLayer, classes: int, padded: bool = True) -> ClassMem
 class LinearMemory:
     """`K^T V / length` and `sum K` over the classes, in fp32 at least.
 
-    n padding tokens add n times the outer product of their key and value, and n times their key.
+    n padding tokens add n times the outer product of their key and value, and n times their key. Once no more
+    classes come, the means of values take the place of `key_value`.
     """
 
     heads: int
@@ -56,6 +61,7 @@ class LinearMemory:
     length: int  # classes and padding tokens; values are divided by it, to stay within fp16's range
     key_value: Tensor | float  # [B, hw, heads, d, d]
     key_sum: Tensor | float  # [B, hw, heads, d]
+    means: Tensor | None = None  # [B, hw, heads, d, d], in the type of queries
 
     @classmethod
     def new(cls, layer: ClassLayer, classes: int, padded: bool = True) -> LinearMemory:
@@ -65,9 +71,14 @@ class LinearMemory:
         full = not torch.compiler.is_compiling() and padding == 0
         if layer.padding is None or not padded or full:
             return cls(layer.heads, layer.eps, length, 0.0, 0.0)
-        key, value = (wide(x).view(layer.heads, -1) for x in layer.padding.chunk(2))
-        key = padding * plain.feature_map(key)
-        key_value = torch.einsum("hd,hv->hdv", key, value / length)
+        tokens = layer.padding
+
+        def sums() -> tuple[Tensor, Tensor]:
+            key, value = (wide(x).view(layer.heads, -1) for x in tokens.chunk(2))
+            key = padding * plain.feature_map(key)
+            return torch.einsum("hd,hv->hdv", key, value / length), key
+
+        key_value, key = kept(layer, (padding, length), tokens.device, sums)
         return cls(layer.heads, layer.eps, length, key_value, key)
 
     def add(self, keys: Tensor, values: Tensor) -> None:
@@ -80,15 +91,30 @@ class LinearMemory:
     def merge(self, part: LinearMemory) -> None:
         self.key_value, self.key_sum = part.key_value + self.key_value, part.key_sum + self.key_sum
 
+    def close(self, dtype: torch.dtype) -> None:
+        if self.means is None:
+            assert isinstance(self.key_value, Tensor)
+            assert isinstance(self.key_sum, Tensor)
+            self.means = plain.mean_values(self.key_value, self.key_sum, self.length, dtype)
+            self.key_value = 0.0
+
     def of(self, crops: slice) -> LinearMemory:
-        assert isinstance(self.key_value, Tensor)
-        assert isinstance(self.key_sum, Tensor)
-        return replace(self, key_value=self.key_value[crops], key_sum=self.key_sum[crops])
+        means, key_sum = self.closed()
+        return replace(self, key_sum=key_sum[crops], means=means[crops])
 
     def attend(self, queries: Tensor) -> Tensor:
-        assert isinstance(self.key_value, Tensor)
-        assert isinstance(self.key_sum, Tensor)
-        return plain.attend_linearly(queries, self.key_value, self.key_sum, self.heads, self.length, self.eps)
+        means, key_sum = self.closed()
+        return plain.attend_linearly(queries, means, key_sum, self.heads, self.eps)
+
+    def closed(self) -> tuple[Tensor, Tensor]:
+        """The means and `key_sum`.
+
+        Raises:
+            ValueError: if the memory is not closed.
+        """
+        if self.means is None or not isinstance(self.key_sum, Tensor):
+            raise ValueError("memory: it is not closed, or no class was added")
+        return self.means, self.key_sum
 
 
 @dataclass
@@ -116,6 +142,9 @@ class FullMemory:
 
     def merge(self, part: FullMemory) -> None:
         self.chunks += part.chunks
+
+    def close(self, dtype: torch.dtype) -> None:
+        pass
 
     def of(self, crops: slice) -> FullMemory:
         return replace(self, chunks=[(keys[crops], values[crops]) for keys, values in self.chunks])

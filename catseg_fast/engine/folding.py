@@ -41,7 +41,7 @@ class WindowBlock:
     fc2_bias: Tensor  # [C]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassLayer:
     """One class-attention layer; C channels, d = C / heads, M hidden channels, G text-guidance channels."""
 
@@ -72,7 +72,7 @@ class Normalisation:
     bias: Tensor  # [C]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DecoderStage:
     """One decoder stage: phase convolutions, normalisation, 3x3 convolution, normalisation."""
 

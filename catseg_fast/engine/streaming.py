@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from catseg_fast.engine import fourier
-from catseg_fast.engine.chunk_store import State, new_state
+from catseg_fast.engine.chunk_store import ResidentState, State, new_state
 from catseg_fast.engine.class_memory import ClassMemory, new_memory
 from catseg_fast.engine.class_parallel import ClassShare
 from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
@@ -34,10 +34,22 @@ class Stages(Protocol):
         self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution, /
     ) -> Tensor: ...
 
-    def window_block(self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, /) -> Tensor: ...
+    @property
+    def collects_at_once(self) -> bool: ...
+
+    def window_block(
+        self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None, /
+    ) -> Tensor: ...
 
     def class_collect(
-        self, layer: ClassLayer, memory: ClassMemory, x: Tensor, key: Tensor | None, resolution: Resolution, /
+        self,
+        layer: ClassLayer,
+        memory: ClassMemory,
+        x: Tensor,
+        key: Tensor | None,
+        resolution: Resolution,
+        last: bool,
+        /,
     ) -> None: ...
 
     def class_apply(
@@ -51,14 +63,22 @@ class Stages(Protocol):
     ) -> Tensor: ...
 
     def decode(
-        self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: Resolution, /
+        self,
+        plan: Plan,
+        guidance: tuple[Tensor, Tensor],
+        x: Tensor,
+        resolution: Resolution,
+        out: Tensor | None,
+        flag: Tensor | None,
+        /,
     ) -> Tensor: ...
 
 
 class Stream:
     """One call: crops, a vocabulary, and how they go through the stages.
 
-    Where the vocabulary is a `share`, each crop aggregates `length` classes on all ranks, else its own.
+    Where the vocabulary is a `share`, each crop aggregates `length` classes on all ranks, else its own. The
+    `flag`, `[1]` int32, is set to 1 as soon as a logit is infinite or NaN.
     """
 
     def __init__(
@@ -71,8 +91,9 @@ class Stream:
         schedule: Schedule,
         share: ClassShare | None = None,
         length: int | None = None,
+        flag: Tensor | None = None,
     ) -> None:
-        self.stages, self.share = stages, share
+        self.stages, self.share, self.flag = stages, share, flag
         self.plan, self.image, self.vocabulary, self.selected = plan, image, vocabulary, selected
         self.schedule, self.chunk = schedule, schedule.chunk
         self.count = vocabulary.classes if selected is None else selected.shape[1]
@@ -90,25 +111,46 @@ class Stream:
 
     def aggregate(self) -> None:
         """Fill one class memory per layer; decode the selected classes, if only some are aggregated."""
-        share = self.share
+        share, crops = self.share, slice(0, self.image.crops)
         for index, layer in enumerate(self.plan.layers):
             memory = new_memory(layer.classes, self.length, padded=share is None or share.rank == 0)
+            # A kernel collects all chunks at once where they stay at hand. What writes to the state is then a
+            # chunk's last step, so that what runs out of memory starts again from what the chunk was.
+            resident = self.state if isinstance(self.state, ResidentState) else None
+            if resident is not None and self.stages.collects_at_once:
 
-            def fill(classes: slice, index: int = index, memory: ClassMemory = memory) -> None:
-                self._fill(index, memory, classes)
+                def write(classes: slice, index: int = index, resident: ResidentState = resident) -> None:
+                    self._spatial(index, crops, classes, resident.slot(classes))
 
-            self.for_each_chunk(self.count, fill)
+                self.for_each_chunk(self.count, write)
+                every = slice(0, self.count)
+                self._collect(index, memory, resident.load(crops, every), every, last=share is None)
+            else:
+
+                def fill(classes: slice, index: int = index, memory: ClassMemory = memory) -> None:
+                    self._fill(index, memory, classes)
+
+                self.for_each_chunk(self.count, fill)
             if share is not None:
                 (H, W), (h, w) = self.image.resolution, layer.classes.pooling or (1, 1)
                 share.add_up(memory, self.image.crops, (H // h) * (W // w), layer.classes.q)
+            memory.close(self.plan.embed.dtype)
             self.memories.append(memory)
         if self.selected is not None:
             self._slots = self._decode_selected(self.selected)
 
-    def decode(self, classes: slice) -> Tensor:
-        """Logits `[B, t, 4H, 4W]` of a chunk of all classes, once they are aggregated."""
+    @property
+    def decodes_in_place(self) -> bool:
+        """Whether `decode` writes its result to a given place; else it is put together from parts."""
+        return self._slots is None
+
+    def decode(self, classes: slice, out: Tensor | None = None) -> Tensor:
+        """Return logits `[B, t, 4H, 4W]` of a chunk of all classes, once they are aggregated.
+
+        They go to `out` if the stream decodes in place.
+        """
         if self._slots is None:
-            return self._decode(slice(0, self.image.crops), classes)
+            return self._decode(slice(0, self.image.crops), classes, out)
         logits, slots = self._slots
         crops = torch.arange(self.image.crops, device=slots.device)[:, None]
         return logits[crops, slots[:, classes]]
@@ -119,13 +161,14 @@ class Stream:
     def _fill(self, index: int, memory: ClassMemory, classes: slice) -> None:
         """Pass a chunk through the window blocks of a layer; its keys and values are left in `memory`."""
         x = self._spatial(index, slice(0, self.image.crops), classes)
-        self._collect(index, memory, x, classes)
+        self._collect(index, memory, x, classes, last=self.share is None and classes.stop == self.count)
         if self.state is not None:
             self.state.save(classes, x)
 
-    def _collect(self, index: int, memory: ClassMemory, x: Tensor, classes: slice) -> None:
+    def _collect(self, index: int, memory: ClassMemory, x: Tensor, classes: slice, last: bool) -> None:
         text = self._text(self.vocabulary.keys[index], slice(0, self.image.crops), classes)
-        self.stages.class_collect(self.plan.layers[index].classes, memory, x, text, self.image.resolution)
+        resolution = self.image.resolution
+        self.stages.class_collect(self.plan.layers[index].classes, memory, x, text, resolution, last)
 
     def for_each_chunk(self, total: int, step: Callable[[slice], None]) -> None:
         """Call `step` with slices of at most `chunk`; on running out of memory, go on with half of that."""
@@ -147,16 +190,16 @@ class Stream:
                 continue
             start = stop
 
-    def _spatial(self, index: int, crops: slice, classes: slice) -> Tensor:
-        """A chunk behind the window blocks of layer `index`: `[b, t, HW, C]`."""
+    def _spatial(self, index: int, crops: slice, classes: slice, out: Tensor | None = None) -> Tensor:
+        """A chunk behind the window blocks of layer `index`, `[b, t, HW, C]`; it goes to `out`, if given."""
         x = self._embed(crops, classes) if index == 0 else self._classes(index - 1, crops, classes)
-        return self._blocks(index, crops, x)
+        return self._blocks(index, crops, x, out)
 
-    def _blocks(self, index: int, crops: slice, x: Tensor) -> Tensor:
+    def _blocks(self, index: int, crops: slice, x: Tensor, out: Tensor | None = None) -> Tensor:
         image = self.image.of(crops)
-        for block, guidance in zip(self.plan.layers[index].blocks, image.blocks[index], strict=True):
-            x = self.stages.window_block(block, guidance, x)
-        return x
+        first, second = zip(self.plan.layers[index].blocks, image.blocks[index], strict=True)
+        x = self.stages.window_block(*first, x, None)
+        return self.stages.window_block(*second, x, out)
 
     def _classes(self, index: int, crops: slice, classes: slice) -> Tensor:
         """A chunk behind the class attention of layer `index`: `[b, t, HW, C]`."""
@@ -183,10 +226,11 @@ class Stream:
             return fourier.embed_cost_volume(self.plan, self.spectra, crops, text)
         return self.stages.embed_cost_volume(self.plan, self.image.features[crops], text, resolution)
 
-    def _decode(self, crops: slice, classes: slice) -> Tensor:
+    def _decode(self, crops: slice, classes: slice, out: Tensor | None = None) -> Tensor:
         layers = len(self.plan.layers)
         x = self._classes(layers - 1, crops, classes) if layers else self._embed(crops, classes)
-        return self.stages.decode(self.plan, self.image.of(crops).decoder, x, self.image.resolution)
+        guidance, resolution = self.image.of(crops).decoder, self.image.resolution
+        return self.stages.decode(self.plan, guidance, x, resolution, out, self.flag)
 
     def _decode_selected(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """Decode each crop's selected classes, in chunks of all crops.
@@ -226,11 +270,18 @@ class Stream:
 
 
 def run_streams(streams: Sequence[Stream], consume: Consumer) -> None:
-    """Run the streams of one vocabulary, each of other crops."""
+    """Run the streams of one vocabulary, each of other crops.
+
+    Logits are written to what `consume.slot(classes)` returns, if it has such a method and it can be done.
+    """
     for stream in streams:
         stream.aggregate()
+    slot = getattr(consume, "slot", None)
 
     def decode(classes: slice) -> None:
+        if slot is not None and len(streams) == 1 and streams[0].decodes_in_place:
+            consume(classes, streams[0].decode(classes, slot(classes)))
+            return
         logits = []
         for stream in streams:  # no comprehension: `torch.compile` would hold `classes` for a constant there
             logits.append(stream.decode(classes))

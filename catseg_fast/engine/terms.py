@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from catseg_fast.engine.folding import DecoderStage, Plan, WindowBlock, wide
+from catseg_fast.engine.kept import kept
 from catseg_fast.kernels.window_attention.plain import window_masks, window_order
 from catseg_fast.reference.window_attention import fit_window
 
@@ -21,7 +20,7 @@ Geometry = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
 
 @dataclass(frozen=True)
 class BlockGuidance:
-    """A window block's share of the appearance guidance, in window order, and the order itself."""
+    """A window block's share of the appearance guidance, and how its windows lie."""
 
     resolution: tuple[int, int]
     window: int  # as it fits the resolution
@@ -100,14 +99,16 @@ def image_terms(
                 aggregator.decoder_guidance_projection, appearance_guidance[1:], strict=True
             )
         ]
+    by_eps: dict[float, Tensor | None] = dict.fromkeys(layer.guidance_eps for layer in plan.layers)
+    if guidance is not None:
+        tokens = guidance.flatten(2).transpose(1, 2)
+        for eps in by_eps:
+            by_eps[eps] = F.layer_norm(wide(tokens), tokens.shape[-1:], eps=eps).to(dtype)
     blocks = []
     for layer in plan.layers:
-        tokens = None
-        if guidance is not None:
-            tokens = guidance.flatten(2).transpose(1, 2)
-            tokens = F.layer_norm(wide(tokens), tokens.shape[-1:], eps=layer.guidance_eps).to(dtype)
+        normalised = by_eps[layer.guidance_eps]
         first, second = (
-            _block_guidance(block, tokens, resolution, img_feats.device) for block in layer.blocks
+            _block_guidance(block, normalised, resolution, img_feats.device) for block in layer.blocks
         )
         blocks.append((first, second))
     H, W = resolution
@@ -160,63 +161,45 @@ def _block_guidance(
     order, inverse, masks = _geometry(resolution, window, shift, block.qkv.dtype, device)
     query_key = block.guidance_bias.view(1, 1, -1)
     if block.guidance is not None and tokens is not None:
-        query_key = F.linear(tokens[:, order], block.guidance, block.guidance_bias)
+        query_key = F.linear(tokens, block.guidance, block.guidance_bias)
     return BlockGuidance(resolution, window, shift, order, inverse, masks, query_key)
+
+
+class _Sizes:
+    """Owns what follows from sizes only."""
+
+
+_SIZES = _Sizes()
 
 
 def _geometry(
     resolution: tuple[int, int], window: int, shift: int, dtype: torch.dtype, device: torch.device
 ) -> Geometry:
     """Return order, inverse order and masks of windows, which depend on no weight and no picture."""
-    arguments = (resolution, window, shift, dtype, device)
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return _make_geometry(*arguments)  # of the graph that is made
-    return _kept_geometry(*arguments)
 
+    def make() -> Geometry:
+        order = window_order(resolution, window, shift, device)
+        return order, order.argsort(), window_masks(resolution, window, shift, dtype, device)
 
-def _make_geometry(
-    resolution: tuple[int, int], window: int, shift: int, dtype: torch.dtype, device: torch.device
-) -> Geometry:
-    order = window_order(resolution, window, shift, device)
-    return order, order.argsort(), window_masks(resolution, window, shift, dtype, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_geometry(*arguments: Any) -> Geometry:
-    with torch.inference_mode(False):  # whatever mode the call is in, it must serve every later one
-        return _make_geometry(*arguments)
+    return kept(_SIZES, (resolution, window, shift, dtype, device), device, make)
 
 
 def _decoder_guidance(stage: DecoderStage, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
     """Return the part of a stage's first convolution that is the same for every class."""
-    fixed = _bias_map(stage.bias, size)
+    fixed = kept(stage, size, stage.bias.device, lambda: _spread(stage.bias, size))
     if stage.guidance is not None and guidance is not None:
         fixed = fixed + F.conv2d(guidance.to(stage.guidance.dtype), stage.guidance, padding=1)
     return fixed.contiguous(memory_format=torch.channels_last)
 
 
-def _bias_map(bias: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the map `[1, out, H, W]`, at least 2x2, of a bias `[1, out, 3, 3]`; kept where it can be."""
-    capturing = bias.is_cuda and torch.cuda.is_current_stream_capturing()
-    if bias.requires_grad or torch.compiler.is_compiling() or capturing:
-        return _make_bias_map(bias, size)
-    kept = _bias_maps.setdefault(bias, {})
-    if size not in kept:
-        with torch.inference_mode(False):  # whatever mode the call is in, it must serve every later one
-            kept[size] = _make_bias_map(bias, size)
-    return kept[size]
-
-
-def _make_bias_map(bias: Tensor, size: tuple[int, int]) -> Tensor:
+def _spread(bias: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the map `[1, out, H, W]`, at least 2x2, of a bias `[1, out, 3, 3]`."""
     for axis, side in enumerate(size, 2):
         first, inside, last = bias.split(1, dim=axis)
         shape = list(inside.shape)
         shape[axis] = side - 2
         bias = torch.cat([first, inside.expand(shape), last], dim=axis)
     return bias.contiguous(memory_format=torch.channels_last)
-
-
-_bias_maps: Any = WeakTensorKeyDictionary()
 
 
 def _apply(module: nn.Module | None, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:

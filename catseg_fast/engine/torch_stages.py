@@ -34,23 +34,38 @@ def embed_cost_volume(plan: Plan, image: Tensor, text: Tensor, resolution: tuple
     return cost_volume.embed_cost_volume(image, text, *arguments.embedding(plan), resolution)
 
 
-def window_block(block: WindowBlock, guidance: BlockGuidance, x: Tensor) -> Tensor:
-    """Guided window attention and MLP, both with residual: `x [B, t, HW, C]` to the same shape."""
-    return window_attention.ordered_block(
+# Keys and values of all classes at once would take twice the memory of the state.
+collects_at_once = False
+
+
+def window_block(block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Guided window attention and MLP, both with residual: `x [B, t, HW, C]` to the same shape.
+
+    The result goes to `out`, if given.
+    """
+    result = window_attention.ordered_block(
         x, guidance.query_key, arguments.window_weights(block),
         guidance.order, guidance.inverse, guidance.masks, block.heads,
     )  # fmt: skip
+    return result if out is None else out.copy_(result)
 
 
 def class_collect(
-    layer: ClassLayer, memory: ClassMemory, x: Tensor, text_key: Tensor | None, resolution: tuple[int, int]
+    layer: ClassLayer,
+    memory: ClassMemory,
+    x: Tensor,
+    text_key: Tensor | None,
+    resolution: tuple[int, int],
+    last: bool = False,
 ) -> None:
     """Add the keys and values of a chunk `x [B, t, HW, C]` to the memory of all classes.
 
-    `text_key [B or 1, t, C]` is the text guidance's share of the keys.
+    `text_key [B or 1, t, C]` is the text guidance's share of the keys. The `last` chunk closes the memory.
     """
     pooling = layer.pooling or (1, 1)
     memory.add(*class_attention.keys_and_values(x, layer.kv, layer.kv_bias, text_key, resolution, pooling))
+    if last:
+        memory.close(x.dtype)
 
 
 def class_apply(
@@ -61,11 +76,23 @@ def class_apply(
     return class_attention.apply_attention(x, text_query, weights, resolution, pooling, memory.attend)
 
 
-def decode(plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]) -> Tensor:
-    """Guided upsampling: `x [B, t, HW, C]` to logits `[B, t, 4H, 4W]`.
+def decode(
+    plan: Plan,
+    guidance: tuple[Tensor, Tensor],
+    x: Tensor,
+    resolution: tuple[int, int],
+    out: Tensor | None = None,
+    flag: Tensor | None = None,
+) -> Tensor:
+    """Guided upsampling: `x [B, t, HW, C]` to logits `[B, t, 4H, 4W]`, which go to `out`, if given.
+
+    `flag`, `[1]` int32, is set to 1 if a logit is infinite or NaN.
 
     `guidance` holds each stage's `[B or 1, out, 2H, 2W]`, the part of its first convolution that is the same
     for every class.
     """
     maps = [arguments.channels_last(added) for added in guidance]
-    return decoder.decode(x, maps, *arguments.decoding(plan), resolution)
+    logits = decoder.decode(x, maps, *arguments.decoding(plan), resolution)
+    if flag is not None:
+        flag.logical_or_(~logits.isfinite().all())
+    return logits if out is None else out.copy_(logits)

@@ -62,6 +62,11 @@ class TritonStages:
         self._calls = None if plan.embed.device.type == "cpu" else PreparedCalls()
         self._checked = False
 
+    @property
+    def collects_at_once(self) -> bool:
+        """Whether `class_collect` is best called once with all classes, where they are at hand."""
+        return "class_attention" not in self.fallbacks
+
     def check(self, image: ImageTerms) -> None:
         """Compare each kernel with torch on this GPU, once; stages that differ run in torch from then on.
 
@@ -88,16 +93,19 @@ class TritonStages:
 
         return self._run("embed_cost_volume", kernel, stages.embed_cost_volume, plan, image, text, resolution)
 
-    def window_block(self, block: WindowBlock, guidance: BlockGuidance, x: Tensor) -> Tensor:
-        def launch(x: Tensor, query_key: Tensor) -> Tensor:
-            return window_block(block, replace(guidance, query_key=query_key), x, self.input_precision)
+    def window_block(
+        self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        def launch(x: Tensor, query_key: Tensor, out: Tensor | None) -> Tensor:
+            own = replace(guidance, query_key=query_key)
+            return window_block(block, own, x, out, self.input_precision)
 
         def kernel() -> Tensor:
             # The block is the plan's, and lives as long as these stages.
             key = ("window", id(block), guidance.resolution, guidance.window, guidance.shift)
-            return self._repeat(key, launch, x, guidance.query_key)
+            return self._repeat(key, launch, x, guidance.query_key, out)
 
-        return self._run("window_block", kernel, stages.window_block, block, guidance, x)
+        return self._run("window_block", kernel, stages.window_block, block, guidance, x, out)
 
     def class_collect(
         self,
@@ -106,11 +114,13 @@ class TritonStages:
         x: Tensor,
         text_key: Tensor | None,
         resolution: Resolution,
+        last: bool = False,
     ) -> None:
         def kernel() -> None:
-            class_collect(layer, memory, x, text_key, resolution, self.input_precision, self._repeat)
+            class_collect(layer, memory, x, text_key, resolution, last, self.input_precision, self._repeat)
 
-        self._run("class_attention", kernel, stages.class_collect, layer, memory, x, text_key, resolution)
+        arguments = (layer, memory, x, text_key, resolution, last)
+        self._run("class_attention", kernel, stages.class_collect, *arguments)
 
     def class_apply(
         self,
@@ -128,16 +138,22 @@ class TritonStages:
         )
 
     def decode(
-        self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: Resolution
+        self,
+        plan: Plan,
+        guidance: tuple[Tensor, Tensor],
+        x: Tensor,
+        resolution: Resolution,
+        out: Tensor | None = None,
+        flag: Tensor | None = None,
     ) -> Tensor:
-        def launch(x: Tensor, *maps: Tensor) -> Tensor:
-            return decoder.decode(x, maps, *self._decoding, resolution, self.input_precision)
+        def launch(x: Tensor, out: Tensor | None, flag: Tensor | None, *maps: Tensor) -> Tensor:
+            return decoder.decode(x, maps, *self._decoding, resolution, self.input_precision, out, flag)
 
         def kernel() -> Tensor:
             maps = (arguments.channels_last(added) for added in guidance)
-            return self._repeat(("decode", resolution), launch, x, *maps)
+            return self._repeat(("decode", resolution), launch, x, out, flag, *maps)
 
-        return self._run("decode", kernel, stages.decode, plan, guidance, x, resolution)
+        return self._run("decode", kernel, stages.decode, plan, guidance, x, resolution, out, flag)
 
     def _repeat(self, key: object, launch: Callable[..., Any], *inputs: Tensor | None) -> Any:
         """Return `launch(*inputs)`, whose launches are prepared and repeated where that is possible."""
@@ -175,16 +191,20 @@ def kernel_embedding(plan: Plan) -> tuple[Tensor, Tensor]:
 def kernel_decoding(plan: Plan) -> Decoding:
     """Weights, groups and eps of `decode`, laid out as the kernels read them."""
     weights, groups, eps = arguments.decoding(plan)
-    return [weight.contiguous() for weight in weights], groups, eps
+    return decoder.pack_weights(weights), groups, eps
 
 
 def window_block(
-    block: WindowBlock, guidance: BlockGuidance, x: Tensor, input_precision: str = "ieee"
+    block: WindowBlock,
+    guidance: BlockGuidance,
+    x: Tensor,
+    out: Tensor | None = None,
+    input_precision: str = "ieee",
 ) -> Tensor:
     """`torch_stages.window_block` on kernels."""
     return window_attention.window_block(
         x, guidance.query_key, *arguments.window_weights(block),
-        guidance.resolution, guidance.window, guidance.shift, block.heads, input_precision,
+        guidance.resolution, guidance.window, guidance.shift, block.heads, input_precision, out,
     )  # fmt: skip
 
 
@@ -199,6 +219,7 @@ def class_collect(
     x: Tensor,
     text_key: Tensor | None,
     resolution: Resolution,
+    last: bool = False,
     input_precision: str = "ieee",
     call: Callable[..., Any] = call_directly,
 ) -> None:
@@ -211,14 +232,18 @@ def class_collect(
     ) -> tuple[Tensor, Tensor]:
         return class_attention.class_collect(
             x, layer.kv, layer.kv_bias, text_key, key_value, key_sum, heads, length, resolution, pooling,
-            input_precision,
+            last, input_precision,
         )  # fmt: skip
 
     key_value = memory.key_value if isinstance(memory.key_value, Tensor) else None
     key_sum = memory.key_sum if isinstance(memory.key_sum, Tensor) else None
     # The layer is the plan's, and lives as long as its prepared launches.
-    key = ("collect", id(layer), heads, length, resolution)
-    memory.key_value, memory.key_sum = call(key, launch, x, text_key, key_value, key_sum)
+    key = ("collect", id(layer), heads, length, resolution, last)
+    result, memory.key_sum = call(key, launch, x, text_key, key_value, key_sum)
+    if last:
+        memory.key_value, memory.means = 0.0, result
+    else:
+        memory.key_value = result
 
 
 def class_apply(
@@ -232,17 +257,14 @@ def class_apply(
 ) -> Tensor:
     """`torch_stages.class_apply` on kernels."""
     memory = _linear(layer, memory)
-    key_value, key_sum = memory.key_value, memory.key_sum
-    if not isinstance(key_value, Tensor) or not isinstance(key_sum, Tensor) or key_sum.ndim == 2:
-        raise ValueError("memory: it is empty, no class was added")
     settings = (memory.heads, memory.length, memory.eps, resolution, layer.pooling or (1, 1), input_precision)
 
-    def launch(x: Tensor, text_query: Tensor | None, key_value: Tensor, key_sum: Tensor) -> Tensor:
+    def launch(x: Tensor, text_query: Tensor | None, means: Tensor, key_sum: Tensor) -> Tensor:
         return class_attention.class_apply(
-            x, text_query, key_value, key_sum, *arguments.apply_weights(layer), *settings
+            x, text_query, means, key_sum, *arguments.apply_weights(layer), *settings
         )
 
-    out: Tensor = call(("apply", id(layer), *settings), launch, x, text_query, key_value, key_sum)
+    out: Tensor = call(("apply", id(layer), *settings), launch, x, text_query, *memory.closed())
     return out
 
 

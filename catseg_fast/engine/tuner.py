@@ -85,6 +85,7 @@ class Outcome:
         problem = self.tunable.problem
         return {
             "kernel": problem.kernel,
+            "version": problem.config.version,
             "dtype": problem.dtype,
             "precision": problem.precision,
             "shape": {**dict(problem.sizes), tuning.FREE_SIZE: problem.crop_classes},
@@ -223,7 +224,7 @@ def tune(
         if time.monotonic() >= deadline:
             return None
         try:
-            result = tunable.run(inputs.copy(), config)
+            result = inputs.compared(tunable.run(inputs.copy(), config))
             if expected is None:
                 expected = result
                 if not all(x.isfinite().all() for x in expected):
@@ -256,7 +257,7 @@ def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
 
     The file is whole at every moment.
     """
-    launch = ("kernel", "dtype", "precision", "shape")
+    launch = ("kernel", "dtype", "precision", "shape")  # whatever the version: the old one is of no use
     with locked(path):
         others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
         text = ",\n".join(json.dumps(item) for item in [*others, entry])

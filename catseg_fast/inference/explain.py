@@ -34,9 +34,10 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
         for stage, reason in getattr(model.engine.stages(plan), "fallbacks", {}).items():
             lines["in torch"] = "; ".join(filter(None, [lines.get("in torch"), f"{stage} ({reason})"]))
         if backend == "triton" and model.device.type == "cuda":
-            from catseg_fast.kernels.launch import configs  # triton exists only for Linux
+            from catseg_fast.kernels import TUNABLE_OPS, load
+            from catseg_fast.kernels.launch.origins import describe  # triton exists only for Linux
 
-            lines["configs"] = configs.describe(model.device, plan.embed.dtype)
+            lines["configs"] = describe(map(load, TUNABLE_OPS), model.device, plan.embed.dtype)
         kept_bytes = model.engine.recordings.kept
         lines["graphs"] = (
             f"{model.engine.graphs}; {model.engine.recordings.replays} calls replayed, "

@@ -7,9 +7,11 @@ With phi(x) = elu(x) + 1, for each crop, position and head, over the chunk's cla
 
 x is `[B, t, HW, C]`, the sums are `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32, d = C / heads. With
 pooling (h, w) a token is the average of h x w positions, taken while x is read. Normalised tokens, keys and
-values never reach memory. A program holds the weights of some heads and walks over positions, and over
-classes at each: every sum has one owner, there are no atomics, and the bits are the same every time. Keys and
-values are made channels first, so that the weights' rows fill a matrix instruction however few the classes.
+values never reach memory. The last chunk may write, in place of `key_value`, what `class_apply` reads: the
+means of values `key_value_j length / key_sum_j` in the type of x.
+
+A program holds the weights of some heads and walks over the classes of one position: every sum has one owner,
+there are no atomics, and the bits are the same every time.
 """
 
 from __future__ import annotations
@@ -17,108 +19,122 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from catseg_fast.kernels.class_attention.tokens import load_matrix, load_tokens
+from catseg_fast.kernels.class_attention.tokens import feature_map, load_tokens
 from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
+from catseg_fast.kernels.products import add_after
 
 
-@triton.jit(do_not_specialize=["classes", "tokens"])
+@triton.jit(do_not_specialize=["classes"])
 def collect_kernel(
-    x_ptr,  # [B, t, HW, C]
+    x_ptr,  # [B, t, HW, C], strided over B, t and HW
     weight_ptr,  # [2C, C], keys then values
     bias_ptr,  # [2C]
-    text_ptr,  # [B or 1, t, C], or None
+    text_ptr,  # [B or 1, t, C], strided over the first two, or None
     old_key_value_ptr,  # [B, hw, heads, d, d] or [heads, d, d] fp32, or None
     old_key_sum_ptr,  # [B, hw, heads, d] or [heads, d] fp32, or None
-    key_value_ptr,  # [B, hw, heads, d, d] fp32, output
+    key_value_ptr,  # [B, hw, heads, d, d], output: fp32 sums, or means of values in the type of x
     key_sum_ptr,  # [B, hw, heads, d] fp32, output
     classes,  # t
-    tokens,  # B * hw
     inverse_length,
     x_stride_b,
     x_stride_t,
     x_stride_p,
     text_stride_b,
     text_stride_t,
-    C: tl.constexpr,
-    HEADS: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     POOL_H: tl.constexpr,
     POOL_W: tl.constexpr,
-    OLD_IS_SHARED: tl.constexpr,  # all positions add to the same old sums
-    GROUP: tl.constexpr,  # heads per program
+    C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,  # channels of GROUP heads, rounded up
-    POSITIONS: tl.constexpr,  # positions per program, one after another
+    HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # d, rounded up
+    OLD_IS_SHARED: tl.constexpr,  # all positions add to the same old sums
+    MEANS: tl.constexpr,
+    GROUP: tl.constexpr,  # heads per program
+    BLOCK_GROUP: tl.constexpr,  # GROUP, rounded up
     CLASSES: tl.constexpr,  # classes per step
     PRECISION: tl.constexpr,
 ):
     D: tl.constexpr = C // HEADS
     HW: tl.constexpr = (H // POOL_H) * (W // POOL_W)
+    CHANNELS: tl.constexpr = BLOCK_GROUP * BLOCK_D
     dtype = x_ptr.dtype.element_ty
-    group = tl.program_id(0) % (HEADS // GROUP)
-    first = tl.program_id(0) // (HEADS // GROUP) * POSITIONS
+    token = tl.program_id(0) // (HEADS // GROUP)
+    first = tl.program_id(0) % (HEADS // GROUP) * (GROUP * D)
+    b, p = (token // HW).to(tl.int64), token % HW
 
     o_c = tl.arange(0, BLOCK_C)
-    o_g = tl.arange(0, BLOCK_G)
-    m_g = o_g < GROUP * D
-    channel = group * (GROUP * D) + o_g
-    EVEN: tl.constexpr = (C == BLOCK_C) and (GROUP * D == BLOCK_G)
-    w_k = load_matrix(weight_ptr, channel, o_c, C, 2 * C, C, EVEN)
-    w_v = load_matrix(weight_ptr + C * C, channel, o_c, C, C, C, EVEN)
-    b_k = tl.load(bias_ptr + channel, mask=m_g, other=0.0).to(tl.float32)
-    b_v = tl.load(bias_ptr + C + channel, mask=m_g, other=0.0).to(tl.float32)
+    o_g = tl.arange(0, CHANNELS)
+    EVEN: tl.constexpr = (C == BLOCK_C) and (D == BLOCK_D) and (GROUP == BLOCK_GROUP)
+    if EVEN:
+        m_g = tl.full((CHANNELS,), True, tl.int1)
+        channel = first + o_g
+    else:
+        m_g = (o_g // BLOCK_D < GROUP) & (o_g % BLOCK_D < D)
+        channel = first + o_g // BLOCK_D * D + o_g % BLOCK_D
+    m_weight = (o_c < C)[:, None] & m_g[None, :]
+    p_weight = weight_ptr + channel[None, :] * C + o_c[:, None]
+    w_k = tl.load(p_weight, m_weight, 0.0)
+    w_v = tl.load(p_weight + C * C, m_weight, 0.0)
+    b_k = tl.load(bias_ptr + channel, m_g, 0.0).to(tl.float32)
+    b_v = tl.load(bias_ptr + C + channel, m_g, 0.0).to(tl.float32)
 
-    for i in range(POSITIONS):
-        token = tl.minimum(first + i, tokens - 1)  # the last program may do the last position twice
-        b, p = (token // HW).to(tl.int64), token % HW
-        key_value = tl.zeros((BLOCK_G, BLOCK_G), tl.float32)
-        key_sum = tl.zeros((BLOCK_G,), tl.float32)
-        for start in range(0, classes, CLASSES):
-            o_t = start + tl.arange(0, CLASSES)
-            m_t = o_t < classes
-            p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
-            x = load_tokens(p_x, p, m_t, x_stride_p, C, BLOCK_C, W, POOL_H, POOL_W)
-            x = tl.trans(normalise(x, C, BLOCK_C).to(dtype))
-            k = tl.dot(w_k, x, input_precision=PRECISION) + b_k[:, None]
-            m = m_g[:, None] & m_t[None, :]
-            if text_ptr is not None:
-                p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64) * text_stride_t
-                k += tl.load(p_text[None, :] + channel[:, None], mask=m, other=0.0).to(tl.float32)
-            k = tl.where(m, tl.where(k > 0, k + 1.0, tl.exp(tl.minimum(k, 0.0))), 0.0)
-            v = tl.dot(w_v, x, input_precision=PRECISION) + b_v[:, None]
-            key_sum += tl.sum(k, 1)
-            key_value = tl.dot(k.to(dtype), tl.trans(v.to(dtype)), key_value, input_precision=PRECISION)
-        key_value *= inverse_length
+    key_value = tl.zeros((BLOCK_GROUP, BLOCK_D, BLOCK_D), tl.float32)
+    key_sum = tl.zeros((CHANNELS,), tl.float32)
+    for start in range(0, classes, CLASSES):
+        o_t = start + tl.arange(0, CLASSES)
+        m_t = o_t < classes
+        p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
+        x = load_tokens(p_x, p, m_t, x_stride_p, C, BLOCK_C, W, POOL_H, POOL_W)
+        x = normalise(x, C, BLOCK_C).to(dtype)
+        k = add_after(tl.dot(x, w_k, input_precision=PRECISION), b_k[None, :], dtype)
+        m = m_t[:, None] & m_g[None, :]
+        if text_ptr is not None:
+            p_text = text_ptr + b * text_stride_b + o_t.to(tl.int64)[:, None] * text_stride_t
+            k += tl.load(p_text + channel[None, :], m, 0.0).to(tl.float32)
+        k = tl.where(m, feature_map(k), 0.0)
+        v = add_after(tl.dot(x, w_v, input_precision=PRECISION), b_v[None, :], dtype)
+        key_sum += tl.sum(k, 0)
+        k = tl.reshape(k.to(dtype), (CLASSES, BLOCK_GROUP, BLOCK_D))
+        v = tl.reshape(v.to(dtype), (CLASSES, BLOCK_GROUP, BLOCK_D))
+        k, v = tl.permute(k, (1, 2, 0)), tl.permute(v, (1, 0, 2))
+        key_value = tl.dot(k, v, key_value, input_precision=PRECISION)
+    key_value *= inverse_length
 
-        # Of the product of all channels with all, the heads' own blocks on the diagonal count.
-        o_key_value = channel[:, None] * D + (o_g % D)[None, :]
-        m_key_value = m_g[:, None] & m_g[None, :] & ((o_g // D)[:, None] == (o_g // D)[None, :])
-        if old_key_value_ptr is not None:
-            old = token.to(tl.int64) * (0 if OLD_IS_SHARED else C)
-            key_sum += tl.load(old_key_sum_ptr + old + channel, mask=m_g, other=0.0)
-            key_value += tl.load(old_key_value_ptr + old * D + o_key_value, mask=m_key_value, other=0.0)
-        new = token.to(tl.int64) * C
-        tl.store(key_sum_ptr + new + channel, key_sum, mask=m_g)
-        tl.store(key_value_ptr + new * D + o_key_value, key_value, mask=m_key_value)
+    o_h = tl.arange(0, BLOCK_GROUP)[:, None, None]
+    o_k, o_v = tl.arange(0, BLOCK_D)[None, :, None], tl.arange(0, BLOCK_D)[None, None, :]
+    o_key_value = (first + o_h * D + o_k) * D + o_v
+    m_key_value = (o_h < GROUP) & (o_k < D) & (o_v < D)
+    if old_key_value_ptr is not None:
+        old = token.to(tl.int64) * (0 if OLD_IS_SHARED else C)
+        key_sum += tl.load(old_key_sum_ptr + old + channel, m_g, 0.0)
+        key_value += tl.load(old_key_value_ptr + old * D + o_key_value, m_key_value, 0.0)
+    new = token.to(tl.int64) * C
+    tl.store(key_sum_ptr + new + channel, key_sum, m_g)
+    if MEANS:
+        mean_key = tl.maximum(key_sum * inverse_length, 1e-37)
+        key_value /= tl.reshape(mean_key, (BLOCK_GROUP, BLOCK_D))[:, :, None]
+    tl.store(key_value_ptr + new * D + o_key_value, key_value.to(key_value_ptr.dtype.element_ty), m_key_value)
 
 
 @dataclass(frozen=True)
 class CollectConfig(LaunchConfig):
-    """Launch config: channels per program at most (whole heads), its positions, and classes per step."""
+    """Launch config: channels per program at most (whole heads), and classes per step."""
 
+    version: ClassVar[int] = 2
     channels: int
-    positions: int
     classes: int
     num_warps: int
     num_stages: int
@@ -127,27 +143,34 @@ class CollectConfig(LaunchConfig):
 
 @cache
 def default_config(capability: int, problem: Problem) -> CollectConfig:
-    """Return a config that fits every GPU, at the published sizes and smaller ones."""
+    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if problem.dtype == "fp32":
-        return CollectConfig(channels=32, positions=8, classes=16, num_warps=8, num_stages=1)
-    return CollectConfig(channels=64, positions=8, classes=32, num_warps=4, num_stages=2, maxnreg=255)
+        return CollectConfig(channels=32, classes=16, num_warps=16, num_stages=1)
+    if problem.size("channels") > 128:
+        return CollectConfig(channels=32, classes=16, num_warps=4, num_stages=2)
+    if capability in (86, 89):
+        return CollectConfig(channels=64, classes=16, num_warps=4, num_stages=3)
+    if capability < 90:
+        return CollectConfig(channels=64, classes=32, num_warps=4, num_stages=2)
+    return CollectConfig(channels=128, classes=32, num_warps=4, num_stages=3)
+
+
+def candidates(capability: int, problem: Problem) -> tuple[CollectConfig, ...]:
+    """Configs worth timing, the default first."""
+    default = default_config(capability, problem)
+    tiles = ((32, 4), (32, 8), (64, 8)) if problem.dtype == "fp32" else ((32, 4), (64, 4), (128, 4), (128, 8))
+    others = [
+        replace(tiled, channels=channels, num_warps=num_warps)
+        for channels, num_warps in tiles
+        for tiled in grid(default, classes=(16, 32, 64), num_stages=(2, 3))
+    ]
+    limited = grid(default, num_stages=(1, 2, 3, 4), maxnreg=(None, 128, 168))
+    return default_first(default, [*others, *limited])
 
 
 def interpreter_config(problem: Problem) -> CollectConfig:
     """Few steps: each takes the interpreter milliseconds, however large it is."""
-    return CollectConfig(channels=256, positions=64, classes=32, num_warps=1, num_stages=1)
-
-
-def candidates(capability: int, problem: Problem) -> tuple[CollectConfig, ...]:
-    """Configs worth timing, the default first; the same for all compute capabilities."""
-    default = default_config(capability, problem)
-    tiles = ((32, 4), (32, 8), (64, 8)) if problem.dtype == "fp32" else ((32, 4), (64, 4), (64, 8), (128, 8))
-    others = [
-        replace(tiled, channels=channels, num_warps=num_warps)
-        for channels, num_warps in tiles
-        for tiled in grid(default, classes=(16, 32, 64))
-    ]
-    return default_first(default, [*others, *grid(default, positions=(4, 8, 16), num_stages=(1, 2, 3))])
+    return CollectConfig(channels=256, classes=32, num_warps=1, num_stages=1)
 
 
 def problem(
@@ -161,6 +184,7 @@ def problem(
     length: int,
     resolution: Sequence[int],
     pooling: Sequence[int],
+    means: bool,
     *,
     input_precision: str,
 ) -> Problem:
@@ -182,6 +206,7 @@ def launch(
     length: int,
     resolution: Sequence[int],
     pooling: Sequence[int],
+    means: bool,
     *,
     input_precision: str,
     config: CollectConfig,
@@ -189,23 +214,25 @@ def launch(
     """New sums `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32.
 
     The old ones, `key_value` and `key_sum`, are like them, or `[heads, …]` and the same everywhere, or None.
+    With `means`, means in the type of x take the place of the first result.
     """
     (B, t, _, C), d = x.shape, x.shape[-1] // heads
     (height, width), (pool_h, pool_w) = resolution, pooling
     positions = (height // pool_h) * (width // pool_w)
-    new_key_value = x.new_empty((B, positions, heads, d, d), dtype=torch.float32)
+    new_key_value = x.new_empty((B, positions, heads, d, d), dtype=x.dtype if means else torch.float32)
     new_key_sum = x.new_empty((B, positions, heads, d), dtype=torch.float32)
     group = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * d <= config.channels))
     launcher.run(
-        collect_kernel, (heads // group * triton.cdiv(B * positions, config.positions),),
+        collect_kernel, (B * positions * (heads // group),),
         x, weight, bias, text_key, key_value, key_sum, new_key_value, new_key_sum,
-        t, B * positions, 1 / length, *x.stride()[:3],
+        t, 1 / length, *x.stride()[:3],
         *(text_key.expand(B, -1, -1).stride()[:2] if text_key is not None else (0, 0)),
-        C=C, HEADS=heads, H=height, W=width, POOL_H=pool_h, POOL_W=pool_w,
-        OLD_IS_SHARED=key_sum is not None and key_sum.ndim == 2, GROUP=group,
-        BLOCK_C=max(16, triton.next_power_of_2(C)), BLOCK_G=max(16, triton.next_power_of_2(group * d)),
-        POSITIONS=config.positions, CLASSES=config.classes, PRECISION=_precision(input_precision),
-        config=config,
+        H=height, W=width, POOL_H=pool_h, POOL_W=pool_w,
+        C=C, BLOCK_C=max(16, triton.next_power_of_2(C)),
+        HEADS=heads, BLOCK_D=max(16, triton.next_power_of_2(d)),
+        OLD_IS_SHARED=key_sum is not None and key_sum.ndim == 2, MEANS=means,
+        GROUP=group, BLOCK_GROUP=triton.next_power_of_2(group), CLASSES=config.classes,
+        PRECISION=_precision(input_precision), config=config,
     )  # fmt: skip
     return new_key_value, new_key_sum
 

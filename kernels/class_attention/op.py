@@ -7,6 +7,11 @@ With phi(x) = elu(x) + 1 and norm without affine part, for each crop, position a
     q = phi(W_q n + b_q + text_query);  y = x + length q key_value / (q key_sum + eps)
     out = x + y + W_2 relu(W_1 norm(y) + b_1) + b_2
 
+The last call of `class_collect` may give, in place of `key_value`, what `class_apply` reads: for each channel
+of a key the mean of all values, weighted by the keys, mean_j = length key_value_j / key_sum_j, in the type of
+x. Then y = x + sum_j p_j mean_j with shares p_j = q_j key_sum_j / (q key_sum + eps), which fit in fp16 as the
+means do, whatever the keys are.
+
 With pooling (h, w), tokens are averages of h x w positions, and the way back is a bilinear interpolation. The
 kernels are in `collect.py`, `apply.py` and `unpool.py`.
 
@@ -22,7 +27,7 @@ import torch
 from torch import Tensor
 
 from catseg_fast.kernels.class_attention import apply, collect, plain
-from catseg_fast.kernels.launch.checks import check_like, check_runnable
+from catseg_fast.kernels.launch.checks import check_destination, check_like, check_runnable
 from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 
 MAX_CHANNELS = 256
@@ -46,6 +51,7 @@ def class_collect(
     length: int,
     resolution: Sequence[int],
     pooling: Sequence[int] = (1, 1),
+    means: bool = False,
     input_precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """Add a chunk's keys and values to sums over classes.
@@ -61,10 +67,11 @@ def class_collect(
         length: by which values are divided, to stay within fp16's range: the number of all classes.
         resolution: (H, W).
         pooling: (h, w).
+        means: whether the chunk is the last, and means are made of the sums.
         input_precision: of products of fp32 numbers: "ieee" or "tf32"; here, "tf32x3" means "ieee".
 
     Returns:
-        The new sums, `key_value` and `key_sum`.
+        The new `key_value`, or with `means` the means, of the same shape in the type of x; and `key_sum`.
 
     Raises:
         ValueError: for what the kernels do not support, and for shapes, types or devices that do not fit.
@@ -76,25 +83,15 @@ def class_collect(
     _check_sums(x, key_value, key_sum, heads, resolution, pooling, may_be_shared=True)
     x = x if x.stride(-1) == 1 else x.contiguous()
     return COLLECT.call(
-        _class_collect,
-        x,
-        weight,
-        bias,
-        text_key,
-        key_value,
-        key_sum,
-        heads,
-        length,
-        resolution,
-        pooling,
-        input_precision,
-    )
+        _class_collect, x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling,
+        means, input_precision,
+    )  # fmt: skip
 
 
 def class_apply(
     x: Tensor,
     text_query: Tensor | None,
-    key_value: Tensor,
+    means: Tensor,
     key_sum: Tensor,
     q: Tensor,
     q_bias: Tensor,
@@ -108,19 +105,23 @@ def class_apply(
     resolution: Sequence[int],
     pooling: Sequence[int] = (1, 1),
     input_precision: str = "ieee",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Class attention from sums over all classes, MLP, and both residuals.
 
     Args:
         x, heads, length, resolution, pooling: as in `class_collect`.
         text_query: the text guidance's share of the queries, `[B or 1, t, C]`, or None.
-        key_value, key_sum: the sums, `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32.
+        means: of values, `[B, hw, heads, d, d]` in the type of x, contiguous.
+        key_sum: the sums of keys, `[B, hw, heads, d]` in fp32.
         q, q_bias, fc1, fc1_bias, fc2, fc2_bias: `[C, C]`, `[C]`, `[M, C]`, `[M]`, `[C, M]` and `[C]`.
         eps: added to the weights' sum.
         input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+        out: where the result goes, like x and with dense rows of positions, but with any strides over B and
+            t; it may be x. By default a new, contiguous tensor.
 
     Returns:
-        `[B, t, HW, C]`, contiguous.
+        `[B, t, HW, C]`: `out`, or the new tensor.
 
     Raises:
         ValueError: as in `class_collect`.
@@ -132,12 +133,19 @@ def class_apply(
         x, q=(q, (C, C)), q_bias=(q_bias, (C,)), fc1=(fc1, (M, C)), fc1_bias=(fc1_bias, (M,)),
         fc2=(fc2, (C, M)), fc2_bias=(fc2_bias, (C,)),
     )  # fmt: skip
-    _check_sums(x, key_value, key_sum, heads, resolution, pooling, may_be_shared=False)
+    d, positions = C // heads, _tokens(resolution, pooling)
+    _check_weights(x, means=(means, (len(x), positions, heads, d, d)))
+    _check_sums(x, None, key_sum, heads, resolution, pooling, may_be_shared=False)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return APPLY.call(_class_apply,
-        x, text_query, key_value, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
+    arguments = (
+        x, text_query, means, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
         heads, length, eps, resolution, pooling, input_precision,
     )  # fmt: skip
+    if out is None:
+        return APPLY.call(_class_apply, *arguments)
+    check_destination("out", out, x)
+    APPLY.call(_class_apply_into, *arguments, out=out)
+    return out
 
 
 @torch.library.custom_op("catseg_fast::class_collect", mutates_args=())
@@ -152,20 +160,22 @@ def _class_collect(
     length: int,
     resolution: Sequence[int],
     pooling: Sequence[int],
+    means: bool,
     input_precision: str,
 ) -> tuple[Tensor, Tensor]:
     sums: tuple[Tensor, Tensor] = COLLECT.launch(
-        x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling, input_precision
-    )
+        x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling, means,
+        input_precision,
+    )  # fmt: skip
     return sums
 
 
 @_class_collect.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, heads, _, resolution, pooling, _ = rest
+    *_, heads, _, resolution, pooling, means, _ = rest
     shape, d = (len(x), _tokens(resolution, pooling), heads), x.shape[-1] // heads
     return (
-        x.new_empty((*shape, d, d), dtype=torch.float32),
+        x.new_empty((*shape, d, d), dtype=x.dtype if means else torch.float32),
         x.new_empty((*shape, d), dtype=torch.float32),
     )
 
@@ -174,7 +184,7 @@ def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _class_apply(
     x: Tensor,
     text_query: Tensor | None,
-    key_value: Tensor,
+    means: Tensor,
     key_sum: Tensor,
     q: Tensor,
     q_bias: Tensor,
@@ -190,7 +200,7 @@ def _class_apply(
     input_precision: str,
 ) -> Tensor:
     out: Tensor = APPLY.launch(
-        x, text_query, key_value, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
+        x, text_query, means, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
         heads, length, eps, resolution, pooling, input_precision,
     )  # fmt: skip
     return out
@@ -201,16 +211,47 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("catseg_fast::class_apply_into", mutates_args=("out",))
+def _class_apply_into(
+    out: Tensor,
+    x: Tensor,
+    text_query: Tensor | None,
+    means: Tensor,
+    key_sum: Tensor,
+    q: Tensor,
+    q_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    heads: int,
+    length: int,
+    eps: float,
+    resolution: Sequence[int],
+    pooling: Sequence[int],
+    input_precision: str,
+) -> None:
+    APPLY.launch(
+        x, text_query, means, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
+        heads, length, eps, resolution, pooling, input_precision, out=out,
+    )  # fmt: skip
+
+
+@_class_apply_into.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
 def _launch_collect(*arguments: Any) -> tuple[Tensor, Tensor]:
     *rest, input_precision = arguments
     sums: tuple[Tensor, Tensor] = collect.KERNEL(*rest, input_precision=input_precision)
     return sums
 
 
-def _launch_apply(*arguments: Any) -> Tensor:
+def _launch_apply(*arguments: Any, out: Tensor | None = None) -> Tensor:
     *rest, input_precision = arguments
-    out: Tensor = apply.KERNEL(*rest, input_precision=input_precision)
-    return out
+    result: Tensor = apply.KERNEL(*rest, input_precision=input_precision, out=out)
+    return result
 
 
 def _check(
@@ -283,13 +324,14 @@ def _collect_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
         "weight": random.weight(2 * C, C),
         "bias": random.bias(2 * C),
         "text_key": random.normal(B if sizes.guided else 1, t, C),
-        # The sums of an earlier chunk of one class.
-        "key_value": random.uniform(*shape, d, d) / t,
-        "key_sum": random.uniform(*shape, d),
+        # In a stream, the sums of an earlier chunk of one class.
+        "key_value": random.uniform(*shape, d, d) / t if sizes.streamed else None,
+        "key_sum": random.uniform(*shape, d) if sizes.streamed else None,
         "heads": heads,
         "length": t,
         "resolution": sizes.resolution,
         "pooling": sizes.pooling,
+        "means": not sizes.streamed,
     }
 
 
@@ -299,8 +341,8 @@ def _apply_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
     return {
         "x": random.normal(*sizes.state),
         "text_query": random.normal(B if sizes.guided else 1, t, C),
-        # Of t keys around one; values are divided by t.
-        "key_value": 2 * random.uniform(*shape, d, d) - 1,
+        # Of t keys around one.
+        "means": random.normal(*shape, d, d, scale=t**-0.5),
         "key_sum": t * (0.5 + random.uniform(*shape, d)),
         "q": random.weight(C, C),
         "q_bias": random.bias(C),
@@ -318,9 +360,9 @@ def _apply_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
 
 ODD = (
     Sizes(1, 1, 2, 3, channels=16, heads=1, hidden=17, guided=False),
-    Sizes(2, 7, 3, 3, channels=48, heads=3, hidden=80),
+    Sizes(2, 7, 3, 3, channels=48, heads=3, hidden=80, streamed=True),
     Sizes(1, 33, 4, 3, channels=160, heads=5, hidden=96, guided=False),
-    Sizes(2, 3, 7, 8, channels=64, heads=4, hidden=64, pooling=(2, 3)),
+    Sizes(2, 3, 7, 8, channels=64, heads=4, hidden=64, pooling=(2, 3), streamed=True),
 )
 
 COLLECT = Op(
@@ -329,10 +371,13 @@ COLLECT = Op(
     triton=class_collect,
     forms=(Form(_launch_collect),),
     make_inputs=_collect_inputs,
-    sizes={"": Sizes(guided=False)},
-    special={"pooled": Sizes(guided=False, pooling=(2, 2))},
+    sizes={"": Sizes(classes=204, guided=False)},
+    special={
+        "streamed": Sizes(classes=204, guided=False, streamed=True),
+        "pooled": Sizes(guided=False, pooling=(2, 2)),
+    },
     odd=ODD,
-    mma={"collect_kernel": "wgmma"},
+    mma={"collect_kernel": "mma"},
 )
 
 APPLY = Op(
@@ -343,8 +388,8 @@ APPLY = Op(
     make_inputs=_apply_inputs,
     sizes={"": Sizes(classes=204, guided=False)},
     special={
+        "whole tiles": Sizes(classes=256, guided=False),
         "pooled": Sizes(classes=204, guided=False, pooling=(2, 2)),
-        "few classes": Sizes(classes=10, guided=False),
     },
     odd=ODD,
     mma={"apply_kernel": "wgmma"},

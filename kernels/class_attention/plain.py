@@ -20,17 +20,21 @@ def class_collect(
     length: int,
     resolution: Sequence[int],
     pooling: Sequence[int],
+    means: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`op.class_collect`."""
     keys, values = keys_and_values(x, weight, bias, text_key, resolution, pooling)
     old = (0.0 if key_value is None else key_value, 0.0 if key_sum is None else key_sum)
-    return add_up(keys, values, *old, heads, length)
+    new_key_value, new_key_sum = add_up(keys, values, *old, heads, length)
+    if means:
+        return mean_values(new_key_value, new_key_sum, length, x.dtype), new_key_sum
+    return new_key_value, new_key_sum
 
 
 def class_apply(
     x: Tensor,
     text_query: Tensor | None,
-    key_value: Tensor,
+    means: Tensor,
     key_sum: Tensor,
     q: Tensor,
     q_bias: Tensor,
@@ -48,7 +52,7 @@ def class_apply(
     weights = (q, q_bias, fc1, fc1_bias, fc2, fc2_bias)
 
     def attend(queries: Tensor) -> Tensor:
-        return attend_linearly(queries, key_value, key_sum, heads, length, eps)
+        return attend_linearly(queries, means, key_sum, heads, eps)
 
     return apply_attention(x, text_query, weights, resolution, pooling, attend)
 
@@ -77,14 +81,17 @@ def add_up(
     return new_key_value, k.sum(dim=1, dtype=new_key_value.dtype) + key_sum
 
 
-def attend_linearly(
-    queries: Tensor, key_value: Tensor, key_sum: Tensor, heads: int, length: int, eps: float
-) -> Tensor:
-    """Attention of `queries [B, t, hw, C]` over the classes of the sums."""
+def mean_values(key_value: Tensor, key_sum: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """For each channel of a key the mean of all values, weighted by the keys: `[B, hw, heads, d, d]`."""
+    return (key_value / (key_sum / length).clamp_min(1e-37)[..., None]).to(dtype)
+
+
+def attend_linearly(queries: Tensor, means: Tensor, key_sum: Tensor, heads: int, eps: float) -> Tensor:
+    """Attention of `queries [B, t, hw, C]` over the classes of the means and sums."""
     q = feature_map(queries).unflatten(-1, (heads, -1))
-    attended = torch.einsum("btnhd,bnhdv->btnhv", q, key_value.to(q.dtype))
-    weight = torch.einsum("btnhd,bnhd->btnh", q, key_sum.to(q.dtype))
-    return (attended * (length / (weight + eps))[..., None]).flatten(-2)
+    weights = q * key_sum[:, None]  # in the type of the sums
+    shares = (weights / (weights.sum(dim=-1, keepdim=True) + eps)).to(q.dtype)
+    return torch.einsum("btnhd,bnhdv->btnhv", shares, means.to(q.dtype)).flatten(-2)
 
 
 def apply_attention(

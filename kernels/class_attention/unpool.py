@@ -20,13 +20,15 @@ from catseg_fast.kernels.launch.config import LaunchConfig
 
 @triton.jit(do_not_specialize=["classes"])
 def unpool_kernel(
-    x_ptr,  # [B, t, HW, C]
+    x_ptr,  # [B, t, HW, C], strided over B, t and HW
     pooled_ptr,  # [B * t, hw, C]
-    out_ptr,  # [B * t, HW, C], output: x plus the interpolated pooled
+    out_ptr,  # [B, t, HW, C], output, strided over B and t: x plus the interpolated pooled; it may be x
     classes,  # t
     x_stride_b,
     x_stride_t,
     x_stride_p,
+    out_stride_b,
+    out_stride_t,
     row_scale,  # pooled rows per row
     column_scale,
     C: tl.constexpr,
@@ -59,7 +61,7 @@ def unpool_kernel(
 
     p_x = x_ptr + map_ // classes * x_stride_b + map_ % classes * x_stride_t
     x = tl.load(p_x + p[:, None] * x_stride_p + o_c[None, :], mask=m, other=0.0).to(tl.float32)
-    p_out = out_ptr + map_ * (H * W * C)
+    p_out = out_ptr + map_ // classes * out_stride_b + map_ % classes * out_stride_t
     tl.store(p_out + p[:, None] * C + o_c[None, :], x + upper * (1 - down) + lower * down, mask=m)
 
 
@@ -76,15 +78,19 @@ def launch(
     pooled: Tensor,
     resolution: Sequence[int],
     pooling: Sequence[int],
+    out: Tensor,
     config: UnpoolConfig = UnpoolConfig(),
 ) -> Tensor:
-    """`x [B, t, HW, C]` plus `pooled [B, t, hw, C]` interpolated to `resolution`."""
+    """Write to `out` `x [B, t, HW, C]` plus `pooled [B, t, hw, C]` interpolated to `resolution`.
+
+    out, strided over B and t, may be x.
+    """
     (B, t, HW, C), (height, width), (pool_h, pool_w) = x.shape, resolution, pooling
     block_c = max(16, triton.next_power_of_2(C))
     positions = max(1, config.elements // block_c)
-    out = x.new_empty((B, t, HW, C))
     launcher.run(
-        unpool_kernel, (B * t * triton.cdiv(HW, positions),), x, pooled, out, t, *x.stride()[:3],
+        unpool_kernel, (B * t * triton.cdiv(HW, positions),),
+        x, pooled, out, t, *x.stride()[:3], *out.stride()[:2],
         (height // pool_h - 1) / max(height - 1, 1), (width // pool_w - 1) / max(width - 1, 1),
         C=C, H=height, W=width, POOL_H=pool_h, POOL_W=pool_w, BLOCK_C=block_c, POSITIONS=positions,
         config=config,

@@ -63,3 +63,16 @@ def check_like(name: str, tensor: Tensor, shape: Sequence[int | tuple[int, ...]]
         raise ValueError(f"{name}: is {tensor.dtype}; expected {x.dtype}, like the others")
     if tensor.device != x.device:
         raise ValueError(f"{name}: is on {tensor.device}; expected {x.device}, like the others")
+
+
+def check_destination(name: str, out: Tensor, x: Tensor) -> None:
+    """Check that the state `[B, t, HW, C]` of `x` can be written to `out`.
+
+    Raises:
+        ValueError: if its shape, type or device is not that of `x`, or its positions are not dense.
+    """
+    check_like(name, out, x.shape, x)
+    if out.stride()[2:] != (x.shape[3], 1):
+        raise ValueError(
+            f"{name}: has strides {list(out.stride())}; expected [any, any, {x.shape[3]}, 1], dense positions"
+        )

@@ -7,11 +7,11 @@ They are JSON files, one for each GPU and op, `<gpu>/<op>.json`: a list of entri
      "config": {"rows": 128, "hidden": 64, "num_warps": 8, "num_stages": 2},
      "gpu": "NVIDIA H200", "capability": 90, "multiprocessors": 132, …}
 
-An entry serves a launch of the same kernel, type and sizes; of several, the one whose number of crops times
-classes is nearest, by ratio. Files in the user's cache folder go before those of the package. A GPU that has
-no entry of its own borrows one of another GPU of the same compute capability, whose multiprocessors have the
-same registers and shared memory; of several, from the GPU with the nearest number of multiprocessors. Where
-nothing fits, the kernel's default config runs.
+An entry serves a launch of the same kernel, in the same `version` (1 if it names none), type and sizes; of
+several, the one whose number of crops times classes is nearest, by ratio. Files in the user's cache folder go
+before those of the package. A GPU that has no entry of its own borrows one of another GPU of the same compute
+capability, whose multiprocessors have the same registers and shared memory; of several, from the GPU with the
+nearest number of multiprocessors. Where nothing fits, the kernel's default config runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from catseg_fast.kernels import TUNABLE_OPS
 from catseg_fast.kernels.launch import capability
 from catseg_fast.kernels.launch.checks import DTYPES
 from catseg_fast.kernels.launch.config import LaunchConfig
@@ -131,25 +130,18 @@ def user_folder() -> Path:
     return cache_home / "catseg-fast" / "configs"
 
 
-def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """Say in a line where a GPU's launch configs come from: measured on it, borrowed, or defaults."""
-    found: dict[str, list[str]] = {}
-    for op in TUNABLE_OPS:
-        found.setdefault(_origin(op, DTYPES[dtype], device), []).append(op)
-    parts = [origin if len(found) == 1 else f"{', '.join(ops)}: {origin}" for origin, ops in found.items()]
-    own = all(origin.startswith("measured") for origin in found)
-    return "; ".join(parts) + ("" if own else "; `catseg-fast tune` measures this GPU's own")
-
-
-def _origin(op: str, dtype: str, device: torch.device) -> str:
+def origin(problem: Problem, device: torch.device) -> str:
+    """Say where the config of a launch on a GPU comes from: measured on it, borrowed, or a default."""
     chip = _chip(device)
-    for _, entries in _files(op, device):
-        if any(entry["dtype"] == dtype for entry in entries):
-            gpu = entries[0]["gpu"]
-            if _slug(gpu) == _slug(chip.name):
-                return f"measured on {gpu}"
-            return f"borrowed from {gpu}, of the same compute capability {chip.capability / 10}"
-    return f"defaults (none were measured in {dtype} on a GPU of compute capability {chip.capability / 10})"
+    gpus = (e["gpu"] for _, entries in _files(problem.op, device) for e in entries if _serves(e, problem))
+    gpu = next(gpus, None)
+    if gpu is None:
+        return (
+            f"defaults (none were measured in {problem.dtype} at compute capability {chip.capability / 10})"
+        )
+    if _slug(gpu) == _slug(chip.name):
+        return f"measured on {gpu}"
+    return f"borrowed from {gpu}, of the same compute capability {chip.capability / 10}"
 
 
 def config_path(folder: Path, gpu: str, op: str) -> Path:
@@ -203,7 +195,7 @@ def _parse_line(line: bytes) -> Any:
 
 def clear() -> None:
     """Forget files and GPUs, so that they are looked at again."""
-    for function in (_read_once, _measured, _chip, capability.of_gpu):
+    for function in (_read_once, _others, _measured, _chip, capability.of_gpu):
         function.cache_clear()
 
 
@@ -261,8 +253,10 @@ def _files(op: str, device: torch.device) -> Iterator[tuple[Path, list[dict[str,
         yield path, entries
 
 
-def _others(folder: Path, op: str, chip: _Chip) -> Iterator[tuple[float, Path, list[dict[str, Any]]]]:
+@cache
+def _others(folder: Path, op: str, chip: _Chip) -> tuple[tuple[float, Path, list[dict[str, Any]]], ...]:
     """Distance, file and entries of each other GPU of a chip's compute capability in a folder."""
+    found = []
     for path in sorted(folder.glob(f"*/{op}.json")):
         if path.parent.name == _slug(chip.name):
             continue
@@ -271,13 +265,14 @@ def _others(folder: Path, op: str, chip: _Chip) -> Iterator[tuple[float, Path, l
             count: Any = entries[0].get("multiprocessors")
             known = isinstance(count, int) and count > 0
             distance = abs(math.log(int(count) / chip.multiprocessors)) if known else math.inf
-            yield distance, path, entries
+            found.append((distance, path, entries))
+    return tuple(found)
 
 
 def _serves(entry: dict[str, Any], problem: Problem) -> bool:
     sizes = {name: size for name, size in entry["shape"].items() if name != FREE_SIZE}
-    wanted = (problem.kernel, problem.dtype, problem.precision, dict(problem.sizes))
-    return (entry["kernel"], entry["dtype"], entry["precision"], sizes) == wanted
+    wanted = (problem.kernel, problem.dtype, problem.precision, dict(problem.sizes), problem.config.version)
+    return (entry["kernel"], entry["dtype"], entry["precision"], sizes, entry.get("version", 1)) == wanted
 
 
 def _fault(entry: Any, gpu: str) -> str | None:

@@ -35,6 +35,7 @@ class Sizes:
         decoder: output channels of each decoder stage.
         groups: of the decoder's normalisations, in channels.
         guided: whether each crop has guidance of its own; else one serves all.
+        streamed: whether classes come in several chunks, of which this is not the last.
     """
 
     crops: int = 5
@@ -52,6 +53,7 @@ class Sizes:
     decoder: tuple[int, ...] = (64, 32)
     group: int = 16
     guided: bool = True
+    streamed: bool = False
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -149,18 +151,20 @@ class Op:
     mma: Mapping[str, str] = field(default_factory=dict)
     max_stack: Mapping[str, int] = field(default_factory=dict)
 
-    def call(self, custom_op: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `launch(*arguments)`, through the custom op only where PyTorch needs to see it.
+    def call(self, custom_op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Return `launch(*arguments, **options)`, through the custom op only where PyTorch needs to see it.
 
         That is while a graph is traced, and where gradients are recorded, which the custom op refuses; its
-        dispatch takes as long as a kernel's launch.
+        dispatch takes as long as a kernel's launch. A custom op takes the options first.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return custom_op(*arguments)
-        return self.launch(*arguments)
+            return custom_op(*options.values(), *arguments)
+        return self.launch(*arguments, **options)
 
-    def launch(self, *arguments: Any) -> Any:
+    def launch(self, *arguments: Any, **options: Any) -> Any:
         """Run the first form that supports the call; the first argument is a tensor on the device.
+
+        `options` are passed on to the form: where the result goes, for instance.
 
         Raises:
             ValueError: if none does; the message has the last one's reason.
@@ -169,7 +173,7 @@ class Op:
         for form in self.forms:
             reason = form.unsupported(capability, *arguments)
             if reason is None:
-                return form.launch(*arguments)
+                return form.launch(*arguments, **options)
         raise ValueError(f"{self.name}: {reason}")
 
     def dry_run(

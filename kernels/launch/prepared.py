@@ -5,8 +5,7 @@ which tensor it comes and at which byte. A `Prepared` repeats the launches on ot
 shapes, strides, types and alignment. Buffers that live only inside the function share one allocation, in
 which those that are never needed at the same time overlap.
 
-On a GPU the compiled kernels are called directly; `launch_compiled` is the one place that knows how Triton
-does it. In the interpreter the same plan runs on views of tensors.
+On a GPU the compiled kernels are called directly; in the interpreter the same plan runs on views of tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from catseg_fast.kernels.launch.launcher import Launch, record
 
@@ -149,15 +147,23 @@ class Prepared:
 
     def __init__(self, notes: _Notes, steps: Sequence[_Step], result: Any) -> None:
         self._inputs = [index for index, x in enumerate(notes.inputs) if x is not None]
-        outputs, self._structure = tree_flatten(result)
+        self._is_tuple = isinstance(result, tuple)
+        outputs = _tensors(result)
         self._outputs: list[tuple[torch.Size, torch.dtype]] = []
+        self._results: list[int] = []  # buffers that are returned
         numbers = {buffer: buffer for buffer in range(len(self._inputs))}
         for x in outputs:
             place = notes.place(x) if isinstance(x, Tensor) else None
-            if place is None or place.buffer in numbers or place.offset or not x.is_contiguous():
+            if place is not None and place.buffer < len(self._inputs):
+                given = notes.inputs[self._inputs[place.buffer]]
+                if given is not x:
+                    raise NotPreparable("it returns a part of an input")
+            elif place is None or place.buffer in numbers or place.offset or not x.is_contiguous():
                 raise NotPreparable("it returns something else than contiguous tensors of its own")
-            numbers[place.buffer] = len(numbers)
-            self._outputs.append((x.shape, x.dtype))
+            else:
+                numbers[place.buffer] = len(numbers)
+                self._outputs.append((x.shape, x.dtype))
+            self._results.append(numbers[place.buffer])
         if not outputs:
             raise NotPreparable("it returns nothing")
         self._device: torch.device = outputs[0].device
@@ -165,27 +171,30 @@ class Prepared:
         shared = len(numbers)
         numbers |= dict.fromkeys(offsets, shared)
         self._steps = [step.moved(numbers, offsets) for step in steps]
+        self._launches = [_Launched.of(step) for step in self._steps if step.launch.compiled is not None]
 
     def __call__(self, *inputs: Tensor | None) -> Any:
         """Return the result for other inputs; each must have the `signature` of the one that was prepared."""
         device = self._device
         outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._outputs]
         shared = torch.empty(self.shared_bytes, dtype=torch.uint8, device=device)
-        buffers: list[Any] = [*(inputs[index] for index in self._inputs), *outputs, shared]
+        tensors: list[Any] = [*(inputs[index] for index in self._inputs), *outputs, shared]
         if device.type == "cpu":
-            self._interpret([_bytes_of(x) for x in buffers])
+            self._interpret([_bytes_of(x) for x in tensors])
         else:
-            self._launch([x.data_ptr() for x in buffers], _stream_of(device))
-        return tree_unflatten(outputs, self._structure)
+            self._launch([x.data_ptr() for x in tensors], _stream_of(device))
+        if self._is_tuple:
+            return tuple([tensors[number] for number in self._results])
+        return tensors[self._results[0]]
 
     def _launch(self, addresses: list[int], stream: int) -> None:
-        for step in self._steps:
-            values = step.values.copy()
-            for index, place in step.pointers:
-                values[index] = addresses[place.buffer] + place.offset
-            for index, descriptor, place in step.descriptors:
-                values[index] = _with_base(descriptor, _Address(addresses[place.buffer] + place.offset))
-            launch_compiled(step.launch, stream, values)
+        for launched in self._launches:
+            values = launched.values.copy()
+            for index, buffer, offset in launched.pointers:
+                values[index] = addresses[buffer] + offset
+            for index, descriptor, buffer, offset in launched.descriptors:
+                values[index] = _with_base(descriptor, _Address(addresses[buffer] + offset))
+            launched(stream, values)
 
     def _interpret(self, buffers: list[Tensor]) -> None:
         for step in self._steps:
@@ -203,7 +212,7 @@ def prepare(function: Callable[..., Any], *inputs: Tensor | None) -> tuple[Any, 
     Args:
         function: launches kernels on its inputs, on buffers that it allocates, and on tensors that stay the
             same (weights); it computes nothing by PyTorch's own operations, and returns contiguous tensors
-            that it allocated.
+            that it allocated, or inputs that it writes to.
         inputs: tensors, no two of which share memory, or None.
 
     Returns:
@@ -227,13 +236,31 @@ def signature(inputs: Sequence[Tensor | None]) -> tuple[object, ...]:
     )
 
 
-def launch_compiled(launch: Launch, stream: int, values: Sequence[Any]) -> None:
-    """Launch a compiled kernel as `JITFunction.run` does in Triton 3.4 to 3.8, without its hooks."""
-    grid, compiled = launch.grid, launch.compiled
-    compiled.run(
-        grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
-        stream, compiled.function, compiled.packed_metadata, None, None, None, *values,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Launched:
+    """A step with all that Triton's launcher takes.
+
+    This is the one place that knows how `JITFunction.run` calls it in Triton 3.4 to 3.8; hooks are left out.
+    """
+
+    run: Callable[..., None]
+    grid: tuple[int, int, int]
+    kernel: tuple[Any, Any]
+    values: list[Any]
+    pointers: list[tuple[int, int, int]]  # argument, buffer, byte
+    descriptors: list[tuple[int, Any, int, int]]
+
+    @classmethod
+    def of(cls, step: _Step) -> _Launched:
+        compiled, grid = step.launch.compiled, step.launch.grid
+        pointers = [(index, place.buffer, place.offset) for index, place in step.pointers]
+        descriptors = [(index, value, place.buffer, place.offset) for index, value, place in step.descriptors]
+        kernel = (compiled.function, compiled.packed_metadata)
+        x, y, z = (*grid, *(1,) * (3 - len(grid)))
+        return cls(compiled.run, (x, y, z), kernel, step.values, pointers, descriptors)
+
+    def __call__(self, stream: int, values: list[Any]) -> None:
+        self.run(*self.grid, stream, *self.kernel, None, None, None, *values)
 
 
 class PreparedCalls:
@@ -249,7 +276,7 @@ class PreparedCalls:
 
     def __init__(self) -> None:
         self._calls: dict[object, Prepared | None] = {}
-        self._trusted: set[object] = set()
+        self._trusted: dict[object, Prepared] = {}
         self.repeated = 0
 
     def __call__(self, key: object, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
@@ -261,9 +288,8 @@ class PreparedCalls:
             inputs: as for `prepare`.
         """
         key = (key, signature(inputs))
-        if key in self._trusted:
-            prepared = self._calls[key]
-            assert prepared is not None
+        prepared = self._trusted.get(key)
+        if prepared is not None:
             self.repeated += 1
             return prepared(*inputs)
         if key in self._calls and self._calls[key] is None:
@@ -285,16 +311,19 @@ class PreparedCalls:
                 self._calls[key] = None
                 return function(*inputs)
         result = function(*inputs)
+        expected = [x.clone() for x in _tensors(result)]  # the repetition may write to the same place
         try:
-            same = _same_bits(result, prepared(*inputs))
+            same = _same_bits(expected, _tensors(prepared(*inputs)))
             reason = "another result"
         except Exception as error:  # of many types, if Triton's interface has changed
             same, reason = False, str(error)
         if same:
-            self._trusted.add(key)
-        else:
-            self._calls[key] = None
-            warnings.warn(f"kernels are launched the slow way: {reason}", RuntimeWarning, stacklevel=3)
+            self._trusted[key] = prepared
+            return result
+        self._calls[key] = None
+        warnings.warn(f"kernels are launched the slow way: {reason}", RuntimeWarning, stacklevel=3)
+        for x, right in zip(_tensors(result), expected, strict=True):
+            x.copy_(right)
         return result
 
 
@@ -303,9 +332,13 @@ def _capturing(inputs: Sequence[Tensor | None]) -> bool:
     return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
-def _same_bits(first: Any, second: Any) -> bool:
-    pairs = zip(tree_flatten(first)[0], tree_flatten(second)[0], strict=True)
+def _same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    pairs = ((a.contiguous(), b.contiguous()) for a, b in zip(first, second, strict=True))
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+
+
+def _tensors(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _stream_of(device: torch.device) -> int:

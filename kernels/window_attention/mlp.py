@@ -3,9 +3,8 @@
     y = x + a W_p^T + b_p
     z = y + GELU(norm(y) W_1^T + b_1) W_2^T + b_2
 
-for C channels and M hidden ones, norm without affine part. Tokens `a` come in window order, `x` and `z` are
-in image order: the cyclic shift back and the merging of windows are index arithmetic. A program makes `rows`
-tokens of z; y, norm(y) and the hidden layer `[B, t, HW, M]` are never written to memory.
+for C channels and M hidden ones, norm without affine part; a, x and z are in image order. A program makes
+`rows` tokens of z; y, norm(y) and the hidden layer `[B, t, HW, M]` are never written to memory.
 
 GELU is exact for fp32. For 16-bit types it is `v * sigmoid(v * p(v^2))`, p fitted to a largest absolute error
 of 2.6e-5, which is below the rounding of a hidden value of 0.06 and more in fp16.
@@ -16,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -26,7 +26,7 @@ from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
-from catseg_fast.kernels.window_attention.windows import Windows, token_position
+from catseg_fast.kernels.products import add_after
 
 
 @triton.jit
@@ -42,23 +42,22 @@ def gelu(v, EXACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "classes"])
 def project_mlp_kernel(
-    x_ptr,  # [B, t, HW, C], image order, strided over B and t
-    qkv_ptr,  # [B, t, HW, 3C], window order; the first C channels are attended values
+    x_ptr,  # [B, t, HW, C], strided over B and t
+    qkv_ptr,  # [B, t, HW, 3C]; the first C channels are attended values
     proj_ptr,  # [C, C]
     proj_bias_ptr,  # [C]
     fc1_ptr,  # [M, C]
     fc1_bias_ptr,  # [M]
     fc2_ptr,  # [C, M]
     fc2_bias_ptr,  # [C]
-    out_ptr,  # [B, t, HW, C], image order
+    out_ptr,  # [B, t, HW, C], output, strided over B and t; it may be x
     tokens,  # B * t * HW
     classes,  # t
     x_stride_b,
     x_stride_t,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
+    out_stride_b,
+    out_stride_t,
+    HW: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     M: tl.constexpr,
@@ -67,50 +66,69 @@ def project_mlp_kernel(
     PRECISION: tl.constexpr,
 ):
     dtype = out_ptr.dtype.element_ty
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    row = first + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK_C)
-    inside = c < C
-    mask = (row < tokens)[:, None] & inside[None, :]
-    sample = row // (H * W)  # of B * t
-    position = token_position(row % (H * W), H, W, WINDOW, SHIFT)
+    if HW % ROWS == 0:  # all tokens are of one sample
+        m_row = tl.full((ROWS, 1), True, tl.int1)
+        sample = first // HW
+    else:
+        m_row = (row < tokens)[:, None]
+        sample = row // HW
+    m_c = c < C
+    m = m_row & m_c[None, :]
+    b, i = (sample // classes).to(tl.int64), (sample % classes).to(tl.int64)
+    o_row = (row - sample * HW)[:, None] * C + c[None, :]
 
-    qkv_ptr += row.to(tl.int64)[:, None] * (3 * C)
+    p_qkv = qkv_ptr + first.to(tl.int64) * (3 * C) + tl.arange(0, ROWS)[:, None] * (3 * C)
     y = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for k in range(0, C, HIDDEN):
         h = k + tl.arange(0, HIDDEN)
-        attended = tl.load(qkv_ptr + h[None, :], (row < tokens)[:, None] & (h < C)[None, :], 0.0)
-        proj = tl.load(proj_ptr + c[:, None] * C + h[None, :], inside[:, None] & (h < C)[None, :], 0.0)
+        attended = tl.load(p_qkv + h[None, :], m_row & (h < C)[None, :], 0.0)
+        proj = tl.load(proj_ptr + c[:, None] * C + h[None, :], m_c[:, None] & (h < C)[None, :], 0.0)
         y = tl.dot(attended, tl.trans(proj), y, input_precision=PRECISION)
-    start = (sample // classes).to(tl.int64) * x_stride_b + (sample % classes).to(tl.int64) * x_stride_t
-    x = tl.load(x_ptr + (start + position * C)[:, None] + c[None, :], mask, 0.0)
-    y += x.to(tl.float32) + tl.load(proj_bias_ptr + c, inside, 0.0).to(tl.float32)[None, :]
+    p_x = x_ptr + _column(b * x_stride_b + i * x_stride_t) + o_row
+    y += tl.load(p_x, m, 0.0).to(tl.float32)
+    y += tl.load(proj_bias_ptr + c, m_c, 0.0).to(tl.float32)[None, :]
     normalised = normalise(y, C, BLOCK_C).to(dtype)
-    y += tl.load(fc2_bias_ptr + c, inside, 0.0).to(tl.float32)[None, :]
+    y += tl.load(fc2_bias_ptr + c, m_c, 0.0).to(tl.float32)[None, :]
     # In fp32, the sum is apart from the larger number that it is added to, which would round each step.
     APART: tl.constexpr = dtype == tl.float32
     z = tl.zeros_like(y) if APART else y
-    for m in range(0, M, HIDDEN):
-        h = m + tl.arange(0, HIDDEN)
-        fc1 = tl.load(fc1_ptr + h[:, None] * C + c[None, :], (h < M)[:, None] & inside[None, :], 0.0)
-        fc2 = tl.load(fc2_ptr + c[:, None] * M + h[None, :], inside[:, None] & (h < M)[None, :], 0.0)
+    for k in range(0, M, HIDDEN):
+        h = k + tl.arange(0, HIDDEN)
+        fc1 = tl.load(fc1_ptr + h[:, None] * C + c[None, :], (h < M)[:, None] & m_c[None, :], 0.0)
+        fc2 = tl.load(fc2_ptr + c[:, None] * M + h[None, :], m_c[:, None] & (h < M)[None, :], 0.0)
         hidden = tl.dot(normalised, tl.trans(fc1), input_precision=PRECISION)
-        hidden += tl.load(fc1_bias_ptr + h, h < M, 0.0).to(tl.float32)[None, :]
+        fc1_bias = tl.load(fc1_bias_ptr + h, h < M, 0.0).to(tl.float32)
+        hidden = add_after(hidden, fc1_bias[None, :], dtype)
         hidden = gelu(hidden, dtype == tl.float32).to(dtype)
         z = tl.dot(hidden, tl.trans(fc2), z, input_precision=PRECISION)
     if APART:
         z += y
-    out = sample.to(tl.int64) * (H * W * C) + position * C
-    tl.store(out_ptr + out[:, None] + c[None, :], z.to(dtype), mask)
+    p_out = out_ptr + _column(b * out_stride_b + i * out_stride_t) + o_row
+    tl.store(p_out, z.to(dtype), m)
+
+
+@triton.jit
+def _column(x):
+    """A number as it is, and a vector as a column."""
+    if len(x.shape) == 1:
+        return x[:, None]
+    else:
+        return x
 
 
 @dataclass(frozen=True)
 class MLPConfig(LaunchConfig):
     """Launch config: tokens per program, hidden channels per step."""
 
+    version: ClassVar[int] = 2
     rows: int
     hidden: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 @cache
@@ -120,7 +138,9 @@ def default_config(capability: int, problem: Problem) -> MLPConfig:
         return MLPConfig(rows=16, hidden=16, num_warps=8, num_stages=1)
     if problem.size("channels") > 128:
         return MLPConfig(rows=32, hidden=32, num_warps=4, num_stages=2)
-    return MLPConfig(rows=128, hidden=64 if capability >= 90 else 32, num_warps=8, num_stages=2)
+    if capability < 90:
+        return MLPConfig(rows=64, hidden=32, num_warps=4, num_stages=2)
+    return MLPConfig(rows=64, hidden=32, num_warps=4, num_stages=3, maxnreg=168)  # three programs
 
 
 def candidates(capability: int, problem: Problem) -> tuple[MLPConfig, ...]:
@@ -132,11 +152,11 @@ def candidates(capability: int, problem: Problem) -> tuple[MLPConfig, ...]:
         )
     others = [
         replace(tiled, rows=rows, num_warps=num_warps)
-        for rows, num_warps in ((32, 4), (64, 4), (64, 8), (128, 8), (256, 8))
-        for tiled in grid(default, hidden=(32, 64), num_stages=(2, 3))
+        for rows, num_warps in ((32, 4), (64, 4), (64, 8), (128, 8))
+        for tiled in grid(default, hidden=(32, 64), num_stages=(2, 3), maxnreg=(None,))
     ]
-    wide = grid(default, rows=(64, 128), hidden=(128,), num_warps=(8,))
-    return default_first(default, [*others, *wide, *grid(default, num_stages=(1, 4))])
+    limited = grid(default, hidden=(32, 64), num_stages=(2, 3, 4), maxnreg=(128, 168))
+    return default_first(default, [*others, *limited])
 
 
 def interpreter_config(problem: Problem) -> MLPConfig:
@@ -145,7 +165,7 @@ def interpreter_config(problem: Problem) -> MLPConfig:
 
 
 def problem(
-    x: Tensor, qkv: Tensor, weights: Sequence[Tensor], windows: Windows, *, input_precision: str
+    x: Tensor, qkv: Tensor, weights: Sequence[Tensor], *, input_precision: str, out: Tensor | None = None
 ) -> Problem:
     """What a measured config is found by."""
     sizes = {"positions": x.shape[2], "channels": x.shape[3], "hidden": len(weights[2])}
@@ -156,22 +176,28 @@ def launch(
     x: Tensor,
     qkv: Tensor,
     weights: Sequence[Tensor],
-    windows: Windows,
     *,
     input_precision: str,
     config: MLPConfig,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`[B, t, HW, C]` from `x` of that shape and `qkv [B, t, HW, 3C]`, whose first C channels are used.
 
-    `weights` are those of the projection, of the first and of the second layer, each with its bias.
+    Args:
+        x: as above; its positions lie one behind the other, B and t may be strided.
+        qkv: contiguous.
+        weights: of the projection, of the first and of the second layer, each with its bias.
+        input_precision: of products of fp32 numbers.
+        config: the tiles.
+        out: where the result goes, laid out as x may be; by default a new tensor. It may be x.
     """
     B, t, HW, C = x.shape
-    out = x.new_empty((B, t, HW, C))
+    out = x.new_empty((B, t, HW, C)) if out is None else out
     tokens = B * t * HW
     launcher.run(
         project_mlp_kernel, (triton.cdiv(tokens, config.rows),),
-        x, qkv, *weights, out, tokens, t, x.stride(0), x.stride(1),
-        **windows.constants(), C=C, BLOCK_C=triton.next_power_of_2(C), M=len(weights[2]),
+        x, qkv, *weights, out, tokens, t, *x.stride()[:2], *out.stride()[:2],
+        HW=HW, C=C, BLOCK_C=triton.next_power_of_2(C), M=len(weights[2]),
         ROWS=config.rows, HIDDEN=config.hidden, PRECISION=input_precision, config=config,
     )  # fmt: skip
     return out

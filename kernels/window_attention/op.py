@@ -6,9 +6,9 @@ For x `[B, t, HW, C]` (B crops, t classes, C channels), windows of N tokens and 
     y = x + softmax(q k^T + mask) v W_p^T + b_p
     out = y + GELU(norm(y) W_1^T + b_1) W_2^T + b_2
 
-Three kernels: `qkv.py`, from image order to window order; `attention.py`, whose result takes the queries'
-place; `mlp.py`, back to image order. Between them there is one buffer `[B, t, HW, 3C]`, and nothing of what
-they name as never written.
+Three kernels: `qkv.py`; `attention.py`, whose result takes the queries' place; `mlp.py`. Tokens stay in image
+order throughout. Between the kernels there is one buffer `[B, t, HW, 3C]`, and nothing of what they name as
+never written.
 
 The op computes in the type of x and accumulates in fp32 whatever autocast says, and has no gradient.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catseg_fast.kernels.launch.checks import check_like, check_runnable
+from catseg_fast.kernels.launch.checks import check_destination, check_like, check_runnable
 from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 from catseg_fast.kernels.window_attention import attention, mlp, plain
 from catseg_fast.kernels.window_attention import qkv as projection
@@ -56,14 +56,14 @@ def window_block(
     shift: int,
     heads: int,
     input_precision: str = "ieee",
+    out: Tensor | None = None,
 ) -> Tensor:
     """The block on Triton kernels.
 
     Args:
         x: `[B, t, HW, C]`, of at least one class; fp16, bf16 or fp32, of any strides; C a multiple of 16 up
             to 256.
-        query_key: the guidance's share of queries and keys, and their biases, `[B or 1, HW or 1, 2C]`, in
-            window order.
+        query_key: the guidance's share of queries and keys, and their biases, `[B or 1, HW or 1, 2C]`.
         qkv: `[3C, C]`; the attention scale is in the queries' part.
         proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias: `[C, C]`, `[C]`, `[M, C]`, `[M]`, `[C, M]` and `[C]`.
         resolution: (H, W).
@@ -71,9 +71,11 @@ def window_block(
         shift: by which the image is shifted, in [0, window).
         heads: attention heads.
         input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+        out: where the result goes, like x and with dense rows of positions, but with any strides over B and
+            t; it may be x. By default a new, contiguous tensor.
 
     Returns:
-        `[B, t, HW, C]`, contiguous.
+        `[B, t, HW, C]`: `out`, or the new tensor.
 
     Raises:
         ValueError: if an argument has a wrong shape, type or device, or a size that the kernels do not have.
@@ -84,8 +86,13 @@ def window_block(
     _check(x, query_key, weights, resolution, window, shift, heads, input_precision)
     if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
         x = x.contiguous()
-    tensors = (tensor.contiguous() for tensor in (query_key, *weights.values()))
-    return OP.call(_window_block, x, *tensors, resolution, window, shift, heads, input_precision)
+    tensors = [tensor.contiguous() for tensor in (query_key, *weights.values())]
+    arguments = (x, *tensors, resolution, window, shift, heads, input_precision)
+    if out is None:
+        return OP.call(_window_block, *arguments)
+    check_destination("out", out, x)
+    OP.call(_window_block_into, *arguments, out=out)
+    return out
 
 
 @torch.library.custom_op("catseg_fast::window_block", mutates_args=())
@@ -115,13 +122,40 @@ def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _launch(x: Tensor, query_key: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+@torch.library.custom_op("catseg_fast::window_block_into", mutates_args=("out",))
+def _window_block_into(
+    out: Tensor,
+    x: Tensor,
+    query_key: Tensor,
+    qkv: Tensor,
+    proj: Tensor,
+    proj_bias: Tensor,
+    fc1: Tensor,
+    fc1_bias: Tensor,
+    fc2: Tensor,
+    fc2_bias: Tensor,
+    resolution: Sequence[int],
+    window: int,
+    shift: int,
+    heads: int,
+    input_precision: str,
+) -> None:
+    weights = (qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias)
+    OP.launch(x, query_key, *weights, resolution, window, shift, heads, input_precision, out=out)
+
+
+@_window_block_into.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def _launch(x: Tensor, query_key: Tensor, qkv: Tensor, *rest: Any, out: Tensor | None = None) -> Tensor:
     *weights, (height, width), window, shift, heads, input_precision = rest
     windows = Windows(height, width, window, shift)
-    buffer = projection.KERNEL(x, qkv, query_key, windows, input_precision=input_precision)
+    buffer = projection.KERNEL(x, qkv, query_key, input_precision=input_precision)
     attention.KERNEL(buffer, windows, heads, input_precision=input_precision)
-    out: Tensor = mlp.KERNEL(x, buffer, tuple(weights), windows, input_precision=input_precision)
-    return out
+    result: Tensor = mlp.KERNEL(x, buffer, tuple(weights), input_precision=input_precision, out=out)
+    return result
 
 
 def _check(
@@ -192,4 +226,5 @@ OP = Op(
         Sizes(2, 7, 14, 7, channels=144, heads=6, window=7, shift=3, hidden=80),
     ),
     mma={"qkv_kernel": "wgmma", "attention_kernel": "mma", "project_mlp_kernel": "wgmma"},
+    max_stack={"project_mlp_kernel": 64},  # with which three programs fit on a multiprocessor
 )

@@ -46,7 +46,7 @@ def ordered_block(
 
     Args:
         x: `[B, t, HW, C]`.
-        query_key: `[B or 1, HW or 1, 2C]`, in window order.
+        query_key: `[B or 1, HW or 1, 2C]`.
         weights: of `window_block`.
         order: `[HW]`: the position of each token in window order.
         inverse: `[HW]`: the way back.
@@ -56,6 +56,8 @@ def ordered_block(
     qkv_weight, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
     (B, t, HW, C), windows = x.shape, len(masks)
     qkv = F.linear(normalise(x).index_select(2, order), qkv_weight)  # B, t, HW, 3C
+    if query_key.shape[1] > 1:
+        query_key = query_key.index_select(1, order)
     qkv[..., : 2 * C] += query_key[:, None]
     qkv = qkv.view(B * t, windows, HW // windows, 3, heads, -1)
     if all(mask is None for mask in masks):

@@ -2,16 +2,20 @@
 
     q, k, v = norm(x) W^T + (g_q, g_k, 0)
 
-for x `[B, t, HW, C]` in image order, norm without affine part, and guidance g that is the same for every
-class. The result `[B, t, HW, 3C]` is in window order. Fused: cyclic shift and window partition (index
-arithmetic), norm and addition; norm(x) and `[x ; guidance]` `[B, t, HW, C + G]` are never written to memory.
-A program holds a tile of W and of g, and takes its tokens of one class after another.
+for x `[B, t, HW, C]`, norm without affine part, and guidance g that is the same for every class. The result
+is `[B, t, HW, 3C]`. Everything is in image order. Fused: norm and addition; norm(x) and `[x ; guidance]`
+`[B, t, HW, C + G]` are never written to memory. A program holds a tile of W and of g, and takes its tokens of
+one class after another.
+
+With `tma`, x is read and the result written through tensor descriptors made on the host, which need no
+allocation. GPUs before compute capability 9.0 have none; the same kernel then uses pointers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -20,86 +24,115 @@ from torch import Tensor
 from catseg_fast.kernels.launch import launcher
 from catseg_fast.kernels.launch.config import LaunchConfig, default_first, grid
 from catseg_fast.kernels.launch.configs import Problem
+from catseg_fast.kernels.launch.descriptors import describe, fits
 from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.layer_norm import normalise
-from catseg_fast.kernels.window_attention.windows import Windows, token_position
+from catseg_fast.kernels.products import add_after
 
 
 @triton.jit(do_not_specialize=["classes"])
 def qkv_kernel(
-    x_ptr,  # [B, t, HW, C], image order, strided over B and t
+    x,  # [B, t, HW, C], strided over B and t: a pointer, or with TMA a descriptor
     weight_ptr,  # [3C, C]
-    guidance_ptr,  # [B or 1, HW or 1, 2C], window order, strided over the first two
-    qkv_ptr,  # [B, t, HW, 3C], window order
+    guidance_ptr,  # [B or 1, HW or 1, 2C], strided over the first two
+    qkv,  # [B, t, HW, 3C], output: a pointer, or with TMA a descriptor of [B * t, HW, 3C]
     classes,  # t
     x_stride_b,
     x_stride_t,
     guidance_stride_b,
     guidance_stride_n,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
+    HW: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     CLASSES: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    dtype = qkv_ptr.dtype.element_ty
+    dtype = weight_ptr.dtype.element_ty
     groups = tl.cdiv(classes, CLASSES)
-    b = (tl.program_id(2) // groups).to(tl.int64)
-    first = (tl.program_id(2) % groups * CLASSES).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    b = tl.program_id(2) // groups
+    first = tl.program_id(2) % groups * CLASSES
+    first_row = tl.program_id(1) * ROWS
+    first_channel = tl.program_id(0) * CHANNELS
+    row = first_row + tl.arange(0, ROWS)
+    channel = first_channel + tl.arange(0, CHANNELS)
     c = tl.arange(0, BLOCK_C)
-    valid = (row < H * W)[:, None]
-    mask = valid & (channel < C)[None, :]
+    m_row = (row < HW)[:, None]
+    m = m_row & (channel < C)[None, :]
 
-    mask_weight = (c < C)[:, None] & (channel < C)[None, :]
-    weight_ptr += channel[None, :] * C + c[:, None]
-    weight_q = tl.load(weight_ptr, mask_weight, 0.0)
-    weight_k = tl.load(weight_ptr + C * C, mask_weight, 0.0)
-    weight_v = tl.load(weight_ptr + 2 * C * C, mask_weight, 0.0)
-    guidance_ptr += b * guidance_stride_b + row[:, None] * guidance_stride_n + channel[None, :]
-    guidance_q = tl.load(guidance_ptr, mask, 0.0)
-    guidance_k = tl.load(guidance_ptr + C, mask, 0.0)
+    m_weight = (c < C)[:, None] & (channel < C)[None, :]
+    p_weight = weight_ptr + channel[None, :] * C + c[:, None]
+    weight_q = tl.load(p_weight, m_weight, 0.0)
+    weight_k = tl.load(p_weight + C * C, m_weight, 0.0)
+    weight_v = tl.load(p_weight + 2 * C * C, m_weight, 0.0)
+    p_guidance = guidance_ptr + b.to(tl.int64) * guidance_stride_b
+    p_guidance += row[:, None] * guidance_stride_n + channel[None, :]
+    guidance_q = tl.load(p_guidance, m, 0.0)
+    guidance_k = tl.load(p_guidance + C, m, 0.0)
 
-    x_ptr += b * x_stride_b + token_position(row, H, W, WINDOW, SHIFT)[:, None] * C + c[None, :]
-    qkv_ptr += b * classes * (H * W * 3 * C) + row[:, None] * (3 * C) + channel[None, :]
-    for i in range(first, tl.minimum(first + CLASSES, classes)):
-        x = tl.load(x_ptr + i * x_stride_t, valid & (c < C)[None, :], 0.0).to(tl.float32)
-        x = normalise(x, C, BLOCK_C).to(dtype)
-        q = tl.dot(x, weight_q, input_precision=PRECISION) + guidance_q.to(tl.float32)
-        k = tl.dot(x, weight_k, input_precision=PRECISION) + guidance_k.to(tl.float32)
-        v = tl.dot(x, weight_v, input_precision=PRECISION)
-        p_qkv = qkv_ptr + i * (H * W * 3 * C)
-        tl.store(p_qkv, q.to(dtype), mask)
-        tl.store(p_qkv + C, k.to(dtype), mask)
-        tl.store(p_qkv + 2 * C, v.to(dtype), mask)
+    for step in range(tl.minimum(classes - first, CLASSES)):
+        i = first + step
+        if TMA:
+            tokens = x.load([b, i, first_row, 0]).reshape(ROWS, BLOCK_C)
+        else:
+            p_x = x + b.to(tl.int64) * x_stride_b + i.to(tl.int64) * x_stride_t
+            tokens = tl.load(p_x + row[:, None] * C + c[None, :], m_row & (c < C)[None, :], 0.0)
+        tokens = normalise(tokens.to(tl.float32), C, BLOCK_C).to(dtype)
+        sample = b * classes + i
+        q = tl.dot(tokens, weight_q, input_precision=PRECISION)
+        q = add_after(q, guidance_q.to(tl.float32), dtype)
+        _store(qkv, q.to(dtype), sample, first_row, first_channel, m, HW, 3 * C, TMA)
+        k = tl.dot(tokens, weight_k, input_precision=PRECISION)
+        k = add_after(k, guidance_k.to(tl.float32), dtype)
+        _store(qkv, k.to(dtype), sample, first_row, C + first_channel, m, HW, 3 * C, TMA)
+        v = tl.dot(tokens, weight_v, input_precision=PRECISION)
+        _store(qkv, v.to(dtype), sample, first_row, 2 * C + first_channel, m, HW, 3 * C, TMA)
+
+
+@triton.jit
+def _store(
+    out, x, sample, first_row, first_channel, m, HW: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
+):
+    """Write a tile of `[samples, HW, WIDTH]`."""
+    if TMA:
+        out.store([sample, first_row, first_channel], x.reshape(1, x.shape[0], x.shape[1]))
+    else:
+        row = first_row + tl.arange(0, x.shape[0])[:, None]
+        channel = first_channel + tl.arange(0, x.shape[1])[None, :]
+        tl.store(out + sample.to(tl.int64) * (HW * WIDTH) + row * WIDTH + channel, x, m)
 
 
 @dataclass(frozen=True)
 class QKVConfig(LaunchConfig):
-    """Launch config: tokens and classes per program, and its channels of each of q, k and v."""
+    """Launch config: tokens and classes per program, its channels of each of q, k and v, and how it reads.
 
+    `tma` is for compute capability 9.0 and newer. Sizes that no tensor descriptor takes use pointers anyway.
+    """
+
+    version: ClassVar[int] = 2
     rows: int
     channels: int
     classes: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    tma: bool = False
 
 
 @cache
 def default_config(capability: int, problem: Problem) -> QKVConfig:
     """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if problem.dtype == "fp32":
-        num_warps, num_stages = (8, 1) if problem.precision == "ieee" else (4, 2)
-        return QKVConfig(32, 16, 8, num_warps, num_stages)
+        ieee = problem.precision == "ieee"
+        rows, num_warps, num_stages = (16, 8, 1) if ieee else (32, 4, 2)
+        return QKVConfig(rows, 16, 8, num_warps, num_stages)
     if _is_narrow(capability, problem):
         return QKVConfig(32, 32, 8, num_warps=4, num_stages=2)
-    return QKVConfig(64, 128, 8, num_warps=8, num_stages=2)
+    if capability < 90:
+        return QKVConfig(64, 64, 8, num_warps=4, num_stages=2)
+    return QKVConfig(64, 64, 8, num_warps=4, num_stages=3, tma=True)
 
 
 def candidates(capability: int, problem: Problem) -> tuple[QKVConfig, ...]:
@@ -118,7 +151,9 @@ def candidates(capability: int, problem: Problem) -> tuple[QKVConfig, ...]:
         for rows, width, num_warps in tiles
         for tiled in grid(default, classes=(4, 8, 16), num_stages=(2, 3))
     ]
-    return default_first(default, others)
+    limited = grid(default, num_stages=(1, 2, 3), maxnreg=(128, 168))
+    pointers = [replace(config, tma=False) for config in grid(default, num_stages=(2, 3))]
+    return default_first(default, [*others, *limited, *pointers])
 
 
 def interpreter_config(problem: Problem) -> QKVConfig:
@@ -138,24 +173,28 @@ def problem(x: Tensor, *_: object, input_precision: str) -> Problem:
 
 
 def launch(
-    x: Tensor,
-    weight: Tensor,
-    query_key: Tensor,
-    windows: Windows,
-    *,
-    input_precision: str,
-    config: QKVConfig,
+    x: Tensor, weight: Tensor, query_key: Tensor, *, input_precision: str, config: QKVConfig
 ) -> Tensor:
-    """`[B, t, HW, 3C]` from `x [B, t, HW, C]`, `weight [3C, C]` and `query_key [B or 1, HW or 1, 2C]`."""
+    """`[B, t, HW, 3C]` from `x [B, t, HW, C]`, `weight [3C, C]` and `query_key [B or 1, HW or 1, 2C]`.
+
+    The positions of x lie one behind the other; B and t may be strided.
+    """
     B, t, HW, C = x.shape
     guidance = query_key.expand(B, HW, 2 * C)
     qkv = x.new_empty((B, t, HW, 3 * C))
-    grid = (triton.cdiv(C, config.channels), triton.cdiv(HW, config.rows), B * triton.cdiv(t, config.classes))
+    block_c = triton.next_power_of_2(C)
+    block_x, block_qkv = (1, 1, config.rows, block_c), (1, config.rows, config.channels)
+    tma = config.tma and C % config.channels == 0 and fits(x, block_x) and fits(qkv, block_qkv)
+    source, target = x, qkv
+    if tma:
+        source, target = describe(x, block_x), describe(qkv.view(B * t, HW, 3 * C), block_qkv)
     launcher.run(
-        qkv_kernel, grid,
-        x, weight, guidance, qkv, t, x.stride(0), x.stride(1), guidance.stride(0), guidance.stride(1),
-        **windows.constants(), C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=config.rows,
-        CHANNELS=config.channels, CLASSES=config.classes, PRECISION=input_precision, config=config,
+        qkv_kernel,
+        (triton.cdiv(C, config.channels), triton.cdiv(HW, config.rows), B * triton.cdiv(t, config.classes)),
+        source, weight, guidance, target, t,
+        *((0, 0) if tma else x.stride()[:2]), guidance.stride(0), guidance.stride(1),
+        HW=HW, C=C, BLOCK_C=block_c, ROWS=config.rows, CHANNELS=config.channels, CLASSES=config.classes,
+        TMA=tma, PRECISION=input_precision, config=config,
     )  # fmt: skip
     return qkv
 

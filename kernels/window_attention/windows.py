@@ -26,22 +26,25 @@ class Windows(NamedTuple):
 
 
 @triton.jit
-def token_position(i, H: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
-    """Position y * W + x in the image of token `i` in window order."""
-    w, j = i // (WINDOW * WINDOW), i % (WINDOW * WINDOW)
-    y = w // (W // WINDOW) * WINDOW + j // WINDOW + SHIFT
-    x = w % (W // WINDOW) * WINDOW + j % WINDOW + SHIFT
+def window_position(
+    j, down, across, H: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr
+):
+    """Position y * W + x in the image of token `j` of the window in row `down` and column `across`."""
+    y = down * WINDOW + j // WINDOW + SHIFT
+    x = across * WINDOW + j % WINDOW + SHIFT
     y = tl.where(y >= H, y - H, y)
     x = tl.where(x >= W, x - W, x)
     return y * W + x
 
 
 @triton.jit
-def token_region(j, last_row, last_column, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+def window_region(
+    j, down, across, H: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr
+):
     """Which of four regions token `j` of a window belongs to; tokens of two regions are not neighbours.
 
     Only the last windows of a row or column hold patches from opposite borders.
     """
-    below = last_row & (j // WINDOW >= WINDOW - SHIFT)
-    right = last_column & (j % WINDOW >= WINDOW - SHIFT)
+    below = (down == H // WINDOW - 1) & (j // WINDOW >= WINDOW - SHIFT)
+    right = (across == W // WINDOW - 1) & (j % WINDOW >= WINDOW - SHIFT)
     return below.to(tl.int32) * 2 + right.to(tl.int32)

@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -31,6 +31,7 @@ import triton
 
 from catseg_fast.kernels import OPS, load
 from catseg_fast.kernels.launch.capability import CAPABILITIES
+from catseg_fast.kernels.launch.compiling import compile_launch
 from catseg_fast.kernels.launch.launcher import Launch
 
 ROOT = Path(__file__).parents[2]
@@ -159,11 +160,12 @@ def _is_split(launch: Launch) -> bool:
     return launch.constants.get("PRECISION") != "ieee"
 
 
-def resources_of(op: str, capability: int) -> dict[str, Resources | str]:
-    """Compile an op for a chip in another process: resources by name, or the error where one fails."""
+def resources_of(ops: Iterable[str], capabilities: Iterable[int]) -> dict[str, Resources | str]:
+    """Compile ops for chips in another process: resources by name, or the error where one fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, __file__, op, "--capabilities", str(capability), "--json"]
+    chosen = [*ops, "--capabilities", *map(str, capabilities)]
+    command = [sys.executable, __file__, *chosen, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -214,31 +216,6 @@ def gpu(capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
 
     return GPUTarget("cuda", capability, 32)
-
-
-def compile_launch(
-    kernel: Any,
-    arguments: Mapping[str, Any],
-    constants: Mapping[str, Any],
-    options: Mapping[str, Any],
-    target: Any,
-) -> Any:
-    """`kernel[grid](*arguments, **constants, **options)` up to the compiled kernel, for a GPU.
-
-    Triton itself says how a launch is specialised: what is a constant, and which integers and pointers are
-    multiples of 16.
-    """
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    given = {**constants, **options}
-    bound, specialization, _ = bind(*arguments.values(), **given)
-    given["debug"] = False
-    parsed, signature, constexprs, attrs = kernel._pack_args(backend, given, bound, specialization, given)
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    return triton.compile(source, target=target, options=parsed.__dict__)
 
 
 def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:

@@ -1,0 +1,205 @@
+"""Compilation without a launch: of what a call will launch, side by side; or for a GPU that is not there.
+
+Compiled kernels are in Triton's cache folder then, and those of `compile_jobs` also in this process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from catseg_fast.kernels.launch.launcher import Launch
+
+MOST_THREADS = 16  # each compiles a kernel, in some hundred megabytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to compile for certain arguments; hashable, and can be sent to another process.
+
+    Attributes:
+        module, name: of the `@triton.jit` function.
+        arguments: in order, as far as they matter.
+        options: `tl.constexpr` arguments and Triton's options, by name.
+    """
+
+    module: str
+    name: str
+    arguments: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, launch: Launch) -> Job:
+        """The job that compiles a launch; it keeps none of its tensors."""
+        options = (*launch.constants.items(), *launch.options.items())
+        function = launch.kernel.fn
+        told = tuple(map(_told, launch.arguments.values()))
+        return cls(function.__module__, function.__name__, told, options)
+
+    @property
+    def kernel(self) -> Any:
+        """The `@triton.jit` function."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+    def compile(self) -> str | None:
+        """Compile the kernel for the current GPU; return why it does not compile, or None."""
+        try:
+            arguments = (x.make() if isinstance(x, _Descriptor) else x for x in self.arguments)
+            self.kernel.warmup(*arguments, grid=(1,), **dict(self.options))
+        except Exception as error:  # whatever the compiler says is the result
+            cause = error.__cause__ or error
+            return f"{type(cause).__name__}: {str(cause).strip()[-300:]}"
+        return None
+
+
+@dataclass(frozen=True)
+class _Unaligned:
+    """A pointer that is no multiple of 16, for Triton."""
+
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return 1
+
+    def ptr_range(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class _Descriptor:
+    """A tensor descriptor without its tensor, which is told by its type."""
+
+    kind: type
+    values: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, descriptor: Any) -> _Descriptor:
+        """The description of a descriptor, which is a dataclass."""
+        values = {field.name: getattr(descriptor, field.name) for field in fields(descriptor)}
+        told = {name: x.dtype if isinstance(x, Tensor) else _frozen(x) for name, x in values.items()}
+        return cls(type(descriptor), tuple(told.items()))
+
+    def make(self) -> Any:
+        """A descriptor of the same kind, of a tensor on the meta device."""
+        values: dict[str, Any] = {name: list(x) if isinstance(x, tuple) else x for name, x in self.values}
+        base = torch.empty_strided(values["shape"], values["strides"], dtype=values["base"], device="meta")
+        return self.kind(**{**values, "base": base})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _told(value: Any) -> Any:
+    """What Triton makes different kernels of: a tensor's type and alignment, and the kind of a number."""
+    if isinstance(value, Tensor):
+        return value.dtype if value.data_ptr() % 16 == 0 else _Unaligned(value.dtype)
+    if hasattr(value, "block_shape"):
+        return _Descriptor.of(value)
+    if type(value) is not int or value == 1:
+        return value
+    return (2**32 if value >= 2**31 else 0) + (16 if value % 16 == 0 else 7)
+
+
+def compile_jobs(
+    jobs: Sequence[Job],
+    device: torch.device,
+    threads: int | None = None,
+    advance: Callable[[int, int], object] = lambda done, total: None,
+) -> dict[Job, str]:
+    """Compile kernels for a GPU side by side.
+
+    Threads suffice: Triton's compiler is not Python for nine tenths of its time.
+
+    Args:
+        jobs: the kernels; those that this process has compiled before cost nothing.
+        device: the GPU.
+        threads: how many compile at a time; by default as many as this process has cores.
+        advance: called with the number of kernels done and the number of all.
+
+    Returns:
+        Of the kernels that do not compile, why.
+    """
+    different = list(dict.fromkeys(jobs))
+    threads = threads or min(MOST_THREADS, len(os.sched_getaffinity(0)))
+
+    def work(job: Job) -> str | None:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return job.compile()
+
+    failed = {}
+    with ThreadPoolExecutor(threads) as pool:
+        running = {pool.submit(work, job): job for job in different}
+        for done, future in enumerate(as_completed(running), 1):
+            if (reason := future.result()) is not None:
+                failed[running[future]] = reason
+            advance(done, len(different))
+    return failed
+
+
+def ptxas(capability: int) -> str:
+    """Return the version of the assembler that Triton uses for a compute capability (as 90).
+
+    Behind it comes the path, if it is not Triton's own.
+    """
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        tool = get_ptxas(capability)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"not found ({error})"
+    own = Path(tool.path).resolve().is_relative_to(Path(triton.__file__).resolve().parent)
+    return tool.version if own else f"{tool.version} ({tool.path})"
+
+
+def source_of(
+    kernel: Any,
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+    target: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """What `kernel[grid](*arguments, **constants, **options)` compiles, and the options of the compiler.
+
+    Triton itself says how a launch is specialised: what is a constant, and which integers and pointers are
+    multiples of 16.
+
+    Args:
+        kernel: the `@triton.jit` function, not in the interpreter.
+        arguments: its runtime arguments by name, in order; tensors may be on the meta device.
+        constants: its `tl.constexpr` arguments by name.
+        options: Triton's options by name.
+        target: the GPU, `triton.backends.compiler.GPUTarget`.
+    """
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    given = {**constants, **options}
+    bound, specialization, _ = bind(*arguments.values(), **given)
+    given["debug"] = False
+    parsed, signature, constexprs, attrs = kernel._pack_args(backend, given, bound, specialization, given)
+    return ASTSource(kernel, signature, constexprs, attrs), dict(parsed.__dict__)
+
+
+def compile_launch(
+    kernel: Any,
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+    target: Any,
+) -> Any:
+    """The compiled kernel of a launch; arguments as of `source_of`. It is kept in Triton's cache folder."""
+    source, parsed = source_of(kernel, arguments, constants, options, target)
+    return triton.compile(source, target=target, options=parsed)

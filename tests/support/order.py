@@ -1,0 +1,85 @@
+"""Products in a kernel's code whose sums start at something else than zero.
+
+Triton compiles `tl.dot(a, b) + c` to a sum that starts at `c`. In fp32 each of its steps is then rounded like
+a number of c's size, where adding `c` at the end rounds once. This file runs as a program of its own, without
+TRITON_INTERPRET, as `support/aot.py` does; it prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from catseg_fast.kernels import OPS
+from catseg_fast.kernels.launch.compiling import source_of
+from support import aot
+
+
+def products_that_start_elsewhere(ttir: str) -> list[str]:
+    """The `tt.dot` operations that do not start at zero or where another product ends, in a loop or before.
+
+    An attention mask may come first: 0 is exact, and scores that are masked do not count.
+    """
+    defined = dict(re.findall(r"^\s*(%[\w#]+)(?::\d+)? = (.*)$", ttir, flags=re.M))
+    found = []
+    for line in re.findall(r"^.* = tt\.dot .*$", ttir, flags=re.M):
+        accumulator = re.search(r"tt\.dot %[\w#]+, %[\w#]+, (%[\w#]+)", line)
+        assert accumulator is not None, line
+        origin = defined.get(accumulator[1])  # None: an argument of a loop's body
+        if origin is not None and not re.match(
+            r"arith\.(constant dense<0\.0|select )|tt\.dot |scf\.for ", origin
+        ):
+            found.append(f"{line.strip()}; {accumulator[1]} = {origin}")
+    return found
+
+
+def orders() -> dict[str, dict[str, list[str]]]:
+    """By op and kernel in fp32, what `products_that_start_elsewhere` finds; computed in another process."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{__file__} failed:\n{done.stderr[-4000:]}")
+    found: dict[str, dict[str, list[str]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _ttir(target: aot.Target) -> str:
+    """A target's code behind the first passes of Triton's compiler, which fold sums into products."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    launch, gpu = target.launch, aot.gpu(target.capability)
+    source, parsed = source_of(launch.kernel, launch.arguments, launch.constants, launch.options, gpu)
+    backend = make_backend(gpu)
+    options = backend.parse_options({**parsed, **source.parse_options()})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    implementations = backend.get_codegen_implementation(options)
+    module = source.make_ir(gpu, options, implementations, backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](module, {}))
+
+
+def main() -> None:
+    """The program."""
+    found = {}
+    for op in OPS:
+        targets = [target for target in aot.targets(op, 90) if " fp32 ieee" in target.name]
+        found[op] = {target.name: products_that_start_elsewhere(_ttir(target)) for target in targets}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
