@@ -32,7 +32,7 @@ SHORT = {
     "segment": ["--device", "cpu", "--whole"],
     "scenes": ["--count", "2"],
     "train": ["--steps", "1", "--batch-size", "1"],
-    "eval": ["--limit", "1"],
+    "eval": ["--limit", "1", "--whole"],
 }
 READ_ALONE = ("app", "tune", "export")
 NOT_HERE = {
