@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights: str | None, variant: str | None, names: list[str], seed: int, **options: object
     ) -> CATSeg:
         assert (weights, variant) == ("tiny.pth", None)
-        assert options == {"device": "cpu", "dtype": "float32", "cache": True}
+        assert options == {"device": "cpu", "dtype": "float32", "text_cache": True}
         return tiny(names)
 
     folder = tmp_path_factory.mktemp("export")
