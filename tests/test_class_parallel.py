@@ -243,7 +243,7 @@ def test_one_process_of_a_group_answers_as_one(expected: dict[str, Segmentation]
 
 
 def assert_lost(message: str, rank: int, ranks: int) -> None:
-    assert message.startswith(f"class parallel: rank {rank} of {ranks} waited in vain for the others")
+    assert message.startswith(f"class parallel: rank {rank} of {ranks} timed out waiting for the others")
 
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(processes: list[Any], folder: Path) -> None:
@@ -347,7 +347,7 @@ def test_what_a_split_model_refuses() -> None:
         model([{"image": IMAGE}])
     with pytest.raises(RuntimeError, match="cannot be trained"):
         model.set_classes(NAMES, training=True)
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="is listed twice"):
         model.set_classes(["sky", "sky"])
     assert model.classes == NAMES
     with pytest.raises(RuntimeError, match="no rank has all logits"):

@@ -46,7 +46,7 @@ LOOP = """
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[str, aot.Resources | str]:
-    """Resources by name, of the selected tests' ops and capabilities; one process compiles all."""
+    """Resources by name, of the ops and capabilities of the selected tests."""
     ops, capabilities = set[str](), set[int]()
     for item in request.session.items:
         if item.path == request.path and (call := getattr(item, "callspec", None)):

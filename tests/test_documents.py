@@ -32,7 +32,7 @@ SHORT = {
     "segment": ["--device", "cpu", "--whole"],
     "scenes": ["--count", "2"],
     "train": ["--steps", "1", "--batch-size", "1"],
-    "eval": ["--limit", "1"],
+    "eval": ["--limit", "1", "--whole"],
 }
 READ_ALONE = ("app", "tune", "export")
 NOT_HERE = {
@@ -176,7 +176,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     for name in (
         "catseg_fast.CATSeg.segment",
-        "catseg_fast.engine.engine.Engine",
+        "catseg_fast.engine.Engine",
         "catseg_fast.ray.segment_dataset",
     ):
         assert f'id="{name}"' in api

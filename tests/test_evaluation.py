@@ -301,7 +301,7 @@ def test_two_processes_equal_one(data: FolderDataset, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = start(torchrun, data, tmp_path / "out", 0)
     assert process.wait() == 0
-    files = sorted((tmp_path / "out").iterdir())
+    files = sorted((tmp_path / "out").glob("[!.]*"))
     assert [(file.name, len(file.read_text().splitlines()) - 1) for file in files] == [
         ("run.0.jsonl", 4),
         ("run.1.jsonl", 3),

@@ -105,7 +105,7 @@ def evaluate(
     ] = True,
     all_classes: Annotated[
         bool,
-        typer.Option("--all-classes", help="Aggregate every class; upstream's v2 drops all but 256 a crop."),
+        typer.Option("--all-classes", help="Aggregate every class; upstream's v2 keeps 256 per crop."),
     ] = False,
     activations: Annotated[
         bool,

@@ -131,7 +131,7 @@ class Engine:
 
     @property
     def chunk(self) -> int | None:
-        """Classes a step; None lets the planner choose."""
+        """Classes per step; None lets the planner choose."""
         return self._chunk
 
     @chunk.setter
@@ -270,10 +270,10 @@ class Engine:
             img_feats: `[B, F, H, W]`.
             vocabulary: from `vocabulary`, for the same weights.
             appearance_guidance: upstream's three guidance maps.
-            max_classes: aggregate at most so many classes a crop; None for all.
+            max_classes: aggregate at most so many classes per crop; None for all.
             begin: returns what is called with a slice of classes and their logits `[B, t, 4H, 4W]`. That must
-                change nothing before it can no longer fail for want of memory: it may then be called again.
-                If all is computed again, `begin` is called again first.
+                change nothing before it can no longer fail because memory runs out: it may then be called
+                again. If all is computed again, `begin` is called again first.
             plan: the folded weights, if the caller has them.
             schedule: from `schedule_of`; by default one for a caller who holds nothing besides.
 
@@ -385,7 +385,7 @@ class Engine:
         """What runs the stages where no gradients are wanted; with an image, it is checked first."""
         if constant_backend(self.backend, self.aggregator.conv1.weight.device) != "triton":
             return torch_stages
-        from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux alone
+        from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux only
 
         kept = self._triton.get(plan.embed.dtype)
         if kept is None or kept.plan is not plan or kept.input_precision != self.input_precision:
@@ -405,7 +405,7 @@ class Engine:
         schedule: Schedule,
         flag: Tensor | None,
     ) -> list[Stream]:
-        """What aggregates `count` classes a crop: one stream; but one a crop where the best ones of a share
+        """What aggregates `count` classes per crop: one stream; but one a crop where the best ones of a share
         are to be found, as ranks hold different numbers of these.
         """
         stages, share = self.stages(plan, image), self.share

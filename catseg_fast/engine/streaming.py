@@ -106,7 +106,7 @@ class Stream:
         self.state = self._new_state()
 
     def run(self, consume: Consumer) -> None:
-        """Fill one class memory a layer, then decode."""
+        """Fill one class memory per layer, then decode."""
         run_streams([self], consume)
 
     def aggregate(self) -> None:
@@ -182,7 +182,7 @@ class Stream:
                     raise
                 if self.chunk == self.schedule.chunk:
                     warnings.warn(
-                        f"out of memory with {stop - start} classes a step: going on with fewer",
+                        f"out of memory with {stop - start} classes per step: going on with fewer",
                         RuntimeWarning,
                         stacklevel=2,
                     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from catseg_fast._version import __version__
 from catseg_fast.engine.schedule import usual_chunk
-from catseg_fast.files import replacing
+from catseg_fast.files import locked, replacing
 from catseg_fast.kernels import load
 from catseg_fast.kernels.launch import configs as tuning
 from catseg_fast.kernels.launch.capability import capability_of
@@ -253,13 +253,16 @@ def median_milliseconds(call: Callable[[], object]) -> float:
 
 
 def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
-    """Add an entry to a file, in place of one for the same launch; the file is whole at every moment."""
+    """Add an entry to a file, in place of one for the same launch; several processes may do so at a time.
+
+    The file is whole at every moment.
+    """
     launch = ("kernel", "dtype", "precision", "shape")  # whatever the version: the old one is of no use
-    others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = ",\n".join(json.dumps(item) for item in [*others, entry])
-    with replacing(path) as temporary:
-        temporary.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    with locked(path):
+        others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
+        text = ",\n".join(json.dumps(item) for item in [*others, entry])
+        with replacing(path) as temporary:
+            temporary.write_text(f"[\n{text}\n]\n", encoding="utf-8")
     tuning.clear()
 
 

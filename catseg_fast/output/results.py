@@ -6,12 +6,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from catseg_fast.files import temporary_folder
 from catseg_fast.identity import content_digest, place_digest, place_of, png_mark
 from catseg_fast.output.overlay import class_shares, label_png, overlay
 from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, owner_of
@@ -99,8 +99,7 @@ def save_segmentation(
     folder.mkdir(parents=True, exist_ok=True)
     mark = png_mark("" if picture is None else place_digest(picture))
     names = [stem + suffix for suffix in PNG_SUFFIXES]
-    with TemporaryDirectory(dir=folder, prefix=".catseg-fast-") as temporary:
-        scratch = Path(temporary)
+    with temporary_folder(folder) as scratch:
         painted = overlay(image, segmentation.labels, segmentation.classes, alpha)
         for name, png in zip(names, (painted, label_png(segmentation.labels)), strict=True):
             png.save(scratch / name, pnginfo=mark)

@@ -186,7 +186,10 @@ def default_config(capability: int, problem: Problem) -> PatchesConfig:
     """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     block_in, block_out = _blocks(problem)
     if problem.dtype == "fp32":
-        return PatchesConfig(64, min(block_out, 64), min(block_in, 32), num_warps=4, num_stages=2)
+        # Without tensor cores a second stage spills; on capability 100, so do four warps.
+        exact = problem.precision == "ieee"
+        num_warps, num_stages = 8 if exact and capability >= 100 else 4, 1 if exact else 2
+        return PatchesConfig(64, min(block_out, 64), min(block_in, 32), num_warps, num_stages)
     maxnreg = 168 if problem.dtype == "fp16" else None  # three programs fit on a multiprocessor
     if problem.size("group") > 1:
         depth = min(256 if capability >= 90 else 128, 8 * block_in)

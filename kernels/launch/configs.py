@@ -150,19 +150,47 @@ def config_path(folder: Path, gpu: str, op: str) -> Path:
 
 
 def read(path: Path, gpu: str) -> list[dict[str, Any]]:
-    """Entries of a file for a GPU; none, and a warning, where it is not such a file or cannot be read.
+    """Entries of a file for a GPU, with a warning about what is damaged or of another GPU, which is left out.
 
     A missing file has no entries, and no warning.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        _check(entries, gpu)
+        entries = _parse(path.read_bytes())
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError) as error:
         _warn(path, error)
         return []
+    faults = [_fault(entry, gpu) for entry in entries]
+    if found := [f"entry {number} {fault}" for number, fault in enumerate(faults) if fault]:
+        _warn(path, ValueError(f"{len(found)} of {len(entries)} entries: {found[0]}"))
+    return [entry for entry, fault in zip(entries, faults, strict=True) if not fault]
+
+
+def _parse(content: bytes) -> list[Any]:
+    """The entries in a file; where it is damaged each line is read by itself, and None if it cannot be.
+
+    Raises:
+        ValueError, RecursionError: if this is no list, or no line can be read.
+    """
+    try:
+        entries = json.loads(content.decode("utf-8"))
+    except ValueError:
+        lines = (line.strip().removesuffix(b",") for line in content.splitlines())
+        entries = [_parse_line(line) for line in lines if line not in (b"", b"[", b"]")]
+        if not any(isinstance(entry, dict) for entry in entries):
+            raise
+    if not isinstance(entries, list):
+        raise ValueError("it is no list of entries")
     return entries
+
+
+def _parse_line(line: bytes) -> Any:
+    """The value in a line; None if it is damaged."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def clear() -> None:
@@ -247,25 +275,21 @@ def _serves(entry: dict[str, Any], problem: Problem) -> bool:
     return (entry["kernel"], entry["dtype"], entry["precision"], sizes, entry.get("version", 1)) == wanted
 
 
-def _check(entries: Any, gpu: str) -> None:
-    """Raise ValueError if a file's content is no list of entries for a GPU."""
-    if not isinstance(entries, list):
-        raise ValueError("it is no list of entries")
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise ValueError(f"entry {number} is no object")
-        lacking = {"kernel", "dtype", "precision", "shape", "config", "gpu"} - entry.keys()
-        if lacking:
-            raise ValueError(f"entry {number} lacks {', '.join(sorted(lacking))}")
-        if not isinstance(entry["shape"], dict) or not isinstance(entry["config"], dict):
-            raise ValueError(f"entry {number} has a shape or config that is no object")
-        crop_classes = entry["shape"].get(FREE_SIZE)
-        if not isinstance(crop_classes, int) or crop_classes < 1:
-            raise ValueError(
-                f"entry {number} has a {FREE_SIZE} that is no positive integer: {crop_classes!r}"
-            )
-        if _slug(str(entry["gpu"])) != _slug(gpu):
-            raise ValueError(f"entry {number} is of another GPU, {entry['gpu']!r}, not of {gpu!r}")
+def _fault(entry: Any, gpu: str) -> str | None:
+    """Say what makes something no entry for a GPU; None if it is one."""
+    if not isinstance(entry, dict):
+        return "is no object"
+    lacking = {"kernel", "dtype", "precision", "shape", "config", "gpu"} - entry.keys()
+    if lacking:
+        return f"lacks {', '.join(sorted(lacking))}"
+    if not isinstance(entry["shape"], dict) or not isinstance(entry["config"], dict):
+        return "has a shape or config that is no object"
+    crop_classes = entry["shape"].get(FREE_SIZE)
+    if not isinstance(crop_classes, int) or crop_classes < 1:
+        return f"has a {FREE_SIZE} that is no positive integer: {crop_classes!r}"
+    if _slug(str(entry["gpu"])) != _slug(gpu):
+        return f"is of another GPU, {entry['gpu']!r}, not of {gpu!r}"
+    return None
 
 
 def _slug(name: str) -> str:

@@ -223,12 +223,12 @@ def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if match is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
-    registers, stack = int(match[1]), int(match[2])
-    spills, spills_in_loops = count_spills(code)
+        match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if match is None:
+            raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
+        registers, stack = int(match[1]), int(match[2])
+        # Registers are spilled to the stack; the disassembler takes as long as ptxas.
+        spills, spills_in_loops = count_spills(_run("nvdisasm", "-c", file.name)) if stack else (0, 0)
     shared = compiled.metadata.shared
     by_warp = -(-registers * 32 // 256) * 256  # registers come in units of 256 a warp
     programs = min(
