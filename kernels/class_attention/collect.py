@@ -164,8 +164,8 @@ def candidates(capability: int, problem: Problem) -> tuple[CollectConfig, ...]:
         for channels, num_warps in tiles
         for tiled in grid(default, classes=(16, 32, 64), num_stages=(2, 3))
     ]
-    limited = grid(default, num_stages=(1, 2, 3, 4), maxnreg=(None, 128, 168))
-    return default_first(default, [*others, *limited])
+    limited = grid(default, num_stages=(2, 3), maxnreg=(128, 168))
+    return default_first(default, [*others, *grid(default, num_stages=(1, 4)), *limited])
 
 
 def interpreter_config(problem: Problem) -> CollectConfig:

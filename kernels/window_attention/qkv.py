@@ -149,7 +149,7 @@ def candidates(capability: int, problem: Problem) -> tuple[QKVConfig, ...]:
     others = [
         replace(tiled, rows=rows, channels=width, num_warps=num_warps)
         for rows, width, num_warps in tiles
-        for tiled in grid(default, classes=(4, 8, 16), num_stages=(2, 3))
+        for tiled in grid(default, classes=(4, 8), num_stages=(2, 3))
     ]
     limited = grid(default, num_stages=(1, 2, 3), maxnreg=(128, 168))
     pointers = [replace(config, tma=False) for config in grid(default, num_stages=(2, 3))]
