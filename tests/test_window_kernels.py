@@ -30,7 +30,8 @@ def make(sizes: Sizes, dtype: torch.dtype = torch.float16, seed: int = 0) -> dic
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 33, 64, 65, 97])
 def test_any_number_of_classes(classes: int, shift: int, dtype: torch.dtype) -> None:
-    inputs = make(Sizes(1, classes, 2, 4, channels=16, heads=1, window=2, shift=shift, hidden=32), dtype)
+    crops = max(1, 48 // classes)  # of few values the largest error is a matter of chance, of torch's, too
+    inputs = make(Sizes(crops, classes, 2, 4, channels=16, heads=1, window=2, shift=shift, hidden=32), dtype)
     truth = plain.window_block(**{name: upcast(value) for name, value in inputs.items()})
     assert_no_worse_than_eager(op.window_block(**inputs), plain.window_block(**inputs), truth)
 
