@@ -37,8 +37,10 @@ def describe_environment() -> dict[str, str]:
         if why_no_triton(device := torch.device("cuda", index)) is None:
             from catseg_fast.kernels import TUNABLE_OPS
             from catseg_fast.kernels.launch import configs  # triton exists only for Linux
+            from catseg_fast.kernels.launch.compiling import ptxas
 
             report[f"GPU {index}, launch configs"] = configs.describe(TUNABLE_OPS, device, torch.float16)
+            report[f"GPU {index}, ptxas"] = ptxas(10 * gpu.major + gpu.minor)
     if not count:
         report["GPU"] = "none"
     report["CPU"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"

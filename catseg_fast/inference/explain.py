@@ -36,8 +36,10 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
         if backend == "triton" and model.device.type == "cuda":
             from catseg_fast.kernels import TUNABLE_OPS
             from catseg_fast.kernels.launch import configs  # triton exists only for Linux
+            from catseg_fast.kernels.launch.compiling import describe_compiler
 
             lines["configs"] = configs.describe(TUNABLE_OPS, model.device, plan.embed.dtype)
+            lines["compiler"] = describe_compiler(model.device)
         kept_bytes = model.engine.recordings.kept
         lines["graphs"] = (
             f"{model.engine.graphs}; {model.engine.recordings.replays} calls replayed, "
