@@ -16,6 +16,7 @@ from test_triton_backend import make_engine, make_inputs_of
 from torch import Tensor
 
 from catseg_fast.engine import first_call, self_check
+from catseg_fast.engine.terms import image_terms
 from catseg_fast.engine.triton_stages import TritonStages
 from catseg_fast.files import user_cache
 from catseg_fast.kernels.launch.compiling import Job, compile_jobs, ptxas
@@ -28,8 +29,10 @@ ROOT = Path(__file__).parents[1]
 @torch.no_grad()
 def test_lists_what_a_call_launches(policy: str) -> None:
     engine = make_engine()
-    inputs = make_inputs_of(engine.aggregator, 3)
-    engine.policy, engine.chunk = policy, 2
+    image, text, guidance = make_inputs_of(engine.aggregator, 2)
+    few = [x[..., : x.shape[-2] // 4, : x.shape[-1] // 4] for x in (image, *guidance)]
+    inputs = (few[0], text, few[1:])
+    engine.policy, engine.chunk = policy, 1
     with record(execute=False, note=Job.of) as listed:
         assert listing()
         engine.logits(*inputs, None)
@@ -81,8 +84,8 @@ def test_checks_once_for_all_processes(ready: dict[str, Any]) -> None:
 def test_checks_again_what_is_new(ready: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plan, image = make_terms(prompt_channel=1)
     first_call.get_ready(TritonStages(plan), image, True, None)
-    wider, _ = make_terms(prompt_channel=1, decoder_dims=(48, 16))
-    first_call.get_ready(TritonStages(wider), image, True, None)
+    wider, other = make_terms(prompt_channel=1, decoder_dims=(64, 16))
+    first_call.get_ready(TritonStages(wider), other, True, None)
     first_call.get_ready(TritonStages(plan, "tf32x3"), image, True, None)
     monkeypatch.setattr(first_call, "_versions", lambda _: {"compiler": "triton 9.9, ptxas 99.9"})
     first_call.get_ready(TritonStages(plan), image, True, None)
@@ -123,6 +126,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(ready: dict[str, Any]) -
     assert ready["checks"] == 1
 
 
+@torch.no_grad()
 def test_the_kernels_of_a_check_are_those_of_calls() -> None:
     """Besides them, two chunks of classes are collected, as in a call whose state does not fit."""
     engine = make_engine()
@@ -130,7 +134,8 @@ def test_the_kernels_of_a_check_are_those_of_calls() -> None:
     engine.chunk = 97
     with record(execute=False, note=Job.of) as called:
         engine.logits(*inputs, None)
-    plan, image = engine.plan(), make_terms()[1]
+    plan = engine.plan()
+    image = image_terms(engine.aggregator, plan, inputs[0], inputs[2])
     candidate = TritonStages(self_check.random_plan(plan))
     with record(execute=False, note=Job.of) as checked:
         self_check.run_stream(candidate, candidate.plan, image, True)
@@ -212,16 +217,18 @@ def test_nothing_is_compiled_after_a_warm_up(tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_does_not_compile_stops_no_other() -> None:
-    """In the interpreter no kernel compiles."""
     plan, image = make_terms(prompt_channel=1)
     candidate = TritonStages(plan)
     with record(execute=False, note=Job.of) as jobs:
         self_check.run_stream(candidate, plan, image, True)
+    broken = Job(jobs[0].module, "no_kernel", (), ())
     seen: list[tuple[int, int]] = []
-    failed = compile_jobs(jobs, torch.device("cpu"), advance=lambda *now: seen.append(now))
-    assert set(failed) == set(jobs)
-    assert seen[-1] == (len(set(jobs)), len(set(jobs)))
-    assert len(seen) == len(set(jobs))
+    device = torch.device("cpu")
+    failed = compile_jobs([broken, *jobs], device, advance=lambda *now: seen.append(now))
+    assert list(failed) == [broken]
+    assert "no_kernel" in failed[broken]
+    count = len(set(jobs)) + 1
+    assert seen == [(done, count) for done in range(1, count + 1)]
 
 
 def test_names_the_assembler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

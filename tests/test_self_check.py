@@ -54,8 +54,7 @@ class Planted:
 
     def window_block(self, block: Any, guidance: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
         result = torch_stages.window_block(block, guidance, x)
-        later = out is not None and bool(out.storage_offset() > 0)
-        result = self._spoil("window_block", result, later)
+        result = self._spoil("window_block", result, x.shape[1] < CHUNK)
         return result if out is None else out.copy_(result)
 
     def class_collect(
@@ -108,8 +107,9 @@ def test_torch_itself_passes(at_once: bool) -> None:
     assert candidate.runs > 20
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "at_once"), [*((stage, True) for stage in STAGES), ("class_collect", False)]
+)
 def test_finds_what_is_wrong_only_from_the_second_chunk_on(stage: str, at_once: bool) -> None:
     plan, image = make_terms()
     candidate = Planted(random_plan(plan), stage, later_chunks, at_once)
@@ -177,14 +177,13 @@ def test_a_random_plan_hides_no_weight() -> None:
     assert drawn.layers[0].blocks[1].shift == plan.layers[0].blocks[1].shift
 
 
-def test_the_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_pass_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, which takes too long for more classes."""
-    monkeypatch.setattr(self_check, "CHUNK", 9)
-    monkeypatch.setattr(self_check, "CLASSES", 12)
-    plan, image = make_terms(prompt_channel=1, pooling_size=(3, 3))
-    candidate = TritonStages(random_plan(plan))
-    assert wrong_stages(candidate, image, direct=True) == {}
-    assert candidate.fallbacks == {}
+    monkeypatch.setattr(self_check, "CHUNK", 2)
+    monkeypatch.setattr(self_check, "CLASSES", 3)
+    plan, image = make_terms(1, prompt_channel=1, pooling_size=(6, 6))
     decode = decoder.decode
     monkeypatch.setattr(decoder, "decode", lambda *arguments: decode(*arguments) + 1e-2)
+    candidate = TritonStages(random_plan(plan))
     assert list(wrong_stages(candidate, image, direct=True)) == ["decode"]
+    assert candidate.fallbacks == {}

@@ -195,6 +195,8 @@ class _Checker:
             result: Tensor = stages.class_apply(layer, x, query, memory, resolution)
             return result
 
+        if not isinstance(memory, LinearMemory):
+            return torch_stages.class_apply(layer, x, query, memory, resolution)
         return self._by_class("class_attention", run, (x, query), layer, memory)
 
     def decode(self, plan: Plan, guidance: Guidance, x: Tensor, resolution: Resolution) -> Tensor:
