@@ -13,7 +13,7 @@ from catseg_fast.text.prompts import PROMPT_ENSEMBLES
 BENCHED_VARIANTS = ("v1-vitl-swinb", "v2-vitl", "v2-vitb")
 CLASSES = (20, 150, 256, 459, 847, 1203, 4096)
 CROPS = 5  # 4 windows and the whole picture
-SELECTED = 256  # upstream's v2 aggregates so many classes a crop
+SELECTED = 256  # upstream's v2 aggregates so many classes per crop
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 

@@ -122,7 +122,7 @@ def fake_gpu(compiles: bool = False) -> Iterator[Orders]:
         (backend, "why_no_triton", lambda _: None),
         (schedule, "free_bytes", lambda _: MEMORY),
         (schedule, "CROP_CLASSES", {"meta": schedule.CROP_CLASSES["cuda"]}),
-        (Tensor, "__bool__", lambda _: True),  # the one value that a call looks at says that all is finite
+        (Tensor, "__bool__", lambda x: x.dtype == torch.bool),  # logits are finite, and no flag is set
         (torch, "is_autocast_enabled", lambda *_: False),  # which knows no "meta"
         (Engine, "_without_autocast", lambda _: nullcontext()),
         *([] if compiles else [(JITFunction, "_do_compile", stand_in)]),

@@ -107,8 +107,8 @@ def stage_flop(stage: str, variant: str, classes: int, crops: int) -> float | No
 def flop_table(case: Case) -> list[tuple[str, float, float]]:
     """Stage, MFLOP of the reference and of the engine for each class and crop.
 
-    The last rows are the terms that are computed once an image and once a vocabulary, spread over the case's
-    classes, and the sum.
+    The last rows are the terms that are computed once per image and once per vocabulary, spread over the
+    case's classes, and the sum.
     """
     call = make_call(case)
     aggregator, engine = call.aggregator, call.aggregator.engine
@@ -145,18 +145,18 @@ def flop_table(case: Case) -> list[tuple[str, float, float]]:
         (name, times * count(reference[stage]), times * count(ours))
         for name, stage, times, ours in (
             ("cost volume and 7x7 convolution", "embed_cost_volume", 1, embed),
-            ("window attention: guidance once an image", "window_block", layers, spatial),
+            ("window attention: guidance once per image", "window_block", layers, spatial),
             (
                 "class attention: text guidance once, padding in closed form",
                 "class_attention", layers, classes,
             ),
             (
-                "decoder: phase convolutions, guidance once an image",
+                "decoder: phase convolutions, guidance once per image",
                 "decode", 1, lambda: stages.decode(plan, image.decoder, x, resolution),
             ),
         )
     ]  # fmt: skip
     total, each = count(call), case.classes * case.crops
-    rows.append(("once an image or a vocabulary", total - sum(row[1] for row in rows), count(once)))
+    rows.append(("once per image or a vocabulary", total - sum(row[1] for row in rows), count(once)))
     rows.append(("all", total, sum(row[2] for row in rows)))
     return [(name, theirs / each, ours / each) for name, theirs, ours in rows]

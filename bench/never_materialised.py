@@ -150,7 +150,7 @@ def main() -> None:
         "# Tensors that are never materialised",
         "",
         f"Tensors of {format_bytes(SMALLEST)} or more: the reference's in fp32 for {CROPS} crops, shapes at "
-        f"T={MANY}; the Triton kernels' in fp16, for {CHUNK} classes a step. Made by "
+        f"T={MANY}; the Triton kernels' in fp16, for {CHUNK} classes per step. Made by "
         "`python -m bench.never_materialised`; nothing is run on a GPU for it.",
     ]
     for variant in ("v1-vitl-swinb", "v2-vitl"):

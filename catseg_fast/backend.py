@@ -66,7 +66,7 @@ def why_no_triton(device: str | torch.device) -> str | None:
     try:
         import triton
     except ImportError:
-        return "triton is not installed (it exists for Linux alone)"
+        return "triton is not installed (it exists for Linux only)"
     device = torch.device(device)
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return None

@@ -90,7 +90,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def image_progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with images a second and the time left; yields what is called with the images done and of all."""
+    """A bar with the speed and the time left; yields what is called with the images done and of all."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),

@@ -35,11 +35,11 @@ def describe_environment() -> dict[str, str]:
         memory = gpu.total_memory / 2**30
         report[f"GPU {index}"] = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory:.0f} GiB"
         if why_no_triton(device := torch.device("cuda", index)) is None:
-            from catseg_fast.kernels import TUNABLE_OPS
-            from catseg_fast.kernels.launch import configs  # triton exists only for Linux
+            from catseg_fast.kernels import TUNABLE_OPS, load
             from catseg_fast.kernels.launch.compiling import ptxas
+            from catseg_fast.kernels.launch.origins import describe  # triton exists only for Linux
 
-            report[f"GPU {index}, launch configs"] = configs.describe(TUNABLE_OPS, device, torch.float16)
+            report[f"GPU {index}, launch configs"] = describe(map(load, TUNABLE_OPS), device, torch.float16)
             report[f"GPU {index}, ptxas"] = ptxas(10 * gpu.major + gpu.minor)
     if not count:
         report["GPU"] = "none"

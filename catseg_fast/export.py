@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
 from catseg_fast.errors import MissingPackageError
+from catseg_fast.files import temporary_folder
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
 if TYPE_CHECKING:
@@ -137,9 +137,7 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
         dynamic_shapes={"images": None, "text_features": {0: "classes"}},
     )  # fmt: skip
     assert written is not None
-    folder = path.with_name(f".{path.name}.{os.getpid()}.part")
-    folder.mkdir()
-    try:
+    with temporary_folder(path.parent) as folder:
         written.save(folder / path.name, external_data=_weight_bytes(program) > 1.8e9)
         np.savez(folder / f"{path.stem}.classes.npz", classes=np.array(model.classes), text_features=text)
         card = json.dumps(describe(model, path, crops), indent=2, ensure_ascii=False) + "\n"
@@ -147,8 +145,6 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
         names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == path.name)
         for name in names:  # the model itself last
             os.replace(folder / name, path.with_name(name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return [path.with_name(name) for name in reversed(names)]
 
 

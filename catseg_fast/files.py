@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import re
+import secrets
+import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
+from catseg_fast.errors import RunError
+
+if TYPE_CHECKING:
+    import filelock
+
+_OURS = ".catseg-fast-"  # how the names of temporary folders start
+_DAY = 24 * 3600
+_swept: set[tuple[int, str]] = set()
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a device",
@@ -64,20 +77,145 @@ def _require_regular(path: str | os.PathLike[str], mode: int) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a hidden file's path beside `path`, and puts what is written there in its place at the end.
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yields a path at which to write a file, and puts what is written there in the place of `path`.
 
-    After an error, or an interruption, what was at `path` is still there, and the hidden file is gone.
+    The yielded path has the same name, in a hidden folder of its own beside `path`. After an error, or an
+    interruption, what was at `path` is still there, and the hidden folder is gone. The file has the
+    permissions that the umask leaves, whatever wrote it.
+
+    Args:
+        path: the file to write.
+        durable: return only when the content is on the disk, so that not even a power failure loses it.
 
     Raises:
-        OSError: if the file cannot be put in place.
+        OSError: if the file cannot be written or put in place; with the errno, and the name of `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with temporary_folder(path.parent) as folder:
+            temporary = folder / path.name
+            yield temporary
+            if not temporary.is_symlink():
+                temporary.chmod(0o666 & folder.stat().st_mode)
+            if durable:
+                _flush_to_disk(temporary)
+            os.replace(temporary, path)
+    except Exception as error:
+        number = _error_number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yields a new, hidden folder in `parent`, and removes it at the end.
+
+    A process that is killed leaves its folder behind; the first folder that another process makes beside it
+    sweeps it away.
+    """
+    _sweep(parent)
+    name = f"{_OURS}{_host()}-{os.getpid()}-{_started(os.getpid())}-{secrets.token_hex(4)}.tmp"
+    folder = parent / name
+    folder.mkdir()
+    try:
+        yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders that killed processes left in `parent`; once per folder and process."""
+    key = (os.getpid(), os.path.realpath(parent))
+    if key in _swept:
+        return
+    _swept.add(key)
+    try:
+        names = [entry.name for entry in os.scandir(parent) if entry.name.startswith(_OURS)]
+    except OSError:  # the caller's own attempt says why
+        return
+    for name in names:
+        match = re.fullmatch(re.escape(_OURS) + r"([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}\.tmp", name)
+        if match and _is_stale(parent / name, match[1], int(match[2]), int(match[3])):
+            shutil.rmtree(parent / name, ignore_errors=True)
+
+
+def _is_stale(folder: Path, host: str, process: int, started: int) -> bool:
+    """Check that nobody writes in a temporary folder any more: its process has ended, or, where that cannot
+    be told, nothing in it has changed for a day.
+    """
+    if host == _host():
+        return _started(process) != started
+    try:
+        changes = [entry.stat().st_mtime for entry in (folder, *folder.iterdir())]
+    except OSError:
+        return False
+    return time.time() - max(changes) > _DAY
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _started(process: int) -> int | None:
+    """When a process was started, in whole seconds; None if there is none of this number."""
+    import psutil
+
+    try:
+        return int(psutil.Process(process).create_time())
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The errno of a failed write, from an error of Python or of a library that wraps it.
+
+    An error that names a file of its own is left alone: reading that file failed, not writing.
+    """
+    if isinstance(error, ValueError | TypeError):  # of what was to be written
+        return None
+    while True:
+        if isinstance(error, OSError) and error.errno is not None:
+            ours = error.filename is None or _OURS in os.fspath(error.filename)
+            return error.errno if ours else None
+        if found := re.search(r"\(os error (\d+)\)|\bcode: (\d+), kind: ", str(error)):  # as Rust says it
+            return int(found[1] or found[2])
+        following = error.__cause__ or error.__context__
+        if following is None:
+            return None
+        error = following
+
+
+@contextmanager
+def locked(path: Path, *, seconds: float = 60) -> Iterator[None]:
+    """Hold a lock on `path` that all processes respect which ask for it; a hidden file beside it.
+
+    Raises:
+        RunError: if another process holds it for longer than `seconds`.
+    """
+    lock = acquire_lock(path, seconds=seconds)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def acquire_lock(path: Path, *, seconds: float = 60) -> filelock.BaseFileLock:
+    """As `locked`, for a lock that is released by its `release`."""
+    import filelock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=seconds)
+    except filelock.Timeout:
+        raise RunError(f"{path} is in use by another process, which holds {lock.lock_file}") from None
+    return lock
 
 
 def user_cache() -> Path:

@@ -182,7 +182,7 @@ class CATSeg(reference_model.CATSeg):
         Classes that are split over ranks are split anew.
 
         Raises:
-            TypeError, ValueError: if the list is empty, a name is blank or stands twice, or is too long for
+            TypeError, ValueError: if the list is empty, a name is blank or listed twice, or is too long for
                 CLIP. The present classes then stay.
             RuntimeError: if classes for training are to be split over ranks.
         """
@@ -245,7 +245,7 @@ class CATSeg(reference_model.CATSeg):
 
         Args:
             batched_inputs: as in the call.
-            top_k: also return so many classes a pixel.
+            top_k: also return so many classes per pixel.
 
         Raises:
             TypeError, ValueError: as the call; or if `top_k` is not positive.
@@ -276,8 +276,8 @@ class CATSeg(reference_model.CATSeg):
             image: path, PIL image, numpy array `[H, W, 3]` or tensor `[3, H, W]`; RGB in 0..255. Or what
                 `encode` made of one.
             sliding_window: whether to look at overlapping crops; by default the model's own setting.
-            top_k: also return so many classes a pixel.
-            keep_logits: let the answer have a `score_map` of every class; 37 KB a class and crop in fp32.
+            top_k: also return so many classes per pixel.
+            keep_logits: let the answer have a `score_map` of every class; 37 KB per class and crop in fp32.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, it was encoded

@@ -141,7 +141,7 @@ class CATSeg(nn.Module):
         """Replace the class names for inference (or training); takes effect with the next call.
 
         Raises:
-            TypeError, ValueError: if the list is empty, a name is blank or stands twice, or is too long for
+            TypeError, ValueError: if the list is empty, a name is blank or listed twice, or is too long for
                 CLIP. The present classes then stay.
         """
         checked = check_classes(classes)

@@ -152,7 +152,7 @@ def test_names_and_lists(model: CATSeg) -> None:
     [
         (None, "sky", "Drop a picture"),
         ("PHOTO", " ; ", "no class names"),
-        ("PHOTO", "sky; sky", "stands twice"),
+        ("PHOTO", "sky; sky", "is listed twice"),
         ("none.png", "sky", "none.png"),
         ("PHOTO", "<b>; <b>", "&lt;b&gt;"),
     ],

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from catseg_fast import CATSeg
-from catseg_fast.cli.batch import Batch, Outcome
+from catseg_fast.cli.batch import Batch, Decoded, Outcome
 from catseg_fast.cli.inputs import Picture, find_pictures
 from catseg_fast.cli.resume import fingerprint, finished
+from catseg_fast.errors import InputError
 from catseg_fast.inference.images import load_image
 from catseg_fast.output.results import summarise
 from catseg_fast.output.statistics import write_statistics
@@ -84,7 +85,7 @@ def test_results_are_no_pictures(photos: Path) -> None:
     assert len(found) == 6
     assert not any("overlay" in path for path, _ in found)
     Path("empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no pictures"):
+    with pytest.raises(InputError, match=r"empty holds no pictures$"):
         find_pictures([Path("empty")], output)
 
 
@@ -118,11 +119,11 @@ def test_what_is_there_and_valid_is_not_done_again(photos: Path, model: CATSeg) 
     labels.write_bytes(labels.read_bytes()[: labels.stat().st_size // 2])
     Image.new("I;16", (3, 3)).save("out/more/a.labels.png")
     assert done() == ["a.PNG", "a.png", "b.png"]
-    content = json.loads(Path("out/b.json").read_text())
-    later = Path("out/b.json").stat().st_mtime + 60
-    os.utime("photos/b.png", (later, later))
-    Path("out/a.json").write_text(json.dumps({**content, "image": "another.png"}))
-    assert done() == ["a.PNG", "b.png"]
+    os.utime("photos/b.png", (0, 0))
+    assert done() == []
+    with Path("photos/b.png").open("ab") as file:
+        file.write(b"more")
+    assert done() == ["b.png"]
     assert len([outcome for outcome in go(model, overwrite=True) if outcome.seconds is not None]) == 4
 
 
@@ -150,9 +151,9 @@ def test_decoding_runs_ahead_of_the_model(
     segment, save = CATSeg.segment, Batch._write
     calls: list[object] = []
 
-    def decode(self: Batch, picture: Picture) -> torch.Tensor:
+    def decode(self: Batch, picture: Picture) -> Decoded:
         read.release()
-        return load_image(picture.path)
+        return Decoded(load_image(picture.path), None)
 
     def slow(self: CATSeg, image: torch.Tensor) -> object:
         calls.append(image)
@@ -230,6 +231,23 @@ def test_statistics_as_parquet(results: list[Path], monkeypatch: pytest.MonkeyPa
     write_statistics(Path("all.json"), results)
     rows = json.loads(Path("all.json").read_text())
     assert {name: [row[name] for row in rows] for name in table} == table
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+def test_statistics_replace_only_statistics(tmp_path: Path, suffix: str, rows: int) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow.parquet")
+    entry = {"index": 0, "name": "sky", "share": 1.0, "mean_score": 0.5}
+    result, path = tmp_path / "a.json", tmp_path / f"stats.{suffix}"
+    result.write_text(json.dumps({"image": "a", "width": 2, "height": 2, "classes": [entry] * rows}))
+    for _ in range(2):
+        assert write_statistics(path, [result]) == rows
+    for content in ('["sky", "tree"]', "[\n {},\n]", "[\n", ""):
+        path.write_text(content)
+        with pytest.raises(FileExistsError, match="does not hold statistics"):
+            write_statistics(path, [result])
+        assert path.read_text() == content
 
 
 def test_statistics_that_fail_leave_nothing(photos: Path) -> None:

@@ -16,10 +16,11 @@ from catseg_fast.engine import tuner
 from catseg_fast.engine.tuner import Tunable
 from catseg_fast.environment import describe_environment
 from catseg_fast.inference import explain
-from catseg_fast.kernels import TUNABLE_OPS
+from catseg_fast.kernels import TUNABLE_OPS, load
 from catseg_fast.kernels.launch import configs
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.configs import Problem
+from catseg_fast.kernels.launch.origins import describe
 from catseg_fast.kernels.window_attention import mlp
 from support.gpus import fake_gpus
 from support.tiny import tiny_model
@@ -47,7 +48,7 @@ def shipped(user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def put(folder: Path, gpu: str, rows: int, capability: int | None, count: int | None = None) -> Path:
     """Write a config of the MLP that is told by its rows."""
     entry: dict[str, Any] = {
-        "kernel": "mlp", "dtype": "fp16", "precision": "ieee", "gpu": gpu,
+        "kernel": "mlp", "version": mlp.MLPConfig.version, "dtype": "fp16", "precision": "ieee", "gpu": gpu,
         "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": 255},
         "config": asdict(replace(DEFAULT, rows=rows)),
     }  # fmt: skip
@@ -82,19 +83,21 @@ def chosen() -> dict[Problem, LaunchConfig]:
     return {problem: configs.choose(problem, CUDA, lambda _, p: defaults[p]) for problem in defaults}
 
 
-def entries() -> list[dict[str, Any]]:
-    return [entry for path in SHIPPED for entry in json.loads(path.read_text())]
-
-
 def test_an_h200_finds_its_own(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, H200)
     found = chosen()
-    assert {(p.kernel, *sorted(p.sizes)): asdict(config) for p, config in found.items()} == {
-        (e["kernel"], *sorted((k, v) for k, v in e["shape"].items() if k != "crop_classes")): e["config"]
-        for e in entries()
-    }
-    assert sum(found[problem] != default for problem, default in problems().items()) > 5
-    assert configs.describe(TUNABLE_OPS, CUDA, torch.float16) == "measured on NVIDIA H200"
+    ours = {(p.op, p.kernel, p.sizes): (asdict(config), problems()[p]) for p, config in found.items()}
+    others = set(ours)
+    for path in SHIPPED:
+        for entry in json.loads(path.read_text()):
+            sizes = tuple((name, size) for name, size in entry["shape"].items() if name != "crop_classes")
+            config, default = ours[path.stem, entry["kernel"], sizes]
+            assert config == entry["config"]
+            assert config != asdict(default) or entry["milliseconds"] == entry["default_milliseconds"]
+            others.remove((path.stem, entry["kernel"], sizes))
+    assert len(others) < len(ours)
+    assert all(ours[key][0] == asdict(ours[key][1]) for key in others)
+    assert "measured on NVIDIA H200" in describe(map(load, TUNABLE_OPS), CUDA, torch.float16)
 
 
 def test_an_h100_borrows_them(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,37 +105,51 @@ def test_an_h100_borrows_them(user: Path, monkeypatch: pytest.MonkeyPatch) -> No
     of_h200 = chosen()
     fake_gpus(monkeypatch, H100)
     assert chosen() == of_h200
-    assert configs.describe(TUNABLE_OPS, CUDA, torch.float16) == (
-        "borrowed from NVIDIA H200, of the same compute capability 9.0; "
-        "`catseg-fast tune` measures this GPU's own"
+    assert "borrowed from NVIDIA H200, of the same compute capability 9.0; " in describe(
+        map(load, TUNABLE_OPS), CUDA, torch.float16
     )
 
 
 def test_an_a100_has_the_defaults(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, A100)
     assert chosen() == problems()
-    assert configs.describe(TUNABLE_OPS, CUDA, torch.float16).startswith(
-        "defaults (none were measured in fp16 on a GPU of"
+    assert describe(map(load, TUNABLE_OPS), CUDA, torch.float16) == (
+        "defaults (none were measured in fp16 at compute capability 8.0); "
+        "`catseg-fast tune` measures this GPU's own"
     )
 
 
-def test_what_comes_with_the_package_is_whole() -> None:
-    """A kernel that changes takes its outdated configs with it."""
+def test_what_comes_with_the_package_is_of_todays_kernels() -> None:
+    """A kernel that changes takes its outdated configs with it: raise its config's version, delete theirs."""
     assert {path.parent.name for path in SHIPPED} == {"nvidia-h200"}
     known = {(p.op, p.kernel, p.precision, tuple(sorted(p.sizes))): p for p in problems()}
     for path in SHIPPED:
         for entry in configs.read(path, path.parent.name):
             sizes = tuple(sorted((k, v) for k, v in entry["shape"].items() if k != "crop_classes"))
             problem = known[path.stem, entry["kernel"], entry["precision"], sizes]
+            assert entry.get("version", 1) == problem.config.version
             assert problem.config(**entry["config"])
-            assert {
-                "capability",
-                "multiprocessors",
-                "milliseconds",
-                "triton",
-                "torch",
-                "date",
-            } <= entry.keys()
+            assert {"capability", "multiprocessors", "milliseconds", "triton", "torch"} <= entry.keys()
+
+
+def test_a_config_of_another_version_of_a_kernel_is_ignored(
+    shipped: Path, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if it still could be used, without a word; tuning replaces it."""
+    fake_gpus(monkeypatch, H200)
+    path = put(user, H200[0], 32, 90)
+    assert rows() == 32
+    monkeypatch.setattr(mlp.MLPConfig, "version", mlp.MLPConfig.version + 1)
+    configs.clear()
+    assert rows() == 128
+    assert configs.origin(problem(), CUDA).startswith("defaults")
+    outcome = tuner.Outcome(
+        Tunable(problem(), (DEFAULT,), lambda _: pytest.fail("is not run")), {DEFAULT: 1.0}
+    )
+    tuner.save(path, H200[0], outcome.entry(H200[0]))
+    (entry,) = configs.read(path, H200[0])
+    assert entry["version"] == mlp.MLPConfig.version
+    assert rows() == 128
 
 
 def test_own_go_before_borrowed_ones(shipped: Path, user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,9 +171,7 @@ def test_the_nearest_gpu_of_the_same_capability_lends(shipped: Path, monkeypatch
     assert rows() == 32
     put(shipped, "A chip of unknown size", 256, 90)
     assert rows() == 32
-    assert "; window_block: borrowed from NVIDIA H100 PCIe, of" in configs.describe(
-        TUNABLE_OPS, CUDA, torch.float16
-    )
+    assert configs.origin(problem(), CUDA).startswith("borrowed from NVIDIA H100 PCIe, of the same")
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
@@ -197,18 +212,22 @@ def test_a_broken_file_of_another_gpu_is_named_and_the_call_goes_on(
     assert len(caught) == 1
 
 
-def test_a_file_of_another_gpu_in_a_gpus_folder_is_named(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_gpu_in_a_gpus_folder_is_named(
+    shipped: Path, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_gpus(monkeypatch, H100)
+    other = put(shipped, H200[0], 64, 90)
     own = configs.config_path(user, H100[0], "window_block")
     own.parent.mkdir(parents=True)
-    own.write_text(configs.config_path(configs.SHIPPED, "NVIDIA H200", "window_block").read_text())
+    own.write_text(other.read_text())
     with pytest.warns(UserWarning, match="json: not used: entry 0 is of another GPU, 'NVIDIA H200'"):
         assert rows() == 64, "borrowed from the package's"
 
 
-def test_without_a_home_folder_the_call_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_home_folder_the_call_goes_on(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container whose user is a number."""
     fake_gpus(monkeypatch, H200)
+    put(shipped, H200[0], 64, 90)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.warns(UserWarning, match="user's folder of launch configs: not used: .*home"):
@@ -218,7 +237,7 @@ def test_without_a_home_folder_the_call_goes_on(monkeypatch: pytest.MonkeyPatch)
 def test_environment_and_explain_say_whose_configs_run(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, H100, A100)
     report = describe_environment()
-    assert report["GPU 0, launch configs"].startswith("borrowed from NVIDIA H200")
+    assert "borrowed from NVIDIA H200" in report["GPU 0, launch configs"]
     assert report["GPU 1, launch configs"].startswith("defaults")
     model = tiny_model()
     assert "configs" not in model.explain()

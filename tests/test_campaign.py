@@ -229,7 +229,8 @@ def test_tuned_configs_of_a_campaign_go_into_the_package(
 
     def tuned(folder: Path, hidden: int, rows: int) -> None:
         entry = {
-            "kernel": "mlp", "dtype": "bf16", "precision": "ieee", "gpu": gpu,
+            "kernel": "mlp", "version": mlp.MLPConfig.version, "dtype": "bf16", "precision": "ieee",
+            "gpu": gpu,
             "shape": {"positions": 576, "channels": 128, "hidden": hidden, "crop_classes": 255},
             "config": asdict(replace(default, rows=rows)),
         }  # fmt: skip

@@ -259,7 +259,7 @@ def test_bad_arguments() -> None:
     ) -> None:
         triton_stages.class_collect(layer, memory, x, text, resolution)
 
-    with pytest.raises(ValueError, match=r"x: has shape \[2, 3, 6, 32\]; expected \[B, t, 8, 32\] for"):
+    with pytest.raises(ValueError, match=r"x: has shape \[2, 3, 6, 32\]; expected \[B, t, 8, C\] for"):
         collect(resolution=(2, 4))
     with pytest.raises(ValueError, match=r"x: has shape \[3, 6, 32\]"):
         collect(x[0])

@@ -32,13 +32,18 @@ from catseg_fast.distributed.conductor import Conductor
 from catseg_fast.engine.class_parallel import ClassShare, RankError
 from catseg_fast.engine.engine import Engine
 from catseg_fast.inference.readout import LabelMap, TopClasses
-from support.tiny import picture, tiny_model
+from support.tiny import agree, picture, tiny_model
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("wall", "building, edifice", "sky", "floor", "tree", "car", "cat", "dog", "road", "lamp", "sea")
 IMAGE, OTHER = picture(40, 30), picture(26, 34, "other")
 WINDOW = SlidingWindow(96, 0.25, (96, 140))  # two crops, and the whole image
 POLICIES = ("resident", "offload", "recompute")
+TOP_CLASSES = (
+    "2 classes, padded to 8",
+    "the best 4 of 11 classes in each crop",
+    "v1",
+)  # answers that have them
 PATIENCE = 300.0  # seconds, on a machine that is busy with other tests
 HASTE = 3.0  # seconds that a rank waits for one that hangs
 pytestmark = [
@@ -57,32 +62,37 @@ def wait_for(condition: Callable[[], bool]) -> None:
 # ---- equal to one process ---------------------------------------------------------------------------------
 
 
-def answers(split: Callable[[CATSeg], None]) -> dict[str, Segmentation]:
-    """The same calls, of whole models or of split ones."""
+def answers(split: Callable[[CATSeg], None], every: bool = False) -> dict[str, Segmentation]:
+    """The same calls, of whole models or of split ones; with `every`, all classes are the top ones."""
     found = {}
+
+    def top(k: int | None) -> int | None:
+        return len(NAMES) if every else k
+
     model = tiny_model("v2", NAMES[:5], sliding_window=False)
     split(model)
-    found["5 classes, padded to 8"] = model.segment(IMAGE)
+    found["5 classes, padded to 8"] = model.segment(IMAGE, top_k=top(None))
     model.set_classes(NAMES[:2])  # none for the third rank
-    found["2 classes, padded to 8"] = model.segment(OTHER, top_k=5)
+    found["2 classes, padded to 8"] = model.segment(OTHER, top_k=top(5))
     model.set_classes(NAMES)
     model.max_classes = None
     for policy in POLICIES:
         model.engine.policy, model.engine.chunk = policy, 3
-        found[f"11 classes, {policy}"] = model.segment(IMAGE)
+        found[f"11 classes, {policy}"] = model.segment(IMAGE, top_k=top(None))
     model.engine.policy, model.sliding_window, model.window = None, True, WINDOW
     model.max_classes = 4
-    found["the best 4 of 11 classes in each crop"] = model.segment(IMAGE, top_k=3)
+    found["the best 4 of 11 classes in each crop"] = model.segment(IMAGE, top_k=top(3))
     model.sliding_window = False
     model.engine.policy = "offload"
-    found["two at once"], found["the second one"] = model.segment_batch([IMAGE, model.encode(OTHER)])
+    pictures = [IMAGE, model.encode(OTHER)]
+    found["two at once"], found["the second one"] = model.segment_batch(pictures, top_k=top(None))
     model.engine.policy = "recompute"
     batch = [{"image": IMAGE, "height": 20, "width": 30}, {"image": OTHER}]
-    found["a call as upstream's"], found["its second image"] = model.label_map(batch)
+    found["a call as upstream's"], found["its second image"] = model.label_map(batch, top_k=top(None))
 
     model = tiny_model("v1", NAMES[:7], sliding_window=False)
     split(model)
-    found["v1"] = model.segment(IMAGE, top_k=9)
+    found["v1"] = model.segment(IMAGE, top_k=top(9))
     return found
 
 
@@ -198,17 +208,7 @@ def until(processes: list[Any], *files: Path) -> None:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Segmentation]:
-    return answers(lambda model: None)
-
-
-def assert_same(actual: Segmentation, expected: Segmentation, case: str) -> None:
-    assert actual.classes == expected.classes, case
-    assert torch.equal(actual.labels, expected.labels), case
-    torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-5)
-    assert (actual.top_labels is None) == (expected.top_labels is None), case
-    if actual.top_labels is not None and expected.top_labels is not None:
-        assert torch.equal(actual.top_labels, expected.top_labels), case
-        torch.testing.assert_close(actual.top_scores, expected.top_scores, rtol=0, atol=1e-5)
+    return answers(lambda model: None, every=True)
 
 
 def assert_answers(ranks: int, expected: dict[str, Segmentation], folder: Path) -> None:
@@ -216,8 +216,9 @@ def assert_answers(ranks: int, expected: dict[str, Segmentation], folder: Path) 
     for rank in range(ranks):
         found = torch.load(folder / f"{rank}-of-{ranks}.pt", weights_only=False)
         assert found.keys() == expected.keys()
-        for case, wanted in expected.items():
-            assert_same(found[case], wanted, f"{case} on rank {rank}")
+        for case, every in expected.items():
+            assert agree(found[case], every), f"{case} on rank {rank}"
+            assert (found[case].top_labels is None) == (case not in TOP_CLASSES)
     parts = [torch.load(folder / f"{rank}-of-{ranks}.logits.pt") for rank in range(ranks)]
     for limit in parts[0]:
         aggregator = small_aggregator(limit)
@@ -242,7 +243,7 @@ def test_one_process_of_a_group_answers_as_one(expected: dict[str, Segmentation]
 
 
 def assert_lost(message: str, rank: int, ranks: int) -> None:
-    assert message.startswith(f"class parallel: rank {rank} of {ranks} waited in vain for the others")
+    assert message.startswith(f"class parallel: rank {rank} of {ranks} timed out waiting for the others")
 
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(processes: list[Any], folder: Path) -> None:
@@ -346,7 +347,7 @@ def test_what_a_split_model_refuses() -> None:
         model([{"image": IMAGE}])
     with pytest.raises(RuntimeError, match="cannot be trained"):
         model.set_classes(NAMES, training=True)
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="is listed twice"):
         model.set_classes(["sky", "sky"])
     assert model.classes == NAMES
     with pytest.raises(RuntimeError, match="no rank has all logits"):

@@ -96,6 +96,7 @@ def test_segment_writes_what_the_model_says(workplace, weights, path):
         assert picture.mode == "RGB"
     content = json.loads((folder / "photo.json").read_text())
     assert len(content.pop("fingerprint")) == 32
+    assert content.pop("identity").keys() == {"path", "content", "files"}
     assert content == {
         "image": "photo.png",
         "variant": model.variant.name,

@@ -51,15 +51,16 @@ if __name__ == "__main__":
     device = torch.device("cpu")
     tunable = next(
         tunable for tunable in tuner.list_tunables(["window_block"], torch.float16, [51], 5, device)
-        if tunable.problem.kernel == "attention"
+        if tunable.problem.kernel == "qkv"
     )
-    small = [config for config in tunable.candidates if config.num_warps == 4][:2]
+    small = [next(config for config in tunable.candidates if config.tma == tma) for tma in (True, False)]
     with record(execute=False) as launches:
         call = tunable.make_inputs(torch.device("meta"))
         launches.clear()
         for config in small:
             tunable.run(call, config)
     jobs = list(map(compile_all.Job.of, launches))
+    assert any(hasattr(argument, "make") for argument in jobs[0].arguments)
     broken = replace(jobs[0], options=(*jobs[0].options[:-1], ("num_warps", 3)))
     cubins = lambda: len(list(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
     report = compile_all.compile_all([*jobs, broken], 2, start=no_gpu_driver.activate)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,8 +26,7 @@ TARGETS = [
     for (capability,), marks, _ in CHIPS
     for target in aot.targets(op, capability)
 ]
-compiled = functools.cache(aot.resources_of)
-pytestmark = pytest.mark.xdist_group("aot")  # the cache is of one process
+pytestmark = pytest.mark.xdist_group("aot")  # one process has what is compiled
 
 GOOD = aot.Resources(128, 0, 0, 0, 1024, "wgmma", 4)
 TARGET = aot.Target("example", "example", 90, Launch(None, (1,), {}, {}, {}), mma="wgmma")
@@ -45,25 +44,38 @@ LOOP = """
 """
 
 
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> dict[str, aot.Resources | str]:
+    """Resources by name, of the ops and capabilities of the selected tests."""
+    ops, capabilities = set[str](), set[int]()
+    for item in request.session.items:
+        if item.path == request.path and (call := getattr(item, "callspec", None)):
+            target = call.params.get("target")
+            ops |= {target.op if target else call.params.get("op")} - {None}
+            capabilities |= {target.capability if target else call.params.get("capability")} - {None}
+    return aot.resources_of(sorted(ops), sorted(capabilities))
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_takes_no_more_than_it_says(target: aot.Target) -> None:
-    assert not aot.faults(target, compiled(target.op, target.capability)[target.name])
+def test_takes_no_more_than_it_says(target: aot.Target, compiled: dict[str, aot.Resources | str]) -> None:
+    assert not aot.faults(target, compiled[target.name])
 
 
 @pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize("op", OPS)
-def test_takes_what_was_recorded(op: str, capability: int) -> None:
+def test_takes_what_was_recorded(op: str, capability: int, compiled: dict[str, aot.Resources | str]) -> None:
     """A change that costs registers is to be seen in review: `tests/support/aot.py --write` records it."""
     record = aot.recorded()
     if record is None:
         pytest.skip(f"nothing is recorded of triton {aot.triton.__version__}")
-    taken = compiled(op, capability).items()
-    resources = {name: x if isinstance(x, str) else asdict(x) for name, x in taken}
+
+    def chosen(by_name: dict[str, Any]) -> dict[str, Any]:
+        start, end = f"{op} / ", f" / sm_{capability}"
+        return {name: x for name, x in by_name.items() if name.startswith(start) and name.endswith(end)}
+
+    resources = {name: x if isinstance(x, str) else asdict(x) for name, x in chosen(compiled).items()}
     print(aot.table(resources))
-    start, end = f"{op} / ", f" / sm_{capability}"
-    assert resources == {
-        name: x for name, x in record.items() if name.startswith(start) and name.endswith(end)
-    }
+    assert resources == chosen(record)
 
 
 def test_names_are_unique() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.triton_stages import kernel_embedding
+from catseg_fast.kernels import load
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.cost_volume import single_prompt
 from support.accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
@@ -195,3 +196,13 @@ def test_names_what_is_wrong() -> None:
     refused(r"bias: has shape \[15\]; expected \[16\]", bias=bias[:15])
     refused(r"image: is on meta; the Triton kernels need a CUDA tensor", image=image.to("meta"))
     refused(r"text: is on meta; expected cpu", text=text.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("crops", "classes", "share"), [(5, 64, 0.9), (5, 128, 0.9), (5, 256, 0.9), (1, 64, 0.7)]
+)
+def test_programs_of_one_prompt_fill_the_multiprocessors(crops: int, classes: int, share: float) -> None:
+    op = load("embed_cost_volume")
+    sizes = replace(op.sizes["P=1"], crops=crops, classes=classes)
+    _, (launch,) = op.dry_run(sizes, torch.float16, "ieee", 90)
+    assert launch.grid[0] >= share * 132, "programs; H100 has 132 multiprocessors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,6 @@ from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.arguments import channels_last
 from catseg_fast.engine.folding import DecoderStage, Normalisation, Plan
 from catseg_fast.engine.triton_stages import kernel_decoding
-from catseg_fast.kernels import convolution
-from catseg_fast.kernels.convolution import ConvolutionConfig, Size
-from catseg_fast.kernels.decoder import group_norm
 from catseg_fast.kernels.decoder import op as decoder
 from support.accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
 
@@ -160,24 +158,86 @@ def test_what_is_not_finite_shows_in_the_logits(value: float) -> None:
     assert finite.tolist() == [[True, False]]
 
 
-def test_statistics_survive_a_large_mean() -> None:
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+def test_writes_to_a_destination_and_sets_a_flag() -> None:
     torch.manual_seed(7)
-    size, config = Size(6, 6, 16, 16, taps=3), ConvolutionConfig(16, 16, 32, num_warps=4, num_stages=1)
-    x, weight = torch.randn(1, 2, 36, 16), torch.randn(16, 3, 3, 16) / 12
-    bias = 1e4 + torch.randn(16)
-    maps, statistics = convolution.launch(
-        x, weight, size, addend=bias, statistics=True, input_precision="ieee", config=config
-    )
-    assert statistics is not None
-    scale, shift = torch.randn(16), torch.randn(16)
-    found = group_norm.launch(statistics, scale, shift, 2, 1e-5, size, config.pixels).double()
-    grouped = maps[0].double().view(2, 36, 2, 8)
-    variance, mean = torch.var_mean(grouped, dim=(1, 3), correction=0)
-    expected = scale / (variance + 1e-5).sqrt().repeat_interleave(8, dim=1)
-    torch.testing.assert_close(found[:, 0], expected, rtol=1e-3, atol=0)
-    torch.testing.assert_close(
-        found[:, 1], shift - mean.repeat_interleave(8, dim=1) * expected, rtol=1e-3, atol=0
-    )
+    plan = make_plan(16, (16, 16), torch.float16)
+    guidance, x = make_inputs(plan, 2, 2, 2, 3)
+    maps = [channels_last(added) for added in guidance]
+    arguments = (maps, *kernel_decoding(plan), (2, 3), "ieee")
+    expected = decoder.decode(x, *arguments)
+    answer = torch.full((2, 5, 8, 12), 7.0)
+    flag = torch.zeros(1, dtype=torch.int32)
+    found = decoder.decode(x, *arguments, out=answer[:, 1:3], flag=flag)
+    assert found.data_ptr() == answer[:, 1:].data_ptr()
+    torch.testing.assert_close(answer[:, 1:3].half(), expected, rtol=0, atol=0)
+    assert (answer[:, [0, 3, 4]] == 7).all()
+    assert flag.item() == 0
+    x[1, 1, 3] = math.nan
+    assert decoder.decode(x, *arguments, flag=flag)[1, 1].isnan().any()
+    assert flag.item() == 1
+    decoder.decode(x[:1], *arguments, flag=flag)
+    assert flag.item() == 1, "what another chunk found is kept"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+def test_the_flag_is_of_what_is_written() -> None:
+    """Logits beyond fp16 are infinite in an answer in fp16, and finite in fp32."""
+    torch.manual_seed(8)
+    plan = make_plan(16, (16, 16), torch.float16)
+    plan.head.mul_(1000)
+    plan.head_bias.fill_(6.5e4)
+    guidance, x = make_inputs(plan, 1, 1, 2, 2)
+    arguments = ([channels_last(added) for added in guidance], *kernel_decoding(plan), (2, 2), "ieee")
+    for dtype, expected in ((torch.float32, 0), (torch.float16, 1)):
+        flag, out = torch.zeros(1, dtype=torch.int32), torch.empty(1, 1, 8, 8, dtype=dtype)
+        decoder.decode(x, *arguments, out=out, flag=flag)
+        assert flag.item() == expected
+        assert out.isfinite().all() == (not expected)
+
+
+def test_writes_to_a_destination_in_a_compiled_graph() -> None:
+    torch.manual_seed(9)
+    plan = make_plan(16, (16, 16), torch.float32)
+    guidance, x = make_inputs(plan, 1, 1, 2, 2)
+    arguments = ([channels_last(added) for added in guidance], *kernel_decoding(plan), (2, 2), "ieee")
+
+    def call(x: Tensor, out: Tensor, flag: Tensor) -> Tensor:
+        return decoder.decode(x, *arguments, out=out, flag=flag) + 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (call, compiled):
+        out, flag = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int32)
+        assert torch.equal(function(x, out, flag), out + 1)
+        found.append(out)
+    assert torch.equal(*found)
+
+
+@pytest.mark.usefixtures("default_configs")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_of_a_normalisation_may_be_zero(dtype: torch.dtype) -> None:
+    """There is no border that a scale of zero turns into minus infinity; a scale may also round to zero."""
+    torch.manual_seed(10)
+    plan = make_plan(16, (32, 16), dtype)
+    for stage in plan.decoder:
+        for norm in (stage.norm1, stage.norm2):
+            norm.weight[:9] = torch.tensor([0.0, -0.0, 6e-8, -6e-8, 1e-7, -3e-7, 0.0, -0.0, 1e-6])
+            norm.bias[:9] = torch.tensor([1.0, 2.0, 0.5, -1.0, 0.0, 0.0, 0.0, -3.0, 1.0])
+    guidance, x = make_inputs(plan, 1, 2, 4, 16)
+    check(plan, guidance, 100 * x, (4, 16))
+    every = replace(plan.decoder[0].norm1, weight=torch.zeros(32, dtype=dtype))
+    stage = replace(plan.decoder[0], norm1=every)
+    check(replace(plan, decoder=(stage, plan.decoder[1])), guidance, x, (4, 16))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
+def test_a_normalisation_with_nan_shows_in_all_logits() -> None:
+    torch.manual_seed(11)
+    plan = make_plan(16, (16, 16), torch.float16)
+    plan.decoder[1].norm1.weight[3] = math.nan
+    guidance, x = make_inputs(plan, 1, 1, 4, 4)
+    assert decode(plan, guidance, x, (4, 4)).isnan().all()
 
 
 def test_names_what_is_wrong() -> None:
@@ -204,8 +264,20 @@ def test_names_what_is_wrong() -> None:
     )
     refused(r"guidance\[1\]: is torch.float16; expected torch.float32", guidance=(first, second.half()))
     refused(
-        r"weights\[0\]: is torch.float32; expected torch.float16", x=x.half(), guidance=(first.half(), second)
+        r"weights\[0\]: is torch.float32; expected torch.float16",
+        x=x.half(),
+        guidance=(first.half(), second.half()),
     )
-    refused(r"weights\[0\]: has shape \[128, 2, 2, 32\]; expected \[128, 2, 2, 16\]", x=x[..., :16])
+    refused(r"weights\[0\]: has shape \[4, 128, 32\]; expected \[4, 64, 32\]", x=x[..., :16])
+    out, flag = torch.empty(2, 3, 16, 16), torch.zeros(1, dtype=torch.int32)
+    refused(
+        r"out: is torch.float32 \[2, 3, 8, 8\] on cpu; expected .* \[2, 3, 16, 16\]", out=out[..., :8, :8]
+    )
+    refused(r"out: is torch.int32", out=out.int())
+    refused(r"out: has strides \[1536, 512, 32, 1\]", out=torch.empty(2, 3, 16, 32)[..., :16])
+    refused(
+        r"flag: is torch.int64 \[1\] on cpu; expected torch.int32 \[1\] on cpu", out=out, flag=flag.long()
+    )
+    refused(r"flag: is torch.int32 \[2\]", flag=flag.expand(2))
     refused(r"is on meta; expected cpu", guidance=(first.to("meta"), second))
     refused(r"x: is on meta; the Triton kernels need a CUDA tensor", x=x.to("meta"))

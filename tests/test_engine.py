@@ -253,7 +253,7 @@ def test_out_of_memory_goes_on_with_smaller_steps(stage: str, monkeypatch: pytes
 
     monkeypatch.setattr(stages, stage, limited)
     with pytest.warns(
-        RuntimeWarning, match="out of memory with 7 classes a step: going on with fewer"
+        RuntimeWarning, match="out of memory with 7 classes per step: going on with fewer"
     ) as caught:
         actual = logits(aggregator, inputs, chunk=T)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)

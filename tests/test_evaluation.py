@@ -26,6 +26,7 @@ from catseg_fast.data.folder import FolderDataset
 from catseg_fast.engine.activations import record_activations
 from catseg_fast.evaluation.ledger import Ledger
 from catseg_fast.evaluation.metrics import ClassCounts
+from catseg_fast.evaluation.report import check_target
 from catseg_fast.evaluation.run import evaluate, model_segmenter, resize_shortest, summarise
 from support.tiny import picture, tiny_model
 
@@ -103,12 +104,12 @@ def test_classes_that_no_picture_has_count_in_one_mean_alone() -> None:
 
 def test_counts_are_exact_beyond_what_floats_hold() -> None:
     big = ClassCounts(*(torch.tensor([2**53, 2**53]) for _ in range(3)))
-    one = ClassCounts.of(torch.zeros(1, 1), torch.zeros(1, 1), 2, IGNORE)
+    one = ClassCounts.of(*torch.zeros(2, 1, 1, dtype=torch.long), 2, IGNORE)
     assert (big + one).truth.tolist() == [2**53 + 1, 2**53]
 
 
 def test_nothing_to_count() -> None:
-    counts = ClassCounts.of(torch.zeros(2, 2), torch.full((2, 2), IGNORE), 3, IGNORE)
+    counts = ClassCounts.of(torch.zeros(2, 2, dtype=torch.long), torch.full((2, 2), IGNORE), 3, IGNORE)
     assert all(math.isnan(value) for value in counts.scores().values())
 
 
@@ -116,8 +117,8 @@ def test_nothing_to_count() -> None:
     ("labels", "truth", "message"),
     [
         (torch.zeros(2, 3), torch.zeros(3, 2), r"\[2, 3\] and their truth \[3, 2\]"),
-        (torch.full((2, 2), 3), torch.zeros(2, 2), r"labels: 3\.\.3 is not within 0\.\.2"),
-        (torch.zeros(2, 2), torch.full((2, 2), 7), r"truth: 7\.\.7 is not within 0\.\.2"),
+        (torch.full((2, 2), 3), torch.zeros(2, 2, dtype=torch.long), "labels: 3 is not one of 3 classes"),
+        (torch.zeros(2, 2, dtype=torch.long), torch.full((2, 2), 7), "truth: 7 is not one of 3 classes or"),
     ],
 )
 def test_maps_that_do_not_fit(labels: Tensor, truth: Tensor, message: str) -> None:
@@ -192,6 +193,45 @@ def test_another_evaluation_is_not_gone_on_with(data: FolderDataset, tmp_path: P
     assert len(evaluate(data, by_brightness, 5, ledger=other)) == 7
 
 
+@pytest.mark.parametrize("change", ["missing", "other"])
+def test_records_go_with_their_label_maps(data: FolderDataset, tmp_path: Path, change: str) -> None:
+    """Images whose label map is gone, or was written by another evaluation, are done again."""
+    labels, seen = tmp_path / "labels", []
+
+    def counting(image: Tensor) -> Tensor:
+        seen.append(image)
+        return by_brightness(image)
+
+    def both() -> list[Any]:
+        seen.clear()
+        first = evaluate(data, counting, 5, ledger=Ledger(tmp_path, "a", {}), save_labels=labels)
+        second = evaluate(data, counting, 5, ledger=Ledger(tmp_path, "b", {}), compare_labels=labels)
+        return [without_times(first), without_times(second)]
+
+    whole = both()
+    assert len(seen) == 14
+    assert both() == whole
+    assert len(seen) == 0
+    path = labels / f"{data.names[0]}.png"
+    path.unlink()
+    if change == "other":
+        Image.fromarray(np.full(data[0]["sem_seg"].shape, 4, np.uint16)).save(path)
+    assert both() == whole
+    assert len(seen) == 1
+    Image.fromarray(np.full(data[0]["sem_seg"].shape, 4, np.uint16)).save(path)
+    evaluate(data, counting, 5, ledger=Ledger(tmp_path, "b", {}), compare_labels=labels)
+    assert len(seen) == 2
+
+
+def test_results_of_others_are_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    check_target(path)
+    for content in ('{"results": 1}', "[]", "no JSON"):
+        path.write_text(content)
+        with pytest.raises(FileExistsError, match=r"results\.json is there and is not of an evaluation"):
+            check_target(path)
+
+
 def test_half_a_line_is_done_again(data: FolderDataset, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, "run", {})
     whole = evaluate(data, by_brightness, 5, ledger=ledger)
@@ -261,7 +301,7 @@ def test_two_processes_equal_one(data: FolderDataset, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = start(torchrun, data, tmp_path / "out", 0)
     assert process.wait() == 0
-    files = sorted((tmp_path / "out").iterdir())
+    files = sorted((tmp_path / "out").glob("[!.]*"))
     assert [(file.name, len(file.read_text().splitlines()) - 1) for file in files] == [
         ("run.0.jsonl", 4),
         ("run.1.jsonl", 3),

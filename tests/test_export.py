@@ -73,9 +73,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxscript", reason="needs the extra: export")
 
     def build(
-        weights: str | None, variant: str | None, names: list[str], seed: int, **options: str
+        weights: str | None, variant: str | None, names: list[str], seed: int, **options: object
     ) -> CATSeg:
-        assert (weights, variant, options) == ("tiny.pth", None, {"device": "cpu", "dtype": "float32"})
+        assert (weights, variant) == ("tiny.pth", None)
+        assert options == {"device": "cpu", "dtype": "float32", "text_cache": True}
         return tiny(names)
 
     folder = tmp_path_factory.mktemp("export")

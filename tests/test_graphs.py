@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from catseg_fast import CATSeg
+from catseg_fast import CATSeg, Segmentation
 from catseg_fast.engine import schedule
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.recording import Recorder
 from catseg_fast.graphs import ModelGraphs
 from catseg_fast.reference.window_attention import shifted_window_mask
-from support.tiny import CLASSES, close, picture, tiny_model
+from support.tiny import CLASSES, agree, close, picture, tiny_model
 
 SIZE = (64, 96)
 
@@ -68,11 +68,9 @@ def test_a_replay_is_the_call(version: Any, sliding_window: bool) -> None:
     graphs = recorded(model, sliding_window=sliding_window)
     for name in ("first", "second"):
         image = picture(*SIZE, name)
-        answer, expected = graphs(image), model.segment(image, sliding_window=sliding_window)
-        assert isinstance(answer, type(expected))
-        assert torch.equal(answer.labels, expected.labels)
-        assert close(answer.scores, expected.scores, 1e-6)
-        assert answer.classes == expected.classes
+        answer = graphs(image)
+        assert isinstance(answer, Segmentation)
+        assert agree(answer, model.segment(image, sliding_window=sliding_window, top_k=2), 1e-6)
 
 
 def test_probabilities_are_the_callers_own() -> None:

@@ -1,14 +1,15 @@
 """`load_image`: every accepted kind of image gives the same numbers, every bad one a clear error."""
 
 import io
+import struct
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from catseg_fast.inference.images import load_image
+from catseg_fast.inference.images import image_size, load_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 RGB[0, 0], RGB[4, 6] = 0, 255
@@ -215,3 +216,64 @@ def test_decompression_bomb(monkeypatch, tmp_path):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(ValueError, match=r"bomb\.png.*decompression bomb"):
         load_image(path)
+
+
+UNWRITABLE = {
+    "rational -1/0": (0x9204, 10, struct.pack("<ii", -1, 0)),
+    "negative long": (0x0101, 9, struct.pack("<i", -1)),
+    "NaN": (0x0100, 11, struct.pack("<f", float("nan"))),
+    "infinity": (0x9204, 12, struct.pack("<d", float("inf"))),
+}
+
+
+def exif_block(tag, kind, value, orientation):
+    """EXIF with an orientation and one more tag."""
+    entries = [struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)]
+    data = value if len(value) > 4 else b""
+    inline = struct.pack("<I", 8 + 2 + 24 + 4) if data else value.ljust(4, b"\0")
+    entries.append(struct.pack("<HHI", tag, kind, 1) + inline)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(sorted(entries)) + bytes(4) + data
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("what", UNWRITABLE)
+def test_exif_that_cannot_be_written_again(tmp_path, what, suffix):
+    path = tmp_path / f"x.{suffix}"
+    image = Image.fromarray(np.repeat(np.repeat(RGB, 8, 0), 8, 1))
+    image.save(path)
+    upright = load_image(path)
+    image.save(path, exif=exif_block(*UNWRITABLE[what], orientation=6))
+    assert torch.equal(load_image(path), torch.rot90(upright, -1, (1, 2)))
+    assert image_size(path) == tuple(upright.shape[:0:-1])
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_orientations_are_those_of_pillow(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(Image.fromarray(RGB), tmp_path / f"x.{suffix}", exif=exif)
+    with Image.open(path) as image:
+        expected = np.array(ImageOps.exif_transpose(image))
+    loaded = load_image(path)
+    assert np.array_equal(loaded.permute(1, 2, 0).numpy(), expected)
+    assert image_size(path) == expected.shape[:2]
+
+
+def test_damaged_exif_does_not_stop_reading(tmp_path):
+    path = tmp_path / "x.png"
+    Image.fromarray(RGB).save(path, exif=b"Exif\0\0no such thing")
+    assert torch.equal(load_image(path), CHW)
+
+
+@pytest.mark.parametrize(
+    "image", [(RGB > 99).astype(np.float32), torch.from_numpy((RGB > 99) * 1.0).permute(2, 0, 1)]
+)
+def test_floats_that_are_only_0_and_1(image):
+    with pytest.raises(
+        ValueError, match=r"only the values 0 and 1 .*multiply by 255; if it is nearly black, .*uint8"
+    ):
+        load_image(image)
+    with pytest.raises(ValueError, match=r"got 0\.\.0\.5 in .*multiply by 255$"):
+        load_image(image / 2)
+    assert load_image(image * 255).max() == 255

@@ -540,7 +540,7 @@ def test_explain() -> None:
     assert lines["policy"].startswith("resident: ")
     assert lines["step"].endswith("classes of 5 crops")
     model = tiny_model(classes=[f"thing {index}" for index in range(12)], sliding_window=False)
-    assert explained(model)["classes"] == "12, the best 8 a crop"
+    assert explained(model)["classes"] == "12, the best 8 per crop"
     assert explained(model)["step"].endswith("classes of 1 crops")
     model.engine.policy, model.engine.chunk = "recompute", 3
     assert explained(model)["policy"] == "recompute: asked for"

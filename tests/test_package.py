@@ -89,5 +89,5 @@ def test_wheel_and_source_archive_have_every_file(tmp_path: Path) -> None:
         for path in (root / "catseg_fast").rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
-    assert sum(name.startswith("catseg_fast/configs/nvidia-h200/") for name in data) == 5
+    assert any(name.startswith("catseg_fast/configs/nvidia-h200/") for name in data)
     assert data - in_wheel == data - in_source == set()

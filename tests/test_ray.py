@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from catseg_fast import CATSeg
+from catseg_fast import CATSeg, Segmentation
 from catseg_fast.output.results import summarise
 from support.documents import ROOT, blocks
 from support.tiny import CLASSES, V2, picture, tiny_model
@@ -57,6 +58,13 @@ def load(row: dict[str, Any]) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(row["labels"])))
 
 
+def same_labels(labels: np.ndarray, best: Segmentation) -> bool:
+    """Check whether labels agree but for ties: an actor has fewer threads, and can round differently."""
+    assert best.top_scores is not None
+    first, second = best.top_scores[:2]
+    return bool((first - second < 1e-5)[torch.from_numpy(labels) != best.labels].all())
+
+
 def entries(rows: Any) -> list[tuple[Any, ...]]:
     """A summary but for its mean scores."""
     return [(entry["index"], entry["name"], entry["share"]) for entry in rows if entry["share"]]
@@ -72,12 +80,13 @@ def test_pictures_by_path_come_as_from_the_plain_loop(weights: Path, photos: lis
 
     model = CATSeg.from_pretrained(weights, CLASSES, variant=V2, device="cpu")
     for row, path in zip(rows, photos, strict=True):
-        segmentation = model.segment(path, sliding_window=False)
+        segmentation = model.segment(path, sliding_window=False, top_k=2)
         assert row.keys() == {"path", "id", "labels", "mean_score", "classes", "error"}
         assert (row["path"], row["error"]) == (str(path), None)
-        assert np.array_equal(load(row), segmentation.labels.numpy())
+        labels = load(row).astype(np.int32)
+        assert same_labels(labels, segmentation)
         assert row["mean_score"] == pytest.approx(segmentation.scores.mean().item(), abs=1e-6)
-        summary = summarise(segmentation)
+        summary = summarise(replace(segmentation, labels=torch.from_numpy(labels)))
         assert entries(row["classes"]) == entries(summary)
         for entry in row["classes"]:
             assert entry["mean_score"] == pytest.approx(summary[entry["index"]]["mean_score"], abs=1e-6)
@@ -107,7 +116,9 @@ def test_arrays_of_several_sizes(weights: Path, photos: list[Path]) -> None:
     rows = sorted(ds.take_all(), key=lambda row: row["id"])
     for row, image in zip(rows, images, strict=True):
         assert row.keys() == {"id", "labels", "mean_score", "classes"}
-        assert np.array_equal(row["labels"], model.segment(image, sliding_window=False).labels.numpy())
+        assert same_labels(
+            row["labels"].astype(np.int32), model.segment(image, sliding_window=False, top_k=2)
+        )
 
 
 def test_an_actor_takes_bytes_and_columns_of_other_names(photos: list[Path]) -> None:

@@ -6,6 +6,8 @@ next replay of any recording, and a value that changes outside the inputs stays 
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -284,3 +286,14 @@ def test_explain_says_what_recordings_hold(model: CATSeg) -> None:
     for _ in range(4):
         model.segment(picture(*SIZE))
     assert "graphs     auto; 2 calls replayed, 1 recordings hold 0 B" in model.explain()
+
+
+def test_copies_and_pickles_have_settings_and_no_recordings(model: CATSeg) -> None:
+    with torch.no_grad():
+        for _ in range(3):
+            model.segment(picture(*SIZE))
+    model.engine.chunk, model.engine.precision = 3, torch.float64
+    for copied in (copy.deepcopy(model.aggregator), pickle.loads(pickle.dumps(model.aggregator))):
+        engine = copied.engine
+        assert engine.aggregator is copied
+        assert (engine.chunk, engine.precision, engine.recordings.replays) == (3, torch.float64, 0)

@@ -1,4 +1,4 @@
-"""How many classes a step takes."""
+"""How many classes per step takes."""
 
 from __future__ import annotations
 

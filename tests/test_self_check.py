@@ -72,8 +72,10 @@ class Planted:
         result = torch_stages.class_apply(layer, x, query, memory, resolution)
         return self._spoil("class_apply", result, bool(x.storage_offset() > 0))
 
-    def decode(self, plan: Plan, guidance: Any, x: Tensor, resolution: Any) -> Tensor:
-        result = torch_stages.decode(plan, guidance, x, resolution)
+    def decode(
+        self, plan: Plan, guidance: Any, x: Tensor, resolution: Any, out: Any = None, flag: Any = None
+    ) -> Tensor:
+        result = torch_stages.decode(plan, guidance, x, resolution, out, flag)
         return self._spoil("decode", result, x.shape[1] < CHUNK)
 
 

@@ -93,7 +93,7 @@ def test_bad_ensembles(ensemble: Any, message: str) -> None:
     ("classes", "error", "message"),
     [
         ([], ValueError, "classes: the list is empty"),
-        (["sky", "tree", "sky"], ValueError, r"classes: 'sky' stands twice \(entries 0 and 2\)"),
+        (["sky", "tree", "sky"], ValueError, r"classes: 'sky' is listed twice \(entries 0 and 2\)"),
         (["sky", ""], ValueError, "classes: entry 1 is blank"),
         (["sky", " \t"], ValueError, "classes: entry 1 is blank"),
         (["sky", 7], TypeError, "classes: entry 1 is 7, not a string"),

@@ -1,7 +1,7 @@
 """Checkpoints: read, load and convert them. Nothing here ever runs code from a file, nor trusts it.
 
-Upstream publishes detectron2 checkpoints, `{"model": state_dict, …}`; plain state dicts, `{"state_dict": …}`
-and safetensors are read as well.
+Upstream publishes detectron2 checkpoints, `{"model": state_dict, …}`; plain state dicts, those of other
+trainers (`layouts.py`) and safetensors are read as well.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from catseg_fast._version import __version__
 from catseg_fast.checkpoints.hub import WEIGHTS, resolve
+from catseg_fast.checkpoints.layouts import check_count, state_dict_of
 from catseg_fast.checkpoints.recognise import describe, recognise_variant
-from catseg_fast.checkpoints.stand_ins import NumpyArray
 from catseg_fast.checkpoints.torch_file import PICKLE, ZIP, read_torch_file
-from catseg_fast.checkpoints.unpickle import shown
-from catseg_fast.files import open_regular, replacing
+from catseg_fast.checkpoints.write import write_weights
+from catseg_fast.files import open_regular
 
 __all__ = ["IGNORED_KEYS", "convert", "load_into", "read_checkpoint", "recognise_variant", "resolve"]
 
@@ -35,17 +35,15 @@ IGNORED_KEYS = re.compile(
     r"|pixel_mean|pixel_std|clip_pixel_mean|clip_pixel_std|input_resolution|context_length|vocab_size)$"
 )
 
-# The largest published model has 2,000 tensors, and a header of 0.3 MB.
-MAX_TENSORS = 50_000
-MAX_HEADER = 16 * 2**20
-LONGEST_KEY = 1000
+MAX_HEADER = 16 * 2**20  # bytes; that of the largest published model has 0.3 MB
 MOST_SHARING = 4  # times that a file's bytes may be in its tensors
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict of a checkpoint file, on the CPU in the file's dtypes, mapped into memory if possible.
 
-    The format is told from the content, not the name. A "module." before every key is taken off.
+    The format is told from the content, not the name. What DataParallel, torch.compile, Lightning, DeepSpeed
+    and others put around a state dict or before its keys is taken off.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -65,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         else:
             raise ValueError(f"{path} is neither a PyTorch nor a safetensors checkpoint")
         size = os.fstat(file.fileno()).st_size
-    tensors = _state_dict(content, path)
+    tensors = state_dict_of(content, path)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if needed > MOST_SHARING * size:  # many tensors on one storage
         raise ValueError(f"{path} is damaged: its tensors have {needed} bytes, the file {size}")
@@ -82,45 +80,12 @@ def _read_safetensors(file: BinaryIO, path: Path) -> dict[str, Tensor]:
         header = json.loads(file.read(length))
         if not isinstance(header, dict):
             raise ValueError("the header is no JSON object")
-        _check_count(len(header), path)
+        check_count(len(header), path)
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, RecursionError, TypeError, RuntimeError) as error:
         if str(error).startswith(str(path)):
             raise
         raise ValueError(f"{path} is a truncated or damaged safetensors file: {error}") from error
-
-
-def _check_count(count: int, path: Path) -> None:
-    if count > MAX_TENSORS:
-        raise ValueError(f"{path} holds {count} entries; a checkpoint has at most {MAX_TENSORS}")
-
-
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of any of the known layouts."""
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
-    _check_count(len(content), path)
-    tensors: dict[str, Tensor] = {}
-    for key, value in content.items():
-        if isinstance(value, NumpyArray):
-            try:
-                value = value.tensor
-            except ValueError as error:
-                raise ValueError(f"{path} is truncated, damaged or of another kind: {error}") from error
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise ValueError(f"{path} holds no state dict: its entry {shown(repr(key))} is a {kind}")
-        if not key.isprintable() or len(key) > LONGEST_KEY:
-            raise ValueError(f"{path} holds no state dict: its entry {shown(key)} is no parameter's name")
-        # A boolean's byte may have any value in a file, but only 0 or 1 in torch.
-        tensors[key] = value.view(torch.uint8).ne(0) if value.dtype == torch.bool else value
-    if tensors and all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return tensors
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "the checkpoint") -> None:
@@ -194,11 +159,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     tensors = _own_storage(tensors)
-    with replacing(target) as temporary:
-        if target.suffix == ".safetensors":
-            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        else:
-            torch.save({"model": tensors, "metadata": metadata}, temporary)
+    write_weights(target, tensors, metadata)
     return target
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import islice
 
 from torch import Tensor
 
@@ -113,13 +113,29 @@ def _is_cat_seg(state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def _family(state_dict: Mapping[str, Tensor]) -> str:
+    if prefix := _prefix(state_dict):
+        inner = {key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)}
+        if _is_cat_seg(inner):
+            return f"{describe(inner)} with {prefix!r} before its keys; take that off"
     for ending, family in _FAMILIES:
         if any(key.endswith(ending) for key in state_dict):
             return family
     if not state_dict:
         return "an empty state dict"
-    first = ", ".join(islice(state_dict, 3))
-    return f"nothing known ({len(state_dict)} tensors: {first}, …)"
+    first = ", ".join(itertools.islice(state_dict, 3))
+    under = f", all under {prefix!r}" if prefix and all(key.startswith(prefix) for key in state_dict) else ""
+    return f"nothing known ({len(state_dict)} tensors{under}: {first}, …)"
+
+
+def _prefix(state_dict: Mapping[str, Tensor]) -> str:
+    """What is before a CAT-Seg's keys or, where there is none, before all keys."""
+    known = AGGREGATOR + "conv1.weight"
+    found = [key.removesuffix(known) for key in state_dict if key.endswith("." + known)]
+    if found:
+        return found[0]
+    names = [key.split(".")[:-1] for key in state_dict]
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
+    return "".join(f"{column[0]}." for column in shared)
 
 
 def _clip(visual: _Shapes, text: _Shapes, grid: int) -> CLIPConfig:

@@ -14,6 +14,7 @@ from catseg_fast.ahead import ahead
 from catseg_fast.cli.inputs import Picture
 from catseg_fast.cli.resume import finished
 from catseg_fast.engine.class_parallel import RankError
+from catseg_fast.identity import content_digest
 from catseg_fast.inference.images import load_image
 from catseg_fast.output.results import save_segmentation
 
@@ -31,7 +32,7 @@ class Outcome:
 
     Attributes:
         summary: the classes that occur, as of `catseg_fast.output.results.summarise`; None where it failed.
-        seconds: its share of the model's time; None where its results were there already.
+        seconds: its share of the model's time; None where its results were up to date.
         error: why it failed.
     """
 
@@ -42,15 +43,23 @@ class Outcome:
     error: Exception | None = None
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """A picture's pixels, uint8 `[3, H, W]`, and the digest of its file."""
+
+    image: Tensor
+    digest: str | None
+
+
 class Batch:
     """Segments pictures and saves the results.
 
     Args:
         model: has its classes; or a conductor of the ranks that have them, on rank 0.
-        about: further entries of the JSON files; its "fingerprint" tells which results are there already.
+        about: further entries of the JSON files; its "fingerprint" tells which results are up to date.
         alpha: share of the colours in the overlay.
         size: pictures in one call of the model.
-        overwrite: also do what is there already.
+        overwrite: also do pictures whose results are up to date.
         threads: for decoding, and as many for writing.
     """
 
@@ -79,26 +88,26 @@ class Batch:
         decoders = ThreadPoolExecutor(self.threads, "decode")
         writers = ThreadPoolExecutor(self.threads, "write")
         writing: deque[tuple[int, Picture, float, Future[list[dict[str, Any]]]]] = deque()
-        waiting: list[tuple[int, Picture, Tensor]] = []
+        waiting: list[tuple[int, Picture, Decoded]] = []
         with decoders, writers:
 
             def segment() -> Iterator[Outcome]:
                 """Run the model on what waits; wait for the writers if they have fallen behind."""
                 start = time.perf_counter()
-                answers = self._segment([image for _, _, image in waiting])
+                answers = self._segment([decoded.image for _, _, decoded in waiting])
                 seconds = (time.perf_counter() - start) / len(waiting)
-                for (index, picture, image), answer in zip(waiting, answers, strict=True):
+                for (index, picture, decoded), answer in zip(waiting, answers, strict=True):
                     if isinstance(answer, Exception):
                         yield Outcome(index, picture, error=answer)
                     else:
-                        job = writers.submit(self._write, picture, image, answer)
+                        job = writers.submit(self._write, picture, decoded, answer)
                         writing.append((index, picture, seconds, job))
                 waiting.clear()
                 while len(writing) > self.threads:
                     yield _written(*writing.popleft())
 
-            decoded = ahead(decoders, self._decode, pictures, self.threads)
-            for index, (picture, job) in enumerate(zip(pictures, decoded, strict=True)):
+            jobs = ahead(decoders, self._decode, pictures, self.threads)
+            for index, (picture, job) in enumerate(zip(pictures, jobs, strict=True)):
                 try:
                     found = job.result()
                 except Exception as error:
@@ -115,11 +124,13 @@ class Batch:
             while writing:
                 yield _written(*writing.popleft())
 
-    def _decode(self, picture: Picture) -> Tensor | list[dict[str, Any]]:
-        """A picture's pixels, uint8 `[3, H, W]`; or its classes, if its results are there already."""
+    def _decode(self, picture: Picture) -> Decoded | list[dict[str, Any]]:
+        """A picture's pixels; or its classes, if its results are up to date."""
         if not self.overwrite and (content := finished(picture, self.about["fingerprint"])):
             return _occurring(content["classes"])
-        return load_image(picture.path).round().byte()  # files hold 8 bits
+        # The digest comes first: if the file changes in between, the results count as another content's.
+        digest = content_digest(picture.path) if picture.path.is_file() else None
+        return Decoded(load_image(picture.path).round().byte(), digest)  # files hold 8 bits
 
     def _segment(self, images: list[Tensor]) -> Sequence[Segmentation | Exception]:
         if len(images) > 1:
@@ -139,9 +150,13 @@ class Batch:
                 answers.append(error)
         return answers
 
-    def _write(self, picture: Picture, image: Tensor, answer: Segmentation) -> list[dict[str, Any]]:
+    def _write(self, picture: Picture, decoded: Decoded, answer: Segmentation) -> list[dict[str, Any]]:
         about = {"image": str(picture.path), **self.about}
-        return _occurring(save_segmentation(picture.folder, picture.stem, image, answer, about, self.alpha))
+        classes = save_segmentation(
+            picture.folder, picture.stem, decoded.image, answer, about, self.alpha,
+            picture=picture.path, digest=decoded.digest,
+        )  # fmt: skip
+        return _occurring(classes)
 
 
 def _occurring(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:

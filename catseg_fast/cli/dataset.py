@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from catseg_fast.console import Debug, image_progress, plain_errors
+from catseg_fast.console import Debug, image_progress, plain_errors, stderr
 from catseg_fast.text.class_lists import read_classes
 
 EXAMPLES = (
@@ -15,6 +16,7 @@ EXAMPLES = (
     "CAT-Seg/datasets/ade150.json ade150 --first 1",
     "catseg-fast dataset VOC2010/JPEGImages VOC2010/annotations_detectron2/pc59_val "
     "CAT-Seg/datasets/pc59.json pc59",
+    "catseg-fast dataset leftImg8bit/val gtFine/val cityscapes.json cityscapes",
 )
 
 
@@ -37,9 +39,10 @@ def dataset(
 ) -> None:
     """Make a data set for `train` and `eval` from pictures and index maps.
 
-    Pictures without an index map are left out. No class is right where a map has the largest of its 8 or 16
-    bits' values. What the scripts in upstream's datasets/ prepare is taken as it is; so is ADE20K-150 as
-    published, with --first 1. An interrupted call goes on when it is repeated.
+    Folders are searched with all folders in them. An index map has its picture's path and name, or the name
+    that Cityscapes gives it; pictures without one are left out. No class is right where a map has the largest
+    of its 8 or 16 bits' values. What the scripts in upstream's datasets/ prepare is taken as it is; so is
+    ADE20K-150 as published, with --first 1. An interrupted call goes on when it is repeated.
     """
     with plain_errors(debug):
         from catseg_fast.data.published import import_dataset
@@ -47,6 +50,7 @@ def dataset(
         names = read_classes(classes)
         with image_progress("Converting") as advance:
             count = import_dataset(
-                images, annotations, names, target, first=first, copy=copy, advance=advance
-            )
+                images, annotations, names, target, first=first, copy=copy, advance=advance,
+                notice=lambda text: stderr.print(Text(text), soft_wrap=True),
+            )  # fmt: skip
         typer.echo(f"{target}: {count} images, {len(names)} classes")

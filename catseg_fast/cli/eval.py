@@ -105,7 +105,7 @@ def evaluate(
     ] = True,
     all_classes: Annotated[
         bool,
-        typer.Option("--all-classes", help="Aggregate every class; upstream's v2 drops all but 256 a crop."),
+        typer.Option("--all-classes", help="Aggregate every class; upstream's v2 keeps 256 per crop."),
     ] = False,
     activations: Annotated[
         bool,
@@ -139,6 +139,7 @@ def evaluate(
         from catseg_fast.data.folder import FolderDataset
         from catseg_fast.evaluation.report import (
             activations_table,
+            check_target,
             classes_table,
             results_table,
             write_results,
@@ -150,6 +151,8 @@ def evaluate(
             choose_backend(name, target)  # fail before anything is loaded
         dataset = FolderDataset(data)
         classes = _class_names(dataset, classes_file)
+        written = output / "results.json"
+        check_target(written)
         output.mkdir(parents=True, exist_ok=True)
         about = {
             "catseg_fast": __version__, "data_sha256": dataset.fingerprint(), "classes": list(classes),
@@ -179,7 +182,6 @@ def evaluate(
                 rows.append((own, found))
             if not processes.first:
                 return
-        written = output / "results.json"
         given = {"data": str(data), "weights": weights, "seed": seed, "limit": limit}
         write_results(written, {**given, **about}, classes, rows)
     named = [(combination.name, found) for combination, (_, found) in zip(combinations, rows, strict=True)]

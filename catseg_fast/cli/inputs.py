@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from catseg_fast.errors import InputError
+from catseg_fast.inference.images import picture_suffixes
+from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, is_result, owner_of
 from catseg_fast.output.results import unique_stems
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".avif")
 
 
 @dataclass(frozen=True)
@@ -26,49 +28,160 @@ class Picture:
         return self.folder / f"{self.stem}.{suffix}"
 
 
-def find_pictures(arguments: Sequence[Path], output: Path) -> list[Picture]:
-    """The pictures that the arguments name, in their order; folders and globs in alphabetical order.
+@dataclass
+class _Search:
+    """What a search leaves out, by reason.
 
-    Folders are searched with all folders in them, which `output` then has, too; hidden files, and results in
-    `output`, are left out. A file is taken whether it exists or not.
+    Attributes:
+        output: folder of the results, resolved.
+        results, hidden, links: numbers of files or folders.
+        others: numbers of files by suffix.
+    """
+
+    output: Path
+    results: int = 0
+    hidden: int = 0
+    links: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+
+    def takes(self, path: Path, base: Path) -> bool:
+        """Count a file that is left out; tell whether `path`, found below `base`, is a picture."""
+        if is_result(path) or (path.name.endswith(PNG_SUFFIXES) and self._is_in_output(path, base)):
+            self.results += 1
+            return False
+        if path.suffix.lower() not in picture_suffixes():
+            self.others[path.suffix.lower() or "no suffix"] += 1
+            return False
+        return True
+
+    def _is_in_output(self, path: Path, base: Path) -> bool:
+        """Check whether a file is in an output folder that lies below the folder that is searched."""
+        parents = path.resolve().parents
+        return self.output in parents and base.resolve() in self.output.parents
+
+    def summary(self) -> str:
+        """What was left out, in words; empty if nothing."""
+        parts = []
+        if self.results:
+            parts.append(_number(self.results, "result") + " of catseg-fast")
+        if self.others:
+            common = sorted(self.others.items(), key=lambda item: (-item[1], item[0]))
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in common[:5])
+            more = f", {len(common) - 5} other types" if len(common) > 5 else ""
+            parts.append(f"{_number(self.others.total(), 'other file')} ({kinds}{more})")
+        if self.hidden:
+            parts.append(_number(self.hidden, "hidden file or folder", "hidden files and folders"))
+        if self.links:
+            parts.append(_number(self.links, "linked folder") + " already searched")
+        return ", ".join(parts)
+
+
+def find_pictures(
+    arguments: Sequence[Path], output: Path, notice: Callable[[str], object] = lambda text: None
+) -> list[Picture]:
+    """Return the pictures that the arguments name, in their order; folders and globs in alphabetical order.
+
+    Folders are searched with all folders in them, which `output` then has, too; a linked folder is searched
+    once. Results of an earlier run are never pictures, wherever they are. A file is taken whether it exists
+    or not. Results never replace another picture's, or files of others: the stem is then numbered.
+
+    Args:
+        arguments: files, folders and globs.
+        output: where the results go.
+        notice: called with a line for what is left out, and for each stem that is numbered due to a file of
+            others.
 
     Raises:
-        ValueError: if a folder holds no pictures.
+        InputError: if a folder holds no pictures, or there are only results.
     """
     found: list[tuple[Path, Path]] = []
+    resolved = output.resolve()
+    explicit_results = 0
     for argument in arguments:
+        search = _Search(resolved)
         if argument.is_dir():
-            inside = sorted(_walk(argument, output.resolve()))
-            if not inside:
-                raise ValueError(f"{argument} holds no pictures ({', '.join(SUFFIXES)})")
+            inside = sorted(path for path in _walk(argument, search) if search.takes(path, argument))
+            if not inside and not search.results:
+                left_out = search.summary()
+                raise InputError(f"{argument} holds no pictures{left_out and f', only {left_out}'}")
             found += [(path, output / path.relative_to(argument).parent) for path in inside]
+        elif not argument.exists() and glob.has_magic(str(argument)):
+            found += [(path, output) for path in _expand(argument, search)]
+        elif is_result(argument):  # of a glob that the shell expanded
+            explicit_results += 1
         else:
-            found += [(path, output) for path in _expand(argument, output.resolve())]
+            found.append((argument, output))
+        if summary := search.summary():
+            notice(f"{argument}: left out {summary}")
+    if explicit_results:
+        text = _number(explicit_results, "file") + f" of {len(arguments)} arguments"
+        notice(f"left out {text}: results of catseg-fast")
+    if arguments and not found:
+        raise InputError(f"{arguments[0]}: there are only results of catseg-fast and no pictures")
+    return _with_stems(found, notice)
+
+
+def _with_stems(found: Sequence[tuple[Path, Path]], notice: Callable[[str], object]) -> list[Picture]:
+    """Choose the stem of each picture's results, given the pictures and the folders of their results."""
     by_folder: dict[Path, list[int]] = defaultdict(list)
     for index, (_, folder) in enumerate(found):
         by_folder[folder].append(index)
     stems = [""] * len(found)
-    for indices in by_folder.values():
-        names = unique_stems(found[index][0] for index in indices)
+    for folder, indices in by_folder.items():
+        strangers: dict[Path, str] = {}
+        names = unique_stems((found[index][0] for index in indices), partial(_is_free, folder, strangers))
         for index, stem in zip(indices, names, strict=True):
             stems[index] = stem
+            path = found[index][0]
+            if path in strangers:
+                notice(
+                    f"{path}: its results are {folder / stem}.*; a file named {strangers[path]}.* is not a "
+                    "result of catseg-fast"
+                )
     return [Picture(path, folder, stem) for (path, folder), stem in zip(found, stems, strict=True)]
 
 
-def _walk(folder: Path, output: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "." and Path(parent, name).resolve() != output]
-        yield from (Path(parent, name) for name in files if name[0] != "." and _is_picture(name))
+def _is_free(folder: Path, strangers: dict[Path, str], path: Path, stem: str) -> bool:
+    """Check whether a picture's results can have a stem; note in `strangers` if files of others are there."""
+    owner = owner_of(folder, stem, path)
+    if owner is Owner.STRANGER:
+        strangers.setdefault(path, stem)
+    return owner in (Owner.NOBODY, Owner.THIS_PICTURE)
 
 
-def _expand(argument: Path, output: Path) -> list[Path]:
-    """The pictures that match a glob which the shell did not expand; anything else is a file's name."""
+def _walk(folder: Path, search: _Search) -> Iterator[Path]:
+    """All files in a folder; what links lead to comes last, unless it was there before."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        start = waiting.pop(0)
+        links: list[Path] = []
+        for parent, folders, files in os.walk(start):
+            here = os.stat(parent)
+            if (here.st_dev, here.st_ino) in seen:
+                search.links += 1
+                folders.clear()
+                continue
+            seen.add((here.st_dev, here.st_ino))
+            visible = [name for name in sorted(folders) if name[0] != "."]
+            search.hidden += len(folders) - len(visible)
+            links += [path for name in visible if (path := Path(parent, name)).is_symlink()]
+            folders[:] = [name for name in visible if not Path(parent, name).is_symlink()]
+            shown = [name for name in files if name[0] != "."]
+            search.hidden += len(files) - len(shown)
+            yield from (Path(parent, name) for name in shown)
+        waiting += links
+
+
+def _expand(argument: Path, search: _Search) -> list[Path]:
+    """The pictures that match a glob which the shell did not expand; itself if nothing matches."""
     pattern = str(argument)
-    if argument.exists() or not glob.has_magic(pattern):
-        return [argument]
-    matches = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if _is_picture(name))
-    return [path for path in matches if path.is_file() and output not in path.resolve().parents] or [argument]
+    parts = argument.parts
+    base = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
+    matches = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
+    found = [path for path in matches if path.is_file() and search.takes(path, base)]
+    return found if found or search.results else [argument]  # which is then reported as missing
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+def _number(count: int, one: str, many: str | None = None) -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"

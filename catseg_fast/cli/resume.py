@@ -1,15 +1,15 @@
-"""Whether a picture's results are there already, and are those that would come out again."""
+"""The check for pictures whose results are up to date."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from catseg_fast.cli.inputs import Picture
+from catseg_fast.files import replacing
+from catseg_fast.identity import content_digest, place_of, settings_digest
+from catseg_fast.output.ownership import PNG_SUFFIXES, is_result_of, read_result
+from catseg_fast.output.results import write_result
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -22,7 +22,7 @@ def fingerprint(model: CATSeg, weights: Path | None, seed: int, alpha: float) ->
     not the device and the back end, which change rounding alone.
     """
     facts = {
-        "weights": f"untrained, seed {seed}" if weights is None else _digest(weights),
+        "weights": f"untrained, seed {seed}" if weights is None else content_digest(weights),
         "variant": model.variant.name,
         "dtype": str(model.dtype),
         "classes": model.classes,
@@ -30,33 +30,31 @@ def fingerprint(model: CATSeg, weights: Path | None, seed: int, alpha: float) ->
         "max_classes": model.max_classes,
         "alpha": alpha,
     }
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    return settings_digest(facts)
 
 
-def finished(picture: Picture, wanted: str) -> dict[str, Any] | None:
-    """The content of a picture's JSON file, if its three files are whole, for this fingerprint, and not older
-    than the picture; else None.
+def finished(picture: Picture, expected: str) -> dict[str, Any] | None:
+    """The content of a picture's JSON file, if it vouches for what is there; else None.
+
+    It does if it is of this picture with the content that it has now, of the fingerprint `expected`, and of
+    the label map and overlay beside it. Where the picture has moved since, the JSON file is given its path.
     """
+    path = picture.result("json")
+    content = read_result(path)
+    if content is None or "identity" not in content or content.get("fingerprint") != expected:
+        return None
+    identity = content["identity"]
     try:
-        content = json.loads(picture.result("json").read_text(encoding="utf-8"))
-        size = (content["width"], content["height"])
-        if (content["fingerprint"], content["image"]) != (wanted, str(picture.path)):
+        if not is_result_of(content, picture.path) or identity["content"] != content_digest(picture.path):
             return None
-        if picture.path.stat().st_mtime > picture.result("json").stat().st_mtime:
-            return None
-        for suffix in ("labels.png", "overlay.png"):
-            with Image.open(picture.result(suffix)) as image:
-                image.load()
-                if suffix == "labels.png" and image.size != size:
-                    return None
-    except Exception:  # damaged files raise whatever the format's decoder stumbles over
+        for name in (picture.stem + suffix for suffix in PNG_SUFFIXES):
+            if identity["files"].get(name) != content_digest(picture.folder / name):
+                return None
+        place = place_of(picture.path)
+        if (content["image"], identity["path"]) != (str(picture.path), place):
+            content |= {"image": str(picture.path), "identity": {**identity, "path": place}}
+            with replacing(path) as temporary:
+                write_result(temporary, content)
+    except (OSError, ValueError, KeyError):  # a file is missing or unreadable
         return None
     return content
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

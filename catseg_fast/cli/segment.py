@@ -71,7 +71,7 @@ def segment(
     variant: VariantName = None,
     output: Annotated[Path, output_folder("Where the results go.")] = Path("segmented"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Also do pictures whose results are there and valid.")
+        bool, typer.Option("--overwrite", help="Also do pictures whose results are up to date.")
     ] = False,
     stats: Annotated[
         Path | None,
@@ -107,22 +107,23 @@ def segment(
     """Label every pixel of pictures with one of the classes.
 
     Writes for each picture NAME.overlay.png (colours and legend), NAME.labels.png (each pixel's class index,
-    16 bits) and NAME.json (each class's index, share of the pixels and mean score). What is there already,
-    from the same picture, weights, classes and options, stays: a run that was interrupted goes on.
+    16 bits) and NAME.json (each class's index, share of the pixels and mean score). Results of the same
+    picture content, weights, classes and options are kept: a run that was interrupted goes on. Other files
+    are never replaced: the results' names are then numbered.
     """
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
     try:
         if stats is not None:
             check_target(stats)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
     with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
         from catseg_fast.checkpoints.hub import resolve
         from catseg_fast.cli.inputs import find_pictures
         from catseg_fast.cli.resume import fingerprint
 
-        pictures = find_pictures(images, output) if processes.first else []
+        pictures = find_pictures(images, output, _notice) if processes.first else []
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
@@ -162,6 +163,10 @@ def segment(
     if len(outcomes) < len(pictures):
         stderr.print(f"{len(pictures) - len(outcomes)} of {len(pictures)} images failed", highlight=False)
         raise typer.Exit(1)
+
+
+def _notice(text: str) -> None:
+    stderr.print(Text(text), soft_wrap=True)
 
 
 @contextmanager

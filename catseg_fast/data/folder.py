@@ -6,18 +6,39 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
+from catseg_fast.identity import content_digest
 from catseg_fast.inference.images import load_image
 from catseg_fast.text.class_lists import read_classes
 
+READERS = 4  # threads that read files for the fingerprint
+# Tags of TIFF and their values.
+_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC = 258, 259, 262
+_BLACK_IS_ZERO, _PALETTE = 1, 3
+_LOSSLESS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    8,
+    32773,
+    32946,
+    34925,
+    50000,
+)  # none, CCITT, LZW, Deflate, PackBits, LZMA, Zstd
 MOST_CLASSES = 65535  # the last of 16 bits' values is where no class is right
 
 
@@ -62,7 +83,7 @@ class FolderDataset:
                 )
         self.names = tuple(sorted(images))
         if not self.names:
-            raise ValueError(f"{self.root / 'images'}: no images")
+            raise ValueError(f"{self.root / 'images'}: no images{_unsearched(self.root / 'images')}")
         self._images = tuple(str(images[name]) for name in self.names)
         self._annotations = tuple(str(annotations[name]) for name in self.names)
 
@@ -89,9 +110,10 @@ class FolderDataset:
         return {"image": image, "sem_seg": labels, "name": name}
 
     def fingerprint(self) -> str:
-        """A hash of the classes, and of the names and sizes of all files."""
-        sizes = [os.path.getsize(path) for path in (*self._images, *self._annotations)]
-        return hashlib.sha256(json.dumps([self.classes, self.names, sizes]).encode()).hexdigest()
+        """A hash of the classes, and of the names and contents of all files, each of which is read."""
+        with ThreadPoolExecutor(READERS) as readers:
+            contents = list(readers.map(content_digest, (*self._images, *self._annotations)))
+        return hashlib.sha256(json.dumps([self.classes, self.names, contents]).encode()).hexdigest()
 
 
 def ignore_label_of(classes: int) -> int:
@@ -124,23 +146,52 @@ def read_index_map(path: Path) -> np.ndarray:
     """The values of a grey image, or the indices of one with a palette: uint8 or uint16 `[H, W]`.
 
     Raises:
-        ValueError: if the file cannot be read, has colours, or other than 8 or 16 bits.
+        ValueError: if the file cannot be read, or is not a PNG or TIFF whose pixels are class indices of 8 or
+            16 bits: it is in a lossy format, has colours or several pages, or its values are stretched or
+            inverted when it is read.
     """
     try:
         with open_regular(path) as file, Image.open(file) as image:
-            # Pillow stretches grey values of 2 and 4 bits over 0..255.
-            stretched = image.mode == "L" and image.format == "PNG" and image.tile[0].args != "L"
-            mode, array = image.mode, np.array(image)
+            problem = _why_no_index_map(image)
+            array = None if problem else np.array(image)
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
         raise ValueError(f"{path}: cannot read the annotation: {error}") from error
-    if stretched or mode not in ("L", "P", "I;16", "I;16B", "I"):
-        kind = "grey of fewer than 8 bits" if stretched or mode == "1" else f"of mode {mode}"
-        raise ValueError(f"{path}: expected class indices of 8 or 16 bits, got an image {kind}")
+    if array is None:
+        raise InputError(f"{path}: expected class indices of 8 or 16 bits, got {problem}")
     if array.dtype == np.uint8:
         return array
     if array.min() < 0 or array.max() > 65535:
         raise ValueError(f"{path}: expected indices of 16 bits, got {array.min()}..{array.max()}")
     return array.astype(np.uint16)
+
+
+def _why_no_index_map(image: ImageFile) -> str | None:
+    """What keeps the pixels of an opened image from being class indices; None if they are."""
+    if image.format not in ("PNG", "TIFF"):
+        return f"a {image.format} file; label maps are PNG or TIFF, as other formats can change values"
+    if getattr(image, "n_frames", 1) > 1:
+        return f"a file of {getattr(image, 'n_frames', 1)} images"
+    # Pillow stretches grey values of 1, 2 and 4 bits over 0..255.
+    stretched = image.format == "PNG" and image.mode == "L" and image.tile[0].args != "L"
+    if stretched or image.mode == "1":
+        return "an image grey of fewer than 8 bits"
+    if image.mode not in ("L", "P", "I;16", "I;16B", "I"):
+        return f"an image of mode {image.mode}"
+    return _why_no_index_tiff(image) if isinstance(image, TiffImageFile) else None
+
+
+def _why_no_index_tiff(image: TiffImageFile) -> str | None:
+    compression = image.tag_v2.get(_COMPRESSION, 1)
+    if compression not in _LOSSLESS:
+        return f"a TIFF of compression {compression}, which is not known to be lossless"
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))[0]
+    if bits not in (8, 16):
+        return f"a TIFF of {bits} bits per pixel"
+    photometric = image.tag_v2.get(_PHOTOMETRIC)
+    if photometric not in (_BLACK_IS_ZERO, _PALETTE):
+        kind = "WhiteIsZero, whose values are inverted" if photometric == 0 else photometric
+        return f"a TIFF of photometric interpretation {kind}"
+    return None
 
 
 def _read_class_list(path: Path) -> tuple[str, ...]:
@@ -150,6 +201,14 @@ def _read_class_list(path: Path) -> tuple[str, ...]:
     if len(classes) > MOST_CLASSES:
         raise ValueError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
     return tuple(classes)
+
+
+def _unsearched(folder: Path) -> str:
+    """A remark on the folders in `folder`, if there are any."""
+    count = sum(path.is_dir() for path in folder.iterdir() if path.name[0] != ".")
+    if not count:
+        return ""
+    return f" ({count} folders in it are not searched; `catseg-fast dataset` searches them)"
 
 
 def files_by_name(folder: Path) -> dict[str, Path]:

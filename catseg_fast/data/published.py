@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from catseg_fast.data.folder import MOST_CLASSES, files_by_name, ignore_label_of, read_index_map
-from catseg_fast.files import open_regular, replacing
+from catseg_fast.data.folder import MOST_CLASSES, ignore_label_of, read_index_map
+from catseg_fast.data.pairs import Pair, find_pairs
+from catseg_fast.errors import InputError
+from catseg_fast.files import open_regular, read_text, replacing
+from catseg_fast.identity import content_digest, png_mark, read_png_mark
+from catseg_fast.inference.images import image_size
 
 
 def import_dataset(
@@ -23,12 +29,16 @@ def import_dataset(
     first: int = 0,
     copy: bool = False,
     advance: Callable[[int, int], None] = lambda done, total: None,
+    notice: Callable[[str], object] = lambda text: None,
 ) -> int:
     """Make `target` a folder as `catseg_fast.data.folder.FolderDataset` reads it.
 
     A value v in an annotation is class v - `first`. No class is right where v is below `first`, or is
     the largest of its 8 or 16 bits and of no class. Images are linked; those without annotation are left out.
-    What an interrupted call has made is kept.
+    Folders are searched with all folders in them, as of `catseg_fast.data.pairs.find_pairs`.
+
+    What an earlier call has made is kept where it is what this one would make, and made again otherwise.
+    Files of others are never replaced.
 
     Args:
         images: folder of pictures.
@@ -38,36 +48,85 @@ def import_dataset(
         first: the first class's value.
         copy: copy the images, rather than link them.
         advance: called with the number of annotations done and of all.
+        notice: called with a line for what is left out.
 
     Returns:
         The number of annotated images.
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if there are no annotations, one has no image, cannot be read or holds a value of no
-            class, there are too many classes, or `target` has other classes.
-        OSError: if writing fails.
+        ValueError: if there are no annotations, one has no image or another size than it, cannot be read or
+            holds a value of no class, there are too many classes, or `target` has other classes.
+        OSError: if writing fails; FileExistsError if a file is in the way that no call has made.
     """
     if len(classes) > MOST_CLASSES:
         raise ValueError(f"classes: {len(classes)}; indices of 16 bits count {MOST_CLASSES}")
-    pictures, maps = files_by_name(images), files_by_name(annotations)
-    if not maps:
-        raise ValueError(f"{annotations}: no annotations")
-    for name, path in maps.items():
-        if name not in pictures:
-            raise ValueError(f"{path}: annotation without image: no {images / name}.*")
+    pairs = find_pairs(images, annotations, notice)
     for folder in ("images", "annotations"):
         (target / folder).mkdir(parents=True, exist_ok=True)
     _write_classes(target / "classes.json", classes)
-    advance(0, len(maps))
-    for done, (name, path) in enumerate(maps.items(), 1):
-        _place(pictures[name], target / "images" / pictures[name].name, copy)
-        written = target / "annotations" / f"{name}.png"
-        if not written.exists():
-            with replacing(written) as temporary:
-                Image.fromarray(_indices(path, len(classes), first)).save(temporary, format="PNG")
-        advance(done, len(maps))
-    return len(maps)
+    there: dict[str, list[Path]] = defaultdict(list)
+    for path in (target / "images").iterdir():
+        there[path.stem].append(path)
+    advance(0, len(pairs))
+    for done, pair in enumerate(pairs, 1):
+        _import_pair(pair, _indices(pair.annotation, len(classes), first), target, there[pair.name], copy)
+        advance(done, len(pairs))
+    names = {pair.name for pair in pairs}
+    if others := sum(path.stem not in names for path in (target / "annotations").glob("*.png")):
+        notice(f"{target}: also has {others} images that are not in {images}")
+    return len(pairs)
+
+
+def _import_pair(pair: Pair, indices: np.ndarray, target: Path, there: Sequence[Path], copy: bool) -> None:
+    """Put a picture and its index map in their places; `there` are the files of its name in `images`."""
+    size = image_size(pair.image)
+    if indices.shape != size:
+        sizes = [f"{width}x{height}" for height, width in (indices.shape, size)]
+        raise InputError(
+            f"{pair.annotation}: the annotation is {sizes[0]}, its image {pair.image} is {sizes[1]}"
+        )
+    image = target / "images" / f"{pair.name}{pair.image.suffix}"
+    written = target / "annotations" / f"{pair.name}.png"
+    placed = list(there) == [image] and _is_placed(pair.image, image, copy)
+    same = _holds(written, indices)
+    if placed and same:
+        return
+    ours = read_png_mark(written) is not None
+    if os.path.lexists(written) and not (ours or same):
+        raise _in_the_way(written)
+    if there and not placed:
+        if not ours:
+            raise _in_the_way(there[0])
+        # The index map goes last, as it tells that these are ours.
+        for path in there:
+            path.unlink()
+        written.unlink()
+    if not placed:
+        _place(pair.image, image, copy)
+    if not (same and written.exists()):
+        with replacing(written) as temporary:
+            Image.fromarray(indices).save(temporary, format="PNG", pnginfo=png_mark("dataset"))
+
+
+def _is_placed(source: Path, target: Path, copy: bool) -> bool:
+    """Check whether `target` is a link to `source`, or has its content."""
+    if target.is_symlink():
+        return not copy and os.readlink(target) == str(source.resolve())
+    return content_digest(source) == content_digest(target)
+
+
+def _holds(path: Path, indices: np.ndarray) -> bool:
+    """Check whether a file is an index map of these values."""
+    try:
+        found = read_index_map(path)
+    except (OSError, ValueError):
+        return False
+    return found.dtype == indices.dtype and np.array_equal(found, indices)
+
+
+def _in_the_way(path: Path) -> FileExistsError:
+    return FileExistsError(f"{path} was not made by `catseg-fast dataset`; choose another folder")
 
 
 def _indices(path: Path, classes: int, first: int) -> np.ndarray:
@@ -87,15 +146,15 @@ def _indices(path: Path, classes: int, first: int) -> np.ndarray:
 
 def _write_classes(path: Path, classes: Sequence[str]) -> None:
     text = json.dumps(list(classes), indent=0, ensure_ascii=False) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path}: the folder has other classes; choose another")
+    if path.exists():
+        if read_text(path) != text:
+            raise ValueError(f"{path}: the folder has other classes; choose another")
+        return
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _place(source: Path, target: Path, copy: bool) -> None:
-    if target.exists():
-        return
     with replacing(target) as temporary:
         if copy:
             with open_regular(source) as original, temporary.open("wb") as written:

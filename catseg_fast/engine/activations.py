@@ -61,7 +61,8 @@ class _Recorder:
             if stage in ("class_collect", "class_apply"):
                 name += f", {stage.removeprefix('class_')}"
             watch = _Watch()
-            watch.see([value for value in arguments if isinstance(value, Tensor)])
+            given = arguments[:3] if stage == "decode" else arguments  # behind which is where its result goes
+            watch.see([value for value in given if isinstance(value, Tensor)])
             with watch:
                 result = function(part, *arguments)
             self._largest[name] = max(self._largest.get(name, 0.0), watch.largest())

@@ -1,7 +1,7 @@
 """One vocabulary over several processes: each rank of a process group aggregates a share of the classes.
 
 Classes meet in three places alone. The sums of a class memory, whose size does not depend on the number of
-classes, are added up over the ranks, once a layer. Scores by which a crop's best classes are selected are
+classes, are added up over the ranks, once per layer. Scores by which a crop's best classes are selected are
 gathered. Label maps are merged by maximum. All else a rank does alone, under its own memory policy.
 """
 
@@ -82,7 +82,7 @@ class ClassShare:
     @contextmanager
     def together(self, device: torch.device, *facts: object) -> Iterator[None]:
         """Make sure that all ranks are about to do the same, and turn any error inside into one that says
-        which rank failed: the others wait for it in vain.
+        which rank failed: the others time out waiting for it.
 
         Args:
             device: where the ranks' tensors are.
@@ -156,7 +156,7 @@ class ClassShare:
 
         Args:
             target: of this rank's classes, counted from 0.
-            count: classes a pixel: at most T, and 1 for a `LabelMap`.
+            count: classes per pixel: at most T, and 1 for a `LabelMap`.
         """
         keys = _pack(target.scores, target.labels + self.own.start).view(-1, *target.scores.shape[-2:])
         none = keys.new_full((1, *keys.shape[1:]), torch.iinfo(keys.dtype).min)
@@ -193,8 +193,8 @@ def waiting(group: ProcessGroup | None) -> Iterator[None]:
     except RuntimeError as error:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         raise RankError(
-            f"class parallel: rank {rank} of {ranks} waited in vain for the others, one of which has ended "
-            f"or hangs: {error}"
+            f"class parallel: rank {rank} of {ranks} timed out waiting for the others, one of which has "
+            f"ended or hangs: {error}"
         ) from error
 
 

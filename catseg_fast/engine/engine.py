@@ -72,12 +72,25 @@ class Engine:
         self._chunk: int | None = None
         self._policy: str | None = None
         self._memory_budget: int | None = None
+        self._graphs = "auto"
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without anything that follows from weights, calls or settings."""
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
         self._vocabulary: tuple[object, Plan, VocabularyTerms] | None = None
         self._schedules: dict[object, Schedule] = {}
-        self._graphs = "auto"
         self.recordings = GraphCache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or a pickle, is made of: the settings."""
+        derived = ("_plans", "_triton", "_vocabulary", "_schedules", "recordings")
+        return {name: value for name, value in vars(self).items() if name not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     @property
     def backend(self) -> str:
@@ -118,7 +131,7 @@ class Engine:
 
     @property
     def chunk(self) -> int | None:
-        """Classes a step; None lets the planner choose."""
+        """Classes per step; None lets the planner choose."""
         return self._chunk
 
     @chunk.setter
@@ -211,21 +224,11 @@ class Engine:
         schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
 
         def run(img_feats: Tensor, *maps: Tensor) -> Tensor:
-            shape, logits = (B, T, 4 * H, 4 * W), img_feats.new_empty(0, dtype=dtype)
-
-            def store(classes: slice, part: Tensor) -> None:
-                nonlocal logits
-                if part.shape == shape:
-                    logits = part.to(dtype)
-                    return
-                if not logits.numel():
-                    logits = img_feats.new_empty(shape, dtype=dtype)
-                logits[:, classes] = part
-
+            answer = _Answer(img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype))
             given = iter(maps)
             guidance = [None if x is None else next(given) for x in appearance_guidance]
-            self.stream(img_feats, vocabulary, guidance, max_classes, lambda: store, plan, schedule)
-            return logits
+            self.stream(img_feats, vocabulary, guidance, max_classes, lambda: answer, plan, schedule)
+            return answer.logits
 
         inputs = [img_feats, *(x for x in appearance_guidance if x is not None)]
         if not self.records(img_feats.device, schedule):
@@ -267,10 +270,10 @@ class Engine:
             img_feats: `[B, F, H, W]`.
             vocabulary: from `vocabulary`, for the same weights.
             appearance_guidance: upstream's three guidance maps.
-            max_classes: aggregate at most so many classes a crop; None for all.
+            max_classes: aggregate at most so many classes per crop; None for all.
             begin: returns what is called with a slice of classes and their logits `[B, t, 4H, 4W]`. That must
-                change nothing before it can no longer fail for want of memory: it may then be called again.
-                If all is computed again, `begin` is called again first.
+                change nothing before it can no longer fail because memory runs out: it may then be called
+                again. If all is computed again, `begin` is called again first.
             plan: the folded weights, if the caller has them.
             schedule: from `schedule_of`; by default one for a caller who holds nothing besides.
 
@@ -306,8 +309,6 @@ class Engine:
             raise RunError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
         if schedule is None or differentiable:
             schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, 0, differentiable)
-        finite = torch.ones((), dtype=torch.bool, device=img_feats.device)
-
         device = img_feats.device  # streams and kernels go to the current one
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, torch.set_grad_enabled(differentiable), self._without_autocast():
@@ -321,21 +322,19 @@ class Engine:
                 GradientStream(torch_stages, plan, image, vocabulary, selected, schedule).run(begin())
                 return True
 
-            def streams() -> list[Stream]:
-                return self._streams(plan, image, img_feats, vocabulary, count, schedule)
+            def streams(flag: Tensor | None) -> list[Stream]:
+                return self._streams(plan, image, img_feats, vocabulary, count, schedule, flag)
 
-            self._get_ready(plan, image, count, lambda: run_streams(streams(), begin()))
-            consume = begin()
-
-            def watch(classes: slice, logits: Tensor) -> None:
-                finite.logical_and_(logits.isfinite().all())
-                consume(classes, logits)
-
-            if plan.embed.dtype != torch.float16 or _recording(device):
-                run_streams(streams(), consume)
-                return True
-            run_streams(streams(), watch)
-            return self._all_ranks(bool(finite))
+            watched = plan.embed.dtype == torch.float16 and not _recording(device)
+            flag = torch.zeros(1, dtype=torch.int32, device=device) if watched else None
+            self._get_ready(
+                plan,
+                image,
+                count,
+                lambda: run_streams(streams(None if flag is None else flag.clone()), begin()),
+            )
+            run_streams(streams(flag), begin())
+            return flag is None or self._all_ranks(not bool(flag))
 
     def schedule_of(
         self,
@@ -381,7 +380,7 @@ class Engine:
             return plan_gradients(sizes, checkpoint=self.checkpoint, chunk=chunk, budget=budget)
         needs = (sizes.state_bytes, sizes.fixed_bytes, sizes.class_bytes, output_bytes)
         key = (sizes.crops, sizes.classes, sizes.device, needs, self.policy, chunk, budget)
-        if key in self._schedules and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and key in self._schedules:
             return self._schedules[key]
         schedule = plan_schedule(
             sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes
@@ -396,7 +395,7 @@ class Engine:
         """What runs the stages where no gradients are wanted."""
         if constant_backend(self.backend, self.aggregator.conv1.weight.device) != "triton":
             return torch_stages
-        from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux alone
+        from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux only
 
         kept = self._triton.get(plan.embed.dtype)
         if kept is None or kept.plan is not plan or kept.input_precision != self.input_precision:
@@ -429,8 +428,9 @@ class Engine:
         vocabulary: VocabularyTerms,
         count: int,
         schedule: Schedule,
+        flag: Tensor | None,
     ) -> list[Stream]:
-        """What aggregates `count` classes a crop: one stream; but one a crop where the best ones of a share
+        """What aggregates `count` classes per crop: one stream; but one a crop where the best ones of a share
         are to be found, as ranks hold different numbers of these.
         """
         stages, share = self.stages(plan), self.share
@@ -442,7 +442,8 @@ class Engine:
             else:
                 kept = share.select(scores, count)
                 parts = [(image.of(slice(crop, crop + 1)), own) for crop, own in enumerate(kept)]
-        return [Stream(stages, plan, crops, vocabulary, own, schedule, share, count) for crops, own in parts]
+        common = (schedule, share, count, flag)
+        return [Stream(stages, plan, crops, vocabulary, own, *common) for crops, own in parts]
 
     def _total(self, classes: int) -> int:
         """Classes of all ranks, where this one has so many."""
@@ -464,6 +465,22 @@ class Engine:
             return False
         tensors = itertools.chain(inputs, self.aggregator.parameters())
         return any(x is not None and x.requires_grad for x in tensors)
+
+
+class _Answer:
+    """Takes in logits of all classes; stages may write them to their place."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def slot(self, classes: slice) -> Tensor:
+        """Return where the logits of some classes go."""
+        return self.logits[:, classes]
+
+    def __call__(self, classes: slice, part: Tensor) -> None:
+        place = self.slot(classes)
+        if torch.compiler.is_compiling() or part.data_ptr() != place.data_ptr():
+            place[:] = part
 
 
 # For `torch.compile` a constant: what it reads of the machine cannot be traced.

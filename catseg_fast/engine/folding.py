@@ -4,8 +4,8 @@ Every item is an identity (DESIGN: linearity, and softmax's invariance to a cons
 beyond rounding:
 
 - LayerNorm's affine part moves into the linear layer behind it, the attention scale into the query weights.
-- Queries and keys are linear in `[x ; guidance]`: the guidance half is split off, to be applied once an image
-  (appearance) or once a vocabulary (text).
+- Queries and keys are linear in `[x ; guidance]`: the guidance half is split off, to be applied once per
+  image (appearance) or once per vocabulary (text).
 - A key bias that is the same for every key drops out of a softmax, whose rows sum to one; for that reason the
   value bias moves into the projection's.
 - All padding tokens of the class attention are equal: one key and one value stand for them.
@@ -95,7 +95,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The whole aggregator. Projections of guidance are left to its own modules: they run once an image."""
+    """The whole aggregator. Projections of guidance are left to its own modules: they run once per image."""
 
     embed: Tensor  # [C, P, 7, 7]
     embed_bias: Tensor  # [C]

@@ -52,14 +52,14 @@ class GradientStream(Stream):
         assert self.state is not None
         self.state.save(classes, x)
 
-    def _decode(self, crops: slice, classes: slice) -> Tensor:
+    def _decode(self, crops: slice, classes: slice, out: Tensor | None = None) -> Tensor:
         last = len(self.plan.layers) - 1
         before, remembered = self._behind(last, crops, classes)
 
         def finish(before: Tensor | None, classes: slice) -> Tensor:
             x = self._before(last, crops, classes, before, remembered)
             decoder = self.image.of(crops).decoder
-            return self.stages.decode(self.plan, decoder, x, self.image.resolution)
+            return self.stages.decode(self.plan, decoder, x, self.image.resolution, None, None)
 
         logits: Tensor = self._run(finish, before, classes)
         return logits

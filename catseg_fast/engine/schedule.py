@@ -1,4 +1,4 @@
-"""How much memory a call takes, and how it fits a budget: the memory policy and the classes a step."""
+"""How much memory a call takes, and how it fits a budget: the memory policy and the classes per step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POLICIES = ("resident", "offload", "recompute")
 # Crops times classes per step: enough to hide the host's work on a GPU, few enough for a CPU's cache.
 CROP_CLASSES = {"cpu": 8, "cuda": 1024}
 
-# Rows of a GPU tile in the class attention: what a step has beyond a multiple of it is computed in vain.
+# Rows of a GPU tile in the class attention: a step pads its classes to a multiple of it.
 TILE = 64
 
 # Share of the free memory that a call takes by default; with gradients the loss needs some as well.
@@ -35,7 +35,7 @@ class Schedule:
         policy: where the state of all classes is: "resident", "offload", or nowhere ("recompute"). Where
             gradients are wanted, whether all that they need is kept ("keep"), or is computed again
             ("checkpoint").
-        chunk: classes a step.
+        chunk: classes per step.
         reason: why this policy.
         fixed_bytes: what the call holds whatever the chunk: state on the device, class memories, image terms,
             the caller's output.
@@ -95,7 +95,7 @@ def check_policy(policy: str | None) -> str | None:
 
 
 def check_chunk(chunk: int | None) -> int | None:
-    """Return a positive number of classes a step, or None for the planner's choice.
+    """Return a positive number of classes per step, or None for the planner's choice.
 
     Raises:
         ValueError: if it is not positive.

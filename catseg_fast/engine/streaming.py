@@ -63,14 +63,22 @@ class Stages(Protocol):
     ) -> Tensor: ...
 
     def decode(
-        self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: Resolution, /
+        self,
+        plan: Plan,
+        guidance: tuple[Tensor, Tensor],
+        x: Tensor,
+        resolution: Resolution,
+        out: Tensor | None,
+        flag: Tensor | None,
+        /,
     ) -> Tensor: ...
 
 
 class Stream:
     """One call: crops, a vocabulary, and how they go through the stages.
 
-    Where the vocabulary is a `share`, each crop aggregates `length` classes on all ranks, else its own.
+    Where the vocabulary is a `share`, each crop aggregates `length` classes on all ranks, else its own. The
+    `flag`, `[1]` int32, is set to 1 as soon as a logit is infinite or NaN.
     """
 
     def __init__(
@@ -83,8 +91,9 @@ class Stream:
         schedule: Schedule,
         share: ClassShare | None = None,
         length: int | None = None,
+        flag: Tensor | None = None,
     ) -> None:
-        self.stages, self.share = stages, share
+        self.stages, self.share, self.flag = stages, share, flag
         self.plan, self.image, self.vocabulary, self.selected = plan, image, vocabulary, selected
         self.schedule, self.chunk = schedule, schedule.chunk
         self.count = vocabulary.classes if selected is None else selected.shape[1]
@@ -97,7 +106,7 @@ class Stream:
         self.state = self._new_state()
 
     def run(self, consume: Consumer) -> None:
-        """Fill one class memory a layer, then decode."""
+        """Fill one class memory per layer, then decode."""
         run_streams([self], consume)
 
     def aggregate(self) -> None:
@@ -130,10 +139,18 @@ class Stream:
         if self.selected is not None:
             self._slots = self._decode_selected(self.selected)
 
-    def decode(self, classes: slice) -> Tensor:
-        """Logits `[B, t, 4H, 4W]` of a chunk of all classes, once they are aggregated."""
+    @property
+    def decodes_in_place(self) -> bool:
+        """Whether `decode` writes its result to a given place; else it is put together from parts."""
+        return self._slots is None
+
+    def decode(self, classes: slice, out: Tensor | None = None) -> Tensor:
+        """Return logits `[B, t, 4H, 4W]` of a chunk of all classes, once they are aggregated.
+
+        They go to `out` if the stream decodes in place.
+        """
         if self._slots is None:
-            return self._decode(slice(0, self.image.crops), classes)
+            return self._decode(slice(0, self.image.crops), classes, out)
         logits, slots = self._slots
         crops = torch.arange(self.image.crops, device=slots.device)[:, None]
         return logits[crops, slots[:, classes]]
@@ -165,7 +182,7 @@ class Stream:
                     raise
                 if self.chunk == self.schedule.chunk:
                     warnings.warn(
-                        f"out of memory with {stop - start} classes a step: going on with fewer",
+                        f"out of memory with {stop - start} classes per step: going on with fewer",
                         RuntimeWarning,
                         stacklevel=2,
                     )
@@ -209,10 +226,11 @@ class Stream:
             return fourier.embed_cost_volume(self.plan, self.spectra, crops, text)
         return self.stages.embed_cost_volume(self.plan, self.image.features[crops], text, resolution)
 
-    def _decode(self, crops: slice, classes: slice) -> Tensor:
+    def _decode(self, crops: slice, classes: slice, out: Tensor | None = None) -> Tensor:
         layers = len(self.plan.layers)
         x = self._classes(layers - 1, crops, classes) if layers else self._embed(crops, classes)
-        return self.stages.decode(self.plan, self.image.of(crops).decoder, x, self.image.resolution)
+        guidance, resolution = self.image.of(crops).decoder, self.image.resolution
+        return self.stages.decode(self.plan, guidance, x, resolution, out, self.flag)
 
     def _decode_selected(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """Decode each crop's selected classes, in chunks of all crops.
@@ -252,11 +270,18 @@ class Stream:
 
 
 def run_streams(streams: Sequence[Stream], consume: Consumer) -> None:
-    """Run the streams of one vocabulary, each of other crops."""
+    """Run the streams of one vocabulary, each of other crops.
+
+    Logits are written to what `consume.slot(classes)` returns, if it has such a method and it can be done.
+    """
     for stream in streams:
         stream.aggregate()
+    slot = getattr(consume, "slot", None)
 
     def decode(classes: slice) -> None:
+        if slot is not None and len(streams) == 1 and streams[0].decodes_in_place:
+            consume(classes, streams[0].decode(classes, slot(classes)))
+            return
         logits = []
         for stream in streams:  # no comprehension: `torch.compile` would hold `classes` for a constant there
             logits.append(stream.decode(classes))

@@ -1,4 +1,4 @@
-"""What the stages need besides weights and the chunk: computed once an image, or once a vocabulary."""
+"""What the stages need besides weights and the chunk: computed once per image, or once per vocabulary."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ UNIT_BYTES = 2**26  # of unit text features that are kept beside the features
 
 @dataclass(frozen=True)
 class ImageTerms:
-    """Everything of B crops that no class has a say in."""
+    """Everything of B crops that does not depend on the class."""
 
     resolution: tuple[int, int]
     features: Tensor  # [B, HW, F], unit vectors
@@ -65,7 +65,7 @@ class ImageTerms:
 
 @dataclass(frozen=True, eq=False)
 class VocabularyTerms:
-    """Everything of T classes that no image has a say in; the leading 1 stands for "all crops alike".
+    """Everything of T classes that does not depend on the image; the leading 1 stands for "all crops alike".
 
     The features are copied and cast only if they are small, so that a large vocabulary is held once.
     """

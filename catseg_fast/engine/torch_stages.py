@@ -76,11 +76,23 @@ def class_apply(
     return class_attention.apply_attention(x, text_query, weights, resolution, pooling, memory.attend)
 
 
-def decode(plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: tuple[int, int]) -> Tensor:
-    """Guided upsampling: `x [B, t, HW, C]` to logits `[B, t, 4H, 4W]`.
+def decode(
+    plan: Plan,
+    guidance: tuple[Tensor, Tensor],
+    x: Tensor,
+    resolution: tuple[int, int],
+    out: Tensor | None = None,
+    flag: Tensor | None = None,
+) -> Tensor:
+    """Guided upsampling: `x [B, t, HW, C]` to logits `[B, t, 4H, 4W]`, which go to `out`, if given.
+
+    `flag`, `[1]` int32, is set to 1 if a logit is infinite or NaN.
 
     `guidance` holds each stage's `[B or 1, out, 2H, 2W]`, the part of its first convolution that is the same
     for every class.
     """
     maps = [arguments.channels_last(added) for added in guidance]
-    return decoder.decode(x, maps, *arguments.decoding(plan), resolution)
+    logits = decoder.decode(x, maps, *arguments.decoding(plan), resolution)
+    if flag is not None:
+        flag.logical_or_(~logits.isfinite().all())
+    return logits if out is None else out.copy_(logits)

@@ -124,16 +124,22 @@ class TritonStages:
         )
 
     def decode(
-        self, plan: Plan, guidance: tuple[Tensor, Tensor], x: Tensor, resolution: Resolution
+        self,
+        plan: Plan,
+        guidance: tuple[Tensor, Tensor],
+        x: Tensor,
+        resolution: Resolution,
+        out: Tensor | None = None,
+        flag: Tensor | None = None,
     ) -> Tensor:
-        def launch(x: Tensor, *maps: Tensor) -> Tensor:
-            return decoder.decode(x, maps, *self._decoding, resolution, self.input_precision)
+        def launch(x: Tensor, out: Tensor | None, flag: Tensor | None, *maps: Tensor) -> Tensor:
+            return decoder.decode(x, maps, *self._decoding, resolution, self.input_precision, out, flag)
 
         def kernel() -> Tensor:
             maps = (arguments.channels_last(added) for added in guidance)
-            return self._repeat(("decode", resolution), launch, x, *maps)
+            return self._repeat(("decode", resolution), launch, x, out, flag, *maps)
 
-        return self._run("decode", kernel, stages.decode, plan, guidance, x, resolution)
+        return self._run("decode", kernel, stages.decode, plan, guidance, x, resolution, out, flag)
 
     def _repeat(self, key: object, launch: Callable[..., Any], *inputs: Tensor | None) -> Any:
         """Return `launch(*inputs)`, whose launches are prepared and repeated where that is possible."""
@@ -176,7 +182,7 @@ def kernel_embedding(plan: Plan) -> tuple[Tensor, Tensor]:
 def kernel_decoding(plan: Plan) -> Decoding:
     """Weights, groups and eps of `decode`, laid out as the kernels read them."""
     weights, groups, eps = arguments.decoding(plan)
-    return [weight.contiguous() for weight in weights], groups, eps
+    return decoder.pack_weights(weights), groups, eps
 
 
 def window_block(

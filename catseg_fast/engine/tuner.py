@@ -19,7 +19,7 @@ from torch import Tensor
 from catseg_fast._version import __version__
 from catseg_fast.engine import fourier
 from catseg_fast.engine.schedule import usual_chunk
-from catseg_fast.files import replacing
+from catseg_fast.files import locked, replacing
 from catseg_fast.kernels import load
 from catseg_fast.kernels.launch import configs as tuning
 from catseg_fast.kernels.launch.capability import capability_of
@@ -86,6 +86,7 @@ class Outcome:
         problem = self.tunable.problem
         return {
             "kernel": problem.kernel,
+            "version": problem.config.version,
             "dtype": problem.dtype,
             "precision": problem.precision,
             "shape": {**dict(problem.sizes), tuning.FREE_SIZE: problem.crop_classes},
@@ -226,7 +227,7 @@ def tune(
         if time.monotonic() >= deadline:
             return None
         try:
-            result = tunable.run(inputs.copy(), config)
+            result = inputs.compared(tunable.run(inputs.copy(), config))
             if expected is None:
                 expected = result
                 if not all(x.isfinite().all() for x in expected):
@@ -255,13 +256,16 @@ def median_milliseconds(call: Callable[[], object]) -> float:
 
 
 def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
-    """Add an entry to a file, in place of one for the same launch; the file is whole at every moment."""
-    launch = ("kernel", "dtype", "precision", "shape")
-    others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = ",\n".join(json.dumps(item) for item in [*others, entry])
-    with replacing(path) as temporary:
-        temporary.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    """Add an entry to a file, in place of one for the same launch; several processes may do so at a time.
+
+    The file is whole at every moment.
+    """
+    launch = ("kernel", "dtype", "precision", "shape")  # whatever the version: the old one is of no use
+    with locked(path):
+        others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
+        text = ",\n".join(json.dumps(item) for item in [*others, entry])
+        with replacing(path) as temporary:
+            temporary.write_text(f"[\n{text}\n]\n", encoding="utf-8")
     tuning.clear()
 
 

@@ -1,21 +1,31 @@
-"""A file of one record an image, from which an interrupted evaluation goes on."""
+"""A file of one record per image, from which an interrupted evaluation goes on."""
 
 from __future__ import annotations
 
 import json
 import os
 import reprlib
+import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from catseg_fast.files import acquire_lock
+
+if TYPE_CHECKING:
+    import filelock
 
 Record = dict[str, Any]
+CHECKSUM = "crc32"
 
 
 class Ledger:
-    """Records of finished images, a line of JSON each, in append-only files: one a process.
+    """Records of finished images, a line of JSON each, in append-only files: one per process.
 
-    A process that is killed while it writes leaves half a line, which is dropped when the ledger is read.
+    A process that is killed while it writes leaves half a line, which is dropped when the ledger is read. A
+    line that is damaged otherwise is left out, with a warning; each has a checksum. From `read` or `clear`
+    to `close` the ledger is locked: no other evaluation can use it.
 
     Args:
         folder: where the files are, or will be; NAME.RANK.jsonl.
@@ -27,34 +37,32 @@ class Ledger:
         self.folder, self.name = folder, name
         self.about = json.loads(json.dumps(about))
         self._file: Any = None
+        self._lock: filelock.BaseFileLock | None = None
 
     def read(self) -> dict[str, Record]:
         """The records of all processes so far, by "name". Only one process may read, before any writes.
 
         Raises:
             ValueError: if they depend on something else than `about`; the message says on what.
+            RunError: if another evaluation uses the ledger.
         """
-        records: dict[str, Record] = {}
-        for path in self._paths():
-            _drop_torn_line(path)
-            lines = path.read_text(encoding="utf-8").splitlines()
-            if not lines:
-                continue
-            try:
-                about, *entries = map(json.loads, lines)
-                found = {entry["name"]: entry for entry in entries}
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path} is damaged, or no file of an evaluation: {error!r}") from error
-            if about != self.about:
-                raise ValueError(
-                    f"{path} is of another evaluation: {_difference(about, self.about)}; "
-                    "evaluate into another folder, or start anew (--restart)"
-                )
-            records |= found
-        return records
+        self._hold()
+        try:
+            records: dict[str, Record] = {}
+            for path in self._paths():
+                records |= self._read_file(path)
+            return records
+        except BaseException:
+            self.close()
+            raise
 
     def clear(self) -> None:
-        """Forget all records."""
+        """Forget all records.
+
+        Raises:
+            RunError: if another evaluation uses the ledger.
+        """
+        self._hold()
         for path in self._paths():
             path.unlink()
 
@@ -66,14 +74,49 @@ class Ledger:
             self.add(self.about)
 
     def close(self) -> None:
-        """End writing, if it had begun."""
+        """End writing, if it had begun, and let others use the ledger."""
         if self._file is not None:
             self._file.close()
+            self._file = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def add(self, record: Record) -> None:
         """Keep the record of a finished image."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps({**record, CHECKSUM: _checksum(record)}) + "\n")
         self._file.flush()
+
+    def _hold(self) -> None:
+        if self._lock is None:
+            self._lock = acquire_lock(self.folder / self.name, seconds=0)
+
+    def _read_file(self, path: Path) -> dict[str, Record]:
+        _drop_torn_line(path)
+        lines = path.read_bytes().splitlines()
+        if not lines:
+            return {}
+        try:
+            about = _parse(lines[0])
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, or no file of an evaluation: {error}") from error
+        if about != self.about:
+            raise ValueError(
+                f"{path} is of another evaluation: {_difference(about, self.about)}; "
+                "evaluate into another folder, or start anew (--restart)"
+            )
+        records: dict[str, Record] = {}
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                record = _parse(line)
+                records[record["name"]] = record
+            except (ValueError, KeyError) as error:
+                warnings.warn(
+                    f"{path}: line {number} is damaged, and its image is evaluated again: {error}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        return records
 
     def _paths(self) -> list[Path]:
         return sorted(
@@ -83,6 +126,23 @@ class Ledger:
         )
 
 
+def _checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record).encode())
+
+
+def _parse(line: bytes) -> Record:
+    """The record in a line, whose checksum agrees; a ValueError if not."""
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(record, dict) or CHECKSUM not in record:
+        raise ValueError("it is no record with a checksum")
+    if record.pop(CHECKSUM) != _checksum(record):
+        raise ValueError("its checksum does not agree")
+    return record
+
+
 def _drop_torn_line(path: Path) -> None:
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
@@ -90,10 +150,8 @@ def _drop_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
+def _difference(found: Record, wanted: Mapping[str, Any]) -> str:
     """What two headers differ in."""
-    if not isinstance(found, dict):
-        return "its first line says nothing of one"
     keys = [key for key in (found | dict(wanted)) if found.get(key) != wanted.get(key)]
     pairs = ((key, reprlib.repr(found.get(key)), reprlib.repr(wanted.get(key))) for key in keys)
     return "; ".join(f"{key} was {was} and is {now}" for key, was, now in pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,25 @@ from rich.table import Table
 
 from catseg_fast.environment import describe_environment
 from catseg_fast.evaluation.run import Evaluation
-from catseg_fast.files import replacing
+from catseg_fast.files import read_text, replacing
 
 FP16_LARGEST = 65504.0
+
+
+def check_target(path: Path) -> None:
+    """Check that a file is missing, or is the results of an evaluation.
+
+    Raises:
+        FileExistsError: if it is anything else.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError):
+        content = None
+    if not (isinstance(content, dict) and {"data_sha256", "results"} <= content.keys()):
+        raise FileExistsError(f"{path} is there and is not of an evaluation; choose another folder")
 
 
 def write_results(

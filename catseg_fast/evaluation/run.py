@@ -27,6 +27,7 @@ from catseg_fast.distributed.torchrun import Processes
 from catseg_fast.evaluation.ledger import Ledger, Record
 from catseg_fast.evaluation.metrics import ClassCounts
 from catseg_fast.files import replacing
+from catseg_fast.identity import content_digest
 from catseg_fast.output.overlay import label_png
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def evaluate(
         classes: number of classes that `segmenter` tells apart; by default the data set's. The data set's are
             the first of them.
         limit: evaluate the first so many images alone.
-        ledger: keeps each record; images that it has are not done again.
+        ledger: keeps each record; images that it has are not done again, if the label maps that were written
+            and compared with are still the same.
         save_labels: folder for each image's label map, NAME.png of 16 bits.
         compare_labels: folder with label maps to compare with.
         activations: values by stage, which grow while `segmenter` runs; each record takes its own.
@@ -120,7 +122,9 @@ def evaluate(
         raise ValueError(f"classes: {count} are fewer than the data set's {len(data.classes)}")
     processes = processes or Processes()
     names = data.names[:limit]
-    known = processes.from_first(ledger.read) if ledger is not None else {}
+    known: dict[str, Record] = {}
+    if ledger is not None:
+        known = processes.from_first(lambda: _valid(ledger.read(), save_labels, compare_labels))
     records = {name: known[name] for name in names if name in known}
     todo = [index for index, name in enumerate(names) if name not in known][processes.rank :: processes.count]
     advance(0, len(todo))
@@ -139,11 +143,12 @@ def evaluate(
             counts = ClassCounts.of(labels, entry["sem_seg"], count, data.ignore_label)
             record = {"name": name, "seconds": seconds, "counts": _sparse(counts), "pixels": labels.numel()}
             if compare_labels is not None:
+                record["compared_with"] = content_digest(compare_labels / f"{name}.png")
                 record["agreeing"] = _agreeing(labels, compare_labels / f"{name}.png")
             if activations is not None:
                 record["activations"] = dict(activations)
             if save_labels is not None:
-                _save_labels(labels, save_labels, name)
+                record["label_map"] = _save_labels(labels, save_labels, name)
             records[name] = record
             if ledger is not None:
                 ledger.add(record)
@@ -216,7 +221,28 @@ def _agreeing(labels: Tensor, path: Path) -> int:
     return int((labels.numpy() == other).sum())
 
 
-def _save_labels(labels: Tensor, folder: Path, name: str) -> None:
+def _save_labels(labels: Tensor, folder: Path, name: str) -> str:
+    """Write an image's label map; return the digest of the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"{name}.png") as path:
+    target = folder / f"{name}.png"
+    with replacing(target) as path:
         label_png(labels).save(path, format="PNG")
+    return content_digest(target)
+
+
+def _valid(records: dict[str, Record], saved: Path | None, compared: Path | None) -> dict[str, Record]:
+    """The records whose label maps, in these folders, are the ones that they are about."""
+    folders = [(key, folder) for key, folder in (("label_map", saved), ("compared_with", compared)) if folder]
+    return {
+        name: record
+        for name, record in records.items()
+        if all(record.get(key) == _digest(folder / f"{name}.png") for key, folder in folders)
+    }
+
+
+def _digest(path: Path) -> str:
+    """The digest of a file; empty if it cannot be read."""
+    try:
+        return content_digest(path)
+    except (OSError, ValueError):
+        return ""

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def explain(model: CATSeg, crops: int | None = None) -> str:
-    """What `CATSeg.explain` says: a line each on back end, classes, precision, policy, step and memory."""
+    """What `CATSeg.explain` says: one line each on back end, classes, precision, policy, step and memory."""
     total, limit, share = len(model.classes), model.max_classes, model.engine.share
     kept = total if limit is None else min(total, limit)
     crops = crops or (model.window.count if model.sliding_window else 1)
     backend = choose_backend(model.backend, model.device)
     lines = {"back end": f"{backend} (asked for: {model.backend})"}
-    lines["classes"] = f"{total}, all aggregated" if kept == total else f"{total}, the best {kept} a crop"
+    lines["classes"] = f"{total}, all aggregated" if kept == total else f"{total}, the best {kept} per crop"
     if share is not None:
         own = share.own.stop - share.own.start
         lines["ranks"] = f"{share.ranks}; rank {share.rank}, this one, has {own} of the classes"
@@ -34,11 +34,11 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
         for stage, reason in getattr(model.engine.stages(plan), "fallbacks", {}).items():
             lines["in torch"] = "; ".join(filter(None, [lines.get("in torch"), f"{stage} ({reason})"]))
         if backend == "triton" and model.device.type == "cuda":
-            from catseg_fast.kernels import TUNABLE_OPS
-            from catseg_fast.kernels.launch import configs  # triton exists only for Linux
+            from catseg_fast.kernels import TUNABLE_OPS, load
             from catseg_fast.kernels.launch.compiling import describe_compiler
+            from catseg_fast.kernels.launch.origins import describe  # triton exists only for Linux
 
-            lines["configs"] = configs.describe(TUNABLE_OPS, model.device, plan.embed.dtype)
+            lines["configs"] = describe(map(load, TUNABLE_OPS), model.device, plan.embed.dtype)
             lines["compiler"] = describe_compiler(model.device)
         kept_bytes = model.engine.recordings.kept
         lines["graphs"] = (

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from catseg_fast.errors import InputTypeError
@@ -22,6 +26,19 @@ ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tenso
 # Interpolating a float image in 0..255 may overshoot by rounding alone.
 _ROUNDING = 1e-3
 _WARNINGS = Lock()  # the filters are the whole process's, and pictures may be read in threads
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # from the orientation as it is stored
+_SIDEWAYS = (5, 6, 7, 8)
+_TIFF_WIDTH, _TIFF_LENGTH = 256, 257
+# Pillow only recognises the first five; EPS it hands to Ghostscript.
+_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 _WANTED = "a path, a PIL image, a numpy array [H, W, 3] or a torch tensor [3, H, W]"
 
 
@@ -59,11 +76,35 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
     raise InputTypeError(f"{name}: expected {_WANTED}, got {type(image).__name__}")
 
 
+def image_size(path: Path, name: str = "image") -> tuple[int, int]:
+    """Return the (H, W) that `load_image` gives for a file, from its header; errors as of `load_image`."""
+    with _errors_of(path, name), open_regular(path) as file, _open(file) as image:
+        width, height = image.size
+        if isinstance(image, TiffImageFile):  # some versions of Pillow swap the sides of `size`
+            width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_LENGTH]
+        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """The suffixes, in lower case, of the formats that Pillow decodes."""
+    extensions = Image.registered_extensions()
+    return frozenset(
+        suffix for suffix, kind in extensions.items() if kind in Image.OPEN and kind not in _NOT_DECODED
+    )
+
+
 def _read(path: Path, name: str) -> np.ndarray:
     """Decode a file to an array for `_from_array`."""
+    with _errors_of(path, name), open_regular(path) as file, _open(file) as image:
+        return _decode(image)
+
+
+@contextmanager
+def _errors_of(path: Path, name: str) -> Iterator[None]:
+    """Give errors of reading a file the argument's name and the path."""
     try:
-        with open_regular(path) as file, _open(file) as image:
-            return _decode(image)
+        yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
     except IsADirectoryError:
@@ -81,7 +122,9 @@ def _open(file: BinaryIO) -> Image.Image:
 
 def _decode(image: Image.Image) -> np.ndarray:
     """An upright copy of a PIL image: uint8 [H, W, 3] or [H, W], or floats [H, W] for mode `F`."""
-    image = ImageOps.exif_transpose(image)
+    image.load()  # reading a TIFF turns it
+    if (method := _TURNS.get(_orientation(image))) is not None:
+        image = image.transpose(method)
     if image.mode == "F":
         return np.array(image)
     if image.mode.startswith("I"):
@@ -89,6 +132,19 @@ def _decode(image: Image.Image) -> np.ndarray:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.array(image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1..8; 1 if there is none, or none that can be read.
+
+    `ImageOps.exif_transpose` also writes all other tags again, and fails for values that it reads but cannot
+    write, such as the rational -1/0.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation if orientation in _TURNS else 1
+    except Exception:  # damaged tags raise whatever the reader stumbles over
+        return 1
 
 
 def _eight_bit(grey: np.ndarray) -> np.ndarray:
@@ -140,8 +196,11 @@ def _validated(values: Tensor, floating: bool, shape: list[int], name: str) -> T
                 f"{name}: expected values in 0..255, got {low:g}..{high:g} in the image of shape {shape}"
             )
         if 0 < high <= 1:
+            only = bool(((values == 0) | (values == 1)).all())
+            got = "only the values 0 and 1" if only else f"{low:g}..{high:g}"
+            hint = "; if it is nearly black, pass it as uint8" if only else ""
             raise ValueError(
-                f"{name}: expected values in 0..255, got {low:g}..{high:g} in the image of shape {shape}, "
-                "which looks like 0..1; multiply by 255"
+                f"{name}: expected values in 0..255, got {got} in the image of shape {shape}, "
+                f"which looks like 0..1; multiply by 255{hint}"
             )
     return values.expand(3, -1, -1).contiguous()

@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from catseg_fast.files import temporary_folder
+from catseg_fast.identity import content_digest, place_digest, place_of, png_mark
 from catseg_fast.output.overlay import class_shares, label_png, overlay
+from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, owner_of
 
 if TYPE_CHECKING:
     from catseg_fast.inference.segmentation import Segmentation
 
 
-def unique_stems(paths: Iterable[Path]) -> list[str]:
-    """A stem for each path's outputs: its own, numbered where two would meet ("photo", "photo-2")."""
+def unique_stems(
+    paths: Iterable[Path], is_free: Callable[[Path, str], bool] = lambda path, stem: True
+) -> list[str]:
+    """Return a stem for each path's outputs: its own, numbered where two would meet ("photo", "photo-2").
+
+    Args:
+        paths: of pictures whose results go into one folder.
+        is_free: tells whether a path's outputs can have a stem.
+    """
+    paths = list(paths)
     stems = [path.stem for path in paths]
     reserved = {stem.casefold() for stem in stems}  # some file systems ignore case
     taken: set[str] = set()
     unique = []
-    for stem in stems:
+    for path, stem in zip(paths, stems, strict=True):
         candidate, number = stem, 1
-        while candidate.casefold() in taken or (number > 1 and candidate.casefold() in reserved):
+        while (
+            candidate.casefold() in taken
+            or (number > 1 and candidate.casefold() in reserved)
+            or not is_free(path, candidate)
+        ):
             number += 1
             candidate = f"{stem}-{number}"
         taken.add(candidate.casefold())
@@ -54,8 +68,14 @@ def save_segmentation(
     segmentation: Segmentation,
     about: Mapping[str, Any],
     alpha: float = 0.55,
+    *,
+    picture: Path | None = None,
+    digest: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Write `stem`.overlay.png, `stem`.labels.png (16 bits) and `stem`.json: all whole, or none.
+    """Write `stem`.overlay.png, `stem`.labels.png (16 bits) and `stem`.json.
+
+    The JSON file is removed first and written last. It vouches for the other two by their content, so that a
+    result that was interrupted is never taken for a complete one.
 
     Args:
         folder: where to; it is made if need be.
@@ -64,24 +84,53 @@ def save_segmentation(
         segmentation: the image's.
         about: further entries at the head of the JSON file.
         alpha: share of the colours in the overlay.
+        picture: the file that `image` was read from; only results of the same file are replaced.
+        digest: of its content, as of `catseg_fast.identity.content_digest`.
 
     Returns:
         The summary of the classes in the JSON file, as of `summarise`.
 
     Raises:
-        OSError: if writing fails.
+        OSError: if writing fails; FileExistsError if a file is there that is not a result of this picture.
         ValueError: if image and segmentation do not fit together, or a label exceeds 16 bits.
     """
     classes = summarise(segmentation)
     height, width = segmentation.labels.shape
-    content = {**about, "width": width, "height": height, "classes": classes}
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".catseg-fast-") as temporary:
-        scratch = Path(temporary)
-        overlay(image, segmentation.labels, segmentation.classes, alpha).save(scratch / f"{stem}.overlay.png")
-        label_png(segmentation.labels).save(scratch / f"{stem}.labels.png")
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (scratch / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
-        for file in sorted(scratch.iterdir(), reverse=True):  # the .json, which vouches for the others, last
-            os.replace(file, folder / file.name)
+    mark = png_mark("" if picture is None else place_digest(picture))
+    names = [stem + suffix for suffix in PNG_SUFFIXES]
+    with temporary_folder(folder) as scratch:
+        painted = overlay(image, segmentation.labels, segmentation.classes, alpha)
+        for name, png in zip(names, (painted, label_png(segmentation.labels)), strict=True):
+            png.save(scratch / name, pnginfo=mark)
+        identity = {
+            "path": None if picture is None else place_of(picture),
+            "content": digest,
+            "files": {name: content_digest(scratch / name) for name in names},
+        }
+        content = {**about, "identity": identity, "width": width, "height": height, "classes": classes}
+        result = folder / f"{stem}.json"
+        write_result(scratch / result.name, content)
+        _require_ours(folder, stem, picture)
+        result.unlink(missing_ok=True)
+        for name in (*names, result.name):
+            os.replace(scratch / name, folder / name)
     return classes
+
+
+def write_result(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the content of a result's JSON file."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A file's name can hold bytes that are not UTF-8: lone surrogates, which JSON has escapes for.
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def _require_ours(folder: Path, stem: str, picture: Path | None) -> None:
+    owner = owner_of(folder, stem, picture)
+    if owner is Owner.OTHER_PICTURE:
+        raise FileExistsError(f"{folder / stem}.*: results of another picture than {picture}")
+    if owner is Owner.STRANGER:
+        names = ", ".join(stem + suffix for suffix in (*PNG_SUFFIXES, ".json"))
+        raise FileExistsError(
+            f"{folder}: one of {names} is there and is not a result of catseg-fast; it is not replaced"
+        )

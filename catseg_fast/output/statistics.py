@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from catseg_fast.errors import MissingPackageError
-from catseg_fast.files import replacing
+from catseg_fast.files import open_regular, replacing
 
+COLUMNS = {"image", "width", "height", "index", "class", "pixels", "share", "mean_score"}
 GROUP = 50_000  # rows that are in memory at a time
 
 
@@ -19,6 +21,7 @@ def check_target(path: Path) -> None:
 
     Raises:
         ValueError: if it is neither a .parquet nor a .json file.
+        FileExistsError: if a file is there that is not such statistics.
         ImportError: if pyarrow, which writes Parquet, is not installed.
     """
     if path.suffix not in (".parquet", ".json"):
@@ -30,6 +33,22 @@ def check_target(path: Path) -> None:
             raise MissingPackageError(
                 f"{path}: Parquet needs pyarrow: pip install 'catseg-fast[batch]'; a .json file needs nothing"
             ) from None
+    if os.path.lexists(path) and not _is_statistics(path):
+        raise FileExistsError(f"{path} is there and does not hold statistics; choose another file")
+
+
+def _is_statistics(path: Path) -> bool:
+    """Check whether a file is one that `write_statistics` has written, by its columns."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            return set(pq.read_schema(path).names) == COLUMNS
+        with open_regular(path) as file:
+            start, row = file.readline(), file.readline(2**20).strip()
+        return start == b"[\n" and (row == b"]" or json.loads(row.removesuffix(b",")).keys() == COLUMNS)
+    except Exception:  # damaged files raise whatever the format's reader stumbles over
+        return False
 
 
 def write_statistics(path: Path, results: Iterable[Path]) -> int:

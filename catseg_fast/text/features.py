@@ -100,6 +100,8 @@ class TextEncoder:
         Classes with equal tokens are encoded once. Features of a cache equal those that would be computed,
         except for rounding: that depends on what else is in a batch.
         """
+        if not tokens:
+            return encode_classes(clip, tokens, prompts)
         cache = self.cache if self._worth_caching(clip, tokens) else None
         names = [_digest(ids) for ids in tokens]
         key = "" if cache is None else self._key(clip, prompts, dtype)

@@ -58,7 +58,7 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
 
     Raises:
         TypeError: if `classes` is one string, or holds something else than strings.
-        ValueError: if there is no class, a name or one of its synonyms is blank, or a name stands twice.
+        ValueError: if there is no class, a name or one of its synonyms is blank, or a name is listed twice.
     """
     if isinstance(classes, str):
         raise InputTypeError(f"{name}: a list of names is wanted, not the string {classes!r}")
@@ -74,7 +74,7 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
         if not all(synonym.strip() for synonym in label.split(SYNONYM_SEPARATOR)):
             raise ValueError(f"{name}: entry {index}, {label!r}, has a blank synonym")
         if label in seen:
-            raise ValueError(f"{name}: {label!r} stands twice (entries {seen[label]} and {index})")
+            raise ValueError(f"{name}: {label!r} is listed twice (entries {seen[label]} and {index})")
         seen[label] = index
     return classes
 

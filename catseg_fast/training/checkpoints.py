@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from catseg_fast._version import __version__
 from catseg_fast.checkpoints.torch_file import read_torch_file
-from catseg_fast.files import open_regular, replacing
+from catseg_fast.checkpoints.write import write_torch_file, write_weights
+from catseg_fast.files import open_regular
 
 KEPT = 2
 
@@ -45,7 +44,7 @@ class Checkpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step)
-        write_whole(path, lambda temporary: _save(content, temporary))
+        write_torch_file(path, content)
         for old in self.steps()[:-KEPT]:
             self.path(old).unlink(missing_ok=True)
         return path
@@ -77,11 +76,6 @@ class Checkpoints:
             self.path(step).unlink()
 
 
-def _save(content: Mapping[str, Any], path: Path) -> None:
-    with path.open("wb") as file:  # torch's own writer does not say why it fails
-        torch.save(dict(content), file)
-
-
 def export(state_dict: Mapping[str, Tensor], path: Path, dtype: torch.dtype, variant: str) -> None:
     """Write weights as safetensors under upstream's keys, numbers with a fraction in `dtype`.
 
@@ -93,19 +87,4 @@ def export(state_dict: Mapping[str, Tensor], path: Path, dtype: torch.dtype, var
         for key, value in state_dict.items()
     }
     metadata = {"format": "pt", "variant": variant, "catseg_fast": __version__}
-    write_whole(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata=metadata))
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """Let `write` fill a temporary file, and put it in place of `path` when it is on the disk.
-
-    Raises:
-        OSError: if that fails; the message names the file, and what was at `path` is still there.
-    """
-    try:
-        with replacing(path) as temporary:
-            write(temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+    write_weights(path, tensors, metadata)

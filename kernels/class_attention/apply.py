@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -186,6 +187,7 @@ class ApplyConfig(LaunchConfig):
     `tma` is for compute capability 9.0 and newer. Sizes that no tensor descriptor takes use pointers anyway.
     """
 
+    version: ClassVar[int] = 2
     rows: int
     hidden: int
     num_warps: int

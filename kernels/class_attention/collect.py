@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import torch
 import triton
@@ -132,6 +133,7 @@ def collect_kernel(
 class CollectConfig(LaunchConfig):
     """Launch config: channels per program at most (whole heads), and classes per step."""
 
+    version: ClassVar[int] = 2
     channels: int
     classes: int
     num_warps: int
@@ -143,7 +145,7 @@ class CollectConfig(LaunchConfig):
 def default_config(capability: int, problem: Problem) -> CollectConfig:
     """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     if problem.dtype == "fp32":
-        return CollectConfig(channels=32, classes=16, num_warps=8, num_stages=1)
+        return CollectConfig(channels=32, classes=16, num_warps=16, num_stages=1)
     if problem.size("channels") > 128:
         return CollectConfig(channels=32, classes=16, num_warps=4, num_stages=2)
     if capability in (86, 89):
@@ -162,8 +164,8 @@ def candidates(capability: int, problem: Problem) -> tuple[CollectConfig, ...]:
         for channels, num_warps in tiles
         for tiled in grid(default, classes=(16, 32, 64), num_stages=(2, 3))
     ]
-    limited = grid(default, num_stages=(1, 2, 3, 4), maxnreg=(None, 128, 168))
-    return default_first(default, [*others, *limited])
+    limited = grid(default, num_stages=(2, 3), maxnreg=(128, 168))
+    return default_first(default, [*others, *grid(default, num_stages=(1, 4)), *limited])
 
 
 def interpreter_config(problem: Problem) -> CollectConfig:

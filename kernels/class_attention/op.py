@@ -371,8 +371,11 @@ COLLECT = Op(
     triton=class_collect,
     forms=(Form(_launch_collect),),
     make_inputs=_collect_inputs,
-    sizes={"": Sizes(classes=204, guided=False), "streamed": Sizes(guided=False, streamed=True)},
-    special={"pooled": Sizes(guided=False, pooling=(2, 2))},
+    sizes={"": Sizes(classes=204, guided=False)},
+    special={
+        "streamed": Sizes(classes=204, guided=False, streamed=True),
+        "pooled": Sizes(guided=False, pooling=(2, 2)),
+    },
     odd=ODD,
     mma={"collect_kernel": "mma"},
 )
@@ -383,8 +386,11 @@ APPLY = Op(
     triton=class_apply,
     forms=(Form(_launch_apply),),
     make_inputs=_apply_inputs,
-    sizes={"": Sizes(classes=204, guided=False), "whole tiles": Sizes(classes=256, guided=False)},
-    special={"pooled": Sizes(classes=204, guided=False, pooling=(2, 2))},
+    sizes={"": Sizes(classes=204, guided=False)},
+    special={
+        "whole tiles": Sizes(classes=256, guided=False),
+        "pooled": Sizes(classes=204, guided=False, pooling=(2, 2)),
+    },
     odd=ODD,
     mma={"apply_kernel": "wgmma"},
 )

@@ -20,13 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catseg_fast.kernels import convolution
-from catseg_fast.kernels.convolution import Size
-from catseg_fast.kernels.cost_volume import cost, plain, single_prompt
+from catseg_fast.kernels.cost_volume import convolution, cost, plain, single_prompt
+from catseg_fast.kernels.cost_volume.convolution import Size
 from catseg_fast.kernels.launch.checks import check_like, check_runnable
 from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
-
-CONVOLUTION = convolution.kernel_of("embed_cost_volume")
 
 
 def embed_cost_volume(
@@ -95,7 +92,7 @@ def _launch(
         out = single_prompt.KERNEL(image, text, weight, bias, size, input_precision=input_precision)
         return out
     maps = cost.KERNEL(image, text, input_precision=input_precision)
-    out, _ = CONVOLUTION(maps, weight, size, addend=bias, input_precision=input_precision)
+    out = convolution.KERNEL(maps, weight, bias, size, input_precision=input_precision)
     return out
 
 

@@ -5,11 +5,14 @@ same for every class:
 
     u = phases(x) + g        y = conv3x3(relu(GN(u)))        x' = relu(GN(y))
 
-and logits = head(x'), a 3x3 convolution to one channel. The five convolutions are `convolution.py`'s kernel,
-each of which reads its input through the normalisation before it and leaves the statistics of its output;
-`group_norm.py` merges them. Only u and y are in memory, `[B*t, 2H, 2W, out]` channels last; never
-materialised are the upsampled maps `[B*t, up, 2H, 2W]`, their concatenation with the guidance
-`[B*t, up + G, 2H, 2W]`, the normalised maps, and patches.
+and logits = head(x'), a 3x3 convolution to one channel. Each of the five convolutions (`layers.py`,
+`chain.py`) reads its input through the normalisation before it and leaves the statistics of its output, which
+`group_norm.py` merges. Only u and y are in memory, channels last, with a border of one pixel, `[B, t, 2H + 2,
+2W + 2, out]`; never materialised are the upsampled maps `[B*t, up, 2H, 2W]`, their concatenation with the
+guidance `[B*t, up + G, 2H, 2W]`, the normalised maps, and patches.
+
+The maps are allocated by each call and their borders written by it, so that nothing has to hold between
+calls: kept buffers would save a hundredth of the decoder's time, and would stay allocated.
 
 The op computes in x's type whatever autocast says, and has no gradient.
 """
@@ -17,17 +20,15 @@ The op computes in x's type whatever autocast says, and has no gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from catseg_fast.kernels import convolution
-from catseg_fast.kernels.convolution import ConvolutionConfig, Size
-from catseg_fast.kernels.decoder import group_norm, plain
+from catseg_fast.kernels.decoder import chain, plain
+from catseg_fast.kernels.decoder.group_norm import GroupNorm
+from catseg_fast.kernels.decoder.layers import HEAD_GROUP, Layer, layers, pack, unpack
 from catseg_fast.kernels.launch.checks import check_like, check_runnable
-from catseg_fast.kernels.launch.kernel import Kernel
 from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 
 
@@ -39,6 +40,8 @@ def decode(
     eps: Sequence[float],
     resolution: Sequence[int],
     input_precision: str = "ieee",
+    out: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Tensor:
     """Upsample a chunk to logits on Triton kernels, any sizes.
 
@@ -46,26 +49,65 @@ def decode(
         x: `[B, t, HW, C]`, of at least one class; fp16, bf16 or fp32.
         guidance: of each stage, the part of its first convolution that is the same for every class, channels
             last: `[B or 1, 2H * 2W, out]`, then `[B or 1, 4H * 4W, out]`.
-        weights: taps first; of each stage, `[4 * out, 2, 2, in]` (output row and column phase first), scale
-            and shift `[out]` of the first normalisation, `[out, 3, 3, out]`, and the second's `[out]`; then
-            the head's `[1, 3, 3, out]` and `[1]`.
+        weights: packed (`pack_weights`): of each stage, the phases, scale and shift `[out]` of the first
+            normalisation, the 3x3 convolution, and the second's `[out]`; then the head's and its bias `[1]`.
         groups: of each stage's two normalisations.
         eps: likewise.
         resolution: (H, W).
         input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+        out: where logits are written, `[B, t, 4H, 4W]` in any floating type, contiguous but for B and t: a
+            slice of a larger tensor will do. New memory without it.
+        flag: `[1]`, int32: set to 1 if a logit is infinite or NaN as it is written, else left as it is.
 
     Returns:
-        Logits `[B, t, 4H, 4W]`.
+        Logits `[B, t, 4H, 4W]`, in x's type or in `out`.
 
     Raises:
         ValueError: if an argument has a wrong shape, type or device.
         RuntimeError: if the GPU is too old.
     """
     _check(x, guidance, weights, groups, eps, resolution, input_precision)
+    _check_destination(x, len(guidance), resolution, out, flag)
     if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
         x = x.contiguous()
     guidance, weights = ([tensor.contiguous() for tensor in tensors] for tensors in (guidance, weights))
-    return OP.call(_decode, x, guidance, weights, groups, eps, resolution, input_precision)
+    arguments = (x, guidance, weights, groups, eps, resolution, input_precision)
+    if out is None and flag is None:
+        return OP.call(_decode, *arguments)
+    if out is None:
+        factor = 2 ** len(guidance)
+        out = x.new_empty((*x.shape[:2], *(factor * size for size in resolution)))
+    OP.call(_decode_into, *arguments, out=out, flag=flag)
+    return out
+
+
+def pack_weights(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return `decode`'s weights from those of `plain.decode`, whose convolutions have their taps first."""
+    *stages, head, bias = weights
+    packed = []
+    for index, weight in enumerate(stages):
+        packed.append(pack(weight, scale=2 if index % 6 == 0 else 1) if index % 3 == 0 else weight)
+    return [*packed, pack(head, 1, HEAD_GROUP), bias]
+
+
+def _plain(
+    x: Tensor,
+    guidance: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    eps: Sequence[float],
+    resolution: Sequence[int],
+) -> Tensor:
+    """`plain.decode` of packed weights."""
+    weights, found = list(weights), _layers(x, guidance, resolution)
+    for index, layer in zip((*range(0, len(weights) - 2, 3), -2), found, strict=True):
+        weights[index] = unpack(weights[index], layer)
+    return plain.decode(x, guidance, weights, groups, eps, resolution)
+
+
+def _layers(x: Tensor, guidance: Sequence[Tensor], resolution: Sequence[int]) -> list[Layer]:
+    height, width = resolution
+    return layers(height, width, x.shape[3], [maps.shape[2] for maps in guidance])
 
 
 @torch.library.custom_op("catseg_fast::decode", mutates_args=())
@@ -88,41 +130,24 @@ def _(x: Tensor, guidance: Sequence[Tensor], *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:2], factor * height, factor * width))
 
 
-def _convolve(
+@torch.library.custom_op("catseg_fast::decode_into", mutates_args=("out", "flag"))
+def _decode_into(
+    out: Tensor,
+    flag: Tensor | None,
     x: Tensor,
-    weight: Tensor,
-    size: Size,
-    *,
-    addend: Tensor | None,
-    norm: Tensor | None,
-    affine: tuple[Tensor, Tensor, int, float] | None,
+    guidance: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    groups: Sequence[int],
+    eps: Sequence[float],
+    resolution: Sequence[int],
     input_precision: str,
-    config: ConvolutionConfig,
-) -> tuple[Tensor, Tensor | None]:
-    """A convolution, whose tiles are the parts of its statistics, and what these come to.
-
-    Args:
-        affine: weight, bias, groups and eps of the normalisation behind it; None where there is none.
-
-    Returns:
-        The output, and scale and shift of its normalisation or None.
-    """
-    out, statistics = convolution.launch(
-        x, weight, size, addend=addend, norm=norm, statistics=affine is not None,
-        input_precision=input_precision, config=config,
-    )  # fmt: skip
-    if affine is None or statistics is None:
-        return out, None
-    return out, group_norm.launch(statistics, *affine, size, config.pixels)
+) -> None:
+    OP.launch(x, guidance, weights, groups, eps, resolution, input_precision, out=out, flag=flag)
 
 
-CONVOLUTION = Kernel(
-    _convolve,
-    partial(convolution.problem, "decode"),
-    convolution.default_config,
-    convolution.candidates,
-    convolution.interpreter_config,
-)
+@_decode_into.register_fake
+def _(*_: Any) -> None:
+    return None
 
 
 def _launch(
@@ -133,24 +158,15 @@ def _launch(
     eps: Sequence[float],
     resolution: Sequence[int],
     input_precision: str,
+    *,
+    out: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> Tensor:
-    (B, t, _, channels), (height, width) = x.shape, resolution
-    norm: Tensor | None = None
-    convolve = partial(CONVOLUTION, input_precision=input_precision)
-    for stage, maps in enumerate(guidance):
-        phases, scale1, shift1, conv, scale2, shift2 = weights[6 * stage : 6 * stage + 6]
-        out = maps.shape[-1]
-        first = (scale1, shift1, groups[2 * stage], eps[2 * stage])
-        second = (scale2, shift2, groups[2 * stage + 1], eps[2 * stage + 1])
-        size = Size(height, width, channels, out, taps=2, scale=2)
-        x, norm = convolve(x, phases, size, addend=maps, norm=norm, affine=first)
-        height, width, channels = 2 * height, 2 * width, out
-        size = Size(height, width, channels, channels, taps=3)
-        x, norm = convolve(x, conv, size, addend=None, norm=norm, affine=second)
-    head, bias = weights[-2:]
-    size = Size(height, width, channels, 1, taps=3)
-    logits, _ = convolve(x, head, size, addend=bias, norm=norm, affine=None)
-    return logits.view(B, t, height, width)
+    affine = zip(weights[1:-2:3], weights[2:-2:3], groups, eps, strict=True)
+    return chain.launch(
+        x, guidance, [*weights[:-2:3], weights[-2]], [GroupNorm(*norm) for norm in affine], weights[-1],
+        _layers(x, guidance, resolution), input_precision=input_precision, out=out, flag=flag,
+    )  # fmt: skip
 
 
 def _check(
@@ -169,21 +185,43 @@ def _check(
             f"for a resolution of {height}x{width}"
         )
     check_runnable("x", x, input_precision)
-    stages, channels = len(guidance), x.shape[3]
+    stages = len(guidance)
     counts = {"weights": (weights, 6 * stages + 2), "groups": (groups, 2 * stages), "eps": (eps, 2 * stages)}
     for name, (given, expected) in counts.items():
         if len(given) != expected:
             raise ValueError(f"{name}: has {len(given)} items; expected {expected} for {stages} stages")
     for stage, maps in enumerate(guidance):
-        out = maps.shape[-1]
         height, width = 2 * height, 2 * width
-        check_like(f"guidance[{stage}]", maps, ((1, x.shape[0]), height * width, out), x)
-        shapes = ((4 * out, 2, 2, channels), (out,), (out,), (out, 3, 3, out), (out,), (out,))
-        for index, shape in enumerate(shapes, 6 * stage):
-            check_like(f"weights[{index}]", weights[index], shape, x)
-        channels = out
-    check_like(f"weights[{6 * stages}]", weights[-2], (1, 3, 3, channels), x)
+        check_like(f"guidance[{stage}]", maps, ((1, x.shape[0]), height * width, maps.shape[-1]), x)
+    *convolutions, head = _layers(x, guidance, resolution)
+    for index, layer in enumerate(convolutions):
+        for offset, shape in enumerate((layer.packed, (layer.channels_out,), (layer.channels_out,))):
+            check_like(f"weights[{3 * index + offset}]", weights[3 * index + offset], shape, x)
+    check_like(f"weights[{6 * stages}]", weights[-2], head.packed, x)
     check_like(f"weights[{6 * stages + 1}]", weights[-1], (1,), x)
+
+
+def _check_destination(
+    x: Tensor, stages: int, resolution: Sequence[int], out: Tensor | None, flag: Tensor | None
+) -> None:
+    if out is not None:
+        height, width = (2**stages * size for size in resolution)
+        shape = [*x.shape[:2], height, width]
+        if list(out.shape) != shape or not out.is_floating_point() or out.device != x.device:
+            raise ValueError(
+                f"out: is {out.dtype} {list(out.shape)} on {out.device}; expected a floating type, {shape} "
+                f"and {x.device}"
+            )
+        if out.stride(3) != 1 or out.stride(2) != width:
+            raise ValueError(
+                f"out: has strides {list(out.stride())}; expected [any, any, {width}, 1], for rows that "
+                "follow each other"
+            )
+    if flag is not None and (flag.shape != (1,) or flag.dtype != torch.int32 or flag.device != x.device):
+        raise ValueError(
+            f"flag: is {flag.dtype} {list(flag.shape)} on {flag.device}; expected torch.int32 [1] "
+            f"on {x.device}"
+        )
 
 
 def _make_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
@@ -199,7 +237,7 @@ def _make_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
     return {
         "x": random.normal(*sizes.state),
         "guidance": guidance,
-        "weights": weights,
+        "weights": pack_weights(weights),
         "groups": [out // sizes.group for out in sizes.decoder for _ in range(2)],
         "eps": [1e-5] * (2 * len(sizes.decoder)),
         "resolution": sizes.resolution,
@@ -208,7 +246,7 @@ def _make_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
 
 OP = Op(
     name="decode",
-    plain=plain.decode,
+    plain=_plain,
     triton=decode,
     forms=(Form(_launch),),
     make_inputs=_make_inputs,
@@ -219,5 +257,5 @@ OP = Op(
         Sizes(1, 7, 4, 4, channels=128, decoder=(64, 32), guided=False),
         Sizes(2, 2, 3, 5, channels=24, decoder=(32, 8), group=8),
     ),
-    mma={"convolution_kernel": "wgmma"},
+    mma=dict.fromkeys(("boxes_kernel", "patches_kernel", "row_phases_kernel", "rows_kernel"), "wgmma"),
 )

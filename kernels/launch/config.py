@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,16 @@ class LaunchConfig:
     `num_warps`, `num_stages` and, where a kernel has it, `maxnreg` are Triton's; the others are sizes, and
     `tma`, where a kernel has it, says that it reads and writes through tensor descriptors.
 
+    Attributes:
+        version: of the kernel; raised when it changes so much that configs which were measured before are of
+            no use. They are ignored from then on.
+
     Raises:
         ValueError: if a field is not a positive integer, or a number of warps or a size no power of two, or
             `tma` no bool.
     """
+
+    version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):

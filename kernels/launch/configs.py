@@ -7,11 +7,11 @@ They are JSON files, one for each GPU and op, `<gpu>/<op>.json`: a list of entri
      "config": {"rows": 128, "hidden": 64, "num_warps": 8, "num_stages": 2},
      "gpu": "NVIDIA H200", "capability": 90, "multiprocessors": 132, …}
 
-An entry serves a launch of the same kernel, type and sizes; of several, the one whose number of crops times
-classes is nearest, by ratio. Files in the user's cache folder go before those of the package. A GPU that has
-no entry of its own borrows one of another GPU of the same compute capability, whose multiprocessors have the
-same registers and shared memory; of several, from the GPU with the nearest number of multiprocessors. Where
-nothing fits, the kernel's default config runs.
+An entry serves a launch of the same kernel, in the same `version` (1 if it names none), type and sizes; of
+several, the one whose number of crops times classes is nearest, by ratio. Files in the user's cache folder go
+before those of the package. A GPU that has no entry of its own borrows one of another GPU of the same compute
+capability, whose multiprocessors have the same registers and shared memory; of several, from the GPU with the
+nearest number of multiprocessors. Where nothing fits, the kernel's default config runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -130,25 +130,18 @@ def user_folder() -> Path:
     return cache_home / "catseg-fast" / "configs"
 
 
-def describe(ops: Sequence[str], device: torch.device, dtype: torch.dtype) -> str:
-    """Say in a line where ops' launch configs on a GPU come from: measured on it, borrowed, or defaults."""
-    found: dict[str, list[str]] = {}
-    for op in ops:
-        found.setdefault(_origin(op, DTYPES[dtype], device), []).append(op)
-    parts = [origin if len(found) == 1 else f"{', '.join(ops)}: {origin}" for origin, ops in found.items()]
-    own = all(origin.startswith("measured") for origin in found)
-    return "; ".join(parts) + ("" if own else "; `catseg-fast tune` measures this GPU's own")
-
-
-def _origin(op: str, dtype: str, device: torch.device) -> str:
+def origin(problem: Problem, device: torch.device) -> str:
+    """Say where the config of a launch on a GPU comes from: measured on it, borrowed, or a default."""
     chip = _chip(device)
-    for _, entries in _files(op, device):
-        if any(entry["dtype"] == dtype for entry in entries):
-            gpu = entries[0]["gpu"]
-            if _slug(gpu) == _slug(chip.name):
-                return f"measured on {gpu}"
-            return f"borrowed from {gpu}, of the same compute capability {chip.capability / 10}"
-    return f"defaults (none were measured in {dtype} on a GPU of compute capability {chip.capability / 10})"
+    gpus = (e["gpu"] for _, entries in _files(problem.op, device) for e in entries if _serves(e, problem))
+    gpu = next(gpus, None)
+    if gpu is None:
+        return (
+            f"defaults (none were measured in {problem.dtype} at compute capability {chip.capability / 10})"
+        )
+    if _slug(gpu) == _slug(chip.name):
+        return f"measured on {gpu}"
+    return f"borrowed from {gpu}, of the same compute capability {chip.capability / 10}"
 
 
 def config_path(folder: Path, gpu: str, op: str) -> Path:
@@ -157,19 +150,47 @@ def config_path(folder: Path, gpu: str, op: str) -> Path:
 
 
 def read(path: Path, gpu: str) -> list[dict[str, Any]]:
-    """Entries of a file for a GPU; none, and a warning, where it is not such a file or cannot be read.
+    """Entries of a file for a GPU, with a warning about what is damaged or of another GPU, which is left out.
 
     A missing file has no entries, and no warning.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        _check(entries, gpu)
+        entries = _parse(path.read_bytes())
     except FileNotFoundError:
         return []
     except (OSError, ValueError, RecursionError) as error:
         _warn(path, error)
         return []
+    faults = [_fault(entry, gpu) for entry in entries]
+    if found := [f"entry {number} {fault}" for number, fault in enumerate(faults) if fault]:
+        _warn(path, ValueError(f"{len(found)} of {len(entries)} entries: {found[0]}"))
+    return [entry for entry, fault in zip(entries, faults, strict=True) if not fault]
+
+
+def _parse(content: bytes) -> list[Any]:
+    """The entries in a file; where it is damaged each line is read by itself, and None if it cannot be.
+
+    Raises:
+        ValueError, RecursionError: if this is no list, or no line can be read.
+    """
+    try:
+        entries = json.loads(content.decode("utf-8"))
+    except ValueError:
+        lines = (line.strip().removesuffix(b",") for line in content.splitlines())
+        entries = [_parse_line(line) for line in lines if line not in (b"", b"[", b"]")]
+        if not any(isinstance(entry, dict) for entry in entries):
+            raise
+    if not isinstance(entries, list):
+        raise ValueError("it is no list of entries")
     return entries
+
+
+def _parse_line(line: bytes) -> Any:
+    """The value in a line; None if it is damaged."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
 
 
 def clear() -> None:
@@ -250,29 +271,25 @@ def _others(folder: Path, op: str, chip: _Chip) -> tuple[tuple[float, Path, list
 
 def _serves(entry: dict[str, Any], problem: Problem) -> bool:
     sizes = {name: size for name, size in entry["shape"].items() if name != FREE_SIZE}
-    wanted = (problem.kernel, problem.dtype, problem.precision, dict(problem.sizes))
-    return (entry["kernel"], entry["dtype"], entry["precision"], sizes) == wanted
+    wanted = (problem.kernel, problem.dtype, problem.precision, dict(problem.sizes), problem.config.version)
+    return (entry["kernel"], entry["dtype"], entry["precision"], sizes, entry.get("version", 1)) == wanted
 
 
-def _check(entries: Any, gpu: str) -> None:
-    """Raise ValueError if a file's content is no list of entries for a GPU."""
-    if not isinstance(entries, list):
-        raise ValueError("it is no list of entries")
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise ValueError(f"entry {number} is no object")
-        lacking = {"kernel", "dtype", "precision", "shape", "config", "gpu"} - entry.keys()
-        if lacking:
-            raise ValueError(f"entry {number} lacks {', '.join(sorted(lacking))}")
-        if not isinstance(entry["shape"], dict) or not isinstance(entry["config"], dict):
-            raise ValueError(f"entry {number} has a shape or config that is no object")
-        crop_classes = entry["shape"].get(FREE_SIZE)
-        if not isinstance(crop_classes, int) or crop_classes < 1:
-            raise ValueError(
-                f"entry {number} has a {FREE_SIZE} that is no positive integer: {crop_classes!r}"
-            )
-        if _slug(str(entry["gpu"])) != _slug(gpu):
-            raise ValueError(f"entry {number} is of another GPU, {entry['gpu']!r}, not of {gpu!r}")
+def _fault(entry: Any, gpu: str) -> str | None:
+    """Say what makes something no entry for a GPU; None if it is one."""
+    if not isinstance(entry, dict):
+        return "is no object"
+    lacking = {"kernel", "dtype", "precision", "shape", "config", "gpu"} - entry.keys()
+    if lacking:
+        return f"lacks {', '.join(sorted(lacking))}"
+    if not isinstance(entry["shape"], dict) or not isinstance(entry["config"], dict):
+        return "has a shape or config that is no object"
+    crop_classes = entry["shape"].get(FREE_SIZE)
+    if not isinstance(crop_classes, int) or crop_classes < 1:
+        return f"has a {FREE_SIZE} that is no positive integer: {crop_classes!r}"
+    if _slug(str(entry["gpu"])) != _slug(gpu):
+        return f"is of another GPU, {entry['gpu']!r}, not of {gpu!r}"
+    return None
 
 
 def _slug(name: str) -> str:

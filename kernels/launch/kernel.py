@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -31,6 +31,8 @@ class Kernel(Generic[C]):
         candidates: configs worth timing for the same, the default first. Not all need to fit the GPU.
         interpreter_config: for a problem in Triton's interpreter, which likes few and large programs; without
             it, the default.
+        compared: takes what `launch` computes; returns what right configs agree on, which is finite. Without
+            it, that is all of it.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class Kernel(Generic[C]):
         default_config: Callable[[int, Problem], C],
         candidates: Callable[[int, Problem], tuple[C, ...]],
         interpreter_config: Callable[[Problem], C] | None = None,
+        compared: Callable[..., Tensor] | None = None,
     ) -> None:
         self.launch, self.problem = launch, problem
         self.default_config, self.candidates = default_config, candidates
-        self.interpreter_config = interpreter_config
+        self.interpreter_config, self.compared = interpreter_config, compared
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         problem = self.problem(*arguments, **options)
@@ -74,6 +77,10 @@ class Call:
         result = self.kernel.launch(*self.arguments, **self.options, config=config)
         parts = result if isinstance(result, tuple) else (result,)
         return [part for part in parts if part is not None]
+
+    def compared(self, computed: Sequence[Tensor]) -> list[Tensor]:
+        """What right configs agree on of what `run` computed."""
+        return list(computed) if self.kernel.compared is None else [self.kernel.compared(*computed)]
 
 
 class _Recorder(threading.local):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -95,6 +96,7 @@ def attention_kernel(
 class AttentionConfig(LaunchConfig):
     """Launch config: queries per step."""
 
+    version: ClassVar[int] = 2
     queries: int
     num_warps: int
     num_stages: int = 1
@@ -106,7 +108,7 @@ def default_config(capability: int, problem: Problem) -> AttentionConfig:
     """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
     head_channels = problem.size("channels") // problem.size("heads")
     if problem.dtype == "fp32" or problem.size("window") > 16 or head_channels > 64:
-        return AttentionConfig(queries=16, num_warps=4)
+        return AttentionConfig(queries=16, num_warps=8 if capability >= 100 else 4)
     if capability == 90 and head_channels <= 32:
         return AttentionConfig(queries=64, num_warps=4, maxnreg=128)  # four programs
     return AttentionConfig(queries=64, num_warps=4)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -122,6 +123,7 @@ def _column(x):
 class MLPConfig(LaunchConfig):
     """Launch config: tokens per program, hidden channels per step."""
 
+    version: ClassVar[int] = 2
     rows: int
     hidden: int
     num_warps: int

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import triton
 import triton.language as tl
@@ -110,6 +111,7 @@ class QKVConfig(LaunchConfig):
     `tma` is for compute capability 9.0 and newer. Sizes that no tensor descriptor takes use pointers anyway.
     """
 
+    version: ClassVar[int] = 2
     rows: int
     channels: int
     classes: int
@@ -147,7 +149,7 @@ def candidates(capability: int, problem: Problem) -> tuple[QKVConfig, ...]:
     others = [
         replace(tiled, rows=rows, channels=width, num_warps=num_warps)
         for rows, width, num_warps in tiles
-        for tiled in grid(default, classes=(4, 8, 16), num_stages=(2, 3))
+        for tiled in grid(default, classes=(4, 8), num_stages=(2, 3))
     ]
     limited = grid(default, num_stages=(1, 2, 3), maxnreg=(128, 168))
     pointers = [replace(config, tma=False) for config in grid(default, num_stages=(2, 3))]

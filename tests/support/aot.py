@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -160,11 +160,12 @@ def _is_split(launch: Launch) -> bool:
     return launch.constants.get("PRECISION") != "ieee"
 
 
-def resources_of(op: str, capability: int) -> dict[str, Resources | str]:
-    """Compile an op for a chip in another process: resources by name, or the error where one fails."""
+def resources_of(ops: Iterable[str], capabilities: Iterable[int]) -> dict[str, Resources | str]:
+    """Compile ops for chips in another process: resources by name, or the error where one fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-    command = [sys.executable, __file__, op, "--capabilities", str(capability), "--json"]
+    chosen = [*ops, "--capabilities", *map(str, capabilities)]
+    command = [sys.executable, __file__, *chosen, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -222,12 +223,12 @@ def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if match is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
-    registers, stack = int(match[1]), int(match[2])
-    spills, spills_in_loops = count_spills(code)
+        match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if match is None:
+            raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
+        registers, stack = int(match[1]), int(match[2])
+        # Registers are spilled to the stack; the disassembler takes as long as ptxas.
+        spills, spills_in_loops = count_spills(_run("nvdisasm", "-c", file.name)) if stack else (0, 0)
     shared = compiled.metadata.shared
     by_warp = -(-registers * 32 // 256) * 256  # registers come in units of 256 a warp
     programs = min(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from catseg_fast import VARIANTS, CATSeg
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCUMENTS = (README, *sorted((ROOT / "docs").rglob("*.md")))
 STREET = ROOT / "examples" / "street.png"
+SMALL = (320, 224)  # pixels of its copies, width and height
 SCENE = ROOT / "examples" / "scene.jpg"
 TINY = replace(
     VARIANTS["v2-vitb"],
@@ -26,7 +28,8 @@ TINY = replace(
         embed_dim=32, image_size=64, input_size=384, patch_size=16, vision_width=64, vision_layers=9,
         vision_heads=1, text_width=64, text_heads=1, text_layers=1,
     ),
-    appearance_guidance_dim=32, hidden_dim=64, num_layers=1,
+    appearance_guidance_dim=32, hidden_dim=32, num_layers=1, decoder_dims=(16, 16),
+    decoder_guidance_proj_dims=(8, 8),
 )  # fmt: skip
 
 
@@ -53,9 +56,11 @@ def make_checkout(folder: Path) -> None:
     clip = {name: tensor.contiguous() for name, tensor in weights.items() if ".clip_model." in name}
     save_file(clip, folder / "clip.safetensors")
     (folder / "classes.txt").write_text("sky\ntree\n")
+    with Image.open(STREET) as street:
+        small = street.convert("RGB").resize(SMALL)
     for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg", "examples/street.png"):
         (folder / name).parent.mkdir(exist_ok=True)
-        shutil.copy(STREET, folder / name)
+        small.save(folder / name)
     shutil.copy(SCENE, folder / "examples")
     for name in ("ade150", "coco-stuff"):
         write_dataset(folder / name, "held-out", 2, size=(96, 96))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catseg_fast import CATSeg, Variant
+from catseg_fast import CATSeg, Segmentation, Variant
 from catseg_fast.config import CLIPConfig, SwinConfig, Version
 from support.golden_rule import fill, make_input
 
@@ -59,3 +59,23 @@ def sem_seg(model: CATSeg, image: Tensor, **size: int) -> Tensor:
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
     """Whether probabilities agree but for rounding."""
     return actual.shape == expected.shape and bool(torch.allclose(actual, expected, rtol=0, atol=tolerance))
+
+
+def agree(actual: Segmentation, every: Segmentation, tolerance: float = 1e-5) -> bool:
+    """Check whether each pixel has its best classes, given the answer with the scores of `every` class.
+
+    Where the scores of two classes are equal but for rounding, it depends on the CPU which is the best.
+    """
+    assert every.top_labels is not None
+    assert every.top_scores is not None
+    maps = every.top_scores.gather(0, every.top_labels.argsort(dim=0))
+    labels, scores = actual.labels[None], actual.scores[None]
+    if actual.top_labels is not None and actual.top_scores is not None:
+        if not torch.equal(actual.labels, actual.top_labels[0]):
+            return False
+        labels, scores = actual.top_labels, actual.top_scores
+    best = every.top_scores[: len(labels)]
+    if actual.classes != every.classes or not close(scores, best, tolerance):
+        return False
+    distinct = bool(labels.sort(dim=0).values.diff(dim=0).all())
+    return distinct and close(maps.gather(0, labels.long()), best, tolerance)

@@ -101,6 +101,7 @@ def write_dataset(
 
     Raises:
         ValueError: if there is no such split, a number is out of range, or the folder has other scenes.
+        OSError: if writing fails; FileExistsError if the folder has files of something else.
     """
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
@@ -108,6 +109,10 @@ def write_dataset(
         raise ValueError(f"count: {count} is not positive")
     for name in ("images", "annotations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    if not (folder / "scenes.json").exists():
+        for name in ("images", "annotations"):
+            if other := next((folder / name).iterdir(), None):
+                raise FileExistsError(f"{other} is not of generated scenes; choose another folder")
     _write_once(folder / "scenes.json", {"split": split, "seed": seed, "size": list(size)})
     _write_once(folder / "classes.json", SPLITS[split].class_names)
     missing = [n for n in range(count) if not (folder / "annotations" / f"{n:06}.png").exists()]

@@ -1,0 +1,58 @@
+"""Identity of files: content for what they hold, place for which one they are, a mark for who wrote them.
+
+Whatever goes on with earlier work compares these, and never names, sizes or times only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from catseg_fast.files import file_digest, open_regular
+
+_ALGORITHM = "blake2b"
+_MARK = "catseg-fast"  # keyword of the PNG's text chunk
+
+
+def content_digest(path: str | os.PathLike[str]) -> str:
+    """The digest of a regular file's content; errors as of `catseg_fast.files.open_regular`."""
+    with open_regular(path) as file:
+        return file_digest(file, _ALGORITHM)[:32]
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """The digest of settings that JSON can hold."""
+    return hashlib.blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
+
+
+def place_of(path: str | os.PathLike[str]) -> str:
+    """The absolute path of a file, with links resolved in its folder's path but not in its name."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def place_digest(path: str | os.PathLike[str]) -> str:
+    """The digest of a file's place, which does not reveal it."""
+    return hashlib.blake2b(os.fsencode(place_of(path)), digest_size=16).hexdigest()
+
+
+def png_mark(value: str) -> PngInfo:
+    """A mark that says that this package wrote a PNG, and what for: the argument `pnginfo` of saving it."""
+    info = PngInfo()
+    info.add_text(_MARK, value)
+    return info
+
+
+def read_png_mark(path: str | os.PathLike[str]) -> str | None:
+    """The value of a PNG's mark, which precedes its pixels; None for any other file."""
+    try:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+            return image.info.get(_MARK)
+    except Exception:  # damaged files raise whatever the decoder stumbles over
+        return None

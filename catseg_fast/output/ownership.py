@@ -1,0 +1,114 @@
+"""Whose a file in an output folder is: a result of this picture, of another picture, or not of this package.
+
+A result's JSON file has an "identity": the picture's place and content, and the content of its two PNGs. The
+PNGs have a mark with the picture's place, so that they are known when a run was killed before the JSON file,
+which is removed first and written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+from catseg_fast.files import read_text
+from catseg_fast.identity import content_digest, place_digest, place_of, read_png_mark
+
+PNG_SUFFIXES = (".overlay.png", ".labels.png")
+
+
+class Owner(Enum):
+    """Whose the three files of a stem are."""
+
+    NOBODY = auto()  # there are none
+    THIS_PICTURE = auto()
+    OTHER_PICTURE = auto()
+    STRANGER = auto()  # at least one is not of this package
+
+
+def owner_of(folder: Path, stem: str, picture: Path | None) -> Owner:
+    """Whose `stem`.json, `stem`.overlay.png and `stem`.labels.png in `folder` are.
+
+    Args:
+        folder: of results.
+        stem: of their names.
+        picture: that the question is about; with None, results of any picture are this picture's.
+    """
+    result = folder / f"{stem}.json"
+    images = [path for suffix in PNG_SUFFIXES if os.path.lexists(path := folder / (stem + suffix))]
+    marks = [read_png_mark(path) for path in images]
+    if os.path.lexists(result):
+        content = read_result(result)
+        if content is None:
+            return Owner.STRANGER
+        if "identity" in content:  # earlier versions wrote no marks
+            for path, mark in zip(images, marks, strict=True):
+                if mark is None and not _is_empty(path):
+                    return Owner.STRANGER
+        ours = picture is None or is_result_of(content, picture)
+        return Owner.THIS_PICTURE if ours else Owner.OTHER_PICTURE
+    if not images:
+        return Owner.NOBODY
+    if None in marks:
+        return Owner.STRANGER
+    ours = picture is None or set(marks) == {place_digest(picture)}
+    return Owner.THIS_PICTURE if ours else Owner.OTHER_PICTURE
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The content of a result's JSON file; None if it is anything else, or cannot be read."""
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+    known = isinstance(content, dict) and {"width", "height", "classes"} <= content.keys()
+    return content if known and ("identity" in content or "fingerprint" in content) else None
+
+
+def is_result_of(content: dict[str, Any], picture: Path) -> bool:
+    """Check whether a result's JSON file is about a picture: the one at its place, or one moved since."""
+    identity = content.get("identity")
+    if identity is None or identity["path"] is None:
+        return bool(content.get("image") == str(picture))
+    if identity["path"] == place_of(picture):
+        return True
+    try:
+        return not os.path.lexists(identity["path"]) and identity["content"] == content_digest(picture)
+    except (OSError, ValueError):
+        return False
+
+
+def is_result(path: Path) -> bool:
+    """Check whether a file is one of a result's three."""
+    if path.suffix == ".json":
+        return read_result(path) is not None
+    suffix = next((suffix for suffix in PNG_SUFFIXES if path.name.endswith(suffix)), None)
+    if suffix is None:
+        return False
+    if read_png_mark(path) is not None:
+        return True
+    stem = path.name.removesuffix(suffix)
+    result = path.with_name(f"{stem}.json")
+    content = read_result(result)
+    if content is not None:
+        return "identity" not in content or _is_empty(path)
+    complete = all(path.with_name(stem + other).exists() for other in PNG_SUFFIXES)
+    return complete and result.exists() and _is_damaged(result)
+
+
+def _is_empty(path: Path) -> bool:
+    """Files can be left empty when the power fails."""
+    return path.is_file() and path.stat().st_size == 0
+
+
+def _is_damaged(path: Path) -> bool:
+    """Check whether a file named .json is not JSON."""
+    try:
+        json.loads(read_text(path))
+    except ValueError:
+        return True
+    except (OSError, RecursionError):
+        return False
+    return False
