@@ -127,11 +127,11 @@ class BoxesConfig(LaunchConfig):
 
 
 def unsupported(layer: Layer, x: Tensor, capability: int) -> str | None:
-    """Why the kernel does not compute a layer of `x` on a compute capability; None if it does."""
+    """Return why the kernel does not compute a layer of `x` on a compute capability, or None."""
     if capability < 90:
         return f"compute capability {capability} has no tensor memory accelerator"
-    if x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1]):
-        return "images do not begin at multiples of 16 bytes"
+    if x.data_ptr() % 16 or any(not stride or stride * x.itemsize % 16 for stride in x.stride()[:-1]):
+        return "pixels are not at multiples of 16 bytes, apart from each other"
     if x.dtype == torch.float32:
         return "it is for 16-bit types"
     if layer.group != (1, 1):

@@ -119,7 +119,7 @@ class GroupNorm(NamedTuple):
 
 
 def normalise_plainly(x: Tensor, norm: Tensor | None = None) -> Tensor:
-    """What the next layer reads of a map with a border, which is finite; x itself without scale and shift."""
+    """Return what the next layer reads of a map with a border, all finite; without scale and shift, x."""
     if norm is None:
         return x
     scale, shift = norm[:, :, :, None, None].float().unbind(2)

@@ -144,7 +144,7 @@ class RowPhasesConfig(LaunchConfig):
 
 
 def unsupported(layer: Layer, dtype: torch.dtype, capability: int) -> str | None:
-    """Why the kernel does not compute a layer on a compute capability; None if it does."""
+    """Return why the kernel does not compute a layer on a compute capability, or None."""
     if capability in (86, 89):
         return "of 100 KB of shared memory, it leaves too little for a second program"
     if dtype == torch.float32:

@@ -119,7 +119,7 @@ class RowsConfig(LaunchConfig):
 
 
 def unsupported(layer: Layer, dtype: torch.dtype) -> str | None:
-    """Why the kernel does not compute a layer; None if it does."""
+    """Return why the kernel does not compute a layer, or None."""
     if dtype == torch.float32:
         return "it is for 16-bit types"
     if layer.scale != 1 or not layer.normalised or layer.group != (1, 1):

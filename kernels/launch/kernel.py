@@ -79,7 +79,7 @@ class Call:
         return [part for part in parts if part is not None]
 
     def compared(self, computed: Sequence[Tensor]) -> list[Tensor]:
-        """What right configs agree on of what `run` computed."""
+        """Return what right configs agree on of what `run` computed."""
         return list(computed) if self.kernel.compared is None else [self.kernel.compared(*computed)]
 
 
