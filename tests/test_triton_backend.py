@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import triton
-from test_golden import build_model, constructor_arguments, golden_image
-from test_plan import features, make_aggregator
 from torch import Tensor
 
 from catseg_fast import Aggregator, CATSeg, backend
@@ -20,6 +18,8 @@ from catseg_fast.engine.self_check import wrong_stages
 from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.decoder import op as decoder
 from catseg_fast.reference import Aggregator as Reference
+from support.aggregators import features, make_aggregator
+from support.golden_models import build_model, constructor_arguments, golden_image
 from support.golden_rule import assert_output, fill, load_case, make_inputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
