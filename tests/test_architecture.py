@@ -1,4 +1,4 @@
-"""Rules of the tree: the import contracts of `[tool.importlinter]` in pyproject.toml, and the tests' files."""
+"""Rules of the tree: import contracts (`[tool.importlinter]` in pyproject.toml), and the files of tests."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ TEST_FILES = sorted(TESTS.glob("test_*.py"))
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Names of the modules that a file imports, wherever in the file."""
+    """Names of the modules that a file imports, at any level."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
