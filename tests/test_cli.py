@@ -346,7 +346,19 @@ def test_version():
     assert run("--version").stdout == f"catseg-fast {__version__}\n"
 
 
-COMMANDS = ("app", "convert", "dataset", "env", "eval", "scenes", "segment", "train", "tune", "variants")
+COMMANDS = (
+    "app",
+    "convert",
+    "dataset",
+    "env",
+    "eval",
+    "scenes",
+    "segment",
+    "train",
+    "tune",
+    "variants",
+    "warmup",
+)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
