@@ -27,7 +27,7 @@ from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
 from catseg_fast.errors import MissingPackageError
-from catseg_fast.files import temporary_folder
+from catseg_fast.files import read_text, temporary_folder
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 INPUTS, OUTPUT = ("images", "text_features"), "logits"
 OPSET = 18
+FORMAT = "catseg-fast onnx"  # how the card calls it
 PROJECTIONS = ("guidance_projection", "text_guidance_projection", "decoder_guidance_projection")
 
 
@@ -125,6 +126,7 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
     Raises:
         FileNotFoundError, ValueError: if the path has no folder or another suffix, or the model is not in
             evaluation mode and fp32.
+        FileExistsError: if a file beside the .onnx would be replaced that is not of an earlier export.
         ImportError: if onnx or onnxscript is missing (`pip install "catseg-fast[export]"`).
     """
     path = check_target(path)
@@ -142,8 +144,11 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
         np.savez(folder / f"{path.stem}.classes.npz", classes=np.array(model.classes), text_features=text)
         card = json.dumps(describe(model, path, crops), indent=2, ensure_ascii=False) + "\n"
         (folder / f"{path.stem}.json").write_text(card, encoding="utf-8")
-        names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == path.name)
-        for name in names:  # the model itself last
+        # The card tells whose files these are. The model vouches for them: it is removed first, written last.
+        order = {f"{path.stem}.json": 0, path.name: 2}
+        names = sorted((file.name for file in folder.iterdir()), key=lambda name: order.get(name, 1))
+        path.unlink(missing_ok=True)
+        for name in names:
             os.replace(folder / name, path.with_name(name))
     return [path.with_name(name) for name in reversed(names)]
 
@@ -152,19 +157,34 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     """The path of an .onnx file that can be written.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as `export_onnx`.
+        FileNotFoundError, FileExistsError, ValueError, ImportError: as `export_onnx`.
     """
     path = Path(path).expanduser()
     if path.suffix != ".onnx":
         raise ValueError(f"path: {path} must end in .onnx")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {path.parent}")
+    _require_ours(path)
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingPackageError(f'export: {error}; pip install "catseg-fast[export]" brings it') from error
     return path
+
+
+def _require_ours(path: Path) -> None:
+    """Check that what would be replaced beside an .onnx file was written by `export_onnx`."""
+    card = path.with_suffix(".json")
+    try:
+        content = json.loads(read_text(card))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if isinstance(content, dict) and str(content.get("format")).startswith(FORMAT):
+        return
+    for other in (card, path.with_name(f"{path.stem}.classes.npz"), path.with_name(f"{path.name}.data")):
+        if os.path.lexists(other):
+            raise FileExistsError(f"path: {other} is there and is not of an export; choose another name")
 
 
 def _weight_bytes(program: torch.export.ExportedProgram) -> int:
@@ -176,7 +196,7 @@ def describe(model: CATSeg, path: Path, crops: int) -> dict[str, Any]:
     window, side = model.window, 4 * model.variant.feature_resolution[0]
     text = f"[classes, {len(model.templates)}, {model.variant.clip.embed_dim}]"
     return {
-        "format": "catseg-fast onnx 1",
+        "format": f"{FORMAT} 1",
         "catseg_fast": __version__,
         "variant": model.variant.name,
         "model": path.name,

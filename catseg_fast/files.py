@@ -100,6 +100,8 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             if durable:
                 _flush_to_disk(temporary)
             os.replace(temporary, path)
+            if durable:
+                _flush_folder_to_disk(path.parent)
     except Exception as error:
         number = _error_number(error)
         if number is None:
@@ -170,6 +172,17 @@ def _started(process: int) -> int | None:
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _flush_folder_to_disk(folder: Path) -> None:
+    """Let the disk have the names of the files in a folder, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _error_number(error: BaseException) -> int | None:

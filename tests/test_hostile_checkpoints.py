@@ -72,7 +72,7 @@ STORED = ("w/data/0", hostile.RAW)
 # ---- fuzz -------------------------------------------------------------------------------------------------
 
 
-PARTS = 4  # of all files; a part takes a minute or two
+PARTS = 8  # of all files; a part takes a minute or two
 
 
 def fuzz(folder: Path, share: float, seed: int, part: int = 0, parts: int = 1) -> None:
@@ -220,6 +220,18 @@ def test_a_storage_is_as_long_as_it_says(case: str, path: Path) -> None:
     identity[4 if case in ("longer", "shorter") else place] = value
     piece = tensor(hostile.storage(*identity), number(0), row(number(1)), row(number(1)))
     refused(path, model(piece), reason)
+
+
+@pytest.mark.parametrize("write", [hostile.archive, hostile.legacy])
+def test_a_storage_has_one_type(write: Callable[[bytes], bytes], path: Path) -> None:
+    """torch would read both tensors in the type of the first."""
+    legacy = (hostile.NONE,) if write is hostile.legacy else ()
+    identities = [
+        (hostile.STORAGE_ID[0], name(kind), *hostile.STORAGE_ID[2:], *legacy)
+        for kind in ("torch.FloatStorage", "torch.IntStorage")
+    ]
+    pieces = [tensor(hostile.storage(*x), number(0), row(number(1)), row(number(1))) for x in identities]
+    refused(path, write(hostile.in_model(row(*pieces))), "storage 0 has two types")
 
 
 def test_a_legacy_file_gets_no_memory_that_it_does_not_fill(path: Path) -> None:

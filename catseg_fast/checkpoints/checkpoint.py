@@ -22,7 +22,7 @@ from catseg_fast._version import __version__
 from catseg_fast.checkpoints.hub import WEIGHTS, resolve
 from catseg_fast.checkpoints.layouts import check_count, state_dict_of
 from catseg_fast.checkpoints.recognise import describe, recognise_variant
-from catseg_fast.checkpoints.torch_file import PICKLE, ZIP, read_torch_file
+from catseg_fast.checkpoints.torch_file import LONGEST_REASON, PICKLE, ZIP, read_torch_file
 from catseg_fast.checkpoints.unpickle import shown
 from catseg_fast.checkpoints.write import write_weights
 from catseg_fast.files import open_regular
@@ -37,7 +37,6 @@ IGNORED_KEYS = re.compile(
 )
 
 MAX_HEADER = 16 * 2**20  # bytes; that of the largest published model has 0.3 MB
-LONGEST_REASON = 500  # characters of another library's message
 MOST_SHARING = 4  # times that a file's bytes may be in its tensors
 
 

@@ -39,6 +39,8 @@ _LOSSLESS = (
     34925,
     50000,
 )  # none, CCITT, LZW, Deflate, PackBits, LZMA, Zstd
+CLASSES = "classes.json"
+UNFINISHED = "classes.unfinished.json"  # its name while `catseg-fast dataset` works on the folder
 MOST_CLASSES = 65535  # the last of 16 bits' values is where no class is right
 
 
@@ -68,7 +70,7 @@ class FolderDataset:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        self.classes = _read_class_list(self.root / "classes.json")
+        self.classes = _read_class_list(self.root)
         self.ignore_label = ignore_label_of(len(self.classes))
         images, annotations = files_by_name(self.root / "images"), files_by_name(self.root / "annotations")
         for name, path in annotations.items():
@@ -194,7 +196,10 @@ def _why_no_index_tiff(image: TiffImageFile) -> str | None:
     return None
 
 
-def _read_class_list(path: Path) -> tuple[str, ...]:
+def _read_class_list(root: Path) -> tuple[str, ...]:
+    path = root / CLASSES
+    if not path.exists() and (root / UNFINISHED).exists():
+        raise FileNotFoundError(f"{root} is incomplete: repeat `catseg-fast dataset`, which was interrupted")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
     classes = read_classes(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from catseg_fast._version import __version__
@@ -17,6 +18,7 @@ from catseg_fast.checkpoints.write import write_torch_file, write_weights
 from catseg_fast.files import open_regular
 
 KEPT = 2
+TRAINING = "catseg-fast train"  # in the weights' metadata
 
 
 class Checkpoints:
@@ -76,6 +78,15 @@ class Checkpoints:
             self.path(step).unlink()
 
 
+def is_exported(path: Path) -> bool:
+    """Check whether a file is one that `export` has written."""
+    try:
+        with safe_open(path, "pt") as file:
+            return bool((file.metadata() or {}).get("written_by") == TRAINING)
+    except (OSError, SafetensorError):
+        return False
+
+
 def export(state_dict: Mapping[str, Tensor], path: Path, dtype: torch.dtype, variant: str) -> None:
     """Write weights as safetensors under upstream's keys, numbers with a fraction in `dtype`.
 
@@ -86,5 +97,5 @@ def export(state_dict: Mapping[str, Tensor], path: Path, dtype: torch.dtype, var
         key: value.to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
         for key, value in state_dict.items()
     }
-    metadata = {"format": "pt", "variant": variant, "catseg_fast": __version__}
+    metadata = {"format": "pt", "variant": variant, "catseg_fast": __version__, "written_by": TRAINING}
     write_weights(path, tensors, metadata)

@@ -1,8 +1,8 @@
 """Work that is killed, as by kill -9, before one of its changes to the file system.
 
-The work runs in a forked process, which needs no new interpreter and no new model. Python tells of each change
-beforehand (`sys.addaudithook`); what libraries in other languages write is not seen, and happens in temporary
-folders.
+The work runs in a forked process, which needs no new interpreter and no new model. Python tells of each
+change beforehand (`sys.addaudithook`); what libraries in other languages write is not seen, and happens in
+temporary folders.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ def _watch(folder: str, names: mmap.mmap, kill: int | None) -> None:
     def fsync(descriptor: int) -> None:
         change("fsync")
         flush(descriptor)
-        change("after fsync")
+        change("fsynced")
 
     os.fsync = fsync
     sys.addaudithook(hook)
 
 
 def _concerns(arguments: tuple[Any, ...], folder: str) -> bool:
-    """Check whether an event is about a path in a folder; or in one that is open, as when a tree is removed."""
+    """Check whether an event is about a path in a folder, or in one that is open (a tree is removed)."""
     descriptors = [value for value in arguments[1:] if type(value) is int and value >= 0]
     return bool(descriptors) or any(_is_in(path, folder) for path in arguments)
 
@@ -133,16 +133,18 @@ def kill_everywhere(
         again: what is done afterwards: the same work, or the one of before.
         folder: all of these change nothing else.
         read: the content of `folder` by name, apart from what differs from run to run, as times.
-        check: called after the kill; raises if the folder then holds something wrong, else says what it holds.
+        check: called after the kill; raises if the folder then holds something wrong, else says what.
         every: kill before each so many changes only.
 
     Raises:
         AssertionError: if the outcome is another one.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    start()  # here, too, so that the processes need not import anything
+    work()
+    shutil.rmtree(folder)
     folder.mkdir()
     before = folder.with_name(f"{folder.name}-before")
-    shutil.rmtree(before, ignore_errors=True)
     run(start, folder)
     shutil.copytree(folder, before, symlinks=True)
     changes = run(work, folder)
@@ -158,13 +160,18 @@ def kill_everywhere(
             table.states[check(folder)] += 1
             table.changes[changes[point]] += 1
             run(again, folder)
-            assert read(folder) == expected
-            assert not list(left(folder)), list(left(folder))
+            found = read(folder)
+            different = [
+                name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+            ]
+            assert not different, f"{different} differ"
+            assert not list(left(folder)), f"{list(left(folder))} are left"
         except BaseException as error:
-            raise AssertionError(f"{where}: {error}") from error
+            raise AssertionError(f"{where}: {error!r}") from error
     return table
 
 
 def left(folder: Path) -> Iterator[Path]:
-    """The temporary folders anywhere in a folder."""
-    return folder.rglob(f"{TEMPORARY}*")
+    """The files in temporary folders; an empty one stays until the next write beside it."""
+    for temporary in folder.rglob(f"{TEMPORARY}*"):
+        yield from temporary.iterdir()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import math
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,20 @@ def read_otherwise(path: Path) -> dict[str, Tensor]:
         data = path.read_bytes()
         if data[8:9] == b"{" and not data.startswith((b"PK", b"\x80")):
             return state_dict_of(_safetensors(data), path)
+        if data.startswith(b"PK"):
+            _require_files(data)
         with torch.serialization.safe_globals(list(NUMPY)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return state_dict_of(_as_tensors(torch.load(path, "cpu", weights_only=True)), path)
     except Exception as error:  # whatever it stumbles over
         raise NotRead from error
+
+
+def _require_files(data: bytes) -> None:
+    """torch leaves what it has allocated as it is where an entry is marked as a folder."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if any(info.external_attr & 0x10 for info in archive.infolist()):
+            raise ValueError("a folder")
 
 
 def _as_tensors(value: Any) -> Any:
