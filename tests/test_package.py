@@ -47,8 +47,8 @@ def test_imports_from_anywhere(tmp_path: Path) -> None:
 
 
 def test_imports_without_triton(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['triton'] = None; import catseg_fast.cli.main, catseg_fast.model"
-    run_isolated(code, tmp_path)  # raises where it fails
+    code = "import sys; sys.modules['triton'] = None; import catseg_fast.cli.main, catseg_fast.model as m"
+    assert run_isolated(f"{code}; print(m.CATSeg.__name__)", tmp_path) == "CATSeg"
 
 
 def test_is_typed() -> None:
