@@ -20,7 +20,7 @@ from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.tuner import Tunable
 from catseg_fast.kernels import TUNABLE_OPS, load
 from catseg_fast.kernels.launch import configs as tuning
-from catseg_fast.kernels.launch.capability import CAPABILITIES
+from catseg_fast.kernels.launch.capability import CAPABILITIES, of_gpu
 from catseg_fast.kernels.launch.checks import INTERPRETED
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.op import Sizes
@@ -297,6 +297,16 @@ def test_command(folders, monkeypatch, tmp_path):
     result = run_tune()
     assert result.exit_code == 1
     assert "the default config does not run: out of resources" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 0), 80), ((8, 7), 86), ((8, 9), 89), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((11, 0), 100)]
+    + [((12, 0), 89), ((12, 1), 89)],  # 99 KB of shared memory for a program, not 227
+)
+def test_default_configs_fit_gpus_between_those_that_are_known(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert of_gpu.__wrapped__(torch.device("cuda", 0)) == expected
 
 
 @pytest.mark.usefixtures("folders")
