@@ -220,7 +220,7 @@ def test_a_file_of_another_gpu_in_a_gpus_folder_is_named(
     own = configs.config_path(user, H100[0], "window_block")
     own.parent.mkdir(parents=True)
     own.write_text(other.read_text())
-    with pytest.warns(UserWarning, match="1 of 1 entries: entry 0 is of another GPU, 'NVIDIA H200'"):
+    with pytest.warns(UserWarning, match="1 of 1 entries: entry 0 is for another GPU, 'NVIDIA H200'"):
         assert rows() == 64, "borrowed from the package's"
 
 

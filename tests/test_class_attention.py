@@ -285,7 +285,7 @@ def test_bad_arguments() -> None:
         collect(memory=replace(memory, key_sum=torch.zeros(1, 6, 2, 16, device=DEVICE)))
     with pytest.raises(ValueError, match="pooling: 3x3 is larger"):
         collect(layer=replace(layer, pooling=(3, 3)))
-    with pytest.raises(ValueError, match="memory: it is not closed, or no class was added"):
+    with pytest.raises(ValueError, match="memory: is not closed, or no class was added"):
         triton_stages.class_apply(layer, x, None, memory, (2, 3))
     with pytest.raises(ValueError, match="input_precision: 'tf64' is not"):
         triton_stages.class_collect(layer, memory, x, None, (2, 3), False, "tf64")

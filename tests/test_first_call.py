@@ -111,7 +111,7 @@ def test_a_broken_note_is_named(ready: dict[str, Any]) -> None:
     (note,) = notes()
     for content in ("{", "[]", "", '{"failed": 1}'):
         note.write_text(content)
-        with pytest.warns(UserWarning, match=f"{note}: broken, the kernels are checked again"):
+        with pytest.warns(UserWarning, match=f"{note} is damaged; the kernels are checked again"):
             first_call.get_ready(TritonStages(plan), image, True, None)
     assert ready["checks"] == 5
 
@@ -120,7 +120,8 @@ def test_a_cache_folder_that_cannot_be_written_is_named(ready: dict[str, Any]) -
     user_cache().parent.mkdir()
     user_cache().write_text("in the way")
     plan, image = make_terms(prompt_channel=1)
-    with pytest.warns(UserWarning, match=f"{user_cache() / 'self-check'}: .* cannot be kept there"):
+    message = f"{user_cache() / 'self-check'}: cannot record that the kernels passed"
+    with pytest.warns(UserWarning, match=message):
         first_call.get_ready(TritonStages(plan), image, True, None)
     assert ready["checks"] == 1
 
