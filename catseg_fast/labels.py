@@ -7,8 +7,8 @@ from torch import Tensor
 
 from catseg_fast.errors import InputError, InputTypeError
 
-# Of pixels whose best probability is below `min_score`. Stored label maps have their type's largest value there:
-# 65535 in 16 bits, 255 in 8 bits, as annotations have where no class is right.
+# Of pixels whose best probability is below `min_score`. A stored label map has its type's largest value there
+# (65535 in 16 bits, 255 in 8 bits), as annotations have where no class is right.
 NONE = -1
 NONE_NAME = "none of these"
 

@@ -216,7 +216,7 @@ class CATSeg(reference_model.CATSeg):
 
     @property
     def label_classes(self) -> tuple[str, ...]:
-        """What labels are indices into: `classes`, or of classes with several names the classes themselves."""
+        """What labels are indices into: `classes`, or the classes that these names are folded into."""
         return self.classes if self.fold is None else self.fold.classes
 
     def _text_state(self) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from catseg_fast.evaluation.ledger import Ledger
 from catseg_fast.evaluation.metrics import ClassCounts
 from catseg_fast.evaluation.report import check_target
 from catseg_fast.evaluation.run import evaluate, model_segmenter, resize_shortest, summarise
+from catseg_fast.text.class_lists import ready_list
+from catseg_fast.text.fold import Fold
 from support.tiny import picture, tiny_model
 
 IGNORE = 255
@@ -167,6 +170,76 @@ def test_any_function_can_be_evaluated(data: FolderDataset) -> None:
 def test_fewer_classes_than_the_data_set_s(data: FolderDataset) -> None:
     with pytest.raises(ValueError, match="classes: 2 are fewer than the data set's 3"):
         evaluate(data, by_brightness, 2)
+
+
+def test_a_pixel_without_a_label_is_wrong_or_left_out() -> None:
+    truth = torch.tensor([[0, 0, 1, 1], [2, 2, IGNORE, IGNORE]])
+    labels = torch.tensor([[0, -1, 1, 0], [-1, 2, -1, 0]], dtype=torch.int32)
+    wrong = ClassCounts.of(labels, truth, 3, IGNORE)
+    assert [x.tolist() for x in (wrong.intersection, wrong.truth, wrong.predicted)] == [
+        [1, 1, 1], [2, 2, 2], [2, 1, 1],
+    ]  # fmt: skip
+    assert wrong.unlabelled == 2
+    assert wrong.scores()["pACC"] == 0.5
+    left_out = ClassCounts.of(labels, truth, 3, IGNORE, ignore_unlabelled=True)
+    assert [x.tolist() for x in (left_out.intersection, left_out.truth, left_out.predicted)] == [
+        [1, 1, 1], [1, 2, 1], [2, 1, 1],
+    ]  # fmt: skip
+    assert left_out.unlabelled == 2
+    assert (wrong + left_out).unlabelled == 4
+    with pytest.raises(ValueError, match="labels: -2 is not one of 3 classes"):
+        ClassCounts.of(labels - 1, truth, 3, IGNORE)
+
+
+def test_unlabelled_pixels_in_a_data_set(data: FolderDataset, tmp_path: Path) -> None:
+    def cautious(image: Tensor) -> Tensor:
+        labels = by_brightness(image)
+        return labels.where(torch.arange(labels.shape[1]) >= 4, -1)
+
+    pairs = [(cautious(entry["image"]), entry["sem_seg"]) for entry in data]
+    counted = [(labels[truth != IGNORE], truth[truth != IGNORE]) for labels, truth in pairs]
+    none = sum(int((labels == -1).sum()) for labels, _ in counted)
+    every = sum(len(labels) for labels, _ in counted)
+    found = summarise(evaluate(data, cautious, 5, save_labels=tmp_path), 5)
+    right = sum(int((labels == truth).sum()) for labels, truth in counted)
+    assert found.unlabelled == none / every
+    assert found.counts.scores()["pACC"] == right / every
+    saved = np.array(Image.open(tmp_path / f"{data.names[0]}.png"))
+    assert np.array_equal(saved, pairs[0][0].numpy().astype(np.uint16))  # 65535
+    again = evaluate(data, cautious, 5, ignore_unlabelled=True, compare_labels=tmp_path)
+    found = summarise(again, 5, ignore_unlabelled=True)
+    assert found.unlabelled == none / every
+    assert found.counts.scores()["pACC"] == right / (every - none)
+    assert found.agreement == 1
+
+
+def test_many_labels_of_one_class_as_upstreams_pascal_voc_with_background() -> None:
+    """Upstream's VOCbEvaluator: predictions of index 20 and above are the background, class 20."""
+    generator = torch.Generator().manual_seed(0)
+    labels, truth = torch.randint(0, 59, (40, 50), generator=generator), torch.full((40, 50), 20)
+    truth[:20] = torch.randint(0, 21, (20, 50), generator=generator)
+    truth[:, :3] = IGNORE
+    folded = labels.where(labels < 20, 20)
+    expected = slow_scores([(folded, truth)], 21)
+    names = ready_list("pas-20b").classes
+    assert isinstance(names, dict)
+    fold = Fold.of(names)
+    assert (len(fold.classes), len(fold.names)) == (21, 59)
+
+    class Data:
+        classes, ignore_label, names = fold.classes, IGNORE, ("a",)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"name": "a", "image": torch.zeros(3, 40, 50), "sem_seg": truth}
+
+    records = evaluate(Data(), lambda image: labels, fold=fold.owners)
+    assert summarise(records, 21).counts.scores() == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="fold: label 20 goes to class 21, and there are 21 classes"):
+        evaluate(Data(), lambda image: labels, fold=[*range(20), 21])
+    with pytest.raises(ValueError, match="fold: it is empty; give the class of each label"):
+        evaluate(Data(), lambda image: labels, fold=[])
+    with pytest.raises(ValueError, match="labels: 58 is not one of 58 classes"):
+        evaluate(Data(), lambda image: labels.clamp(min=58), fold=fold.owners[:-1])
 
 
 def test_agreement_counts_every_pixel(data: FolderDataset, tmp_path: Path) -> None:
@@ -450,9 +523,50 @@ def test_more_classes_than_the_data_set_s(small: Path, tmp_path: Path) -> None:
     assert found["images"] == 1
 
 
+def test_several_names_of_a_class_and_pixels_of_none(small: Path, tmp_path: Path) -> None:
+    """In the data set's own class list, and in the options'."""
+    classes = {"sky": ["sky"], "tree": ["oak", "fir"], "house, home": ["hut", "castle", "home"]}
+    shutil.copytree(small / "data", tmp_path / "data")
+    (tmp_path / "data" / "classes.json").write_text(json.dumps(classes))
+    (tmp_path / "names.json").write_text(json.dumps(classes))
+    model = CATSeg.from_pretrained(small / "tiny.pth", classes, device="cpu")
+    entries = list(FolderDataset(small / "data"))
+    threshold = model.segment(entries[0]["image"], sliding_window=False).scores.median().item()
+    options = ["--weights", small / "tiny.pth", "--whole", "--min-score", threshold]
+    own = ["--data", tmp_path / "data", "--output", tmp_path / "own"]
+    given = ["--data", small / "data", "--classes-file", tmp_path / "names.json"]
+    given += ["--output", tmp_path / "given"]
+    found = []
+    for arguments in (own, given):
+        result = run("eval", *options, *arguments)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads((tmp_path / arguments[-1] / "results.json").read_text()))
+    assert [row["classes"] for row in found[0]["results"]] == [row["classes"] for row in found[1]["results"]]
+    assert found[0]["fold"] == classes
+    (row,) = found[0]["results"]
+    assert [entry["name"] for entry in row["classes"]] == list(classes)
+    assert 0 < row["unlabelled"] < 1
+
+    pairs = []
+    for entry in entries:
+        labels = model.segment(entry["image"], sliding_window=False, min_score=threshold).labels
+        saved = np.array(Image.open(tmp_path / "own" / "auto-float32.labels" / f"{entry['name']}.png"))
+        assert np.array_equal(labels.numpy().astype(np.uint16), saved)
+        pairs.append(ClassCounts.of(labels, entry["sem_seg"], 3, IGNORE))
+    assert row["mIoU"] == sum(pairs, ClassCounts.none(3)).scores()["mIoU"]
+    other = run("eval", *options, *own, "--ignore-unlabelled")
+    assert "is of another evaluation: ignore_unlabelled was False and is True" in other.stderr
+    again = run("eval", *options, *own, "--ignore-unlabelled", "--restart")
+    assert again.exit_code == 0, again.output
+    (ignoring,) = json.loads((tmp_path / "own" / "results.json").read_text())["results"]
+    assert ignoring["unlabelled"] == row["unlabelled"]
+    assert ignoring["pACC"] > row["pACC"]
+
+
 def test_bad_input_gets_a_line(small: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "few.txt").write_text("sky\n")
+    (tmp_path / "fold.json").write_text('{"tree": ["oak"], "plant": ["fern", "oak"]}')
     damaged = write_data(tmp_path / "damaged", 1).root
     Image.fromarray(np.full((20, 24), 9, dtype=np.uint8)).save(damaged / "annotations" / "a.png")
     weights = ["--weights", small / "tiny.pth", "--whole"]
@@ -461,6 +575,13 @@ def test_bad_input_gets_a_line(small: Path, tmp_path: Path) -> None:
         (["--data", small / "data", "--output", tmp_path / "file"], 2, "is not a folder"),
         (["--data", small / "data", "--output", tmp_path / "file" / "out", *weights], 1, "Not a directory"),
         (["--data", small / "data", "--classes-file", tmp_path / "few.txt"], 1, "1 classes are fewer than"),
+        (["--data", small / "data", "--ignore-unlabelled"], 2, "needs --min-score"),
+        (["--data", small / "data", "--min-score", 1.5], 2, "Invalid value for '--min-score'"),
+        (
+            ["--data", small / "data", "--classes-file", tmp_path / "fold.json"],
+            1,
+            "'oak' is a name of 'tree'",
+        ),
         (["--data", small / "data", "--backend", "fast"], 2, "'fast' is not one of"),
         (["--data", small / "data", "--weights", tmp_path / "w.pth"], 1, "w.pth"),
         (["--data", damaged, "--output", tmp_path / "out", *weights], 1, "a.png: the annotation has index 9"),

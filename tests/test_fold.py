@@ -1,4 +1,4 @@
-"""Classes with several names, and pixels that no class fits, against the probabilities of all names at once."""
+"""Classes with several names, and pixels that no class fits, against the probabilities of all names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from catseg_fast.text.fold import Fold
 from support.tiny import picture, sem_seg, tiny_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CLASSES = {"sky": "sky", "background": ["wall", "floor, ground", "door"], "tree": ["tree"], "house": ["hut", "house"]}
+CLASSES = {
+    "sky": "sky",
+    "background": ["wall", "floor, ground", "door"],
+    "tree": ["tree"],
+    "house": ["hut", "house"],
+}
 FOLD = Fold.of(CLASSES)
 WINDOWS = [None, SlidingWindow(8, 0.25, (20, 26))]
 BACKENDS = [
@@ -195,7 +200,7 @@ def test_thresholds_out_of_range(min_score: float) -> None:
     for call in (model.segment, model.segment_batch, model.label_map):
         with pytest.raises(InputError, match=message):
             call([], min_score=min_score)  # before the picture is looked at
-    with pytest.raises(InputTypeError, match="min_score: expected a number in 0..1, got '0.3'"):
+    with pytest.raises(InputTypeError, match=r"min_score: expected a number in 0\.\.1, got '0.3'"):
         model.segment("no picture", min_score="0.3")  # type: ignore[arg-type]
 
 
@@ -205,6 +210,6 @@ def test_dropped_labels_do_not_come_back() -> None:
     dropped = answer.with_min_score(0.5)
     assert (dropped.labels == -1).all()
     assert (dropped.with_min_score(0.6).labels == -1).all()
-    with pytest.raises(InputError, match="min_score: 0.3 is below 0.5"):
+    with pytest.raises(InputError, match=r"min_score: 0\.3 is below 0\.5"):
         dropped.with_min_score(0.3)
     assert (answer.with_min_score(0.4).labels == 0).all()  # which is 0.4 in fp32, and not below it

@@ -47,7 +47,7 @@ def label(
     sizes = [image.readout.size for image in encoded]
     targets: list[LabelMap | TopClasses] = [LabelMap(size, model.device) for size in sizes]
     if top_k is not None:
-        owners = None if fold is None else fold.owners
+        owners: Sequence[int] | None = None if fold is None else fold.owners
         if model.engine.share is not None:
             owners = (owners or range(len(model.classes)))[model.engine.share.own]
         count = min(top_k, len(model.label_classes))

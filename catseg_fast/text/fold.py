@@ -49,14 +49,19 @@ class Fold:
                     f"{argument}: {label!r} has {names!r}; expected its name or a list of its names"
                 )
             if not names:
-                raise InputError(f"{argument}: {label!r} has no names; list at least one, such as [{label!r}]")
+                raise InputError(f"{argument}: {label!r} has no names; list at least one, as [{label!r}]")
             check_classes(names, f"{argument}: {label!r}")
             for name in names:
                 if name in owners:
                     other = tuple(classes)[owners[name]]
-                    raise InputError(f"{argument}: {name!r} is a name of {other!r} and of {label!r}; keep one")
+                    raise InputError(f"{argument}: {name!r} is a name of {other!r} and of {label!r}")
                 owners[name] = index
         return cls(tuple(classes), tuple(owners), tuple(owners.values()))
+
+    @property
+    def by_class(self) -> dict[str, list[str]]:
+        """The names of each class."""
+        return {label: list(self.names[self.names_of(index)]) for index, label in enumerate(self.classes)}
 
     def names_of(self, index: int) -> slice:
         """The indices of a class's names."""
