@@ -390,7 +390,7 @@ def test_two_processes_equal_one(data: FolderDataset, tmp_path: Path) -> None:
 def test_a_model_is_evaluated_as_upstream_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model, image = tiny_model(), picture(20, 31).byte()
     taken: list[dict[str, Any]] = []
-    monkeypatch.setattr(model, "label_map", lambda entries: taken.extend(entries) or model_answer(entries[0]))
+    monkeypatch.setattr(model, "label_map", lambda entries, min_score: taken.extend(entries) or model_answer(entries[0]))
     model.sliding_window = True
     model_segmenter(model)(image)
     assert (taken[0]["height"], taken[0]["width"]) == (20, 31)
