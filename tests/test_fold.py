@@ -72,7 +72,7 @@ def test_label_maps_equal_the_full_probabilities(
     readout, logits = Readout(SIZE, window), make_logits(window)
     maps = folded(every_name(logits, readout, backend))
     target = read(LabelMap(SIZE, DEVICE), logits, readout, backend, step)
-    answer = Segmentation.of(target, FOLD.names, readout, logits, FOLD)
+    answer = Segmentation.of(target, FOLD.names, readout, logits, fold=FOLD)
     assert answer.classes == FOLD.classes
     assert torch.equal(answer.labels, maps.argmax(dim=0).int())
     assert torch.equal(answer.scores, maps.amax(dim=0))

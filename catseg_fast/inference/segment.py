@@ -66,7 +66,7 @@ def label(
                 share.merge(target, min(top_k or 1, len(model.label_classes)))
     logits = None if store is None else store.logits
     return [
-        Segmentation.of(target, model.classes, image.readout, logits, fold)
+        Segmentation.of(target, model.classes, image.readout, logits, image.image, fold)
         for image, target in zip(encoded, targets, strict=True)
     ]
 
