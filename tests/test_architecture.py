@@ -75,6 +75,21 @@ def test_a_module_without_a_layer_is_found(tree: Path) -> None:
     assert "utils" in printed, printed
 
 
+# Kernels import nothing of the package, and refuse arguments as torch's functions do. The readers of a
+# checkpoint's parts raise reasons that `read_checkpoint` completes with the file's path.
+READERS = ("checkpoints/stand_ins.py", "checkpoints/torch_file.py", "checkpoints/unpickle.py")
+
+
+def test_errors_of_users_are_the_packages_own() -> None:
+    """A bare ValueError on the command line is reported as a bug."""
+    package = ROOT / "catseg_fast"
+    paths = [path for folder in (package, *package.glob("*/")) for path in folder.rglob("*.py")]
+    raised = re.compile(r"raise (ValueError|TypeError|RuntimeError)\(")
+    found = {path.relative_to(package).as_posix() for path in paths if raised.search(path.read_text("utf-8"))}
+    assert {name for name in found if not name.startswith("kernels/")} <= set(READERS)
+    assert len(found) > len(READERS), "the links to folders are followed"
+
+
 TESTS = ROOT / "tests"
 TEST_FILES = sorted(TESTS.glob("test_*.py"))
 

@@ -34,6 +34,7 @@ from catseg_fast.console import (
     stdout,
 )
 from catseg_fast.distributed.torchrun import join, own_device
+from catseg_fast.errors import InputError
 from catseg_fast.text.class_lists import Names, read_classes, ready_list
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def _class_names(dataset: FolderDataset, classes_file: Path | None, classes_list
         return list(dataset.classes) if dataset.fold is None else dataset.fold.by_class
     classes = read_classes(classes_file) if classes_file else ready_list(classes_list or "").classes
     if len(classes) < len(dataset.classes):
-        raise ValueError(
+        raise InputError(
             f"{classes_file or classes_list}: {len(classes)} classes are fewer than the data set's "
             f"{len(dataset.classes)}"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from catseg_fast.errors import InputError
 from catseg_fast.labels import NONE, class_indices
 
 
@@ -50,11 +51,11 @@ class ClassCounts:
             ignore_unlabelled: whether pixels with the label -1 are left out instead.
 
         Raises:
-            TypeError: if one of them is not of integers.
-            ValueError: if the sizes differ, or a label of a pixel that counts is not in -1..classes - 1.
+            InputTypeError: if one of them is not of integers.
+            InputError: if the sizes differ, or a label of a pixel that counts is not in -1..classes - 1.
         """
         if labels.shape != truth.shape:
-            raise ValueError(
+            raise InputError(
                 f"labels: {list(labels.shape)} and their truth {list(truth.shape)} differ in size"
             )
         truth = class_indices(truth, classes, ignore_label, "truth")

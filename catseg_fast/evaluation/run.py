@@ -121,14 +121,14 @@ def evaluate(
         The records of all images, in the order of their names; `summarise` adds them up.
 
     Raises:
-        ValueError: if `classes` is fewer than the data set's, `fold` names a class that is not there, a label
+        InputError: if `classes` is fewer than the data set's, `fold` names a class that is not there, a label
             map is not of its image's size, the ledger is of another evaluation, or an image or annotation
             cannot be read.
         OSError: if a file cannot be written.
     """
     count = len(data.classes) if classes is None else classes
     if count < len(data.classes):
-        raise ValueError(f"classes: {count} are fewer than the data set's {len(data.classes)}")
+        raise InputError(f"classes: {count} are fewer than the data set's {len(data.classes)}")
     table = None if fold is None else _fold_table(fold, count)
     processes = processes or Processes()
     names = data.names[:limit]
@@ -201,10 +201,10 @@ def summarise(records: Sequence[Record], classes: int, ignore_unlabelled: bool =
         ignore_unlabelled: as in `evaluate`.
 
     Raises:
-        ValueError: if there are none.
+        InputError: if there are none.
     """
     if not records:
-        raise ValueError("records: there are none")
+        raise InputError("records: there are none")
     table = np.zeros((3, classes), dtype=np.int64)
     activations: dict[str, float] = {}
     for record in records:
@@ -249,7 +249,7 @@ def _sparse(counts: ClassCounts) -> list[list[int]]:
 def _agreeing(labels: Tensor, path: Path) -> int:
     other = read_index_map(path)
     if other.shape != labels.shape:
-        raise ValueError(
+        raise InputError(
             f"{path}: a label map {list(other.shape)} to compare with one of {list(labels.shape)}"
         )
     stored = labels.long()

@@ -28,11 +28,11 @@ def class_shares(labels: Tensor, count: int) -> Tensor:
     Pixels with the label -1 have no class: the shares then add up to less than 1.
 
     Raises:
-        ValueError: if a label is not in -1..count-1.
+        InputError: if a label is not in -1..count-1.
     """
     low, high = labels.min().item(), labels.max().item()
     if low < NONE or high >= count:
-        raise ValueError(f"labels: expected values in 0..{count - 1} for {count} classes, got {low}..{high}")
+        raise InputError(f"labels: expected values in 0..{count - 1} for {count} classes, got {low}..{high}")
     return torch.bincount(labels.flatten().long() + 1, minlength=count + 1)[1:].double() / labels.numel()
 
 
@@ -61,19 +61,19 @@ def overlay(
         present: least share of the pixels of a class in the legend; the rest is summed up.
 
     Raises:
-        ValueError: if the shapes disagree, a label has no class, or `alpha` or `present` is not in 0..1.
+        InputError: if the shapes disagree, a label has no class, or `alpha` or `present` is not in 0..1.
     """
     if image.ndim != 3 or image.shape[0] != 3 or labels.shape != image.shape[1:]:
-        raise ValueError(
+        raise InputError(
             f"labels: expected [H, W] of an image [3, H, W], got labels {list(labels.shape)} "
             f"and image {list(image.shape)}"
         )
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: expected a number in 0..1, got {alpha}")
+        raise InputError(f"alpha: expected a number in 0..1, got {alpha}")
     if not 0 <= present <= 1:
         raise InputError(f"present: expected a share of the pixels in 0..1, got {present}")
     if colours is not None and colours.shape != (len(classes), 3):
-        raise ValueError(
+        raise InputError(
             f"colours: expected [T, 3] for {len(classes)} classes, got shape {list(colours.shape)}"
         )
     shares = class_shares(labels, len(classes))
@@ -96,11 +96,11 @@ def label_png(labels: Tensor) -> Image.Image:
     """The label map `[H, W]` as a 16-bit grey image: vocabularies pass 255. The label -1 is stored as 65535.
 
     Raises:
-        ValueError: if a label does not fit 16 bits.
+        InputError: if a label does not fit 16 bits.
     """
     low, high = labels.min().item(), labels.max().item()
     if low < NONE or high > MOST_LABEL:
-        raise ValueError(f"labels: a 16-bit PNG holds 0..{MOST_LABEL} and -1, got {low}..{high}")
+        raise InputError(f"labels: a 16-bit PNG holds 0..{MOST_LABEL} and -1, got {low}..{high}")
     return Image.fromarray(labels.cpu().numpy().astype(np.int64).astype(np.uint16))  # -1 becomes 65535
 
 
