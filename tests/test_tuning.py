@@ -301,8 +301,17 @@ def test_command(folders, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [((8, 0), 80), ((8, 7), 86), ((8, 9), 89), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((11, 0), 100)]
-    + [((12, 0), 89), ((12, 1), 89)],  # 99 KB of shared memory for a program, not 227
+    [
+        ((8, 0), 80),
+        ((8, 7), 86),
+        ((8, 9), 89),
+        ((9, 0), 90),
+        ((10, 0), 100),
+        ((10, 3), 100),
+        ((11, 0), 100),
+        ((12, 0), 89),
+        ((12, 1), 89),  # 99 KB of shared memory for a program, not 227
+    ],
 )
 def test_default_configs_fit_gpus_between_those_that_are_known(capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
