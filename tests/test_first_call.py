@@ -44,7 +44,7 @@ def test_lists_what_a_call_launches(policy: str) -> None:
 
 @pytest.fixture
 def ready(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `get_ready` does, without a compiler: kernels that were compiled, and how often it checks."""
+    """A record of `get_ready` without a compiler: compiled kernels, and the number of checks."""
     seen: dict[str, Any] = {"jobs": [], "checks": 0, "wrong": {}}
 
     def compile_all(jobs: list[Job], device: torch.device, advance: Any) -> dict[Job, str]:
@@ -199,7 +199,7 @@ print(json.dumps([len(set(jobs)), sorted(failed.values()), first, again, compile
 
 @pytest.mark.xdist_group("aot")
 def test_nothing_is_compiled_after_a_warm_up(tmp_path: Path) -> None:
-    """In the process that was warmed up, nor in another one; by Triton's compilation hook."""
+    """Triton's compilation hook is not called in the process that was warmed up, nor in another one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

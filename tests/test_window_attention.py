@@ -230,7 +230,7 @@ def test_takes_strided_chunks(layout: str) -> None:
 
 @pytest.mark.usefixtures("overflow_checks")
 def test_offsets_are_64_bits_wide() -> None:
-    """Of storage that is never touched, the system gives none."""
+    """The system gives no memory for storage that is never touched."""
     torch.manual_seed(5)
     block = make_block(torch.float16, 16, 1, 2, 1, 16)
     guidance, x = make_inputs(block, 2, 2, (4, 4))

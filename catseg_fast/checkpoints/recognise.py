@@ -62,7 +62,7 @@ class _Shapes:
         return shape
 
     def count(self, stem: str) -> int:
-        """Return the number of modules `stem`0., `stem`1., …"""
+        """Return the number of modules `stem`0., `stem`1. and so on."""
         indices = {key.removeprefix(stem).split(".")[0] for key in self.shapes if key.startswith(stem)}
         return len({index for index in indices if index.isdigit()})
 

@@ -65,7 +65,7 @@ class TritonStages:
 
     @property
     def collects_at_once(self) -> bool:
-        """Whether `class_collect` is fastest when called once with all classes, if they are resident."""
+        """True if `class_collect` is best called once with all classes, where they are resident."""
         return "class_attention" not in self.fallbacks
 
     def embed_cost_volume(self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution) -> Tensor:

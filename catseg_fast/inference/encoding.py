@@ -1,4 +1,4 @@
-"""What a model computes of pictures before it knows the classes."""
+"""The part of inference that does not depend on the classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What the model knows of a picture before it knows the classes; from `CATSeg.encode`.
+    """Features of a picture that do not depend on the classes; from `CATSeg.encode`.
 
     Attributes:
         features: dense CLIP features of the picture's B crops, `[B, 1 + h*w, C]`, on the model's device.

@@ -69,7 +69,7 @@ class Composition:
 
     @property
     def held_out(self) -> bool:
-        """Whether it is in no training scene."""
+        """True if it is in no training scene."""
         return (2 * self.pattern + self.colour + 3 * self.shape) % 5 == 0
 
     @property
