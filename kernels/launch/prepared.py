@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from catseg_fast.kernels.launch.checks import INTERPRETED
 from catseg_fast.kernels.launch.launcher import Launch, record
 
 ALIGNMENT = 256  # bytes, of buffers in the shared allocation
@@ -179,7 +180,7 @@ class Prepared:
         outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._outputs]
         shared = torch.empty(self.shared_bytes, dtype=torch.uint8, device=device)
         tensors: list[Any] = [*(inputs[index] for index in self._inputs), *outputs, shared]
-        if device.type == "cpu":
+        if INTERPRETED:
             self._interpret([_bytes_of(x) for x in tensors])
         else:
             self._launch([x.data_ptr() for x in tensors], _stream_of(device))
