@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from catseg_fast.inference.images import ImageLike
 from catseg_fast.inference.readout import Readout
 from catseg_fast.reference.inference import pad_to_multiple
 from catseg_fast.reference.model import normalise
@@ -26,12 +27,14 @@ class EncodedImage:
         guidance: the three guidance maps `[B, C, H, W]`, from coarse to fine.
         readout: how the crops make up the picture.
         dtype: type of the weights at that time; under autocast the features have another one.
+        image: the picture, as a `Segmentation` keeps it.
     """
 
     features: Tensor
     guidance: tuple[Tensor, ...]
     readout: Readout
     dtype: torch.dtype
+    image: ImageLike | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:

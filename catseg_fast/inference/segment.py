@@ -59,7 +59,9 @@ def label(
             for target in targets:
                 share.merge(target, min(top_k or 1, len(model.classes)))
     return [
-        Segmentation.of(target, model.classes, image.readout, None if store is None else store.logits)
+        Segmentation.of(
+            target, model.classes, image.readout, None if store is None else store.logits, image.image
+        )
         for image, target in zip(encoded, targets, strict=True)
     ]
 
