@@ -1,8 +1,8 @@
 """Triton's own driver of NVIDIA GPUs on a CUDA library whose launches do nothing: `fake_libcuda.c`.
 
-Everything between a kernel's call in Python and the CUDA driver runs as on a GPU: Triton's launcher in Python,
-and its launcher in C, which packs the arguments. It needs a C compiler, as Triton does, and a process that has
-no CUDA driver of its own.
+Everything between a kernel's call in Python and the CUDA driver runs as on a GPU: Triton's launcher in
+Python, and its launcher in C, which packs the arguments. It needs a C compiler, as Triton does, and a process
+that has no CUDA driver of its own.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
@@ -36,8 +40,10 @@ def load_library() -> ctypes.CDLL:
     Raises:
         RuntimeError: if there is no C compiler.
     """
+    import torch
     import triton
 
+    torch.cuda.is_available()  # the CUDA runtime looks for a driver once, and must not find this one
     folder = Path(tempfile.mkdtemp(prefix="fake-libcuda-"))
     path = folder / "libcuda.so.1"
     compiler = os.environ.get("CC", "cc")
@@ -99,6 +105,45 @@ class Driver:
             packed_metadata=(options.num_warps, 1, 0), metadata=metadata, src=source,
             launch_metadata=lambda *_: None,
         )  # fmt: skip
+
+
+@contextmanager
+def fake_launches(capability: int = 90) -> Iterator[ctypes.CDLL]:
+    """Let kernels take tensors on the CPU, and launch them on the fake library, which is yielded."""
+    from triton.runtime.jit import JITFunction
+
+    from catseg_fast import backend, kernels
+    from catseg_fast.kernels.launch import checks, prepared
+
+    for name in kernels.OPS:
+        kernels.load(name)
+    driver = Driver(capability)
+
+    def compile_nothing(
+        kernel: Any,
+        key: Any,
+        signature: Any,
+        device: Any,
+        constants: Any,
+        options: Any,
+        attributes: Any,
+        _: Any,
+    ) -> Any:
+        compiled = driver.compiled(kernel, signature, constants, attributes, options)
+        kernel.device_caches[device][0][key] = compiled
+        return compiled
+
+    check = checks.check_runnable
+    modules = [module for module in sys.modules.values() if getattr(module, "check_runnable", None) is check]
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (backend, "why_no_triton", lambda _: None),
+            (JITFunction, "_do_compile", compile_nothing),
+            (prepared, "_same_bits", lambda *_: True),
+            *((module, "check_runnable", lambda *_: None) for module in modules),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield load_library()
 
 
 def _tensor_map(kind: str) -> dict[str, Any]:

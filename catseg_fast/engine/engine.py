@@ -33,7 +33,7 @@ from catseg_fast.engine.selection import best_classes, class_scores
 from catseg_fast.engine.streaming import Consumer, Stages, Stream, run_streams
 from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
 from catseg_fast.errors import RunError
-from catseg_fast.weights import weights_state
+from catseg_fast.weights import module_tensors, weights_state
 
 if TYPE_CHECKING:
     from catseg_fast.engine.triton_stages import TritonStages
@@ -164,7 +164,7 @@ class Engine:
         if self._differentiable() or torch.compiler.is_compiling():
             with self._without_autocast():
                 return build_plan(self.aggregator, dtype)
-        state = weights_state(self.aggregator.parameters())
+        state = weights_state(module_tensors(self.aggregator))
         if dtype not in self._plans or self._plans[dtype][0] != state:
             # Whatever mode the call is in, what is kept must serve every later one.
             with torch.inference_mode(False), torch.no_grad(), self._without_autocast():

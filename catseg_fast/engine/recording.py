@@ -130,6 +130,8 @@ class GraphCache:
         self._counts: OrderedDict[object, int] = OrderedDict()
         self._recordings: OrderedDict[object, _Recording] = OrderedDict()
         self._lock = threading.Lock()
+        self._state: object = None
+        self._states = 0
         self.replays = 0
 
     def __call__(
@@ -163,6 +165,16 @@ class GraphCache:
         if device.type != self.device_type or torch.compiler.is_compiling():
             return False
         return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+    def number(self, state: object) -> int:
+        """Return a number that stands for a state in keys; another one after each change.
+
+        The state of all weights takes longer to look up than a recording.
+        """
+        with self._lock:
+            if state != self._state:
+                self._state, self._states = state, self._states + 1
+            return self._states
 
     @property
     def kept(self) -> list[int]:

@@ -14,6 +14,7 @@ from catseg_fast.errors import InputError, InputTypeError
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import LabelMap, Readout, TopClasses
 from catseg_fast.inference.sources import is_url
+from catseg_fast.inference.transfer import to_host
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,7 +56,7 @@ class Segmentation:
         image: ImageLike | None = None,
     ) -> Segmentation:
         """The answer that was read out into a target."""
-        labels, scores = target.labels.cpu(), target.scores.cpu()
+        labels, scores = to_host(target.labels, target.scores)
         kept = None if logits is None else readout
         if isinstance(target, LabelMap):
             return cls(labels, scores, classes, logits=logits, readout=kept, image=image)
