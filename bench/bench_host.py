@@ -121,14 +121,14 @@ def measure_call(classes: int, library: ctypes.CDLL) -> dict[str, float]:
     return {"launches": launches, "milliseconds": 1e3 * least_seconds(call)}
 
 
-def measure_launch(classes: int, library: ctypes.CDLL) -> dict[str, float]:
-    """Return the host's time of a prepared launch, and of an ordinary one, in additions.
+def measure_launch(classes: int, library: ctypes.CDLL) -> float:
+    """Return the host's time of a prepared launch in a call, in additions.
 
-    Prepared are those of a call, from the look-up of a chunk's to its last launch, allocations included.
+    It is that of all prepared calls from their look-up to their last launch, allocations included.
     """
     from catseg_fast.kernels.launch.prepared import PreparedCalls
 
-    call, spent = aggregator_call(classes), [0.0]
+    call, spent = aggregator_call(classes), list[list[float]]()
     original = PreparedCalls.__call__
 
     def timed(self: Any, *arguments: Any) -> Any:
@@ -136,15 +136,16 @@ def measure_launch(classes: int, library: ctypes.CDLL) -> dict[str, float]:
         try:
             return original(self, *arguments)
         finally:
-            spent[-1] += time.perf_counter() - start
+            spent[-1].append(time.perf_counter() - start)
 
     with mock.patch.object(PreparedCalls, "__call__", timed):
         for _ in range(ROUNDS):
-            spent.append(0.0)
+            spent.append([])
             before = library.fake_launches()
             call()
     launches = library.fake_launches() - before
-    return {"prepared": min(spent[4:]) / launches / addition_seconds()}
+    seconds = sum(map(min, zip(*spent[4:], strict=True)))  # of each, in the call in which it was shortest
+    return seconds / launches / addition_seconds()
 
 
 class Replays:
