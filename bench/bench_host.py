@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,12 +38,15 @@ from catseg_fast import VARIANTS, CATSeg, SlidingWindow
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.recording import GraphCache
 from catseg_fast.engine.schedule import usual_chunk
+from catseg_fast.engine.triton_stages import TritonStages
 from catseg_fast.files import replacing
 from catseg_fast.kernels.label_map import op as label_map
+from catseg_fast.kernels.launch.prepared import PreparedCalls
 
 VARIANT, CROPS = "v2-vitl", 5
 CLASSES = (150, 1203)
 COUNTED = ("150:0", "1203:0", "847:256")
+STAGES = ("embed_cost_volume", "window_block", "class_collect", "class_apply", "decode")
 SIDE = 12  # of the small maps
 RATIO = 24 // SIDE
 PICTURE = (480, 640)
@@ -121,24 +124,23 @@ def measure_call(classes: int, library: ctypes.CDLL) -> dict[str, float]:
     return {"launches": launches, "milliseconds": 1e3 * least_seconds(call)}
 
 
-def measure_launch(classes: int, library: ctypes.CDLL) -> float:
-    """Return the host's time of a prepared launch in a call, in additions.
-
-    It is that of all prepared calls from their look-up to their last launch, allocations included.
-    """
-    from catseg_fast.kernels.launch.prepared import PreparedCalls
-
+def measure_launch(classes: int, library: ctypes.CDLL, owner: type, *methods: str) -> float:
+    """Return the host's time per launch of some methods in a call, in additions."""
     call, spent = aggregator_call(classes), list[list[float]]()
-    original = PreparedCalls.__call__
 
-    def timed(self: Any, *arguments: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return original(self, *arguments)
-        finally:
-            spent[-1].append(time.perf_counter() - start)
+    def timed(original: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return original(*arguments, **options)
+            finally:
+                spent[-1].append(time.perf_counter() - start)
 
-    with mock.patch.object(PreparedCalls, "__call__", timed):
+        return run
+
+    with ExitStack() as stack:
+        for name in methods:
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
         for _ in range(ROUNDS):
             spent.append([])
             before = library.fake_launches()
@@ -226,7 +228,13 @@ def measure() -> dict[str, Any]:
     with fake_launches() as library, cheap_operations(), torch.no_grad():
         return {
             "operations": counted,
-            "launch_adds": {str(classes): measure_launch(classes, library) for classes in CLASSES},
+            "launch_adds": {
+                str(classes): {
+                    "stages": measure_launch(classes, library, TritonStages, *STAGES),
+                    "prepared calls": measure_launch(classes, library, PreparedCalls, "__call__"),
+                }
+                for classes in CLASSES
+            },
             "calls": {str(classes): measure_call(classes, library) for classes in CLASSES},
             "segment_milliseconds": {"plain": measure_segment(False), "replayed": measure_segment(True)},
             "addition_microseconds": 1e6 * addition_seconds(),

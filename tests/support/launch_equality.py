@@ -40,8 +40,9 @@ from support.aggregators import make_aggregator
 
 CALLS = 5  # ordinary, prepared, compared, and two repeated
 
-# What a kernel writes, by file and name; with "&" what it reads, too. A kernel that is missing is an error. An
-# output that is missing stays as it was allocated, and one too many overwrites weights: both change the answer.
+# What a kernel writes, by file and name; with "&" what it reads, too. A kernel that is missing is an error.
+# An output that is missing stays as it was allocated, and one too many overwrites weights: either changes
+# the answer.
 WRITTEN = {
     "apply.apply_kernel": ("out_ptr",),
     "attention.attention_kernel": ("&qkv_ptr",),
@@ -82,7 +83,7 @@ class MixingKernel:
         places = {name: x for name, x in values.items() if name in _tensors[self.name] and x is not None}
         numbers = tuple((name, x) for name, x in values.items() if name not in places)
         key = (self.name, grid, repr(numbers))
-        if tensors:
+        if len(tensors) == len(places):
             _regions[key] = {name: (tuple(x.shape), x.stride(), x.dtype) for name, x in tensors.items()}
         assert key in _regions, f"{self.name}: no ordinary launch had this grid and these numbers"
         views = {name: _view(_address(x), *_regions[key][name]) for name, x in places.items()}
