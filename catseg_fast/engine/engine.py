@@ -57,7 +57,8 @@ class Engine:
             classes at a time, to keep little of them; None: where they would not fit.
         precision: type in which the stages compute. None: autocast's (on a CPU, where that type is the faster
             one, see `catseg_fast.engine.precision`); without autocast the weights' own, but fp16 in place of
-            fp32 on a GPU where no gradients are recorded.
+            fp32 on a GPU where no gradients are recorded. On a GPU CLIP's image tower follows, if its weights
+            are in fp32 and this type has 16 bits.
         input_precision: of products of fp32 numbers in Triton: "ieee", or "tf32x3" on tensor cores.
         share: where other processes hold the rest of the classes, this one's share; all must call together.
     """

@@ -1,8 +1,8 @@
 """A compiled kernel's launch without Triton's dispatch: the one place that knows how Triton's versions do it.
 
-`JITFunction.run` calls the compiled kernel's `run`, Triton's launcher in Python, which looks for scratch memory
-and calls the launcher in C. In versions that are known, and for kernels that take no scratch memory, the one
-in C is called at once; else the one in Python is. Hooks are left out.
+`JITFunction.run` calls the compiled kernel's `run`, Triton's launcher in Python, which looks for scratch
+memory and calls the launcher in C. In versions that are known, and for kernels that take no scratch memory,
+the one in C is called at once; else the one in Python is. Hooks are left out.
 """
 
 from __future__ import annotations

@@ -272,13 +272,34 @@ def compare(setting: Setting) -> int:
     return stages._calls.repeated
 
 
+def make_fault(name: str) -> None:
+    """Let prepared launches do something wrong, to see whether it is found."""
+    from catseg_fast.kernels.launch import direct, prepared
+
+    prepared._same_bits = lambda *_: True  # type: ignore[assignment]  # which would find some at once
+    if name == "buffers overlap":
+        share = prepared._share
+        prepared._share = lambda *arguments: (share(*arguments)[0], dict.fromkeys(share(*arguments)[1], 0))
+    else:
+        init = direct.DirectLaunch.__init__
+
+        def wrong(self: Any, compiled: Any, grid: Any, *arguments: Any) -> None:
+            init(self, compiled, (grid[0] + 1, *grid[1:]), *arguments)
+
+        direct.DirectLaunch.__init__ = wrong  # type: ignore[method-assign]
+
+
 def main() -> None:
     """The program."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--settings", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the first setting; each has the next one")
+    parser.add_argument("--fault", choices=["buffers overlap", "wrong grid"])
     options = parser.parse_args()
+    torch.set_num_threads(1)
     with mixing_kernels():
+        if options.fault:
+            make_fault(options.fault)
         repeated = sum(
             compare(Setting(seed)) for seed in range(options.seed, options.seed + options.settings)
         )
