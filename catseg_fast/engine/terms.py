@@ -56,6 +56,8 @@ class ImageTerms:
 
     def of(self, crops: slice) -> ImageTerms:
         """The terms of some crops."""
+        if crops == slice(0, self.crops):
+            return self
         return ImageTerms(
             self.resolution,
             self.features[crops],
