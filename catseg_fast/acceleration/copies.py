@@ -70,7 +70,9 @@ def randomise(module: nn.Module) -> None:
             leaf = name.rsplit(".", 1)[-1]
             if not buffer.is_floating_point() or leaf in ("attn_mask", "weight_u", "weight_v", "_u", "_v"):
                 continue
-            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, device=device, dtype=buffer.dtype))
+            buffer.copy_(
+                0.5 + torch.rand(buffer.shape, generator=generator, device=device, dtype=buffer.dtype)
+            )
 
 
 def lower_pad_len(module: nn.Module) -> list[int]:
@@ -88,7 +90,9 @@ def shrink(module: nn.Module) -> tuple[int, int] | None:
 
     None, and nothing is changed, if there is no window block, or blocks have other maps or windows.
     """
-    blocks: list[Any] = [m for m in module.modules() if hasattr(m, "input_resolution") and hasattr(m, "window_size")]
+    blocks: list[Any] = [
+        m for m in module.modules() if hasattr(m, "input_resolution") and hasattr(m, "window_size")
+    ]
     windows = {(tuple(block.input_resolution), _side(block.window_size)) for block in blocks}
     pools = [_side(getattr(m, "kernel_size", 1)) for m in module.modules() if isinstance(m, nn.AvgPool2d)]
     if len(windows) != 1 or 0 in pools:

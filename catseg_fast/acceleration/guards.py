@@ -36,7 +36,9 @@ class Guard:
         self._dicts = [vars(module) for module in every]
         self._lengths = list(map(len, self._dicts))
         self._types = list(map(type, every))
-        self._classes = [kind for kind in dict.fromkeys(k for t in self._types for k in t.__mro__) if _is_own(kind)]
+        self._classes = [
+            kind for kind in dict.fromkeys(k for t in self._types for k in t.__mro__) if _is_own(kind)
+        ]
         self._class_views = [vars(kind) for kind in self._classes]
         self._class_dicts = [dict(view) for view in self._class_views]
         self._keys = list(map(_watched, every))

@@ -126,7 +126,9 @@ class Part(ABC):
             return f"{title}: the model's own code, because {self.refusal}"
         other = sorted({v.reason for v in self.verdicts.values() if v.reason is not None})
         checked = f"{len(self.verdicts)} kinds of input compared" if self.verify else "not compared"
-        tail = "" if not other else f", {len(other)} of which stay with the model's own code: {'; '.join(other)}"
+        tail = (
+            "" if not other else f", {len(other)} of which stay with the model's own code: {'; '.join(other)}"
+        )
         return f"{title}: the engine; {checked}{tail}"
 
     def own(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -157,7 +159,11 @@ class Part(ABC):
             return False
         if torch.compiler.is_compiling():
             return self.refusal is None
-        if torch.jit.is_tracing() or all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
+        if (
+            torch.jit.is_tracing()
+            or all_modules._global_forward_hooks
+            or all_modules._global_forward_pre_hooks
+        ):
             return False
         if not all(_is_plain(x) for x in inputs):
             return False

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,11 +57,10 @@ class Piece(Part):
         raise NotImplementedError
 
     def check_code(self) -> None:
-        def run(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-            plan = build_plan(self.read_twin(module), inputs[0].dtype)
-            return self.compute(plan, torch_stages, *inputs)  # type: ignore[arg-type]
+        def prepare(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
+            return functools.partial(self.compute, build_plan(self.read_twin(module), dtype), torch_stages)
 
-        trial.check_code(self.copied(), self.make_inputs, run, self.method)
+        trial.check_code(self.copied(), self.make_inputs, prepare, self.method)
 
     def copied(self) -> nn.Module:
         """Return what is copied for a trial."""
@@ -105,7 +104,11 @@ class Piece(Part):
         if weight.dtype == torch.float32 and not torch.is_autocast_enabled(weight.device.type):
             dtype = torch.float32  # on a GPU, too: what surrounds the part computes in fp32
         if dtype not in self._plans:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(weight.device.type, enabled=False),
+            ):
                 plan = build_plan(self._twin, dtype)
             stages: Any = torch_stages
             if choose_backend(self.backend, weight.device) == "triton":
@@ -234,7 +237,8 @@ class Decoder(Piece):
         self, module: Any, size: Resolution | None, random: Random, classes: int, scale: float
     ) -> tuple[Any, ...]:
         widths = [
-            up.conv.double_conv[0].in_channels - up.up.out_channels for up in (module.decoder1, module.decoder2)
+            up.conv.double_conv[0].in_channels - up.up.out_channels
+            for up in (module.decoder1, module.decoder2)
         ]
         x = random.normal(CROPS, module.decoder1.up.in_channels, classes, 3, 4)
         return x * scale, [

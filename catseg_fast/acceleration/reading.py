@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 from catseg_fast import reference
 from catseg_fast.reference.window_attention import shifted_window_mask
@@ -74,7 +75,7 @@ def read_aggregator(source: nn.Module) -> nn.Module:
     return twin
 
 
-def read_window_pair(source: nn.Module, path: str) -> reference.SwinTransformerBlockWrapper:
+def read_window_pair(source: nn.Module, path: str) -> Any:
     """Return the counterpart of two window blocks under one guidance; see `read_aggregator`."""
     first, second = (
         read_window_block(_child(source, name, path), f"{path}.{name}") for name in ("block_1", "block_2")
@@ -82,13 +83,14 @@ def read_window_pair(source: nn.Module, path: str) -> reference.SwinTransformerB
     norm = _child(source, "guidance_norm", path, optional=True)
     width = first.attn.q.in_features - first.dim
     if (norm is not None) != (width > 0) or second.attn.q.in_features - second.dim != width:
-        raise Mismatch(f"{path}.guidance_norm does not fit the guidance that block_1.attn.q and block_2.attn.q take")
-    size = (first.dim, width, first.input_resolution, first.attn.num_heads)
-    twin = _on_meta(reference.SwinTransformerBlockWrapper, *size, window_size=first.window_size)
-    twin.block_1, twin.block_2 = first, second
+        raise Mismatch(
+            f"{path}.guidance_norm does not fit the guidance that block_1.attn.q and block_2.attn.q take"
+        )
+    twin: Any = nn.Module()
+    twin.block_1, twin.block_2, twin.guidance_norm = first, second, None
     if norm is not None:
-        twin.guidance_norm.eps = float(norm.eps)
-        _read(norm, twin.guidance_norm, f"{path}.guidance_norm")
+        eps = float(_number(norm, "eps", f"{path}.guidance_norm"))
+        twin.guidance_norm = _read(norm, _on_meta(nn.LayerNorm, width, eps=eps), f"{path}.guidance_norm")
     return twin
 
 
@@ -160,7 +162,10 @@ def check_hooks(source: nn.Module, path: str = "") -> None:
         name = f"{path}.{name}" if path else name
         if isinstance(module, torch.jit.ScriptModule):
             raise Mismatch(f"{name} is traced or scripted by torch.jit")
-        for kind, hooks in (("forward pre-hook", module._forward_pre_hooks), ("forward hook", module._forward_hooks)):
+        for kind, hooks in (
+            ("forward pre-hook", module._forward_pre_hooks),
+            ("forward hook", module._forward_hooks),
+        ):
             for hook in hooks.values():
                 if not isinstance(hook, WEIGHT_HOOKS):
                     raise Mismatch(f"{name} has a {kind}, {getattr(hook, '__name__', type(hook).__name__)!r}")
@@ -326,7 +331,9 @@ def _sizes(layer: nn.Module, path: str, ndim: int = 2) -> tuple[int, ...]:
         raise Mismatch(f"{path}.weight is not initialised yet; run the model once")
     if not isinstance(weight, Tensor) or weight.ndim != ndim:
         kind = type(layer).__name__
-        raise Mismatch(f"{path} is a {kind}, expected {'Linear' if ndim == 2 else 'a convolution'}{_advice(layer)}")
+        raise Mismatch(
+            f"{path} is a {kind}, expected {'Linear' if ndim == 2 else 'a convolution'}{_advice(layer)}"
+        )
     return tuple(weight.shape)
 
 
@@ -378,9 +385,18 @@ def _advice(layer: nn.Module) -> str:
     return "; merge the LoRA first" if "lora" in names else ""
 
 
+class _Unfilled(TorchFunctionMode):
+    """Does not fill new tensors: the meta device takes its time for that."""
+
+    fills = (Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in self.fills else func(*args, **(kwargs or {}))
+
+
 def _on_meta(kind: Any, *arguments: Any, **options: Any) -> Any:
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             return kind(*arguments, **options)
     except (ValueError, ZeroDivisionError, RuntimeError, TypeError) as error:
         raise Mismatch(f"no {kind.__name__} has these sizes: {error}") from error

@@ -18,8 +18,8 @@ CROPS = 2
 Resolution = tuple[int, int]
 # Of a copy, a resolution (None: the module's), crops, classes, a factor for guidance: arguments of a call.
 MakeInputs = Callable[[Any, "Resolution | None", "Random", int, float], tuple[Any, ...]]
-# Of a copy and the arguments: the engine's answer.
-Run = Callable[[Any, tuple[Any, ...]], Tensor]
+# Of a copy, whose weights have a type: what computes the engine's answer in it from such arguments.
+Prepare = Callable[[Any, torch.dtype], Callable[..., Tensor]]
 
 
 class Random:
@@ -36,7 +36,7 @@ class Random:
         return torch.randint(below, shape, generator=self._generator, device=self.device)
 
 
-def check_code(module: nn.Module, make_inputs: MakeInputs, run: Run, method: str = "forward") -> None:
+def check_code(module: nn.Module, make_inputs: MakeInputs, prepare: Prepare, method: str = "forward") -> None:
     """Compare what a module's method computes with what the engine does.
 
     On small maps; where the module does not run on these, on those that it was built for.
@@ -47,13 +47,13 @@ def check_code(module: nn.Module, make_inputs: MakeInputs, run: Run, method: str
     duplicate = copy_for_trial(module)
     lengths, size = lower_pad_len(duplicate), shrink(duplicate)
     try:
-        _compare(duplicate, size, lengths, make_inputs, run, method)
+        _compare(duplicate, size, lengths, make_inputs, prepare, method)
     except _Fails as failure:
         if size is None:
             raise Mismatch(str(failure)) from failure
         duplicate = copy_for_trial(module)
         try:
-            _compare(duplicate, None, lower_pad_len(duplicate), make_inputs, run, method)
+            _compare(duplicate, None, lower_pad_len(duplicate), make_inputs, prepare, method)
         except _Fails as again:
             raise Mismatch(str(again)) from again
 
@@ -67,11 +67,12 @@ def _compare(
     size: Resolution | None,
     lengths: list[int],
     make_inputs: MakeInputs,
-    run: Run,
+    prepare: Prepare,
     method: str,
 ) -> None:
     few, many = (min(lengths) - 1, max(lengths) + 2) if lengths else (2, 5)
     device = next(duplicate.parameters()).device
+    engines: dict[torch.dtype, Callable[..., Tensor]] = {}
     for seed, (classes, scale) in enumerate(((few, 1.0), (many, 8.0), (few, 0.125))):
         for dtype in (torch.float64, torch.float32):  # in float64 some code mixes types
             duplicate.to(dtype)
@@ -82,9 +83,13 @@ def _compare(
             except Exception as error:  # whatever the module's own code raises
                 if dtype == torch.float64:
                     continue
-                raise _Fails(f"it does not run on upstream's arguments: {type(error).__name__}: {error}") from error
+                raise _Fails(
+                    f"it does not run on upstream's arguments: {type(error).__name__}: {error}"
+                ) from error
             if not isinstance(own, Tensor):
                 raise Mismatch(f"it returns a {type(own).__name__}, expected a tensor")
-            if (reason := differs(run(duplicate, inputs), own)) is not None:
+            if dtype not in engines:
+                engines[dtype] = prepare(duplicate, dtype)
+            if (reason := differs(engines[dtype](*inputs), own)) is not None:
                 raise Mismatch(f"it computes something else than upstream's ({reason} on random numbers)")
             break

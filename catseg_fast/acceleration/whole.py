@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class WholeAggregator(Part):
         self.engine.forget()
 
     def check_code(self) -> None:
-        trial.check_code(self.module, make_inputs, run_in_torch)
+        trial.check_code(self.module, make_inputs, prepare)
 
     def settings(self) -> object:
         engine = self.engine
@@ -149,12 +150,11 @@ def make_inputs(
     return image * scale, text * scale, guidance
 
 
-def run_in_torch(aggregator: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    """The engine's answer for an aggregator, in the type of its weights."""
-    twin = read_aggregator(aggregator)
-    engine = Engine(twin)
-    engine.backend, engine.precision = "torch", inputs[0].dtype
-    return engine.logits(*inputs, max_classes(aggregator))
+def prepare(aggregator: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Return what computes the engine's answers for an aggregator in torch."""
+    engine = Engine(read_aggregator(aggregator))
+    engine.backend, engine.precision = "torch", dtype
+    return functools.partial(engine.logits, max_classes=max_classes(aggregator))
 
 
 def _width(projection: nn.Module | None, ndim: int) -> int:
