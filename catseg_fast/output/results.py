@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from catseg_fast.files import temporary_folder
-from catseg_fast.identity import content_digest, place_digest, place_of, png_mark
+from catseg_fast.identity import place_digest, place_of, png_mark, result_digest
+from catseg_fast.labels import NONE, NONE_NAME
+from catseg_fast.output.formats import FORMATS, Labelled, check_formats
 from catseg_fast.output.overlay import class_shares, label_png, overlay
-from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, owner_of
+from catseg_fast.output.ownership import FORMAT_SUFFIXES, PNG_SUFFIXES, Owner, owner_of
 
 if TYPE_CHECKING:
     from catseg_fast.inference.segmentation import Segmentation
@@ -49,16 +51,25 @@ def unique_stems(
 
 
 def summarise(segmentation: Segmentation) -> list[dict[str, Any]]:
-    """Each class's index, name, share of the pixels and mean score there (None without pixels)."""
-    classes = segmentation.classes
+    """Each class's index, name, share of the pixels and mean score there (None without pixels).
+
+    With `min_score`, the last entry has the index -1 and is of the pixels that no class fits; its mean score
+    is that of their best classes.
+    """
+    classes, labels = segmentation.classes, segmentation.labels.flatten().long()
     shares = class_shares(segmentation.labels, len(classes))
-    labels, scores = segmentation.labels.flatten(), segmentation.scores.double().flatten()
-    means = torch.bincount(labels, weights=scores, minlength=len(classes)) / (shares * labels.numel())
-    rows = zip(classes, shares.tolist(), means.tolist(), strict=True)
-    return [
+    pixels = torch.bincount(labels + 1, minlength=len(classes) + 1)
+    sums = torch.bincount(labels + 1, segmentation.scores.double().flatten(), len(classes) + 1)
+    rows = zip(classes, shares.tolist(), (sums / pixels)[1:].tolist(), strict=True)
+    summary = [
         {"index": index, "name": name, "share": share, "mean_score": mean if share else None}
         for index, (name, share, mean) in enumerate(rows)
     ]
+    if segmentation.min_score is not None:
+        share = pixels[0].item() / labels.numel()
+        mean = (sums[0] / pixels[0]).item() if share else None
+        summary.append({"index": NONE, "name": NONE_NAME, "share": share, "mean_score": mean})
+    return summary
 
 
 def save_segmentation(
@@ -71,11 +82,13 @@ def save_segmentation(
     *,
     picture: Path | None = None,
     digest: str | None = None,
+    formats: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Write `stem`.overlay.png, `stem`.labels.png (16 bits) and `stem`.json.
+    """Write `stem`.overlay.png, `stem`.labels.png (16 bits), files in other formats, and `stem`.json.
 
-    The JSON file is removed first and written last. It vouches for the other two by their content, so that a
-    result that was interrupted is never taken for a complete one.
+    The JSON file is removed first and written last. It vouches for the others by their content, so that a
+    result that was interrupted is never taken for a complete one. Files of earlier results in formats that
+    are not written now are removed.
 
     Args:
         folder: where to; it is made if need be.
@@ -86,36 +99,55 @@ def save_segmentation(
         alpha: share of the colours in the overlay.
         picture: the file that `image` was read from; only results of the same file are replaced.
         digest: of its content, as of `catseg_fast.identity.content_digest`.
+        formats: names of other formats, of `catseg_fast.output.formats.FORMATS`.
 
     Returns:
         The summary of the classes in the JSON file, as of `summarise`.
 
     Raises:
         OSError: if writing fails; FileExistsError if a file is there that is not a result of this picture.
-        ValueError: if image and segmentation do not fit together, or a label exceeds 16 bits.
+        InputError: if image and segmentation do not fit together, a label exceeds 16 bits, or a format is
+            unknown or does not hold the classes.
+        ImportError: if a format needs a package that is not installed.
     """
+    check_formats(formats, len(segmentation.classes))
     classes = summarise(segmentation)
     height, width = segmentation.labels.shape
     folder.mkdir(parents=True, exist_ok=True)
-    mark = png_mark("" if picture is None else place_digest(picture))
+    mark = "" if picture is None else place_digest(picture)
     names = [stem + suffix for suffix in PNG_SUFFIXES]
     with temporary_folder(folder) as scratch:
         painted = overlay(image, segmentation.labels, segmentation.classes, alpha)
         for name, png in zip(names, (painted, label_png(segmentation.labels)), strict=True):
-            png.save(scratch / name, pnginfo=mark)
+            png.save(scratch / name, pnginfo=png_mark(mark))
+        file_name = stem if picture is None else picture.name
+        labelled = Labelled(segmentation.labels.numpy(), segmentation.classes, file_name, mark)
+        for format in dict.fromkeys(formats):
+            names.append(stem + FORMATS[format].suffix)
+            FORMATS[format].write(scratch / names[-1], labelled)
         identity = {
             "path": None if picture is None else place_of(picture),
             "content": digest,
-            "files": {name: content_digest(scratch / name) for name in names},
+            "files": {name: result_digest(scratch / name) for name in names},
         }
         content = {**about, "identity": identity, "width": width, "height": height, "classes": classes}
         result = folder / f"{stem}.json"
         write_result(scratch / result.name, content)
         _require_ours(folder, stem, picture)
         result.unlink(missing_ok=True)
+        (scratch / "replaced").mkdir()
+        for name in (stem + suffix for suffix in FORMAT_SUFFIXES):
+            if os.path.lexists(folder / name):  # a folder cannot be replaced, only moved away
+                os.replace(folder / name, scratch / "replaced" / name)
         for name in (*names, result.name):
             os.replace(scratch / name, folder / name)
     return classes
+
+
+def result_paths(folder: Path, stem: str, formats: Sequence[str] = ()) -> list[Path]:
+    """The paths of what `save_segmentation` writes."""
+    suffixes = [*PNG_SUFFIXES, *(FORMATS[name].suffix for name in dict.fromkeys(formats)), ".json"]
+    return [folder / (stem + suffix) for suffix in suffixes]
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:
@@ -130,7 +162,7 @@ def _require_ours(folder: Path, stem: str, picture: Path | None) -> None:
     if owner is Owner.OTHER_PICTURE:
         raise FileExistsError(f"{folder / stem}.*: results of another picture than {picture}")
     if owner is Owner.STRANGER:
-        names = ", ".join(stem + suffix for suffix in (*PNG_SUFFIXES, ".json"))
+        names = ", ".join(stem + suffix for suffix in (*PNG_SUFFIXES, ".json", *FORMAT_SUFFIXES))
         raise FileExistsError(
             f"{folder}: one of {names} is there and is not a result of catseg-fast; it is not replaced"
         )
