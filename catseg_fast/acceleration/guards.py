@@ -19,6 +19,14 @@ PART = "_catseg_fast_part"  # the attribute that acceleration itself adds
 # What every module has and is not watched, or is watched by other means.
 UNWATCHED = frozenset(vars(nn.Module())) | {PART}
 
+# What computes the same in training and in evaluation.
+STEADY = frozenset(
+    {
+        nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.GroupNorm, nn.AvgPool2d, nn.GELU, nn.ReLU,
+        nn.Softmax, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict,
+    }
+)  # fmt: skip
+
 _version = attrgetter("_version")
 _training = itemgetter("training")
 
@@ -46,6 +54,7 @@ class Guard:
             (itemgetter(*keys), values) for keys, values in zip(self._keys, self._dicts, strict=True) if keys
         ]
         self._values = [_copied(get(values)) for get, values in self._getters]
+        self._modal = [vars(module) for module in every if type(module) not in STEADY]
         self._empty, self._filled, self._contents = _pictures(self._dicts, TABLES)
         self.take_weights()
 
@@ -92,10 +101,11 @@ class Guard:
         return names and not any(self._no_tensors)
 
     def in_training(self) -> str | None:
-        """Return the name of a module that is in training mode."""
-        if not any(map(_training, self._dicts)):
+        """Return the name of a module that is in training mode, where that may matter."""
+        if not any(map(_training, self._modal)):
             return None
-        return next(name for name, module in self._modules.items() if module.training)
+        modal = {id(values) for values in self._modal}
+        return next(name for name, m in self._modules.items() if m.training and id(vars(m)) in modal)
 
     def difference(self) -> str:
         """Return what has changed; slow, for messages."""

@@ -113,6 +113,8 @@ class Part(ABC):
             self.refusal = None
         except Mismatch as mismatch:
             self.refusal = str(mismatch)
+        except Exception as error:  # of code that nobody has seen
+            self.refusal = f"it cannot be read: {type(error).__name__}: {error}"
         self.take_guard()
 
     def take_guard(self) -> None:

@@ -225,11 +225,11 @@ def _read_layer(source: nn.Module, twin: nn.Module, path: str) -> None:
     with _settled(source):
         for name, parameter in list(twin._parameters.items()):
             tensor = getattr(source, name, None)
-            if tensor is None and (name == "bias" or isinstance(twin, (nn.LayerNorm, nn.GroupNorm))):
-                if parameter is not None:
-                    weight = next(source.parameters(), None)
-                    like = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
-                    tensor = torch.full(parameter.shape, float(name == "weight"), **like)
+            if tensor is None and name == "bias" and parameter is not None:
+                weight = source.weight
+                tensor = torch.zeros(parameter.shape, dtype=weight.dtype, device=weight.device)
+            elif parameter is None and tensor is None:
+                continue
             elif parameter is None:
                 raise Mismatch(f"{path}.{name} is {tuple(tensor.shape)}, expected none")
             if parameter is not None:
