@@ -157,7 +157,11 @@ class Part(ABC):
         return answer if answer.dtype is verdict.dtype else answer.to(verdict.dtype)
 
     def _may_run(self, inputs: Inputs) -> bool:
-        if self.module.training or (torch.is_grad_enabled() and self._wants_gradients(inputs)):
+        if self.module.training:
+            return False
+        if torch.is_grad_enabled() and self._wants_gradients(inputs):
+            if not torch.compiler.is_compiling() and self.refusal is None:
+                self.warn("gradients are wanted", "the model's own code runs; call under torch.no_grad()")
             return False
         if torch.compiler.is_compiling():
             return self.refusal is None

@@ -6,6 +6,7 @@ they run the model's own code. So do replicas, which share their original's attr
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -80,12 +81,9 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         reduced = base.__reduce_ex__(self, protocol)
-        if isinstance(reduced, tuple) and len(reduced) > 1 and isinstance(reduced[1], tuple):
-            kind = type(self)
-            arguments = tuple(base if argument is kind else argument for argument in reduced[1])
-            state = [_without_part(item) for item in reduced[2:]]
-            return (reduced[0], arguments, *state)
-        return reduced
+        if not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (object.__new__, (base, *reduced[1][1:]), *map(_without_part, reduced[2:]))
 
     namespace = {**names, **methods, "__reduce_ex__": reduce, _BASE: base}
     return new_class(base.__name__, (base,), {}, lambda body: body.update(namespace))
