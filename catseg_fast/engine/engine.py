@@ -74,9 +74,9 @@ class Engine:
         self._policy: str | None = None
         self._memory_budget: int | None = None
         self._graphs = "auto"
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Start without anything that follows from weights, calls or settings."""
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
@@ -91,7 +91,7 @@ class Engine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self.forget()
 
     @property
     def backend(self) -> str:
