@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +17,23 @@ from catseg_fast.config import (
     IGNORE_LABEL,
     PIXEL_MEAN,
     PIXEL_STD,
+    ResNetConfig,
+    SwinConfig,
     Variant,
     get_variant,
 )
 from catseg_fast.labels import class_indices
 from catseg_fast.reference.aggregator import Aggregator
-from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.finetune import freeze, segmentation_loss
-from catseg_fast.reference.guidance import build_guidance
 from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resize
 from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, encode_classes
 from catseg_fast.text.prompts import check_classes, get_templates
 from catseg_fast.text.tokens import tokenize_classes
 from catseg_fast.weights import weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.reference.clip import DenseCLIP
 
 
 class CATSegPredictor(nn.Module):
@@ -94,9 +97,12 @@ class CATSeg(nn.Module):
         self.size_divisibility = size_divisibility
         self.templates = get_templates(prompt_ensemble or self.variant.prompt_ensemble)
 
+        # open_clip and timm, which takes as long to import as torch: only where a model is built.
+        from catseg_fast.reference.clip import DenseCLIP
+
         clip_model = DenseCLIP(self.variant.clip, self.variant.version)
         transformer = self.aggregator_type(**self.variant.aggregator_arguments(len(self.templates)))
-        self.backbone = build_guidance(self.variant.backbone) if self.variant.backbone else None
+        self.backbone = _guidance(self.variant.backbone) if self.variant.backbone else None
         self.sem_seg_head = CATSegHead(CATSegPredictor(clip_model, transformer))
         if self.variant.version == "v2":
             width, dims = self.variant.clip.vision_width, self.variant.decoder_guidance_dims
@@ -270,6 +276,12 @@ class CATSeg(nn.Module):
 
     def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
         return segmentation_loss(logits, labels.to(logits.device), self.ignore_label)
+
+
+def _guidance(backbone: str | SwinConfig | ResNetConfig) -> nn.Module:
+    from catseg_fast.reference.guidance import build_guidance
+
+    return build_guidance(backbone)
 
 
 def normalise(images: Tensor) -> tuple[Tensor, Tensor]:

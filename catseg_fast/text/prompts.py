@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import open_clip
-
 from catseg_fast.config import Version
 from catseg_fast.errors import InputTypeError
 
 SYNONYM_SEPARATOR = ", "
 SCENE_TEMPLATE = "A photo of a {} in the scene"
 
-# Prompt templates by upstream's PROMPT_ENSEMBLE_TYPE.
-PROMPT_ENSEMBLES: dict[str, tuple[str, ...]] = {
-    "imagenet": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
+# Numbers of prompt templates by upstream's PROMPT_ENSEMBLE_TYPE.
+PROMPT_ENSEMBLES = {"imagenet": 80, "imagenet_select": 8, "single": 1}
+_TEMPLATES = {
     "imagenet_select": (
         "itap of a {}.",
         "a bad photo of the {}.",
@@ -43,7 +41,7 @@ def get_templates(prompt_ensemble: str | Sequence[str]) -> tuple[str, ...]:
         if prompt_ensemble not in PROMPT_ENSEMBLES:
             names = ", ".join(PROMPT_ENSEMBLES)
             raise ValueError(f"prompt_ensemble: {prompt_ensemble!r} is not one of {names}")
-        return PROMPT_ENSEMBLES[prompt_ensemble]
+        return _TEMPLATES.get(prompt_ensemble) or _imagenet_templates()
     templates = tuple(prompt_ensemble)
     for template in templates:
         if "{}" not in template:
@@ -51,6 +49,12 @@ def get_templates(prompt_ensemble: str | Sequence[str]) -> tuple[str, ...]:
     if not templates:
         raise ValueError("prompt_ensemble: there is no template")
     return templates
+
+
+def _imagenet_templates() -> tuple[str, ...]:
+    from open_clip import OPENAI_IMAGENET_TEMPLATES  # takes seconds
+
+    return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
 
 
 def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, ...]:
