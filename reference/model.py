@@ -29,6 +29,7 @@ from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resi
 from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, encode_classes
 from catseg_fast.text.prompts import check_classes, get_templates
+from catseg_fast.text.same_prompts import warn_of_same_prompts
 from catseg_fast.text.tokens import tokenize_classes
 from catseg_fast.weights import weights_state
 
@@ -157,6 +158,7 @@ class CATSeg(nn.Module):
         """Replace the class names and, as a part of them, those whose text features are to be had here."""
         length = self.variant.clip.context_length
         tokens = tokenize_classes(encoded, self.templates, self.variant.version, length)
+        warn_of_same_prompts(classes, self.templates, self.variant.version, length)
         self._classes[training], self._tokens[training] = classes, tokens
         self._text_cache.pop(training, None)
 
