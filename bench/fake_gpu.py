@@ -96,8 +96,12 @@ class _Count(TorchDispatchMode):
 
 
 @contextmanager
-def fake_gpu() -> Iterator[Orders]:
-    """Let Triton launch on the meta device; yields what is launched."""
+def fake_gpu(compiles: bool = False) -> Iterator[Orders]:
+    """Let Triton launch on the meta device; yields what is launched.
+
+    Args:
+        compiles: whether kernels are compiled; what launches them is then the caller's.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -121,7 +125,7 @@ def fake_gpu() -> Iterator[Orders]:
         (Tensor, "__bool__", lambda x: x.dtype == torch.bool),  # logits are finite, and no flag is set
         (torch, "is_autocast_enabled", lambda *_: False),  # which knows no "meta"
         (Engine, "_without_autocast", lambda _: nullcontext()),
-        (JITFunction, "_do_compile", stand_in),
+        *([] if compiles else [(JITFunction, "_do_compile", stand_in)]),
         (prepared, "_same_bits", lambda *_: True),
         *((module, "check_runnable", lambda *_: None) for module in modules),
     ]

@@ -36,9 +36,11 @@ def describe_environment() -> dict[str, str]:
         report[f"GPU {index}"] = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory:.0f} GiB"
         if why_no_triton(device := torch.device("cuda", index)) is None:
             from catseg_fast.kernels import TUNABLE_OPS, load
+            from catseg_fast.kernels.launch.compiling import ptxas
             from catseg_fast.kernels.launch.origins import describe  # triton exists only for Linux
 
             report[f"GPU {index}, launch configs"] = describe(map(load, TUNABLE_OPS), device, torch.float16)
+            report[f"GPU {index}, ptxas"] = ptxas(10 * gpu.major + gpu.minor)
     if not count:
         report["GPU"] = "none"
     report["CPU"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in torch"

@@ -27,9 +27,9 @@ from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.loss import segmentation_loss
 from catseg_fast.engine.precision import text_dtype
-from catseg_fast.engine.recording import Recorder
+from catseg_fast.engine.recording import AFTER, Recorder
 from catseg_fast.engine.terms import VocabularyTerms
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 from catseg_fast.graphs import ModelGraphs
 from catseg_fast.inference.encoding import EncodedImage, encode
 from catseg_fast.inference.explain import explain
@@ -302,6 +302,30 @@ class CATSeg(reference_model.CATSeg):
         It pays where few classes leave a GPU idle. Memory grows with the number of pictures.
         """
         return label(self, self._encode_all(images, sliding_window), top_k) if images else []
+
+    def warmup(self, sizes: Sequence[tuple[int, int]], *, sliding_window: bool | None = None) -> None:
+        """Do now what the first calls would wait for, with the present classes, weights and settings.
+
+        Text features are computed, kernels are compiled and checked, and on a GPU the calls of `segment` for
+        pictures of these sizes are recorded as graphs, if `engine.graphs` is "auto". Other sizes of pictures
+        have the same kernels. All ranks that share the classes must call together.
+
+        Args:
+            sizes: (height, width) of the pictures to come.
+            sliding_window: as in `segment`.
+
+        Raises:
+            ValueError: if there are no sizes, one is not positive, or no classes are set.
+        """
+        if not sizes:
+            raise InputError("sizes: there are none; give the (height, width) of a picture")
+        for height, width in sizes:
+            if height <= 0 or width <= 0:
+                raise InputError(f"sizes: {height}x{width} is not positive")
+        for height, width in sizes:
+            picture = torch.zeros(3, height, width, dtype=torch.uint8)
+            for _ in range(1 if self.device.type == "cpu" else AFTER + 1):
+                self.segment(picture, sliding_window=sliding_window)
 
     def cuda_graph(
         self,

@@ -1,16 +1,16 @@
-"""What may import what: the contracts of `[tool.importlinter]` in pyproject.toml."""
+"""Rules of the tree: import contracts (`[tool.importlinter]` in pyproject.toml), and the files of tests."""
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("importlinter", reason="import-linter is not installed (it needs Python 3.11)")
 
 ROOT = Path(__file__).parents[1]
 UPWARD = "Rooms import downward, from the commands to the kernels"
@@ -19,7 +19,8 @@ CIRCLES = "No circles in a room"
 
 
 def lint_imports(root: Path) -> tuple[int, str]:
-    """Check the contracts of a tree; the exit code, and what is printed."""
+    """Check the contracts of a tree; return the exit code and the report."""
+    pytest.importorskip("importlinter", reason="import-linter is not installed (it needs Python 3.11)")
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--no-cache"],
@@ -71,3 +72,28 @@ def test_a_module_without_a_layer_is_found(tree: Path) -> None:
     code, printed = lint_imports(tree)
     assert code != 0
     assert "utils" in printed, printed
+
+
+TESTS = ROOT / "tests"
+TEST_FILES = sorted(TESTS.glob("test_*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Names of the modules that a file imports, at any level."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_no_test_module_is_imported() -> None:
+    modules = {path.stem for path in TEST_FILES}
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in TESTS.rglob("*.py")
+        for name in imports(path)
+        if not modules.isdisjoint(name.split("."))
+    ]
+    assert not found, "helpers that several tests use belong in tests/support/"

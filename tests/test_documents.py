@@ -33,6 +33,7 @@ SHORT = {
     "scenes": ["--count", "2"],
     "train": ["--steps", "1", "--batch-size", "1"],
     "eval": ["--limit", "1", "--whole"],
+    "warmup": ["--device", "cpu", "--whole"],
 }
 READ_ALONE = ("app", "tune", "export")
 NOT_HERE = {

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import TINY, lines_of, run
-from test_data import add, make_dataset
 from torch import Tensor
 
 from catseg_fast import CATSeg
@@ -28,6 +26,8 @@ from catseg_fast.evaluation.ledger import Ledger
 from catseg_fast.evaluation.metrics import ClassCounts
 from catseg_fast.evaluation.report import check_target
 from catseg_fast.evaluation.run import evaluate, model_segmenter, resize_shortest, summarise
+from support.command_line import lines_of, run, save_tiny_checkpoint
+from support.data_sets import add, make_dataset
 from support.tiny import picture, tiny_model
 
 IGNORE = 255
@@ -386,8 +386,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two pictures in `data` and a checkpoint, `tiny.pth`."""
     root = tmp_path_factory.mktemp("small")
     write_data(root / "data", 2)
-    torch.manual_seed(0)
-    torch.save({"model": CATSeg(TINY).state_dict()}, root / "tiny.pth")
+    save_tiny_checkpoint(root)
     return root
 
 

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import triton
-from test_golden import build_model, constructor_arguments, golden_image
-from test_plan import features, make_aggregator
 from torch import Tensor
 
 from catseg_fast import Aggregator, CATSeg, backend
 from catseg_fast.backend import choose_backend, why_no_triton
 from catseg_fast.engine.engine import Engine
-from catseg_fast.engine.self_check import wrong_stages
 from catseg_fast.kernels.class_attention import op as class_attention
-from catseg_fast.kernels.decoder import op as decoder
-from catseg_fast.reference import Aggregator as Reference
+from support.engines import DEVICE, make_engine, make_inputs_of
+from support.golden_models import build_model, constructor_arguments, golden_image
 from support.golden_rule import assert_output, fill, load_case, make_inputs
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
 pytestmark = pytest.mark.skipif(why_no_triton(DEVICE) is not None, reason=str(why_no_triton(DEVICE)))
-
-
-def make_inputs_of(
-    aggregator: Reference, classes: int, crops: int = 1
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    image, text, guidance = features(aggregator, classes, crops)
-    return image.float().to(DEVICE), text.float().to(DEVICE), [x.float().to(DEVICE) for x in guidance]
-
-
-def make_engine(**changes: Any) -> Engine:
-    """Pooled, as the interpreter takes longest for the class attention's positions."""
-    arguments = {"prompt_channel": 1, "pooling_size": (6, 6), **changes}
-    engine = Engine(make_aggregator(**arguments).float().to(DEVICE))
-    engine.backend, engine.precision = "triton", torch.float32
-    return engine
 
 
 def in_torch(engine: Engine, *arguments: Any) -> Tensor:
@@ -164,17 +143,6 @@ def test_strict_makes_that_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
     with pytest.raises(RuntimeError, match="class_attention: the Triton kernel fails: out of resource"):
         engine.logits(*make_inputs_of(engine.aggregator, 1), None)
-
-
-@torch.no_grad()
-def test_a_kernel_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine()
-    arguments = (engine.plan(), (6, 6), 16, DEVICE, "ieee")
-    assert wrong_stages(*arguments) == {}
-    decode = decoder.decode
-    wrong = replace(decoder.OP, triton=lambda *a, **k: decode(*a, **k) + 1e-2)
-    monkeypatch.setattr(decoder, "OP", wrong)
-    assert list(wrong_stages(*arguments)) == ["decode"]
 
 
 def test_gradients_run_in_torch() -> None:

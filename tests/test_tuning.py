@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan import features, make_aggregator
 from typer.testing import CliRunner
 
 from catseg_fast.cli import main as cli
@@ -26,6 +25,7 @@ from catseg_fast.kernels.launch.checks import INTERPRETED
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.op import Sizes
 from catseg_fast.kernels.window_attention import mlp
+from support.aggregators import features, make_aggregator
 from support.gpus import fake_gpus
 
 GPU = "NVIDIA H200"

@@ -17,6 +17,7 @@ from catseg_fast.cli import scenes as scenes_command
 from catseg_fast.cli import segment as segment_command
 from catseg_fast.cli import train as train_command
 from catseg_fast.cli import tune as tune_command
+from catseg_fast.cli import warmup as warmup_command
 from catseg_fast.config import VARIANTS
 from catseg_fast.console import Debug, examples, plain_errors, stderr, stdout
 
@@ -119,5 +120,6 @@ for name, command, lines in (
     ("scenes", scenes_command.scenes, scenes_command.EXAMPLES),
     ("export", export_command.export, export_command.EXAMPLES),
     ("tune", tune_command.tune, tune_command.EXAMPLES),
+    ("warmup", warmup_command.warmup, warmup_command.EXAMPLES),
 ):
     app.command(name, epilog=examples(*lines))(command)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from catseg_fast.backend import check_backend, choose_backend, warn_once
-from catseg_fast.engine import torch_stages
+from catseg_fast.engine import fourier, torch_stages
 from catseg_fast.engine.class_parallel import ClassShare
 from catseg_fast.engine.folding import Plan, build_plan
 from catseg_fast.engine.gradients import GradientStream
@@ -282,14 +282,14 @@ class Engine:
             RuntimeError: if gradients are wanted of classes that are shared with other processes.
         """
         inputs = (img_feats, vocabulary, appearance_guidance, max_classes)
-        if self._stream(plan or self.plan(), *inputs, begin(), schedule):
+        if self._stream(plan or self.plan(), *inputs, begin, schedule):
             return
         given = (img_feats, vocabulary.features, *appearance_guidance)
         if self._all_ranks(all(x is None or bool(x.isfinite().all()) for x in given)):
             warnings.warn("fp16 overflows: computing again in bf16", RuntimeWarning, stacklevel=2)
             plan = self.plan(torch.bfloat16)
             vocabulary = self.vocabulary(vocabulary.features, max_classes, plan)
-            self._stream(plan, img_feats, vocabulary, appearance_guidance, max_classes, begin(), schedule)
+            self._stream(plan, img_feats, vocabulary, appearance_guidance, max_classes, begin, schedule)
 
     def _stream(
         self,
@@ -298,7 +298,7 @@ class Engine:
         vocabulary: VocabularyTerms,
         appearance_guidance: Sequence[Tensor | None],
         max_classes: int | None,
-        consume: Consumer,
+        begin: Callable[[], Consumer],
         schedule: Schedule | None,
     ) -> bool:
         """Whether all logits were finite, as far as fp16 is at stake."""
@@ -319,11 +319,21 @@ class Engine:
                 selected = None
                 if count < total:
                     selected = best_classes(class_scores(img_feats, vocabulary), count)
-                GradientStream(torch_stages, plan, image, vocabulary, selected, schedule).run(consume)
+                GradientStream(torch_stages, plan, image, vocabulary, selected, schedule).run(begin())
                 return True
+
+            def streams(flag: Tensor | None) -> list[Stream]:
+                return self._streams(plan, image, img_feats, vocabulary, count, schedule, flag)
+
             watched = plan.embed.dtype == torch.float16 and not _recording(device)
             flag = torch.zeros(1, dtype=torch.int32, device=device) if watched else None
-            run_streams(self._streams(plan, image, img_feats, vocabulary, count, schedule, flag), consume)
+            self._get_ready(
+                plan,
+                image,
+                count,
+                lambda: run_streams(streams(None if flag is None else flag.clone()), begin()),
+            )
+            run_streams(streams(flag), begin())
             return flag is None or self._all_ranks(not bool(flag))
 
     def schedule_of(
@@ -381,8 +391,8 @@ class Engine:
             self._schedules[key] = schedule
         return schedule
 
-    def stages(self, plan: Plan, image: ImageTerms | None = None) -> Stages:
-        """What runs the stages where no gradients are wanted; with an image, it is checked first."""
+    def stages(self, plan: Plan) -> Stages:
+        """What runs the stages where no gradients are wanted."""
         if constant_backend(self.backend, self.aggregator.conv1.weight.device) != "triton":
             return torch_stages
         from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux only
@@ -391,9 +401,24 @@ class Engine:
         if kept is None or kept.plan is not plan or kept.input_precision != self.input_precision:
             kept = TritonStages(plan, self.input_precision)
             self._triton[plan.embed.dtype] = kept
-        if image is not None and not _recording(image.features.device):
-            kept.check(image)
         return kept
+
+    def _get_ready(self, plan: Plan, image: ImageTerms, count: int, call: Callable[[], object]) -> None:
+        """Before the first call of its kind on a GPU: compile its kernels, and check them.
+
+        Nothing is done in the interpreter, which is slow and proves nothing about a GPU.
+        """
+        device = image.features.device
+        if device.type != "cuda" or _recording(device):
+            return
+        stages = self.stages(plan)
+        if stages is torch_stages:
+            return
+        from catseg_fast.engine.first_call import get_ready  # triton exists for Linux only
+
+        # The ranks of a share would wait for each other in the call.
+        direct = not fourier.pays_off(plan, image.crops * count)
+        get_ready(stages, image, direct, call if self.share is None else None)  # type: ignore[arg-type]
 
     def _streams(
         self,
@@ -408,7 +433,7 @@ class Engine:
         """What aggregates `count` classes per crop: one stream; but one a crop where the best ones of a share
         are to be found, as ranks hold different numbers of these.
         """
-        stages, share = self.stages(plan, image), self.share
+        stages, share = self.stages(plan), self.share
         parts: list[tuple[ImageTerms, Tensor | None]] = [(image, None)]
         if count < self._total(vocabulary.classes):
             scores = class_scores(img_feats, vocabulary)

@@ -47,7 +47,12 @@ def pays_off(plan: Plan, crop_classes: int) -> bool:
     weight = plan.embed
     if weight.dtype.itemsize == 2 and weight.device.type == "cpu":
         return False  # in bf16 a tie, where a CPU has it; fp16 is emulated
-    return plan.prompts >= LEAST_PROMPTS and crop_classes >= LEAST_CROP_CLASSES
+    return is_less_work(plan.prompts, crop_classes)
+
+
+def is_less_work(prompts: int, crop_classes: int) -> bool:
+    """Check whether the Fourier form saves more than it costs."""
+    return prompts >= LEAST_PROMPTS and crop_classes >= LEAST_CROP_CLASSES
 
 
 def make_spectra(plan: Plan, features: Tensor, resolution: tuple[int, int]) -> Spectra:

@@ -1,108 +1,271 @@
-"""Whether ops compute in Triton on this machine what they do in plain torch, before they are trusted."""
+"""Whether stages in Triton compute on this machine what they do in torch, before they are trusted.
+
+What runs is a stream of random weights and inputs of a real call's sizes: more classes than one tile, or one
+step of a kernel's loop, takes, in two chunks, whose state is slices of a larger tensor. A few different
+classes come again and again, so that torch computes only these, and yet every class is compared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from catseg_fast.engine.folding import Plan
-from catseg_fast.kernels import load
-from catseg_fast.kernels.launch.op import Op, Random, Sizes
-from catseg_fast.reference.window_attention import fit_window
+from catseg_fast.engine import torch_stages
+from catseg_fast.engine.class_memory import ClassMemory, LinearMemory
+from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock, cast, map_tensors
+from catseg_fast.engine.schedule import Schedule
+from catseg_fast.engine.streaming import Stream
+from catseg_fast.engine.terms import BlockGuidance, ImageTerms, VocabularyTerms
+from catseg_fast.kernels.launch.op import Random
 
-CLASSES = 3
+if TYPE_CHECKING:
+    from catseg_fast.engine.triton_stages import TritonStages
+
+Resolution = tuple[int, int]
+Guidance = tuple[Tensor, Tensor]
+
+CROPS = 2  # at most
+CHUNK, CLASSES = 97, 130
+DIFFERENT = 7  # fits no tile: a class lies in many places of tiles
 
 # Largest error that is accepted, in units of plain torch's in the same type. Of correct kernels it is below 2
 # (`tests/support/accuracy.py`), over more values than here.
 FACTOR = 4.0
 
-# The stage that an op belongs to; of the others, it has the op's name.
-STAGES = {"class_collect": "class_attention", "class_apply": "class_attention"}
+
+def random_plan(plan: Plan) -> Plan:
+    """A plan of random weights with the sizes and the type of another."""
+    random = Random(plan.embed.dtype, plan.embed.device, seed=0)
+
+    def draw(x: Tensor) -> Tensor:
+        scale = 0.3 if x.ndim == 1 else (x.numel() / len(x)) ** -0.5
+        return torch.empty_like(x).copy_(random.normal(*x.shape, scale=scale))
+
+    drawn: Plan = map_tensors(draw, plan)
+    return drawn
 
 
-def wrong_stages(
-    plan: Plan, resolution: tuple[int, int], features: int, device: torch.device, input_precision: str
-) -> dict[str, str]:
-    """Run each op on random inputs of a plan's sizes, against its plain form in fp32 or float64.
+def wrong_stages(candidate: TritonStages, image: ImageTerms, direct: bool) -> dict[str, str]:
+    """Run each stage of a stream twice, against torch in fp32 or float64.
 
     Args:
-        plan: gives sizes and type.
-        resolution: (H, W).
-        features: F, of CLIP's features.
-        device: where to run.
-        input_precision: of products of fp32 numbers.
+        candidate: the stages, of `random_plan`.
+        image: of a call; gives sizes.
+        direct: whether the call convolves the cost volume directly, not in the Fourier domain.
 
     Returns:
-        By stage ("embed_cost_volume", "window_block", "class_attention", "decode"), how far it is off; empty
-        if all are right. What overflows in torch, too, proves nothing and is passed over.
+        By stage ("embed_cost_volume", "window_block", "class_attention", "decode"), what is wrong; empty if
+        all are right. What overflows in torch, too, proves nothing and is passed over.
     """
-    wrong: dict[str, str] = {}
-    for name, sizes in op_sizes(plan, resolution, features):
-        reason = _compare(load(name), sizes, plan.embed.dtype, device, input_precision)
-        if reason is not None:
-            wrong[STAGES.get(name, name)] = reason
-    return wrong
-
-
-def op_sizes(plan: Plan, resolution: tuple[int, int], features: int) -> Iterator[tuple[str, Sizes]]:
-    """The ops that a plan needs and can run, by name, with the sizes that they have for it."""
-    from catseg_fast.kernels.class_attention import op as class_attention
-    from catseg_fast.kernels.window_attention import op as window_attention
-
-    height, width = resolution
-    base = Sizes(1, CLASSES, height, width, plan.channels)
-    yield "embed_cost_volume", replace(base, features=features, prompts=plan.prompts)
-    found: dict[tuple[str, Sizes], None] = {}
-    for layer in plan.layers:
-        for block in layer.blocks:
-            window, shift = fit_window(resolution, block.window, block.shift)
-            sizes = replace(base, heads=block.heads, window=window, shift=shift, hidden=len(block.fc1))
-            if window_attention.unsupported(plan.channels, block.heads, block.window) is None:
-                found["window_block", sizes] = None
-        classes = layer.classes
-        pooling, hidden = classes.pooling or (1, 1), len(classes.fc1)
-        sizes = replace(base, heads=classes.heads, hidden=hidden, pooling=pooling)
-        if classes.linear and class_attention.unsupported(plan.channels) is None:
-            found |= dict.fromkeys([("class_collect", sizes), ("class_apply", sizes)])
-    yield from found
-    widths = tuple(stage.conv.shape[0] for stage in plan.decoder)
-    group = widths[0] // plan.decoder[0].norm1.groups
-    yield "decode", replace(base, decoder=widths, group=group)
+    checker = _Checker(candidate)
+    with _full_precision():
+        run_stream(checker, candidate.plan, image, direct)
+    return checker.wrong
 
 
 @torch.no_grad()
-def _compare(
-    op: Op, sizes: Sizes, dtype: torch.dtype, device: torch.device, input_precision: str
-) -> str | None:
-    """How far an op is off; None if it is right."""
-    inputs = op.make_inputs(sizes, Random(dtype, device))
-    exact = torch.float64 if dtype == torch.float32 else torch.float32
-    truth = op.plain(**{name: _cast(value, exact) for name, value in inputs.items()})
-    eager = op.plain(**inputs)
-    ours = op.triton(**inputs, input_precision=input_precision)
-    for tensors in zip(*map(_parts, (ours, eager, truth)), strict=True):
-        found, allowed = (_error(x, tensors[2]) for x in tensors[:2])
+def run_stream(stages: Any, plan: Plan, image: ImageTerms, direct: bool) -> None:
+    """Run the stream of the check on some stages."""
+    image = _random_image(image.of(slice(0, CROPS)))
+    vocabulary = _vocabulary(plan, image)
+    schedule = Schedule("resident", CHUNK, "the self check", 0, 0, 0)
+    flag = None
+    if plan.embed.dtype == torch.float16:
+        flag = torch.zeros(1, dtype=torch.int32, device=image.features.device)
+    stream = Stream(stages, plan, image, vocabulary, None, schedule, flag=flag)
+    if stream.spectra is not None and direct:
+        assert vocabulary.unit is not None
+        stages.embed_cost_volume(plan, image.features, vocabulary.unit[:, :CHUNK], image.resolution)
+    stream.run(lambda classes, logits: None)
+
+
+def _random_image(image: ImageTerms) -> ImageTerms:
+    """Random terms, laid out as those of an image."""
+    random = Random(image.features.dtype, image.features.device, seed=2)
+
+    def draw(x: Tensor) -> Tensor:
+        return torch.empty_like(x).copy_(random.normal(*x.shape))
+
+    def guide(block: BlockGuidance) -> BlockGuidance:
+        return dataclasses.replace(block, query_key=draw(block.query_key))
+
+    return ImageTerms(
+        image.resolution,
+        F.normalize(draw(image.features), dim=-1),
+        tuple((guide(first), guide(second)) for first, second in image.blocks),
+        (draw(image.decoder[0]), draw(image.decoder[1])),
+    )
+
+
+def _vocabulary(plan: Plan, image: ImageTerms) -> VocabularyTerms:
+    """Random terms of `CLASSES` classes, of which `DIFFERENT` are different."""
+    device = image.features.device
+    random = Random(plan.embed.dtype, device, seed=1)
+    which = torch.arange(CLASSES, device=device) % DIFFERENT
+
+    def draw() -> Tensor:
+        return random.normal(1, DIFFERENT, plan.channels)[:, which]
+
+    unit = random.unit(1, DIFFERENT, plan.prompts, image.features.shape[2])[:, which]
+    texts = [[None if layer.classes.text is None else draw() for _ in range(2)] for layer in plan.layers]
+    queries, keys = zip(*texts, strict=True) if texts else ((), ())
+    return VocabularyTerms(unit, torch.ones(unit.shape[:3], device=device), unit, queries, keys)
+
+
+class _Checker:
+    """Stages that run a candidate's twice, compare what these compute, and return what torch computes."""
+
+    def __init__(self, candidate: TritonStages) -> None:
+        self._candidate = candidate
+        self._dtype = candidate.plan.embed.dtype
+        self._exact = torch.float64 if self._dtype == torch.float32 else torch.float32
+        self.collects_at_once = candidate.collects_at_once
+        self.wrong: dict[str, str] = {}
+
+    def embed_cost_volume(self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution) -> Tensor:
+        def run(stages: Any, text: Tensor, plan: Plan, image: Tensor) -> Tensor:
+            result: Tensor = stages.embed_cost_volume(plan, image, text, resolution)
+            return result
+
+        return self._by_class("embed_cost_volume", run, (text,), plan, image)
+
+    def window_block(
+        self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        def run(stages: Any, x: Tensor, block: WindowBlock, guidance: BlockGuidance) -> Tensor:
+            to = out if stages is self._candidate else None
+            result: Tensor = stages.window_block(block, guidance, x, to)
+            return result
+
+        result = self._by_class("window_block", run, (x,), block, guidance)
+        return result if out is None else out.copy_(result)
+
+    def class_collect(
+        self,
+        layer: ClassLayer,
+        memory: ClassMemory,
+        x: Tensor,
+        key: Tensor | None,
+        resolution: Resolution,
+        last: bool = False,
+    ) -> None:
+        if not isinstance(memory, LinearMemory):  # no kernel takes another
+            torch_stages.class_collect(layer, memory, x, key, resolution, last)
+            return
+
+        def run(stages: Any, memory: LinearMemory, given: Any, *parts: slice) -> tuple[Tensor, ...]:
+            layer, x, key = given
+            for part in parts:
+                text, end = None if key is None else key[:, part], part is parts[-1]
+                stages.class_collect(layer, memory, x[:, part], text, resolution, last and end)
+            sums = (memory.means, memory.key_value, memory.key_sum)
+            return tuple(x for x in sums if isinstance(x, Tensor))
+
+        given, copy = (layer, x, key), dataclasses.replace
+        whole, parts = (slice(0, None),), (slice(0, CHUNK), slice(CHUNK, None))
+        exact = cast(memory, self._exact)
+        truth = run(torch_stages, exact, cast(given, self._exact), *whole)
+        if "class_attention" not in self._candidate.fallbacks:
+            eager = run(torch_stages, copy(memory), given, *whole)
+            runs = [run(self._candidate, copy(memory), given, *whole) for _ in range(2)]
+            if x.shape[1] > CHUNK:
+                runs += [run(self._candidate, copy(memory), given, *parts) for _ in range(2)]
+            for ours, again in zip(runs[::2], runs[1::2], strict=True):
+                for mine, other, theirs, exactly in zip(ours, again, eager, truth, strict=True):
+                    self._compare("class_attention", mine, other, _error(theirs, exactly), exactly)
+        memory.means = None if exact.means is None else exact.means.to(self._dtype)
+        memory.key_value, memory.key_sum = (
+            sums.float() if isinstance(sums, Tensor) else sums for sums in (exact.key_value, exact.key_sum)
+        )
+
+    def class_apply(
+        self,
+        layer: ClassLayer,
+        x: Tensor,
+        query: Tensor | None,
+        memory: ClassMemory,
+        resolution: Resolution,
+    ) -> Tensor:
+        def run(
+            stages: Any, x: Tensor, query: Tensor | None, layer: ClassLayer, memory: ClassMemory
+        ) -> Tensor:
+            result: Tensor = stages.class_apply(layer, x, query, memory, resolution)
+            return result
+
+        if not isinstance(memory, LinearMemory):
+            return torch_stages.class_apply(layer, x, query, memory, resolution)
+        return self._by_class("class_attention", run, (x, query), layer, memory)
+
+    def decode(
+        self,
+        plan: Plan,
+        guidance: Guidance,
+        x: Tensor,
+        resolution: Resolution,
+        out: Tensor | None = None,
+        flag: Tensor | None = None,
+    ) -> Tensor:
+        def run(stages: Any, x: Tensor, plan: Plan, guidance: Guidance) -> Tensor:
+            own = stages is self._candidate
+            to, raised = (out, flag) if own else (None, None)
+            result: Tensor = stages.decode(plan, guidance, x, resolution, to, raised)
+            if own and flag is not None and bool(flag):
+                self.wrong["decode"] = "it reports infinite values, of which there are none"
+            return result
+
+        return self._by_class("decode", run, (x,), plan, guidance)
+
+    def _by_class(
+        self, stage: str, run: Callable[..., Tensor], classes: tuple[Tensor | None, ...], *others: Any
+    ) -> Tensor:
+        """Check a stage that treats each class by itself; return torch's result.
+
+        Args:
+            run: takes stages and the further arguments.
+            classes: arguments by class, `[B, t, …]`.
+            others: the other arguments.
+        """
+        few = tuple(None if x is None else x[:, :DIFFERENT] for x in classes)
+        truth = run(torch_stages, *cast((*few, *others), self._exact))
+        count = next(x.shape[1] for x in classes if x is not None)
+        which = torch.arange(count, device=truth.device) % DIFFERENT
+        if stage not in self._candidate.fallbacks:
+            allowed = _error(run(torch_stages, *few, *others), truth)
+            ours = run(self._candidate, *classes, *others).clone()  # the other run may write to its place
+            again = run(self._candidate, *classes, *others)
+            self._compare(stage, ours, again, allowed, truth[:, which])
+        return truth.to(self._dtype)[:, which]
+
+    def _compare(self, stage: str, ours: Tensor, again: Tensor, allowed: float, truth: Tensor) -> None:
+        if stage in self.wrong:
+            return
+        if not torch.equal(ours.view(torch.uint8), again.view(torch.uint8)):
+            self.wrong[stage] = "two runs differ"
+            return
+        found = _error(ours, truth)
         if FACTOR * allowed < float("inf") and not found <= FACTOR * allowed:
-            return f"error {found:.1e}, of torch {allowed:.1e}"
-    return None
-
-
-def _parts(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+            self.wrong[stage] = f"error {found:.1e}, of torch {allowed:.1e}"
 
 
 def _error(x: Tensor, truth: Tensor) -> float:
     return (x.to(truth.dtype) - truth).abs().max().item()
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The same with every floating tensor in it in a type."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cast(item, dtype) for item in value)
-    return value
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Let PyTorch's products and convolutions compute in fp32, not in TF32."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed

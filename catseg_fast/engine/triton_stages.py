@@ -17,13 +17,13 @@ from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.arguments import Decoding
 from catseg_fast.engine.class_memory import ClassMemory, LinearMemory
 from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
-from catseg_fast.engine.self_check import wrong_stages
-from catseg_fast.engine.terms import BlockGuidance, ImageTerms
+from catseg_fast.engine.terms import BlockGuidance
 from catseg_fast.errors import RunError
 from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
 from catseg_fast.kernels.launch.checks import DTYPES, INTERPRETED
+from catseg_fast.kernels.launch.launcher import listing
 from catseg_fast.kernels.launch.prepared import PreparedCalls
 from catseg_fast.kernels.window_attention import op as window_attention
 
@@ -42,6 +42,7 @@ class TritonStages:
 
     Attributes:
         fallbacks: by stage, why it runs in torch.
+        ready: kinds of calls whose kernels are compiled and checked (`first_call.py`).
     """
 
     def __init__(self, plan: Plan, input_precision: str = "ieee") -> None:
@@ -60,27 +61,12 @@ class TritonStages:
         self.fallbacks = {stage: next(filter(None, why)) for stage, why in reasons.items() if any(why)}
         self._embedding, self._decoding = kernel_embedding(plan), kernel_decoding(plan)
         self._calls = None if plan.embed.device.type == "cpu" else PreparedCalls()
-        self._checked = False
+        self.ready: set[object] = set()
 
     @property
     def collects_at_once(self) -> bool:
         """Whether `class_collect` is best called once with all classes, where they are at hand."""
         return "class_attention" not in self.fallbacks
-
-    def check(self, image: ImageTerms) -> None:
-        """Compare each kernel with torch on this GPU, once; stages that differ run in torch from then on.
-
-        Nothing is done in the interpreter, which is slow and proves nothing about a GPU.
-        """
-        if self._checked or not image.features.is_cuda:
-            return
-        self._checked = True
-        features = image.features
-        wrong = wrong_stages(
-            self.plan, image.resolution, features.shape[2], features.device, self.input_precision
-        )
-        for stage, reason in wrong.items():
-            self._fall_back(stage, f"computes something else than torch on this GPU: {reason}")
 
     def embed_cost_volume(self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution) -> Tensor:
         def launch(image: Tensor, text: Tensor) -> Tensor:
@@ -157,7 +143,7 @@ class TritonStages:
 
     def _repeat(self, key: object, launch: Callable[..., Any], *inputs: Tensor | None) -> Any:
         """Return `launch(*inputs)`, whose launches are prepared and repeated where that is possible."""
-        if self._calls is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if self._calls is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or listing():
             return launch(*inputs)
         return self._calls(key, launch, *inputs)
 
@@ -170,10 +156,15 @@ class TritonStages:
             except Exception as error:
                 if not _does_not_compile(error):
                     raise
-                self._fall_back(stage, str(error).strip().splitlines()[-1], error)
+                self.fall_back(stage, str(error).strip().splitlines()[-1], error)
         return fallback(*arguments)
 
-    def _fall_back(self, stage: str, reason: str, error: Exception | None = None) -> None:
+    def fall_back(self, stage: str, reason: str, error: Exception | None = None) -> None:
+        """Run a stage in torch from now on, with a warning.
+
+        Raises:
+            RuntimeError: if CATSEG_FAST_STRICT is 1.
+        """
         if os.environ.get("CATSEG_FAST_STRICT") == "1":
             raise RunError(f"{stage}: the Triton kernel fails: {reason}") from error
         self.fallbacks[stage] = reason

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from catseg_fast._version import __version__
+from catseg_fast.engine import fourier
 from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.files import locked, replacing
 from catseg_fast.kernels import load
@@ -113,6 +114,8 @@ def list_tunables(
         for precision in ("ieee", "tf32x3") if dtype == torch.float32 else ("ieee",):
             for op in map(load, ops):
                 for published in op.sizes.values():
+                    if fourier.is_less_work(published.prompts, crops * chunk):
+                        continue  # such a call has no kernel for it
                     sizes = replace(published, crops=crops, classes=chunk)
                     for tunable in tunables(op, sizes, dtype, precision, capability_of(device)):
                         found[tunable.problem] = tunable

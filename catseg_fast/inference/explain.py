@@ -35,9 +35,11 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
             lines["in torch"] = "; ".join(filter(None, [lines.get("in torch"), f"{stage} ({reason})"]))
         if backend == "triton" and model.device.type == "cuda":
             from catseg_fast.kernels import TUNABLE_OPS, load
+            from catseg_fast.kernels.launch.compiling import describe_compiler
             from catseg_fast.kernels.launch.origins import describe  # triton exists only for Linux
 
             lines["configs"] = describe(map(load, TUNABLE_OPS), model.device, plan.embed.dtype)
+            lines["compiler"] = describe_compiler(model.device)
         kept_bytes = model.engine.recordings.kept
         lines["graphs"] = (
             f"{model.engine.graphs}; {model.engine.recordings.replays} calls replayed, "

@@ -162,6 +162,12 @@ def ptxas(capability: int) -> str:
     return tool.version if own else f"{tool.version} ({tool.path})"
 
 
+def describe_compiler(gpu: torch.device) -> str:
+    """Return the versions of Triton and of its assembler for a GPU."""
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return f"triton {triton.__version__}, ptxas {ptxas(10 * major + minor)}"
+
+
 def source_of(
     kernel: Any,
     arguments: Mapping[str, Any],

@@ -1,0 +1,102 @@
+"""Before a kind of call runs for the first time on a GPU: its kernels are compiled side by side, and checked.
+
+What is compiled is what the call launches, and what the check launches. The check's result is remembered in
+the user's cache folder, for the launches, the GPU and the versions that it was made with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from catseg_fast._version import __version__
+from catseg_fast.console import late_progress
+from catseg_fast.engine.self_check import random_plan, run_stream, wrong_stages
+from catseg_fast.engine.terms import ImageTerms
+from catseg_fast.engine.triton_stages import TritonStages
+from catseg_fast.files import replacing, user_cache
+from catseg_fast.kernels.launch.compiling import Job, compile_jobs, describe_compiler
+from catseg_fast.kernels.launch.launcher import record
+
+
+def get_ready(
+    stages: TritonStages, image: ImageTerms, direct: bool, call: Callable[[], object] | None
+) -> None:
+    """Compile the kernels of a call, and compare them with torch; stages that differ run in torch then.
+
+    Args:
+        stages: of the call.
+        image: of the call.
+        direct: whether the call convolves the cost volume directly, not in the Fourier domain.
+        call: runs the call's stages; while it does, kernels are not launched, so that its results are
+            arbitrary. None to compile only what the check launches.
+    """
+    kind = (image.crops, image.resolution, direct)
+    if kind in stages.ready:
+        return
+    stages.ready.add(kind)
+    device = image.features.device
+    candidate = TritonStages(random_plan(stages.plan), stages.input_precision)
+    with record(execute=False, note=Job.of) as checked:
+        run_stream(candidate, candidate.plan, image, direct)
+    with record(execute=False, note=Job.of) as called:
+        if call is not None:
+            call()
+    file = _file(checked, device)
+    passed = _has_passed(file)
+    with late_progress("Compiling kernels") as bar:
+        compile_jobs([*called, *(() if passed else checked)], device, advance=bar)
+    if passed:
+        return
+    before = set(candidate.fallbacks)
+    wrong = wrong_stages(candidate, image, direct)
+    for stage, reason in wrong.items():
+        stages.fall_back(stage, f"computes something else than torch on this GPU: {reason}")
+    for stage in candidate.fallbacks.keys() - before:  # which has warned
+        stages.fallbacks[stage] = candidate.fallbacks[stage]
+    if not wrong and candidate.fallbacks.keys() == before:
+        _remember(file, device)
+
+
+def _file(jobs: Iterable[Job], device: torch.device) -> Path:
+    """Where it is noted that some launches compute what they should, on a GPU with all its software."""
+    different = set(jobs)
+    sources = {job.name: getattr(job.kernel, "cache_key", "") for job in different}
+    facts = (sorted(map(repr, different)), sorted(sources.items()), _versions(device))
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return user_cache() / "self-check" / f"{name}.json"
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    found = {"catseg_fast": __version__, "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "compiler": describe_compiler(device)}
+    return found
+
+
+def _has_passed(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8"))["passed"])
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{file}: broken, the kernels are checked again: {error}", stacklevel=2)
+        return False
+
+
+def _remember(file: Path, device: torch.device) -> None:
+    content = {"passed": datetime.now(timezone.utc).isoformat(), **_versions(device)}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+    except OSError as error:
+        warnings.warn(
+            f"{file.parent}: that the kernels passed their check cannot be kept there: {error}", stacklevel=2
+        )
