@@ -170,7 +170,7 @@ def serve(page: gr.Blocks, host: str, port: int, browser: bool = False, wait: bo
         enable_monitoring=False,
     )  # fmt: skip
     if wait:
-        stdout.print(f"The page is on {url} (Ctrl+C ends it)", soft_wrap=True, highlight=False)
+        stdout.print(f"The page is on {url} (Ctrl+C ends it)")
         page.block_thread()
     return str(url)
 

@@ -185,13 +185,13 @@ def evaluate(
         given = {"data": str(data), "weights": weights, "seed": seed, "limit": limit}
         write_results(written, {**given, **about}, classes, rows)
     named = [(combination.name, found) for combination, (_, found) in zip(combinations, rows, strict=True)]
-    stdout.print(results_table(named))
+    stdout.print_table(results_table(named), names=(0,))
     for name, found in named:
         if found.activations:
-            stdout.print(activations_table(name, found.activations))
+            stdout.print_table(activations_table(name, found.activations), names=(0,))
     if top:
-        stdout.print(classes_table(classes, rows[0][1], top))
-    stdout.print(f"{rows[0][1].images} images; wrote {written}", soft_wrap=True, highlight=False)
+        stdout.print_table(classes_table(classes, rows[0][1], top), names=(0,))
+    stdout.print(f"{rows[0][1].images} images; wrote {written}")
 
 
 def combine(

@@ -42,11 +42,11 @@ def export(
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Write a model as ONNX, from pixels and text features to logits; any number of classes.
+    r"""Write a model as ONNX, from pixels and text features to logits; any number of classes.
 
     Beside DST come NAME.classes.npz, the classes' names and text features, and NAME.json, which tells inputs,
     outputs and what comes before and behind them. Another vocabulary needs another .npz alone. The command
-    takes some minutes, and needs `pip install "catseg-fast[export]"`.
+    takes some minutes, and needs `pip install "catseg-fast\[export]"`.
     """
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
@@ -61,4 +61,4 @@ def export(
         with stderr.status("Exporting …"):
             written = export_onnx(model, target, crops=crops)
     for path in written:
-        stdout.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True, highlight=False)
+        stdout.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")

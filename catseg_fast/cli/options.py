@@ -9,7 +9,7 @@ import typer
 
 from catseg_fast.backend import BACKENDS, default_device
 from catseg_fast.config import VARIANTS
-from catseg_fast.console import choice, stderr
+from catseg_fast.console import choice, say_note, say_warning
 from catseg_fast.errors import RunError
 from catseg_fast.text.class_lists import (
     EVERYDAY_CLASSES,
@@ -18,7 +18,9 @@ from catseg_fast.text.class_lists import (
     parse_classes,
     read_classes,
     ready_list,
+    separator_notes,
 )
+from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -40,7 +42,8 @@ ClassesFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", exists=True, dir_okay=False,
-        help="Class names from a .txt file, one a line, or a .json file, a list of strings.",
+        help="Class names from a file in UTF-8: a .txt, one per line (# starts a comment), or a .json, a list "
+        "of strings or Hugging Face's id2label.",
     ),
 ]
 ClassesList = Annotated[str | None, choice("--classes-list", READY_LISTS, "Class names of a data set")]
@@ -93,23 +96,24 @@ def default_classes(weights: str | None) -> list[str]:
 def class_names(
     classes: str | None, classes_file: Path | None, classes_list: str | None, weights: str | None
 ) -> list[str]:
-    """The class names that the options ask for; what is wrong with a name itself the model says."""
+    """The class names that the options ask for, after checks that need no model."""
     if sum(option is not None for option in (classes, classes_file, classes_list)) > 1:
         raise typer.BadParameter(
             "give --classes, --classes-file or --classes-list, not both", param_hint="--classes"
         )
     try:
         if classes_file is not None:
-            return read_classes(classes_file)
-        if classes_list is not None:
+            names = read_classes(classes_file)
+        elif classes_list is not None:
             return ready_list(classes_list).classes
-        names = parse_classes(classes) if classes is not None else default_classes(weights)
+        else:
+            names = parse_classes(classes) if classes is not None else default_classes(weights)
+        check_classes(names)
     except (OSError, ValueError) as error:
         hint = "--classes" if classes_file is None else "--classes-file"
         raise typer.BadParameter(str(error), param_hint=hint) from None
-    if len(names) == 1 and "," in names[0]:
-        count = names[0].count(",") + 1
-        stderr.print(f"[yellow]note:[/] this is one class with {count} synonyms; semicolons separate classes")
+    for note in separator_notes(names, file=classes_file is not None):
+        say_note(note)
     return names
 
 
@@ -145,10 +149,6 @@ def build_model(
         )
     if variant is None:
         raise ValueError("weights, variant: neither is given")
-    stderr.print(
-        "[bold yellow]warning:[/] no --weights: the model's weights are untrained (random), "
-        "and the labels mean nothing",
-        highlight=False,
-    )
+    say_warning("no --weights: the model's weights are untrained (random), and the labels mean nothing")
     torch.manual_seed(seed)
     return CATSeg(variant, classes, **options).to(target, precision).eval()

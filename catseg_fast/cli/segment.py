@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import choose_backend, default_device
@@ -157,16 +156,19 @@ def segment(
         if stats is not None:
             write_statistics(stats, [outcome.picture.result("json") for outcome in outcomes])
     if outcomes:
-        stdout.print(_results_table(outcomes) if len(pictures) <= LISTED else _classes_table(outcomes))
+        if len(pictures) <= LISTED:
+            stdout.print_table(_results_table(outcomes), paths=(0, 3))
+        else:
+            stdout.print_table(_classes_table(outcomes), names=(0,))
     if len(pictures) > 1:
-        stdout.print(_summary(outcomes, len(pictures), seconds), highlight=False)
+        stdout.print(_summary(outcomes, len(pictures), seconds))
     if len(outcomes) < len(pictures):
-        stderr.print(f"{len(pictures) - len(outcomes)} of {len(pictures)} images failed", highlight=False)
+        stderr.print(f"{len(pictures) - len(outcomes)} of {len(pictures)} images failed")
         raise typer.Exit(1)
 
 
 def _notice(text: str) -> None:
-    stderr.print(Text(text), soft_wrap=True)
+    stderr.print(text)
 
 
 @contextmanager
@@ -206,15 +208,13 @@ def _top_classes(summary: list[dict[str, Any]], count: int = 3) -> str:
 def _results_table(outcomes: Sequence[Outcome]) -> Table:
     """A line for each picture."""
     table = Table("image", "largest classes", "time", "overlay")
-    for column in table.columns:
-        column.overflow = "fold"
     for outcome in outcomes:
         seconds = "there already" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
         cells = (
             str(outcome.picture.path), _top_classes(outcome.summary or []), seconds,
             str(outcome.picture.result("overlay.png")),
         )  # fmt: skip
-        table.add_row(*map(Text, cells))
+        table.add_row(*cells)
     return table
 
 
@@ -226,7 +226,7 @@ def _classes_table(outcomes: Sequence[Outcome]) -> Table:
             shares.setdefault(entry["name"], []).append(entry["share"])
     table = Table("class", "pictures", "mean share", title=f"{len(shares)} classes occur; the largest are")
     for name, found in sorted(shares.items(), key=lambda item: -sum(item[1]))[:LISTED]:
-        table.add_row(Text(name.partition(",")[0]), str(len(found)), f"{sum(found) / len(outcomes):.1%}")
+        table.add_row(name, str(len(found)), f"{sum(found) / len(outcomes):.1%}")
     return table
 
 

@@ -165,12 +165,12 @@ def train(
             if not resume:
                 trainer.start_over()
             elif trainer.resume():
-                stderr.print(f"going on behind step {trainer.step} of {steps}", highlight=False)
+                stderr.print(f"going on behind step {trainer.step} of {steps}")
             with progress(trainer.step, steps) as report:
                 trainer.run(report)
             if processes.first:
                 written = trainer.export(getattr(torch, WEIGHT_TYPES[weights_type]))
-                stdout.print(f"{steps} steps done; wrote {written}", soft_wrap=True, highlight=False)
+                stdout.print(f"{steps} steps done; wrote {written}")
 
 
 def build_model(variant: str, classes: tuple[str, ...], recipe: Recipe, init: str | None) -> CATSeg:
@@ -229,7 +229,7 @@ class _Lines:
         self.last = now
         left = (now - self.start) / (done - self.first) * (self.steps - done)
         clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
-        stderr.print(f"{done}/{self.steps}  {_describe(step)}  {clock} left", highlight=False)
+        stderr.print(f"{done}/{self.steps}  {_describe(step)}  {clock} left")
 
 
 def _describe(step: Step) -> str:
