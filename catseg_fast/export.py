@@ -26,8 +26,8 @@ from catseg_fast.engine.folding import Plan, build_plan, map_tensors
 from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
-from catseg_fast.errors import MissingPackageError
 from catseg_fast.files import temporary_folder
+from catseg_fast.onnx_target import check_target
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
 if TYPE_CHECKING:
@@ -146,25 +146,6 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
         for name in names:  # the model itself last
             os.replace(folder / name, path.with_name(name))
     return [path.with_name(name) for name in reversed(names)]
-
-
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """The path of an .onnx file that can be written.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `export_onnx`.
-    """
-    path = Path(path).expanduser()
-    if path.suffix != ".onnx":
-        raise ValueError(f"path: {path} must end in .onnx")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: there is no folder {path.parent}")
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError(f'export: {error}; pip install "catseg-fast[export]" brings it') from error
-    return path
 
 
 def _weight_bytes(program: torch.export.ExportedProgram) -> int:

@@ -16,7 +16,8 @@ from catseg_fast import CATSeg, __version__
 from catseg_fast.config import VARIANTS
 from catseg_fast.inference.images import load_image
 from catseg_fast.model import Segmentation
-from catseg_fast.output.results import save_segmentation, summarise, unique_stems
+from catseg_fast.output.ownership import unique_stems
+from catseg_fast.output.results import save_segmentation, summarise
 from catseg_fast.text.class_lists import EVERYDAY_CLASSES, parse_classes, read_classes
 from support.command_line import TINY, draw_photo, lines_of, outputs, run, save_tiny_checkpoint, written
 

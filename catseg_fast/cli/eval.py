@@ -14,12 +14,15 @@ import typer
 from catseg_fast._version import __version__
 from catseg_fast.backend import BACKENDS, choose_backend, default_device
 from catseg_fast.cli.options import (
+    BUNDLED_WEIGHTS,
     DTYPES,
     Device,
     Seed,
     TextCache,
     VariantName,
     build_model,
+    note_on_bundled,
+    note_separators,
     weights_or_bundled,
 )
 from catseg_fast.console import (
@@ -31,8 +34,11 @@ from catseg_fast.console import (
     stderr,
     stdout,
 )
+from catseg_fast.data.class_list import read_class_list
 from catseg_fast.distributed.torchrun import join, own_device
+from catseg_fast.errors import InputError
 from catseg_fast.text.class_lists import read_classes
+from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from catseg_fast.data.folder import FolderDataset
@@ -134,6 +140,14 @@ def evaluate(
     combinations = combine(backend, dtype, precision)
     weights = weights_or_bundled(weights, variant)
     with plain_errors(debug):
+        # What can fail without torch comes first: importing that takes seconds.
+        from catseg_fast.checkpoints.hub import resolve
+
+        classes = _class_names(read_class_list(data), classes_file)
+        file = None if weights is None else resolve(weights)
+        if weights == BUNDLED_WEIGHTS:
+            note_on_bundled(sorted((data / "images").glob("*"))[:1])
+
         import torch
 
         from catseg_fast.data.folder import FolderDataset
@@ -150,7 +164,6 @@ def evaluate(
         for name in backend:
             choose_backend(name, target)  # fail before anything is loaded
         dataset = FolderDataset(data)
-        classes = _class_names(dataset, classes_file)
         written = output / "results.json"
         check_target(written)
         output.mkdir(parents=True, exist_ok=True)
@@ -164,7 +177,7 @@ def evaluate(
             for combination in combinations:
                 with stderr.status("Loading the model …"):
                     model = build_model(
-                        weights, variant, list(classes), seed, device=target, dtype=combination.dtype,
+                        file, variant, list(classes), seed, device=target, dtype=combination.dtype,
                         sliding_window=sliding_window, backend=combination.backend, text_cache=text_cache,
                     )  # fmt: skip
                 if combination.precision is not None:
@@ -207,15 +220,14 @@ def combine(
     )
 
 
-def _class_names(dataset: FolderDataset, classes_file: Path | None) -> tuple[str, ...]:
-    if classes_file is None:
-        return dataset.classes
-    classes = read_classes(classes_file)
-    if len(classes) < len(dataset.classes):
-        raise ValueError(
-            f"{classes_file}: {len(classes)} classes are fewer than the data set's {len(dataset.classes)}"
-        )
-    return tuple(classes)
+def _class_names(own: tuple[str, ...], classes_file: Path | None) -> tuple[str, ...]:
+    """The class names of a data set, or others in their place."""
+    classes = own if classes_file is None else tuple(read_classes(classes_file))
+    if len(classes) < len(own):
+        raise InputError(f"{classes_file}: {len(classes)} classes are fewer than the data set's {len(own)}")
+    if classes_file is not None:
+        note_separators(classes, file=True)
+    return check_classes(classes)
 
 
 def _run(

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from catseg_fast.cli.options import (
+    BUNDLED_NOTE,
+    BUNDLED_WEIGHTS,
     Classes,
     ClassesFile,
     ClassesList,
@@ -19,11 +21,12 @@ from catseg_fast.cli.options import (
     class_names,
     weights_or_bundled,
 )
-from catseg_fast.console import Debug, plain_errors, stderr, stdout
+from catseg_fast.console import Debug, plain_errors, say_note, stderr, stdout
+from catseg_fast.onnx_target import check_target
 
 EXAMPLES = (
-    "catseg-fast export model.onnx",
     'catseg-fast export model.onnx --classes "sky; tree; person, man" --weights model_base.pth',
+    "catseg-fast export model.onnx --classes-list ade-150 --weights v2-vitl",
     "catseg-fast export model.onnx --classes-file classes.txt --weights v2-vitl --crops 5",
 )
 
@@ -51,12 +54,18 @@ def export(
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
     with plain_errors(debug):
-        from catseg_fast.export import check_target, export_onnx
+        # What can fail without torch comes first: importing that takes seconds.
+        from catseg_fast.checkpoints.hub import resolve
 
-        check_target(target)  # fail before the model is loaded
+        check_target(target)
+        file = None if weights is None else resolve(weights)
+        if weights == BUNDLED_WEIGHTS:
+            say_note(BUNDLED_NOTE)
+        from catseg_fast.export import export_onnx
+
         with stderr.status("Loading the model …"):
             model = build_model(
-                weights, variant, names, seed, device="cpu", dtype="float32", text_cache=text_cache
+                file, variant, names, seed, device="cpu", dtype="float32", text_cache=text_cache
             )
         with stderr.status("Exporting …"):
             written = export_onnx(model, target, crops=crops)

@@ -117,10 +117,13 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint in another format; safetensors load faster and hold no code."""
     with plain_errors(debug):
+        from catseg_fast.checkpoints.hub import resolve
+
+        file = resolve(source)  # fail before torch is imported
         from catseg_fast.checkpoints import checkpoint
 
         with stderr.status("Converting …"):
-            written = checkpoint.convert(source, target)
+            written = checkpoint.convert(file, target)
             recognised = checkpoint.recognise_variant(checkpoint.read_checkpoint(written))
         stdout.print(
             f"{source} is {recognised.name}; wrote {written} ({written.stat().st_size / 1e6:.0f} MB)"

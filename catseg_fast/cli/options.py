@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from catseg_fast.backend import BACKENDS, default_device
 from catseg_fast.config import VARIANTS
 from catseg_fast.console import choice, say_note, say_warning
 from catseg_fast.errors import RunError
+from catseg_fast.identity import is_scene
 from catseg_fast.text.class_lists import (
     EVERYDAY_CLASSES,
     READY_LISTS,
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 BUNDLED_WEIGHTS = "demo"
+BUNDLED_NOTE = (
+    "the weights in this package know generated scenes only; for other pictures use --weights v2-vitl, which "
+    "fetches upstream's"
+)
 
 # fmt: off
 Classes = Annotated[
@@ -42,8 +48,8 @@ ClassesFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", exists=True, dir_okay=False,
-        help="Class names from a file in UTF-8: a .txt, one per line (# starts a comment), or a .json, a list "
-        "of strings or Hugging Face's id2label.",
+        help="Class names from a file in UTF-8: a .txt, one per line (# starts a comment), or a .json, a "
+        "list of strings or Hugging Face's id2label.",
     ),
 ]
 ClassesList = Annotated[str | None, choice("--classes-list", READY_LISTS, "Class names of a data set")]
@@ -112,13 +118,24 @@ def class_names(
     except (OSError, ValueError) as error:
         hint = "--classes" if classes_file is None else "--classes-file"
         raise typer.BadParameter(str(error), param_hint=hint) from None
-    for note in separator_notes(names, file=classes_file is not None):
-        say_note(note)
+    note_separators(names, file=classes_file is not None)
     return names
 
 
+def note_separators(names: Sequence[str], file: bool) -> None:
+    """Say which names may be several classes with separators that are none."""
+    for note in separator_notes(names, file):
+        say_note(note)
+
+
+def note_on_bundled(pictures: Iterable[Path]) -> None:
+    """Say that the bundled weights know generated scenes only, if one of the pictures is something else."""
+    if not all(is_scene(path) for path in pictures if path.exists()):
+        say_note(BUNDLED_NOTE)
+
+
 def build_model(
-    weights: str | None,
+    weights: str | Path | None,
     variant: str | None,
     classes: list[str],
     seed: int,

@@ -14,6 +14,7 @@ from rich.table import Table
 from catseg_fast._version import __version__
 from catseg_fast.backend import choose_backend, default_device
 from catseg_fast.cli.options import (
+    BUNDLED_WEIGHTS,
     Backend,
     Classes,
     ClassesFile,
@@ -27,6 +28,7 @@ from catseg_fast.cli.options import (
     Weights,
     build_model,
     class_names,
+    note_on_bundled,
     weights_or_bundled,
 )
 from catseg_fast.console import (
@@ -60,7 +62,7 @@ def segment(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGE...", help="Pictures, folders of pictures, or globs in quotes ('photos/**/*.jpg')."
+            metavar="IMAGE", help="Pictures, folders of pictures, or globs in quotes ('photos/**/*.jpg')."
         ),
     ],
     classes: Classes = None,
@@ -118,18 +120,23 @@ def segment(
     except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
     with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
+        # What can fail without torch comes first: importing that takes seconds.
         from catseg_fast.checkpoints.hub import resolve
-        from catseg_fast.cli.inputs import find_pictures
-        from catseg_fast.cli.resume import fingerprint
+        from catseg_fast.cli.inputs import find_pictures, require_one
 
         pictures = find_pictures(images, output, _notice) if processes.first else []
+        require_one(pictures)
+        if weights == BUNDLED_WEIGHTS:
+            note_on_bundled(picture.path for picture in pictures)
+        file = None if weights is None else resolve(weights)
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
-                weights, variant, names, seed, device=device, dtype=dtype,
+                file, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend, text_cache=text_cache,
             )  # fmt: skip
-            file = None if weights is None else resolve(weights)
+            from catseg_fast.cli.resume import fingerprint
+
             about = {
                 "variant": model.variant.name,
                 "weights": weights,

@@ -1,0 +1,27 @@
+"""The class list of a folder data set. Without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from catseg_fast.text.class_lists import read_classes
+
+MOST_CLASSES = 65535  # the last of 16 bits' values is where no class is right
+
+
+def read_class_list(root: Path) -> tuple[str, ...]:
+    """Return the class names of the data set in a folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no `classes.json` in it.
+        ValueError: if that is not a list of 1 to 65535 names.
+    """
+    path = root / "classes.json"
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
+    classes = read_classes(path)
+    if len(classes) > MOST_CLASSES:
+        raise ValueError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
+    return tuple(classes)
