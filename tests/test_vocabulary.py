@@ -97,7 +97,7 @@ def test_bad_ensembles(ensemble: Any, message: str) -> None:
         (["sky", " \t"], ValueError, "classes: entry 1 is blank"),
         (["sky", 7], TypeError, "classes: entry 1 is 7, not a string"),
         (["sky", None], TypeError, "classes: entry 1 is None, not a string"),
-        ("sky", TypeError, "classes: a list of names is wanted, not the string 'sky'"),
+        ("sky", TypeError, "classes: expected a list of names, got the string 'sky'"),
         (["sky", ", tree"], ValueError, "classes: entry 1, .*, has a blank synonym"),
         (["sky", "tree, "], ValueError, "classes: entry 1, .*, has a blank synonym"),
     ],

@@ -23,6 +23,7 @@ from catseg_fast.cli.options import (
 )
 from catseg_fast.console import Debug, plain_errors, say_note, stderr, stdout
 from catseg_fast.onnx_target import check_target
+from catseg_fast.text.prompts import check_classes
 
 EXAMPLES = (
     'catseg-fast export model.onnx --classes "sky; tree; person, man" --weights model_base.pth',
@@ -57,6 +58,7 @@ def export(
         # What can fail without torch comes first: importing that takes seconds.
         from catseg_fast.checkpoints.hub import resolve
 
+        check_classes(names)
         check_target(target)
         file = None if weights is None else resolve(weights)
         if weights == BUNDLED_WEIGHTS:

@@ -22,7 +22,6 @@ from catseg_fast.text.class_lists import (
     ready_list,
     separator_notes,
 )
-from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -102,7 +101,7 @@ def default_classes(weights: str | None) -> list[str]:
 def class_names(
     classes: str | None, classes_file: Path | None, classes_list: str | None, weights: str | None
 ) -> list[str]:
-    """The class names that the options ask for, after checks that need no model."""
+    """The class names that the options ask for; what is wrong with a name itself the command says."""
     if sum(option is not None for option in (classes, classes_file, classes_list)) > 1:
         raise typer.BadParameter(
             "give --classes, --classes-file or --classes-list, not both", param_hint="--classes"
@@ -114,7 +113,6 @@ def class_names(
             return ready_list(classes_list).classes
         else:
             names = parse_classes(classes) if classes is not None else default_classes(weights)
-        check_classes(names)
     except (OSError, ValueError) as error:
         hint = "--classes" if classes_file is None else "--classes-file"
         raise typer.BadParameter(str(error), param_hint=hint) from None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from catseg_fast.output.colours import Colours, colours_for
+from catseg_fast.output.lettering import draw_text, shorten, text_width
 
 _PAPER, _INK, _FAINT = (250, 250, 250), (35, 35, 40), (120, 120, 128)
 _OUTLINE = (190, 190, 196)
@@ -110,11 +110,10 @@ def _with_legend(
 ) -> Image.Image:
     """`picture` with a panel of the largest classes on its right, at a scale that suits its size."""
     em = max(_SMALLEST_FONT, round((picture.width * picture.height) ** 0.5 / 58))
-    font = _font(em)
     order = shares.argsort(descending=True, stable=True).tolist()
     present = [index for index in order if shares[index] > 0]
     shown, rest = present[:max_legend], present[max_legend:]
-    names = [_shorten(classes[index], font, _LONGEST_NAME * em) for index in shown]
+    names = [shorten(classes[index], em, _LONGEST_NAME * em) for index in shown]
     if rest:
         names.append(f"… and {len(rest)} more")
     percents = [_percent(float(shares[index])) for index in shown]
@@ -125,9 +124,9 @@ def _with_legend(
     name_at = picture.width + margin + swatch + round(0.6 * em)
     percent_end = round(
         name_at
-        + max(font.getlength(name) for name in names)
+        + max(text_width(name, em) for name in names)
         + em
-        + max(font.getlength(percent) for percent in percents)
+        + max(text_width(percent, em) for percent in percents)
     )
     size = (percent_end + margin, max(picture.height, row * len(names) + 2 * margin))
     canvas = Image.new("RGB", size, _PAPER)
@@ -145,24 +144,10 @@ def _with_legend(
                 fill=tuple(colours[shown[i]].tolist()),
                 outline=_OUTLINE,  # white is on white paper otherwise
             )
-        draw.text((name_at, middle), name, ink, font, anchor="lm")
-        draw.text((percent_end, middle), percent, _FAINT, font, anchor="rm")
+        draw_text(draw, (name_at, middle), name, em, ink)
+        draw_text(draw, (percent_end - text_width(percent, em), middle), percent, em, _FAINT)
     return canvas
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else "<0.1%"
-
-
-def _shorten(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """`name`, cut with an ellipsis where it is wider than `width` pixels."""
-    if font.getlength(name) <= width:
-        return name
-    while name and font.getlength(name + "…") > width:
-        name = name[:-1]
-    return name.rstrip(" ,") + "…"
