@@ -193,8 +193,8 @@ def _by_index(content: dict[str, Any], path: Path) -> list[Any]:
     if labels.keys() != set(expected):
         odd = next(iter(key for key in labels if key not in expected))
         raise InputError(
-            f"{path}: expected a JSON list of strings, or an object with the keys 0..{len(labels) - 1} for its "
-            f"{len(labels)} names, as Hugging Face's id2label has them; found the key {odd!r}"
+            f"{path}: expected a JSON list of strings, or an object with the keys 0..{len(labels) - 1} for "
+            f"its {len(labels)} names, as Hugging Face's id2label has them; found the key {odd!r}"
         )
     return [labels[key] for key in expected]
 
