@@ -43,5 +43,5 @@ class Aggregator(reference.Aggregator):
     ) -> Tensor:
         if constant_backend(self.backend, img_feats.device) == "reference":
             return super().forward(img_feats, text_feats, appearance_guidance)
-        check_shapes(self, img_feats, text_feats)
+        check_shapes(self, img_feats, text_feats, appearance_guidance)
         return self.engine.logits(img_feats, text_feats, appearance_guidance, self.max_classes)

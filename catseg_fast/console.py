@@ -19,11 +19,11 @@ from rich.text import Text
 
 from catseg_fast.errors import CATSegError
 
-# What a user can cause and fix, or the machine lacks: one line says it all. Anything else is a bug.
-USER_ERRORS = (CATSegError, ValueError, OSError, MemoryError)
+# Errors that a user can cause and fix: their message is enough. Any other is a bug, or memory has run out.
+USER_ERRORS = (CATSegError, OSError)
 
 # How a command ends by design: some versions of typer bring a click of their own.
-USAGE_ERROR = typer.BadParameter.__mro__[2]
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # type: ignore[assignment]
 _ENDS = (typer.Exit, typer.Abort, USAGE_ERROR)
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -126,7 +126,7 @@ def _say(kind: str, style: str, message: str) -> None:
     stderr.print(Text.assemble((kind, style), " ", printable(message)))
 
 
-def show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+def show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Print a warning as one line; a replacement for `warnings.showwarning`."""
     say_warning(message)
 
@@ -135,8 +135,8 @@ def describe(error: Exception) -> str:
     """Return the message of an error; for a bug, with the request to report it."""
     if isinstance(error, USER_ERRORS):
         return str(error)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return f"out of memory: {error}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch is not imported
+        return str(error) if "out of memory" in str(error) else f"out of memory: {error}".removesuffix(": ")
     return (
         f"{type(error).__name__}: {error}\nThis is a bug in catseg-fast. Please report it with the output of "
         "the same command with --debug, and of `catseg-fast env`."

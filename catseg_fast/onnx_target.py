@@ -6,19 +6,19 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from catseg_fast.errors import MissingPackageError
+from catseg_fast.errors import InputError, MissingPackageError
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
     """The path of an .onnx file that can be written.
 
     Raises:
-        FileNotFoundError, ValueError: if the path has no folder or another suffix.
-        ImportError: if onnx or onnxscript is not installed.
+        FileNotFoundError, InputError: if the path has no folder or another suffix.
+        MissingPackageError: if onnx or onnxscript is not installed.
     """
     path = Path(path).expanduser()
     if path.suffix != ".onnx":
-        raise ValueError(f"path: {path} must end in .onnx")
+        raise InputError(f"path: {path} must end in .onnx")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {path.parent}")
     for package in ("onnx", "onnxscript"):

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from catseg_fast.errors import InputError
+
 
 def elu_feature_map(x: Tensor) -> Tensor:
     """The positive feature map of linear attention, elu(x) + 1."""
@@ -59,7 +61,7 @@ class AttentionLayer(nn.Module):
     ) -> None:
         super().__init__()
         if attention_type not in ATTENTION:
-            raise ValueError(f"attention_type: {attention_type!r} is not one of {', '.join(ATTENTION)}")
+            raise InputError(f"attention_type: {attention_type!r} is not one of {', '.join(ATTENTION)}")
         self.nheads = nheads
         self.q = nn.Linear(hidden_dim + guidance_dim, hidden_dim)
         self.k = nn.Linear(hidden_dim + guidance_dim, hidden_dim)
@@ -100,6 +102,7 @@ class ClassTransformerLayer(nn.Module):
         pad_len: int = 256,
     ) -> None:
         super().__init__()
+        self.pooling_size = pooling_size
         self.pool = (
             nn.Identity() if pooling_size is None else nn.AvgPool2d((pooling_size[0], pooling_size[1]))
         )

@@ -189,7 +189,9 @@ def serve(page: gr.Blocks, host: str, port: int, browser: bool = False, wait: bo
 def example_scene() -> tuple[Image.Image, list[str]]:
     """The picture that the page starts with, a generated scene, and the names of what is in it."""
     scene = draw_scene(np.random.default_rng(_EXAMPLE), HELD_OUT, size=(480, 640))
-    return Image.fromarray(scene.image), [getattr(thing, "name", thing) for thing in scene.things]
+    return Image.fromarray(scene.image), [
+        thing if isinstance(thing, str) else thing.name for thing in scene.things
+    ]
 
 
 def _head(model: CATSeg, untrained: bool, bundled: bool) -> str:

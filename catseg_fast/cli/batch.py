@@ -58,6 +58,7 @@ class Batch:
         model: has its classes; or a conductor of the ranks that have them, on rank 0.
         about: further entries of the JSON files; its "fingerprint" tells which results are up to date.
         alpha: share of the colours in the overlay.
+        formats: what else to write, of `catseg_fast.output.formats.FORMATS`.
         size: pictures in one call of the model.
         overwrite: also do pictures whose results are up to date.
         threads: for decoding, and as many for writing.
@@ -69,11 +70,13 @@ class Batch:
         about: Mapping[str, Any],
         *,
         alpha: float = 0.55,
+        formats: Sequence[str] = (),
         size: int = 1,
         overwrite: bool = False,
         threads: int | None = None,
     ) -> None:
         self.model, self.about, self.alpha, self.size, self.overwrite = model, about, alpha, size, overwrite
+        self.formats = formats
         self.threads = threads or min(4, os.cpu_count() or 1)
 
     def run(self, pictures: Sequence[Picture]) -> Iterator[Outcome]:
@@ -126,7 +129,7 @@ class Batch:
 
     def _decode(self, picture: Picture) -> Decoded | list[dict[str, Any]]:
         """A picture's pixels; or its classes, if its results are up to date."""
-        if not self.overwrite and (content := finished(picture, self.about["fingerprint"])):
+        if not self.overwrite and (content := finished(picture, self.about["fingerprint"], self.formats)):
             return _occurring(content["classes"])
         # The digest comes first: if the file changes in between, the results count as another content's.
         digest = content_digest(picture.path) if picture.path.is_file() else None
@@ -154,7 +157,7 @@ class Batch:
         about = {"image": str(picture.path), **self.about}
         classes = save_segmentation(
             picture.folder, picture.stem, decoded.image, answer, about, self.alpha,
-            picture=picture.path, digest=decoded.digest,
+            picture=picture.path, digest=decoded.digest, formats=self.formats,
         )  # fmt: skip
         return _occurring(classes)
 

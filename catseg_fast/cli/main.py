@@ -38,14 +38,15 @@ from catseg_fast.console import (
 class Commands(TyperGroup):
     """Says what is wrong with the arguments in plain lines: a box breaks the paths in a message."""
 
-    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*arguments, standalone_mode=False, **options)
+    def main(self, args: Any = None, prog_name: str | None = None, **options: Any) -> Any:
+        if not options.pop("standalone_mode", True):
+            return super().main(args, prog_name, standalone_mode=False, **options)
+        code: Any
         try:
-            code = super().main(*arguments, standalone_mode=False, **options)
+            code = super().main(args, prog_name, standalone_mode=False, **options)
         except USAGE_ERROR as error:
             _say_usage_error(error)
-            code = error.exit_code  # type: ignore[attr-defined]
+            code = getattr(error, "exit_code", 2)
         except typer.Abort:
             say_error("aborted")
             code = 1

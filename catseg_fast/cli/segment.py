@@ -33,6 +33,7 @@ from catseg_fast.cli.options import (
 )
 from catseg_fast.console import (
     Debug,
+    choice,
     describe,
     image_progress,
     output_folder,
@@ -42,6 +43,7 @@ from catseg_fast.console import (
     stdout,
 )
 from catseg_fast.distributed.torchrun import Processes, join, own_device
+from catseg_fast.output.formats import FORMATS, check_formats
 from catseg_fast.output.statistics import check_target, write_statistics
 from catseg_fast.text.prompts import check_classes
 
@@ -93,6 +95,9 @@ def segment(
     ] = 1,
     sliding_window: SlidingWindow = True,
     backend: Backend = "auto",
+    formats: Annotated[
+        list[str] | None, choice("--format", tuple(FORMATS), "Also write, several times if need be")
+    ] = None,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     text_cache: TextCache = True,
     seed: Seed = 0,
@@ -120,6 +125,11 @@ def segment(
             check_target(stats)
     except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
+    formats = formats or []
+    try:
+        check_formats(formats, len(names))
+    except (ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error).removeprefix("formats: "), param_hint="--format") from None
     with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
         # What can fail without torch comes first: importing that takes seconds.
         from catseg_fast.checkpoints.hub import resolve
@@ -157,7 +167,7 @@ def segment(
         from catseg_fast.cli.batch import Batch
 
         start = time.perf_counter()
-        work = Batch(conductor or model, about, alpha=alpha, size=batch, overwrite=overwrite)
+        work = Batch(conductor or model, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite)
         outcomes = _segment_all(work, pictures, debug)
         seconds = time.perf_counter() - start
         if conductor is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from catseg_fast.errors import InputError
 from catseg_fast.text.class_lists import read_classes
 
 MOST_CLASSES = 65535  # the last of 16 bits' values is where no class is right
@@ -14,7 +15,7 @@ def read_class_list(root: Path) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: if there is no such folder, or no `classes.json` in it.
-        ValueError: if that is not a list of 1 to 65535 names.
+        InputError: if that is not a list of 1 to 65535 names.
     """
     path = root / "classes.json"
     if not root.is_dir():
@@ -23,5 +24,5 @@ def read_class_list(root: Path) -> tuple[str, ...]:
         raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
     classes = read_classes(path)
     if len(classes) > MOST_CLASSES:
-        raise ValueError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
+        raise InputError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
     return tuple(classes)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from catseg_fast.engine.folding import DecoderStage, Plan, WindowBlock, wide
 from catseg_fast.engine.kept import kept
+from catseg_fast.errors import InputError
 from catseg_fast.kernels.window_attention.plain import window_masks, window_order
+from catseg_fast.reference.aggregator import check_pooling
 from catseg_fast.reference.window_attention import fit_window
 
 Geometry = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
@@ -111,6 +113,8 @@ def image_terms(
             _block_guidance(block, normalised, resolution, img_feats.device) for block in layer.blocks
         )
         blocks.append((first, second))
+    for layer in plan.layers:
+        check_pooling(layer.classes.pooling, resolution)
     H, W = resolution
     decoder = (
         _decoder_guidance(plan.decoder[0], decoder_guidance[0], (2 * H, 2 * W)),
@@ -157,7 +161,7 @@ def _block_guidance(
     H, W = resolution
     window, shift = fit_window(resolution, block.window, block.shift)
     if H % window or W % window:
-        raise ValueError(f"img_feats: resolution {H}x{W} is not divisible by the window {window}")
+        raise InputError(f"img_feats: resolution {H}x{W} is not divisible by the window {window}")
     order, inverse, masks = _geometry(resolution, window, shift, block.qkv.dtype, device)
     query_key = block.guidance_bias.view(1, 1, -1)
     if block.guidance is not None and tokens is not None:

@@ -67,11 +67,11 @@ def ready_list(name: str) -> ReadyList:
     """Return a list by its name, whatever its case.
 
     Raises:
-        ValueError: if it is not one of `READY_LISTS`.
+        InputError: if it is not one of `READY_LISTS`.
     """
     key = name.strip().lower()
     if key not in READY_LISTS:
-        raise ValueError(f"classes: no list is named {name!r}; choose one of {', '.join(READY_LISTS)}")
+        raise InputError(f"classes: no list is named {name!r}; choose one of {', '.join(READY_LISTS)}")
     path = Path(__file__).parent / "lists" / f"{key}.json"
     return ReadyList(**json.loads(path.read_text(encoding="utf-8")))
 
@@ -82,7 +82,7 @@ def parse_classes(text: str) -> list[str]:
     The name of a ready list, such as "ade-150", stands for its classes.
 
     Raises:
-        ValueError: if there is none.
+        InputError: if there is none.
     """
     if text.strip().lower() in READY_LISTS:
         return ready_list(text).classes
@@ -98,7 +98,7 @@ def read_classes(path: Path) -> list[str]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is of another kind, damaged, or empty, or no regular file.
+        InputError: if it is of another kind, damaged, or empty, or no regular file.
     """
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".json"):
@@ -159,7 +159,7 @@ def _read_utf8(path: Path) -> str:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is not UTF-8.
+        InputError: if it is not UTF-8.
     """
     with open_regular(path) as file:
         content = file.read()
@@ -201,5 +201,5 @@ def _by_index(content: dict[str, Any], path: Path) -> list[Any]:
 
 def _some(names: list[str], where: str) -> list[str]:
     if not names:
-        raise ValueError(f"{where} has no class names")
+        raise InputError(f"{where} has no class names")
     return names

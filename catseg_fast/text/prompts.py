@@ -38,8 +38,8 @@ def get_templates(prompt_ensemble: str | Sequence[str]) -> tuple[str, ...]:
     """Prompt templates of a named ensemble, or the given ones after a check.
 
     Raises:
-        TypeError: if a template is not a string, or they have no order.
-        ValueError: if the name is unknown, there is no template, or one lacks its `{}` or has other braces.
+        InputTypeError: if a template is not a string, or they have no order.
+        InputError: if the name is unknown, there is no template, or one lacks its `{}` or has other braces.
     """
     if isinstance(prompt_ensemble, str):
         if prompt_ensemble not in PROMPT_ENSEMBLES:
@@ -77,7 +77,7 @@ def _ordered(items: Iterable[Any], name: str, kind: str) -> tuple[Any, ...]:
     """The items as a tuple.
 
     Raises:
-        TypeError: if they have no order of their own, or are none.
+        InputTypeError: if they have no order of their own, or are none.
     """
     found = type(items).__name__
     if isinstance(items, AbstractSet) and not isinstance(items, KeysView):
@@ -104,8 +104,8 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
     """The class names as a tuple, after checks.
 
     Raises:
-        TypeError: if `classes` is one string, has no order (a set), or holds something else than strings.
-        ValueError: if there is no class, a name or one of its synonyms is blank or not valid Unicode, or a
+        InputTypeError: if `classes` is one string or a set, or holds something else than strings.
+        InputError: if there is no class, a name or one of its synonyms is blank or not valid Unicode, or a
             name is listed twice.
     """
     if isinstance(classes, str):

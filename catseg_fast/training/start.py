@@ -24,7 +24,7 @@ def load_start(model: CATSeg, state_dict: Mapping[str, Tensor], source: str) -> 
         source: what to call it in an error.
 
     Raises:
-        ValueError: if it does not fit; the model is as before.
+        InputError: if it does not fit; the model is as before.
     """
     clip = clip_alone(state_dict)
     if clip is None:
@@ -41,7 +41,7 @@ def variant_of(state_dict: Mapping[str, Tensor], source: str) -> Variant:
         source: what to call it in an error.
 
     Raises:
-        ValueError: if it is neither, or no variant has this CLIP.
+        InputError: if it is neither, or no variant has this CLIP.
     """
     clip = clip_alone(state_dict)
     try:
