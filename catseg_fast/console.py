@@ -13,7 +13,15 @@ import typer
 from rich.console import Console
 from rich.errors import LiveError
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -23,7 +31,7 @@ from catseg_fast.errors import CATSegError
 USER_ERRORS = (CATSegError, OSError)
 
 # How a command ends by design: some versions of typer bring a click of their own.
-USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # type: ignore[assignment]
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 _ENDS = (typer.Exit, typer.Abort, USAGE_ERROR)
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -202,6 +210,24 @@ def late_progress(text: str, after: float = 2.0) -> Iterator[Callable[[int, int]
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """Yield what is called at the start of each stage of long work, with its name.
+
+    The stage and its time so far are shown on a terminal; elsewhere there is a line for each stage.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def begin(name: str) -> None:
+            bar.reset(task, description=f"{name} …")
+            if not stderr.is_terminal:
+                stderr.print(f"{name} …")
+
+        yield begin
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

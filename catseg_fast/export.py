@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +112,13 @@ def export_program(
     )
 
 
-def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) -> list[Path]:
+def export_onnx(
+    model: CATSeg,
+    path: str | os.PathLike[str],
+    *,
+    crops: int = 1,
+    begin: Callable[[str], object] = lambda stage: None,
+) -> list[Path]:
     """Write the model as ONNX, with what is needed to use it beside it; all of it, or nothing.
 
     Args:
@@ -119,6 +127,7 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
             NAME.classes.npz with the classes' names and text features; where weights near 2 GB,
             NAME.onnx.data.
         crops: images B of a call.
+        begin: called with the name of each stage at its start.
 
     Returns:
         The files, the .onnx first.
@@ -131,13 +140,18 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
     path = check_target(path)
     if model.dtype != torch.float32:
         raise InputError(f"model: is in {model.dtype}; ONNX is written in torch.float32")
+    begin("Encoding the class names")
     text = model.text_features().cpu().numpy()  # fails first where there are no classes
+    begin("Tracing the model")
     program = export_program(model, crops=crops)
-    written = torch.onnx.export(
-        program, dynamo=True, input_names=INPUTS, output_names=(OUTPUT,), opset_version=OPSET, verbose=False,
-        dynamic_shapes={"images": None, "text_features": {0: "classes"}},
-    )  # fmt: skip
+    begin("Translating it to ONNX")
+    with _quiet():
+        written = torch.onnx.export(
+            program, dynamo=True, input_names=INPUTS, output_names=(OUTPUT,), opset_version=OPSET,
+            verbose=False, dynamic_shapes={"images": None, "text_features": {0: "classes"}},
+        )  # fmt: skip
     assert written is not None
+    begin("Writing")
     with temporary_folder(path.parent) as folder:
         written.save(folder / path.name, external_data=_weight_bytes(program) > 1.8e9)
         np.savez(folder / f"{path.stem}.classes.npz", classes=np.array(model.classes), text_features=text)
@@ -147,6 +161,20 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
         for name in names:  # the model itself last
             os.replace(folder / name, path.with_name(name))
     return [path.with_name(name) for name in reversed(names)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let the exporter's libraries log errors only, not each optimisation that they leave out."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _weight_bytes(program: torch.export.ExportedProgram) -> int:

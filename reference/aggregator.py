@@ -122,6 +122,7 @@ class Aggregator(nn.Module):
         super().__init__()
         _check_sizes(hidden_dim, nheads, decoder_dims, pooling_size, feature_resolution, window_size)
         self.num_layers = num_layers
+        self.pooling_size = pooling_size
         self.hidden_dim = hidden_dim
         self.pad_len = pad_len
         self.max_classes = pad_len or None
@@ -198,8 +199,7 @@ class Aggregator(nn.Module):
             InputError: if there is no class, or the shapes do not fit each other or the weights.
         """
         check_shapes(self, img_feats, text_feats, appearance_guidance)
-        for layer in self.layers:
-            check_pooling(layer.attention.pooling_size, img_feats.shape[-2:])
+        check_pooling(self.pooling_size, img_feats.shape[-2:])
         total, selected = text_feats.shape[1], None
         if self.max_classes is not None and total > self.max_classes:
             selected = select_classes(img_feats, text_feats, self.max_classes)

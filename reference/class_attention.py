@@ -102,7 +102,6 @@ class ClassTransformerLayer(nn.Module):
         pad_len: int = 256,
     ) -> None:
         super().__init__()
-        self.pooling_size = pooling_size
         self.pool = (
             nn.Identity() if pooling_size is None else nn.AvgPool2d((pooling_size[0], pooling_size[1]))
         )

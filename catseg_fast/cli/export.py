@@ -21,7 +21,7 @@ from catseg_fast.cli.options import (
     class_names,
     weights_or_bundled,
 )
-from catseg_fast.console import Debug, plain_errors, say_note, stderr, stdout
+from catseg_fast.console import Debug, plain_errors, say_note, stages, stderr, stdout
 from catseg_fast.onnx_target import check_target
 from catseg_fast.text.prompts import check_classes
 
@@ -56,20 +56,17 @@ def export(
     names = class_names(classes, classes_file, classes_list, weights)
     with plain_errors(debug):
         # What can fail without torch comes first: importing that takes seconds.
-        from catseg_fast.checkpoints.hub import resolve
-
         check_classes(names)
         check_target(target)
-        file = None if weights is None else resolve(weights)
         if weights == BUNDLED_WEIGHTS:
             say_note(BUNDLED_NOTE)
-        from catseg_fast.export import export_onnx
-
         with stderr.status("Loading the model …"):
             model = build_model(
-                file, variant, names, seed, device="cpu", dtype="float32", text_cache=text_cache
+                weights, variant, names, seed, device="cpu", dtype="float32", text_cache=text_cache
             )
-        with stderr.status("Exporting …"):
-            written = export_onnx(model, target, crops=crops)
+        from catseg_fast.export import export_onnx
+
+        with stages() as begin:
+            written = export_onnx(model, target, crops=crops, begin=begin)
     for path in written:
         stdout.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")

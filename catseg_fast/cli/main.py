@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,12 +39,13 @@ from catseg_fast.console import (
 class Commands(TyperGroup):
     """Says what is wrong with the arguments in plain lines: a box breaks the paths in a message."""
 
-    def main(self, args: Any = None, prog_name: str | None = None, **options: Any) -> Any:
-        if not options.pop("standalone_mode", True):
-            return super().main(args, prog_name, standalone_mode=False, **options)
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        run = partial(super().main, *arguments, **{**options, "standalone_mode": False})
+        if not options.get("standalone_mode", True):
+            return run()
         code: Any
         try:
-            code = super().main(args, prog_name, standalone_mode=False, **options)
+            code = run()
         except USAGE_ERROR as error:
             _say_usage_error(error)
             code = getattr(error, "exit_code", 2)

@@ -147,6 +147,10 @@ def build_model(
     Raises:
         InputError: if neither is named.
     """
+    from catseg_fast.checkpoints.hub import resolve
+
+    path = None if weights is None else resolve(weights)  # fail before torch is imported
+
     import torch
 
     from catseg_fast.model import CATSeg
@@ -158,9 +162,9 @@ def build_model(
             reason = str(error).partition("\n")[0]
             raise RunError(f"--device: {device!r} is not available: {reason}") from error
     target, precision = device or default_device(), getattr(torch, dtype)
-    if weights is not None:
+    if path is not None:
         return CATSeg.from_pretrained(
-            weights, classes, variant=variant, device=target, dtype=precision, **options
+            path, classes, variant=variant, device=target, dtype=precision, **options
         )
     if variant is None:
         raise InputError("weights, variant: neither is given")
