@@ -23,6 +23,7 @@ from catseg_fast.cli.options import (
 )
 from catseg_fast.console import Debug, plain_errors, say_note, stages, stderr, stdout
 from catseg_fast.onnx_target import check_target
+from catseg_fast.text.fold import split_fold
 from catseg_fast.text.prompts import check_classes
 
 EXAMPLES = (
@@ -56,7 +57,7 @@ def export(
     names = class_names(classes, classes_file, classes_list, weights)
     with plain_errors(debug):
         # What can fail without torch comes first: importing that takes seconds.
-        check_classes(names)
+        check_classes(split_fold(names)[0])
         check_target(target)
         if weights == BUNDLED_WEIGHTS:
             say_note(BUNDLED_NOTE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from catseg_fast.text.class_lists import (
     EVERYDAY_CLASSES,
     READY_LISTS,
     SCENE_CLASSES,
+    Names,
     parse_classes,
     read_classes,
     ready_list,
@@ -48,10 +49,13 @@ ClassesFile = Annotated[
     typer.Option(
         metavar="FILE", exists=True, dir_okay=False,
         help="Class names from a file in UTF-8: a .txt, one per line (# starts a comment), or a .json, a "
-        "list of strings or Hugging Face's id2label.",
+        "list of strings, Hugging Face's id2label, or an object with the several names of each class, "
+        '{"background": ["wall", "floor"]}.',
     ),
 ]
-ClassesList = Annotated[str | None, choice("--classes-list", READY_LISTS, "Class names of a data set")]
+ClassesList = Annotated[
+    str | None, choice("--classes-list", READY_LISTS, "Class names of a data set, or nouns")
+]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -84,6 +88,14 @@ TextCache = Annotated[
         help="Whether the class names' text features are kept in the user's cache folder for the next run.",
     ),
 ]
+MinScore = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P", min=0, max=1,
+        help="Label pixels 'none of these' whose best class has a smaller probability; 0.3 is a start. By "
+        "default every pixel has a class.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of untrained weights.")]
 # fmt: on
 
@@ -100,7 +112,7 @@ def default_classes(weights: str | None) -> list[str]:
 
 def class_names(
     classes: str | None, classes_file: Path | None, classes_list: str | None, weights: str | None
-) -> list[str]:
+) -> Names:
     """The class names that the options ask for; what is wrong with a name itself the command says."""
     if sum(option is not None for option in (classes, classes_file, classes_list)) > 1:
         raise typer.BadParameter(
@@ -120,7 +132,7 @@ def class_names(
     return names
 
 
-def note_separators(names: Sequence[str], file: bool) -> None:
+def note_separators(names: Names, file: bool) -> None:
     """Say which names may be several classes with separators that are none."""
     for note in separator_notes(names, file):
         say_note(note)
@@ -135,7 +147,7 @@ def note_on_bundled(pictures: Iterable[Path]) -> None:
 def build_model(
     weights: str | Path | None,
     variant: str | None,
-    classes: list[str],
+    classes: Names,
     seed: int,
     *,
     device: str | None,

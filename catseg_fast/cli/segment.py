@@ -45,6 +45,7 @@ from catseg_fast.console import (
 from catseg_fast.distributed.torchrun import Processes, join, own_device
 from catseg_fast.output.formats import FORMATS, check_formats
 from catseg_fast.output.statistics import check_target, write_statistics
+from catseg_fast.text.fold import split_fold
 from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def segment(
         from catseg_fast.checkpoints.hub import resolve
         from catseg_fast.cli.inputs import find_pictures, require_one
 
-        check_classes(names)
+        check_classes(split_fold(names)[0])
         pictures = find_pictures(images, output, _notice) if processes.first else []
         require_one(pictures)
         if weights == BUNDLED_WEIGHTS:

@@ -17,6 +17,7 @@ from catseg_fast.config import VARIANTS
 from catseg_fast.console import Debug, choice, output_folder, plain_errors, say_note, stderr, stdout
 from catseg_fast.data.class_list import read_class_list
 from catseg_fast.distributed.torchrun import join, own_device
+from catseg_fast.errors import InputError
 from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
@@ -154,7 +155,13 @@ def train(
         # What can fail without torch comes first: importing that takes seconds.
         from catseg_fast.checkpoints.hub import resolve
 
-        check_classes(read_class_list(data))
+        classes, fold = read_class_list(data)
+        check_classes(classes)
+        if fold is not None:
+            raise InputError(
+                f"--data: classes of {data} have several names each, and training takes one; "
+                "make the data set with a list of names"
+            )
         start = None if init is None else resolve(init)
 
         import torch

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from catseg_fast.errors import InputError
 from catseg_fast.text.class_lists import read_classes
+from catseg_fast.text.fold import Fold
 
 MOST_CLASSES = 65535  # the last of 16 bits' values is where no class is right
 
 
-def read_class_list(root: Path) -> tuple[str, ...]:
-    """Return the class names of the data set in a folder.
+def read_class_list(root: Path) -> tuple[tuple[str, ...], Fold | None]:
+    """Return the classes of the data set in a folder, and the fold of their names if they have several.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no `classes.json` in it.
@@ -25,4 +26,4 @@ def read_class_list(root: Path) -> tuple[str, ...]:
     classes = read_classes(path)
     if len(classes) > MOST_CLASSES:
         raise InputError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
-    return tuple(classes)
+    return tuple(classes), Fold.of(classes, str(path)) if isinstance(classes, dict) else None
