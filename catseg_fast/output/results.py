@@ -74,7 +74,7 @@ def save_segmentation(
         formats: names of other formats, of `catseg_fast.output.formats.FORMATS`.
 
     Returns:
-        The summary of the classes in the JSON file, as of `summarise`.
+        The classes in the JSON file: those that occur, as of `summarise`.
 
     Raises:
         OSError: if writing fails; FileExistsError if a file is there that is not a result of this picture.
@@ -83,7 +83,7 @@ def save_segmentation(
         ImportError: if a format needs a package that is not installed.
     """
     check_formats(formats, len(segmentation.classes))
-    classes = summarise(segmentation)
+    classes = [entry for entry in summarise(segmentation) if entry["share"]]
     height, width = segmentation.labels.shape
     folder.mkdir(parents=True, exist_ok=True)
     mark = "" if picture is None else place_digest(picture)
