@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.errors import LiveError
 from rich.measure import Measurement
@@ -75,11 +76,10 @@ class PlainConsole(Console):
         """
         for column in table.columns:
             column.overflow = "fold"
-        for index in paths:
-            table.columns[index].no_wrap = True
-        for index in names:
-            longest = max((len(str(cell)) for cell in table.columns[index].cells), default=0)
-            table.columns[index].min_width = min(longest, _KEPT_NAME)
+        for index in (*names, *paths):
+            cells = table.columns[index].cells
+            longest = max((cell_len(printable(str(cell))) for cell in cells), default=0)
+            table.columns[index].min_width = longest if index in paths else min(longest, _KEPT_NAME)
         needed, natural = Measurement.get(self, self.options.update(width=_UNLIMITED), table)
         width = max(needed, min(natural, self.width)) if self.is_terminal else natural
         wide = type(self)(file=self.file, force_terminal=self.is_terminal, width=width)

@@ -76,7 +76,7 @@ def _pieces(text: str) -> tuple[Piece, ...]:
     letters = list(_letters(text))
     shared = next((path for path in _first_fonts() if all(_has(path, letter) for letter in letters)), "")
     if shared != "":
-        return ((text, shared),) if text else ()
+        return (("".join(letters), shared),) if letters else ()
     pieces: list[Piece] = []
     for letter in letters:
         path = _font_of(letter)
