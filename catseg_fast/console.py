@@ -79,7 +79,8 @@ class PlainConsole(Console):
         for index in (*names, *paths):
             cells = table.columns[index].cells
             longest = max((cell_len(printable(str(cell))) for cell in cells), default=0)
-            table.columns[index].min_width = longest if index in paths else min(longest, _KEPT_NAME)
+            if index in paths or longest <= _KEPT_NAME:
+                table.columns[index].no_wrap, table.columns[index].min_width = True, longest
         needed, natural = Measurement.get(self, self.options.update(width=_UNLIMITED), table)
         width = max(needed, min(natural, self.width)) if self.is_terminal else natural
         wide = type(self)(file=self.file, force_terminal=self.is_terminal, width=width)
