@@ -151,7 +151,8 @@ def test_a_variant_without_weights_is_untrained(workplace, monkeypatch):
 def test_default_classes(workplace, weights):
     assert run("segment", "photo.png", "--weights", weights, "--whole").exit_code == 0
     content = json.loads((workplace / "segmented" / "photo.json").read_text())
-    assert tuple(entry["name"] for entry in content["classes"]) == EVERYDAY_CLASSES
+    assert all(EVERYDAY_CLASSES[entry["index"]] == entry["name"] for entry in content["classes"])
+    assert 0 < len(content["classes"]) < len(EVERYDAY_CLASSES)  # those that occur
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

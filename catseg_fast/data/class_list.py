@@ -15,12 +15,10 @@ def read_class_list(root: Path) -> tuple[tuple[str, ...], Fold | None]:
     """Return the classes of the data set in a folder, and the fold of their names if they have several.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or no `classes.json` in it.
+        FileNotFoundError: if there is no `classes.json` in it.
         InputError: if that is not a list of 1 to 65535 names.
     """
     path = root / "classes.json"
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
     classes = read_classes(path)
