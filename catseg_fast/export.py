@@ -156,7 +156,7 @@ def export_onnx(
         written.save(folder / path.name, external_data=_weight_bytes(program) > 1.8e9)
         np.savez(folder / f"{path.stem}.classes.npz", classes=np.array(model.classes), text_features=text)
         card = json.dumps(describe(model, path, crops), indent=2, ensure_ascii=False) + "\n"
-        (folder / f"{path.stem}.json").write_text(card, encoding="utf-8")
+        (folder / f"{path.stem}.json").write_text(card, encoding="utf-8", errors="backslashreplace")
         names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == path.name)
         for name in names:  # the model itself last
             os.replace(folder / name, path.with_name(name))
