@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +21,12 @@ SIZES: dict[str, Any] = {
     "decoder_guidance_proj_dims": (8, 4), "num_layers": 1, "nheads": 2, "hidden_dim": 32,
     "pooling_size": None, "feature_resolution": (4, 4), "window_size": 2, "prompt_channel": 1, "pad_len": 0,
 }  # fmt: skip
-BACKENDS = [
-    "reference",
-    "torch",
-    pytest.param(
-        "triton", marks=pytest.mark.skipif(why_no_triton("cpu") is not None, reason="no Triton on the CPU")
-    ),
+NAN, INF = float("nan"), float("inf")
+NO_TRITON = pytest.mark.skipif(why_no_triton("cpu") is not None, reason="no Triton on the CPU")
+# Back end, side of the window, and what is in the guidance; the interpreter takes seconds for one.
+BROKEN = [
+    *itertools.product(("reference", "torch"), (1, 2, 3, 4), (NAN, INF)),
+    pytest.param("triton", 2, NAN, marks=NO_TRITON),
 ]
 KINDS = (Aggregator, reference.Aggregator)
 
@@ -48,9 +49,7 @@ def inputs(height: int = 4, width: int = 4, classes: int = 3) -> tuple[Tensor, T
 # ---- NaN --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("side", [1, 2, 3, 4])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "side", "value"), BROKEN)
 def test_guidance_that_is_not_finite_is_seen(backend: str, side: int, value: float) -> None:
     """One window: whatever its size, its queries and keys are NaN, so that the reference answers NaN only."""
     aggregator = make(window_size=side, feature_resolution=(side, side))
@@ -59,19 +58,6 @@ def test_guidance_that_is_not_finite_is_seen(backend: str, side: int, value: flo
     assert aggregator(image, text, maps).isfinite().all()
     maps[0][0, 0, 0, 0] = value
     assert aggregator(image, text, maps).isnan().all()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_spreads_as_in_the_reference(backend: str) -> None:
-    aggregator = make(feature_resolution=(8, 8))
-    image, text, maps = inputs(8, 8)
-    maps[0][0, 3, 7, 7] = float("nan")
-    answers = []
-    for name in ("reference", backend):
-        aggregator.backend = name
-        answers.append(aggregator(image, text, maps).isnan())
-    assert 0 < answers[0].double().mean() < 1
-    assert torch.equal(*answers)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5, 17])
