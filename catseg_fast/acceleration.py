@@ -15,7 +15,7 @@ from catseg_fast.aggregator import Aggregator
 from catseg_fast.backend import check_backend, choose_backend
 from catseg_fast.engine.engine import Engine
 from catseg_fast.errors import InputError
-from catseg_fast.reference.aggregator import check_shapes
+from catseg_fast.reference.shapes import check_shapes
 
 # What an aggregator is told by.
 _PARTS = (

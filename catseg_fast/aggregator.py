@@ -10,7 +10,7 @@ from torch import Tensor
 from catseg_fast import reference
 from catseg_fast.backend import check_backend
 from catseg_fast.engine.engine import Engine, constant_backend
-from catseg_fast.reference.aggregator import check_shapes
+from catseg_fast.reference.shapes import check_shapes
 
 
 class Aggregator(reference.Aggregator):

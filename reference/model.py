@@ -17,8 +17,6 @@ from catseg_fast.config import (
     IGNORE_LABEL,
     PIXEL_MEAN,
     PIXEL_STD,
-    ResNetConfig,
-    SwinConfig,
     Variant,
     get_variant,
 )
@@ -104,7 +102,11 @@ class CATSeg(nn.Module):
 
         clip_model = DenseCLIP(self.variant.clip, self.variant.version)
         transformer = self.aggregator_type(**self.variant.aggregator_arguments(len(self.templates)))
-        self.backbone = _guidance(self.variant.backbone) if self.variant.backbone else None
+        self.backbone = None
+        if self.variant.backbone:
+            from catseg_fast.reference.guidance import build_guidance
+
+            self.backbone = build_guidance(self.variant.backbone)
         self.sem_seg_head = CATSegHead(CATSegPredictor(clip_model, transformer))
         if self.variant.version == "v2":
             width, dims = self.variant.clip.vision_width, self.variant.decoder_guidance_dims
@@ -279,12 +281,6 @@ class CATSeg(nn.Module):
 
     def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
         return segmentation_loss(logits, labels.to(logits.device), self.ignore_label)
-
-
-def _guidance(backbone: str | SwinConfig | ResNetConfig) -> nn.Module:
-    from catseg_fast.reference.guidance import build_guidance
-
-    return build_guidance(backbone)
 
 
 def normalise(images: Tensor) -> tuple[Tensor, Tensor]:

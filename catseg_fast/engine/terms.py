@@ -14,7 +14,7 @@ from catseg_fast.engine.folding import DecoderStage, Plan, WindowBlock, wide
 from catseg_fast.engine.kept import kept
 from catseg_fast.errors import InputError
 from catseg_fast.kernels.window_attention.plain import window_masks, window_order
-from catseg_fast.reference.aggregator import check_pooling
+from catseg_fast.reference.shapes import check_pooling
 from catseg_fast.reference.window_attention import fit_window
 
 Geometry = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
