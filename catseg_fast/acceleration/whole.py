@@ -19,7 +19,7 @@ from catseg_fast.acceleration.reading import read_aggregator
 from catseg_fast.acceleration.trial import CROPS, Random, Resolution
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
-from catseg_fast.reference.aggregator import check_shapes
+from catseg_fast.reference.shapes import check_shapes
 
 ARGUMENTS = ("img_feats", "text_feats", "appearance_guidance")
 
@@ -68,7 +68,7 @@ class WholeAggregator(Part):
             return None
         if not isinstance(guidance, (list, tuple)):
             return None
-        check_shapes(self.module, img_feats, text_feats)  # type: ignore[arg-type]
+        check_shapes(self.module, img_feats, text_feats, guidance)
         return img_feats, text_feats, guidance
 
     def run(self, inputs: Inputs) -> Tensor:

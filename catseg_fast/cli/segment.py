@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import choose_backend, default_device
 from catseg_fast.cli.options import (
+    BUNDLED_WEIGHTS,
     Backend,
     Classes,
     ClassesFile,
@@ -28,6 +28,7 @@ from catseg_fast.cli.options import (
     Weights,
     build_model,
     class_names,
+    note_on_bundled,
     weights_or_bundled,
 )
 from catseg_fast.console import (
@@ -44,6 +45,8 @@ from catseg_fast.console import (
 from catseg_fast.distributed.torchrun import Processes, join, own_device
 from catseg_fast.output.formats import FORMATS, check_formats
 from catseg_fast.output.statistics import check_target, write_statistics
+from catseg_fast.text.fold import split_fold
+from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from catseg_fast.cli.batch import Batch, Outcome
@@ -63,7 +66,7 @@ def segment(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGE...", help="Pictures, folders of pictures, or globs in quotes ('photos/**/*.jpg')."
+            metavar="IMAGE", help="Pictures, folders of pictures, or globs in quotes ('photos/**/*.jpg')."
         ),
     ],
     classes: Classes = None,
@@ -129,18 +132,24 @@ def segment(
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error).removeprefix("formats: "), param_hint="--format") from None
     with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
+        # What can fail without torch comes first: importing that takes seconds.
         from catseg_fast.checkpoints.hub import resolve
-        from catseg_fast.cli.inputs import find_pictures
-        from catseg_fast.cli.resume import fingerprint
+        from catseg_fast.cli.inputs import find_pictures, require_one
 
+        check_classes(split_fold(names)[0])
         pictures = find_pictures(images, output, _notice) if processes.first else []
+        require_one(pictures)
+        if weights == BUNDLED_WEIGHTS:
+            note_on_bundled(picture.path for picture in pictures)
+        file = None if weights is None else resolve(weights)
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
-                weights, variant, names, seed, device=device, dtype=dtype,
+                file, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend, text_cache=text_cache,
             )  # fmt: skip
-            file = None if weights is None else resolve(weights)
+            from catseg_fast.cli.resume import fingerprint
+
             about = {
                 "variant": model.variant.name,
                 "weights": weights,
@@ -167,16 +176,19 @@ def segment(
         if stats is not None:
             write_statistics(stats, [outcome.picture.result("json") for outcome in outcomes])
     if outcomes:
-        stdout.print(_results_table(outcomes) if len(pictures) <= LISTED else _classes_table(outcomes))
+        if len(pictures) <= LISTED:
+            stdout.print_table(_results_table(outcomes), paths=(0, 3))
+        else:
+            stdout.print_table(_classes_table(outcomes), names=(0,))
     if len(pictures) > 1:
-        stdout.print(_summary(outcomes, len(pictures), seconds), highlight=False)
+        stdout.print(_summary(outcomes, len(pictures), seconds))
     if len(outcomes) < len(pictures):
-        stderr.print(f"{len(pictures) - len(outcomes)} of {len(pictures)} images failed", highlight=False)
+        stderr.print(f"{len(pictures) - len(outcomes)} of {len(pictures)} images failed")
         raise typer.Exit(1)
 
 
 def _notice(text: str) -> None:
-    stderr.print(Text(text), soft_wrap=True)
+    stderr.print(text)
 
 
 @contextmanager
@@ -216,15 +228,13 @@ def _top_classes(summary: list[dict[str, Any]], count: int = 3) -> str:
 def _results_table(outcomes: Sequence[Outcome]) -> Table:
     """A line for each picture."""
     table = Table("image", "largest classes", "time", "overlay")
-    for column in table.columns:
-        column.overflow = "fold"
     for outcome in outcomes:
         seconds = "there already" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
         cells = (
             str(outcome.picture.path), _top_classes(outcome.summary or []), seconds,
             str(outcome.picture.result("overlay.png")),
         )  # fmt: skip
-        table.add_row(*map(Text, cells))
+        table.add_row(*cells)
     return table
 
 
@@ -236,7 +246,7 @@ def _classes_table(outcomes: Sequence[Outcome]) -> Table:
             shares.setdefault(entry["name"], []).append(entry["share"])
     table = Table("class", "pictures", "mean share", title=f"{len(shares)} classes occur; the largest are")
     for name, found in sorted(shares.items(), key=lambda item: -sum(item[1]))[:LISTED]:
-        table.add_row(Text(name.partition(",")[0]), str(len(found)), f"{sum(found) / len(outcomes):.1%}")
+        table.add_row(name, str(len(found)), f"{sum(found) / len(outcomes):.1%}")
     return table
 
 

@@ -484,8 +484,10 @@ class _Answer:
             place[:] = part
 
 
-# For `torch.compile` a constant: what it reads of the machine cannot be traced.
-constant_backend = torch.compiler.assume_constant_result(choose_backend)
+# For `torch.compile` a constant: what it reads of the machine cannot be traced. All that
+# torch.compiler.assume_constant_result does is to set this, but it imports the whole compiler first.
+constant_backend = choose_backend
+constant_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _nbytes(x: Tensor) -> int:

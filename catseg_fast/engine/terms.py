@@ -14,6 +14,7 @@ from catseg_fast.engine.folding import DecoderStage, Plan, WindowBlock, wide
 from catseg_fast.engine.kept import kept
 from catseg_fast.errors import InputError
 from catseg_fast.kernels.window_attention.plain import window_masks, window_order
+from catseg_fast.reference.shapes import check_pooling
 from catseg_fast.reference.window_attention import fit_window
 
 Geometry = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
@@ -114,6 +115,8 @@ def image_terms(
             block_guidance(block, normalised, resolution, img_feats.device) for block in layer.blocks
         )
         blocks.append((first, second))
+    for layer in plan.layers:
+        check_pooling(layer.classes.pooling, resolution)
     H, W = resolution
     decoder = (
         decoder_guidance_maps(plan.decoder[0], decoder_guidance[0], (2 * H, 2 * W)),
