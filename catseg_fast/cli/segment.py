@@ -176,7 +176,7 @@ def segment(
                 "fingerprint": fingerprint(model, file, seed, alpha, labelling.settings),
             }
         if note is not None and processes.first:
-            _notice(note)
+            _notice(f"note: {note}")
         conductor = None
         if class_parallel:
             from catseg_fast.distributed.conductor import Conductor

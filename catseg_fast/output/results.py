@@ -144,6 +144,8 @@ def save_segmentation(
         content = {**about, "identity": identity, "width": width, "height": height}
         if segmentation.min_score is not None:
             content |= {"min_score": segmentation.min_score, "unlabelled_value": UNLABELLED_VALUE}
+        if present is not None:
+            content["present"] = present
         content["classes"] = classes
         result = folder / f"{stem}.json"
         write_result(scratch / result.name, content)
