@@ -86,9 +86,10 @@ class ScoreCounts:
         """What a threshold of whole hundredths does."""
         first = round(min_score * BINS)
         named = max(1, int(self.right.sum() + self.wrong.sum()))
-        right, wrong = int(self.right[first:].sum()) / named, int(self.wrong[first:].sum()) / named
+        kept = (int(self.right[first:].sum()), int(self.wrong[first:].sum()))
+        dropped = int(self.right[:first].sum() + self.wrong[:first].sum())
         rejected = int(self.strange[:first].sum()) / max(1, int(self.strange.sum()))
-        return Effect(min_score, right, wrong, 1 - right - wrong, rejected)
+        return Effect(min_score, kept[0] / named, kept[1] / named, dropped / named, rejected)
 
     def best(self) -> Effect:
         """The threshold of the best balance."""
