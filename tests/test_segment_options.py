@@ -181,6 +181,13 @@ def test_what_is_asked_for_reaches_the_model() -> None:
     assert Labelling(model).segment(image).top_labels is None
 
 
+def test_saved_best_classes_are_among_the_paths(tmp_path: Path) -> None:
+    image = torch.full((3, 24, 30), 90, dtype=torch.uint8)
+    answer = tiny_model("v2", sliding_window=False).segment(image, top_k=2)
+    paths = answer.save(tmp_path, stem="photo")
+    assert {path.name for path in paths} == written(tmp_path) == outputs("photo") | {"photo.top.npz"}
+
+
 def test_indices_of_sixteen_bits_leave_room_for_none(tmp_path: Path) -> None:
     classes = tuple(map(str, range(65536)))
     labels = torch.tensor([[0, 65534]], dtype=torch.int32)

@@ -160,9 +160,12 @@ def save_segmentation(
     return classes
 
 
-def result_paths(folder: Path, stem: str, formats: Sequence[str] = ()) -> list[Path]:
-    """The paths of what `save_segmentation` writes."""
-    suffixes = [*PNG_SUFFIXES, *(FORMATS[name].suffix for name in dict.fromkeys(formats)), ".json"]
+def result_paths(
+    folder: Path, stem: str, formats: Sequence[str] = (), top_classes: bool = False
+) -> list[Path]:
+    """The paths of what `save_segmentation` writes; with `top_classes`, of an answer that has them."""
+    suffixes = [*PNG_SUFFIXES, *(FORMATS[name].suffix for name in dict.fromkeys(formats))]
+    suffixes += [*[TOP_SUFFIX] * top_classes, ".json"]
     return [folder / (stem + suffix) for suffix in suffixes]
 
 
