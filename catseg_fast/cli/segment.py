@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,19 @@ from rich.table import Table
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import choose_backend, default_device
+from catseg_fast.cli.labelling import (
+    AllClasses,
+    Best,
+    Explain,
+    Labelling,
+    Memory,
+    MinScore,
+    Present,
+    TopK,
+    check_limit,
+    check_memory,
+    limit_classes,
+)
 from catseg_fast.cli.options import (
     BUNDLED_WEIGHTS,
     Backend,
@@ -56,6 +70,8 @@ EXAMPLES = (
     'catseg-fast segment photo.jpg --classes "sky; tree; person, man" --weights model_base.pth',
     "catseg-fast segment photos/*.jpg --classes-file classes.txt --weights v2-vitl --output results",
     "catseg-fast segment photos --classes-list ade-150 --weights v2-vitl --stats classes.parquet",
+    "catseg-fast segment photo.jpg --classes-list imagenet-12k --all-classes --memory 2GiB --present 0.01",
+    'catseg-fast segment photo.jpg --classes "cat; dog" --weights v2-vitl --min-score 0.3',
     "catseg-fast segment photo.jpg --device cuda --dtype float16 --whole",
     "torchrun --nproc-per-node 8 -m catseg_fast segment photo.jpg --classes-file c.txt --class-parallel",
 )
@@ -99,6 +115,13 @@ def segment(
     formats: Annotated[
         list[str] | None, choice("--format", tuple(FORMATS), "Also write, several times if need be")
     ] = None,
+    min_score: MinScore = None,
+    present: Present = None,
+    top_k: TopK = None,
+    all_classes: AllClasses = False,
+    best: Best = None,
+    memory: Memory = None,
+    say_how: Explain = False,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     text_cache: TextCache = True,
     seed: Seed = 0,
@@ -115,10 +138,11 @@ def segment(
     """Label every pixel of pictures with one of the classes.
 
     Writes for each picture NAME.overlay.png (colours and legend), NAME.labels.png (each pixel's class index,
-    16 bits) and NAME.json (each class's index, share of the pixels and mean score). Results of the same
-    picture content, weights, classes and options are kept: a run that was interrupted goes on. Other files
-    are never replaced: the results' names are then numbered.
+    16 bits; 65535 is none of these) and NAME.json (each class's index, share of the pixels and mean score).
+    Results of the same picture content, weights, classes and options are kept: a run that was interrupted
+    goes on. Other files are never replaced: the results' names are then numbered.
     """
+    check_limit(all_classes, best)
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
     try:
@@ -142,33 +166,44 @@ def segment(
         if weights == BUNDLED_WEIGHTS:
             note_on_bundled(picture.path for picture in pictures)
         file = None if weights is None else resolve(weights)
+        check_memory(memory)
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
                 file, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend, text_cache=text_cache,
+                memory_budget=memory,
             )  # fmt: skip
             from catseg_fast.cli.resume import fingerprint
 
+            note = limit_classes(model, all_classes, best)
+            labelling = Labelling(model, top_k, min_score, present)
             about = {
                 "variant": model.variant.name,
                 "weights": weights,
                 "catseg_fast": __version__,
-                "fingerprint": fingerprint(model, file, seed, alpha),
+                "fingerprint": fingerprint(model, file, seed, alpha, labelling.settings),
             }
+        if note is not None and processes.first:
+            _notice(f"note: {note}")
         conductor = None
         if class_parallel:
             from catseg_fast.distributed.conductor import Conductor
 
             model.split_classes()
             conductor = Conductor(model)
+            labelling = replace(labelling, model=conductor)
             if not processes.first:
                 conductor.follow()
                 return
         from catseg_fast.cli.batch import Batch
 
+        if say_how:
+            stdout.print(Text(model.explain()), soft_wrap=True)
         start = time.perf_counter()
-        work = Batch(conductor or model, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite)
+        work = Batch(
+            labelling, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite, present=present
+        )
         outcomes = _segment_all(work, pictures, debug)
         seconds = time.perf_counter() - start
         if conductor is not None:

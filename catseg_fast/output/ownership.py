@@ -19,7 +19,7 @@ from catseg_fast.identity import content_digest, place_digest, place_of, read_ma
 
 PNG_SUFFIXES = (".overlay.png", ".labels.png")
 # What is also written if asked for, as of `catseg_fast.output.formats`; the masks are a folder.
-FORMAT_SUFFIXES = (".palette.png", ".masks", ".coco-rle.json", ".coco-polygons.json")
+FORMAT_SUFFIXES = (".palette.png", ".masks", ".coco-rle.json", ".coco-polygons.json", ".top.npz")
 
 
 class Owner(Enum):
