@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from catseg_fast.files import file_digest, open_regular
 _ALGORITHM = "blake2b"
 _MARK = "catseg-fast"  # keyword of the PNG's text chunk
 JSON_MARK = "catseg_fast_mark"  # entry of "info" in COCO files
+_TAIL = 2**16  # bytes at the end of an MP4 file that hold its comment
 
 
 def content_digest(path: str | os.PathLike[str]) -> str:
@@ -32,7 +34,7 @@ def result_digest(path: Path) -> str:
     """The digest of a result: of a file's content, or of the names and contents of a folder's files."""
     if not path.is_dir():
         return content_digest(path)
-    names = sorted(entry.name for entry in path.iterdir())
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
     return settings_digest({name: content_digest(path / name) for name in names})
 
 
@@ -68,8 +70,15 @@ def read_png_mark(path: str | os.PathLike[str]) -> str | None:
         return None
 
 
+def video_mark(value: str) -> str:
+    """A mark as `png_mark`'s: the comment of an MP4 file."""
+    return f"{_MARK} {value};"
+
+
 def read_mark(path: Path) -> str | None:
-    """The value of the mark of a PNG, of a COCO file, or of all files in a folder; None if there is none."""
+    """The value of the mark of a PNG, a video, a COCO file or all files in a folder; None if it has none."""
+    if path.suffix == ".mp4":
+        return _read_video_mark(path)
     if path.is_dir():
         marks = {read_png_mark(entry) for entry in path.iterdir()}
         return marks.pop() if len(marks) == 1 else None
@@ -81,3 +90,13 @@ def read_mark(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return value if isinstance(value, str) else None
+
+
+def _read_video_mark(path: Path) -> str | None:
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            found = re.search(rf"{_MARK} ([0-9a-f]*);".encode(), file.read())
+    except (OSError, ValueError):
+        return None
+    return found[1].decode() if found else None

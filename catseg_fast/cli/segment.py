@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,18 +43,21 @@ from catseg_fast.console import (
     stdout,
 )
 from catseg_fast.distributed.torchrun import Processes, join, own_device
+from catseg_fast.errors import InputError
 from catseg_fast.output.formats import FORMATS, check_formats
 from catseg_fast.output.statistics import check_target, write_statistics
 
 if TYPE_CHECKING:
     from catseg_fast.cli.batch import Batch, Outcome
     from catseg_fast.cli.inputs import Picture
+    from catseg_fast.cli.video import Clips
 
 EXAMPLES = (
     'catseg-fast segment photo.jpg --classes "sky; tree; person, man" --weights model_base.pth',
     "catseg-fast segment photos/*.jpg --classes-file classes.txt --weights v2-vitl --output results",
     "catseg-fast segment photos --classes-list ade-150 --weights v2-vitl --stats classes.parquet",
     "catseg-fast segment photo.jpg --device cuda --dtype float16 --whole",
+    "catseg-fast segment clip.mp4 --classes-file classes.txt --weights v2-vitb --every 5",
     "torchrun --nproc-per-node 8 -m catseg_fast segment photo.jpg --classes-file c.txt --class-parallel",
 )
 LISTED = 20  # a line for each picture up to so many; beyond, a line for each of the largest classes
@@ -63,7 +67,8 @@ def segment(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGE...", help="Pictures, folders of pictures, or globs in quotes ('photos/**/*.jpg')."
+            metavar="IMAGE...",
+            help="Pictures, folders of pictures, globs in quotes ('photos/**/*.jpg'), or videos (clip.mp4).",
         ),
     ],
     classes: Classes = None,
@@ -96,6 +101,13 @@ def segment(
     formats: Annotated[
         list[str] | None, choice("--format", tuple(FORMATS), "Also write, several times if need be")
     ] = None,
+    video: Annotated[
+        bool, typer.Option("--video", help="Each folder holds the frames of a video, in their names' order.")
+    ] = False,
+    every: Annotated[int, typer.Option(metavar="N", min=1, help="Only each Nth frame of a video.")] = 1,
+    fps: Annotated[
+        float, typer.Option(metavar="F", min=0.01, max=1000, help="Frames per second of --video's folders.")
+    ] = 25,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     text_cache: TextCache = True,
     seed: Seed = 0,
@@ -112,9 +124,10 @@ def segment(
     """Label every pixel of pictures with one of the classes.
 
     Writes for each picture NAME.overlay.png (colours and legend), NAME.labels.png (each pixel's class index,
-    16 bits) and NAME.json (each class's index, share of the pixels and mean score). Results of the same
-    picture content, weights, classes and options are kept: a run that was interrupted goes on. Other files
-    are never replaced: the results' names are then numbered.
+    16 bits) and NAME.json (each class's index, share of the pixels and mean score); for each video,
+    NAME.overlay.mp4 and a label map per frame in NAME.labels/. Results of the same picture content, weights,
+    classes and options are kept: a run that was interrupted goes on. Other files are never replaced: the
+    results' names are then numbered.
     """
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
@@ -132,8 +145,19 @@ def segment(
         from catseg_fast.checkpoints.hub import resolve
         from catseg_fast.cli.inputs import find_pictures
         from catseg_fast.cli.resume import fingerprint
+        from catseg_fast.data.frames import is_video, require_pyav
 
-        pictures = find_pictures(images, output, _notice) if processes.first else []
+        found: list[Picture] = []
+        if processes.first:
+            found = find_pictures(images, output, _notice, whole_folders=video)
+        clips = [picture for picture in found if is_video(picture.path) or picture.path.is_dir()]
+        pictures = [picture for picture in found if picture not in clips]
+        if clips:
+            require_pyav()
+        elif processes.first and (video or every > 1):
+            raise InputError(
+                f"{'--video' if video else '--every'}: there is no video and no folder of frames"
+            )
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
@@ -161,17 +185,23 @@ def segment(
         start = time.perf_counter()
         work = Batch(conductor or model, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite)
         outcomes = _segment_all(work, pictures, debug)
+        if clips:
+            from catseg_fast.cli.video import Clips
+
+            rate = Fraction(fps).limit_denominator(1000)
+            jobs = Clips(conductor or model, model.classes, about, alpha, every, rate, overwrite)
+            outcomes += _segment_clips(jobs, clips, len(pictures), debug)
         seconds = time.perf_counter() - start
         if conductor is not None:
             conductor.end()
         if stats is not None:
             write_statistics(stats, [outcome.picture.result("json") for outcome in outcomes])
     if outcomes:
-        stdout.print(_results_table(outcomes) if len(pictures) <= LISTED else _classes_table(outcomes))
-    if len(pictures) > 1:
-        stdout.print(_summary(outcomes, len(pictures), seconds), highlight=False)
-    if len(outcomes) < len(pictures):
-        stderr.print(f"{len(pictures) - len(outcomes)} of {len(pictures)} images failed", highlight=False)
+        stdout.print(_results_table(outcomes) if len(found) <= LISTED else _classes_table(outcomes))
+    if len(found) > 1:
+        stdout.print(_summary(outcomes, len(found), seconds), highlight=False)
+    if len(outcomes) < len(found):
+        stderr.print(f"{len(found) - len(outcomes)} of {len(found)} images failed", highlight=False)
         raise typer.Exit(1)
 
 
@@ -197,15 +227,32 @@ def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[
         advance(0, len(pictures))
         for done, outcome in enumerate(work.run(pictures), 1):
             advance(done, len(pictures))
-            error, path = outcome.error, str(outcome.picture.path)
-            if error is None:
+            if _succeeded(outcome, debug):
                 outcomes.append(outcome)
-            elif debug:
-                raise error
-            else:
-                message = describe(error)
-                say_error(message if path in message else f"{path}: {message}")
     return sorted(outcomes, key=lambda outcome: outcome.index)
+
+
+def _segment_clips(work: Clips, clips: Sequence[Picture], first: int, debug: bool) -> list[Outcome]:
+    """Report the videos that fail; return the others' outcomes."""
+    outcomes = []
+    for index, clip in enumerate(clips, first):
+        with image_progress(f"Segmenting {clip.path.name}") as advance:
+            outcome = work.run(index, clip, advance)
+        if _succeeded(outcome, debug):
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _succeeded(outcome: Outcome, debug: bool) -> bool:
+    """Report the error of a picture that failed; raise it for debugging."""
+    error, path = outcome.error, str(outcome.picture.path)
+    if error is None:
+        return True
+    if debug:
+        raise error
+    message = describe(error)
+    say_error(message if path in message else f"{path}: {message}")
+    return False
 
 
 def _top_classes(summary: list[dict[str, Any]], count: int = 3) -> str:
@@ -222,7 +269,7 @@ def _results_table(outcomes: Sequence[Outcome]) -> Table:
         seconds = "there already" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
         cells = (
             str(outcome.picture.path), _top_classes(outcome.summary or []), seconds,
-            str(outcome.picture.result("overlay.png")),
+            str(outcome.picture.result(outcome.overlay)),
         )  # fmt: skip
         table.add_row(*map(Text, cells))
     return table

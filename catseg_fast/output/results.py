@@ -15,7 +15,7 @@ from catseg_fast.files import temporary_folder
 from catseg_fast.identity import place_digest, place_of, png_mark, result_digest
 from catseg_fast.output.formats import FORMATS, Labelled, check_formats
 from catseg_fast.output.overlay import class_shares, label_png, overlay
-from catseg_fast.output.ownership import FORMAT_SUFFIXES, PNG_SUFFIXES, Owner, owner_of
+from catseg_fast.output.ownership import FORMAT_SUFFIXES, PNG_SUFFIXES, VIDEO_SUFFIXES, Owner, owner_of
 
 if TYPE_CHECKING:
     from catseg_fast.inference.segmentation import Segmentation
@@ -123,7 +123,7 @@ def save_segmentation(
         content = {**about, "identity": identity, "width": width, "height": height, "classes": classes}
         result = folder / f"{stem}.json"
         write_result(scratch / result.name, content)
-        _require_ours(folder, stem, picture)
+        require_ours(folder, stem, picture)
         result.unlink(missing_ok=True)
         (scratch / "replaced").mkdir()
         for name in (stem + suffix for suffix in FORMAT_SUFFIXES):
@@ -147,12 +147,18 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
-def _require_ours(folder: Path, stem: str, picture: Path | None) -> None:
+def require_ours(folder: Path, stem: str, picture: Path | None) -> None:
+    """Check that results of a picture may go into the files of a stem, as of `owner_of`.
+
+    Raises:
+        FileExistsError: if one of these is not a result of this picture.
+    """
     owner = owner_of(folder, stem, picture)
     if owner is Owner.OTHER_PICTURE:
         raise FileExistsError(f"{folder / stem}.*: results of another picture than {picture}")
     if owner is Owner.STRANGER:
-        names = ", ".join(stem + suffix for suffix in (*PNG_SUFFIXES, ".json", *FORMAT_SUFFIXES))
+        suffixes = (*PNG_SUFFIXES, ".json", *FORMAT_SUFFIXES, *VIDEO_SUFFIXES)
+        names = ", ".join(stem + suffix for suffix in suffixes)
         raise FileExistsError(
             f"{folder}: one of {names} is there and is not a result of catseg-fast; it is not replaced"
         )
