@@ -142,7 +142,7 @@ class CATSeg(reference_model.CATSeg):
 
         Raises:
             FileNotFoundError, RuntimeError: if there is no such file, or the hub cannot be reached.
-            ValueError: if the file is no checkpoint, or not one of this variant, and the message says what
+            InputError: if the file is no checkpoint, or not one of this variant, and the message says what
                 it looks like; or if its digest is another one.
         """
         path = resolve(source, revision=revision, sha256=sha256)
@@ -151,7 +151,7 @@ class CATSeg(reference_model.CATSeg):
             try:
                 variant = recognise_variant(state_dict)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+                raise InputError(f"{path}: {error}") from error
         with torch.device("meta"):
             model = cls(get_variant(variant), classes, **kwargs)
         if any(IGNORED_KEYS.search(key) for key in model.state_dict().keys() - state_dict.keys()):
@@ -171,10 +171,10 @@ class CATSeg(reference_model.CATSeg):
             group: by default all processes of `torch.distributed`.
 
         Raises:
-            ValueError: if no classes are set, or class attention is by softmax, which needs every class.
+            InputError: if no classes are set, or class attention is by softmax, which needs every class.
         """
         if not all(layer.classes.linear for layer in self.engine.plan().layers):
-            raise ValueError(SOFTMAX)
+            raise InputError(SOFTMAX)
         self._share_out(ClassShare(self.classes, group))
 
     def set_classes(self, classes: Sequence[str], training: bool = False) -> None:
@@ -185,7 +185,7 @@ class CATSeg(reference_model.CATSeg):
         Raises:
             TypeError, ValueError: if the list is empty, a name is blank or listed twice, or is too long for
                 CLIP. The present classes then stay.
-            RuntimeError: if classes for training are to be split over ranks.
+            RunError: if classes for training are to be split over ranks.
         """
         share = self.engine.share
         if share is None:
@@ -221,7 +221,7 @@ class CATSeg(reference_model.CATSeg):
         """As `catseg_fast.reference.model.CATSeg`; in evaluation mode without gradients.
 
         Raises:
-            RuntimeError: if the classes are split over ranks.
+            RunError: if the classes are split over ranks.
         """
         if self.engine.share is not None:
             raise RunError("class parallel: no rank has all classes; call segment() or label_map()")
@@ -345,7 +345,7 @@ class CATSeg(reference_model.CATSeg):
             sliding_window: as in `segment`.
 
         Raises:
-            ValueError: if there are no sizes, one is not positive, or no classes are set.
+            InputError: if there are no sizes, one is not positive, or no classes are set.
         """
         if not sizes:
             raise InputError("sizes: there are none; give the (height, width) of a picture")
@@ -368,8 +368,8 @@ class CATSeg(reference_model.CATSeg):
         classes, weights and settings; see `catseg_fast.graphs.ModelGraphs`.
 
         Raises:
-            RuntimeError: if the model is not on a CUDA GPU.
-            ValueError: if there are no sizes, or the model selects classes.
+            RunError: if the model is not on a CUDA GPU.
+            InputError: if there are no sizes, or the model selects classes.
         """
         record = Recorder(self.device)
         return ModelGraphs(self, sizes, record, sliding_window=sliding_window, probabilities=probabilities)
@@ -380,7 +380,7 @@ class CATSeg(reference_model.CATSeg):
         sliding window's).
 
         Raises:
-            ValueError: if no classes are set, or the memory budget is too small.
+            InputError: if no classes are set, or the memory budget is too small.
         """
         return explain(self, crops)
 

@@ -91,18 +91,25 @@ def test_one_bad_image_among_many(workplace, weights):
     assert json.loads((workplace / "out" / "photo-2.json").read_text())["image"] == "more/photo.png"
 
 
+BUG = (
+    "This is a bug in catseg-fast. Please report it with the output of the same command with --debug, and of "
+    "`catseg-fast env`.",
+)
+
+
 @pytest.mark.parametrize(
     ("error", "lines"),
     [
-        (MemoryError("out of memory"), ["error: photo.png: out of memory"]),
+        (MemoryError(), ["error: photo.png: out of memory"]),
+        (MemoryError("Unable to allocate"), ["error: photo.png: out of memory: Unable to allocate"]),
+        (torch.OutOfMemoryError("CUDA out of memory."), ["error: photo.png: CUDA out of memory."]),
         (torch.OutOfMemoryError("2 GiB"), ["error: photo.png: out of memory: 2 GiB"]),
-        (
-            IndexError("list index out of range"),
-            [
-                "error: photo.png: IndexError: list index out of range",
-                "This is a bug in catseg-fast. Please report it with the output of the same command with "
-                "--debug, and of `catseg-fast env`.",
-            ],
+        *(
+            (
+                kind("list index out of range"),
+                [f"error: photo.png: {kind.__name__}: list index out of range", *BUG],
+            )
+            for kind in (IndexError, ValueError, TypeError, RuntimeError)
         ),
     ],
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from catseg_fast.errors import InputError
 from catseg_fast.inference.images import ImageLike
 from catseg_fast.inference.readout import Readout
 from catseg_fast.reference.inference import pad_to_multiple
@@ -45,16 +46,16 @@ class EncodedImage:
         """Check that it fits a model with the weight `like` and a call with `sliding_window`.
 
         Raises:
-            ValueError: if it does not; the message has both.
+            InputError: if it does not; the message has both.
         """
         if (self.features.device, self.dtype) != (like.device, like.dtype):
-            raise ValueError(
+            raise InputError(
                 f"image: it was encoded on {self.features.device} in {self.dtype}, "
                 f"and the model is on {like.device} in {like.dtype}"
             )
         sliding = self.readout.window is not None
         if sliding_window is not None and sliding_window != sliding:
-            raise ValueError(f"sliding_window: {sliding_window}, and the image was encoded with {sliding}")
+            raise InputError(f"sliding_window: {sliding_window}, and the image was encoded with {sliding}")
 
 
 @torch.no_grad()

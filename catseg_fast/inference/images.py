@@ -68,9 +68,9 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
 
     Raises:
         FileNotFoundError: if the path does not exist.
-        ValueError: if a file cannot be decoded, or a shape or value is not an image's.
-        TypeError: if the object or its dtype is not supported.
-        RuntimeError: if a URL cannot be fetched.
+        InputError: if a file cannot be decoded, or a shape or value is not an image's.
+        InputTypeError: if the object or its dtype is not supported.
+        RunError: if a URL cannot be fetched.
     """
     if isinstance(image, str) and is_url(image):
         path = local_path(image, name)
@@ -83,11 +83,11 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
         return _from_array(_read_content(io.BytesIO(image), describe_source(image), name), name)
     if isinstance(image, Image.Image):
         if 0 in image.size:
-            raise ValueError(f"{name}: the image is empty ({image.width}x{image.height})")
+            raise InputError(f"{name}: the image is empty ({image.width}x{image.height})")
         try:
             array = _decode(image)
         except Exception as error:  # an opened file is decoded only now
-            raise ValueError(f"{name}: cannot decode the image: {error}") from error
+            raise InputError(f"{name}: cannot decode the image: {error}") from error
         return _from_array(array, name)
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
@@ -129,7 +129,7 @@ def _read_content(file: BinaryIO, source: str, name: str) -> np.ndarray:
             return _decode(image)
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
         reason = "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name}: cannot read {source}: {reason}") from error
+        raise InputError(f"{name}: cannot read {source}: {reason}") from error
 
 
 def _binary(file: Any, name: str) -> BinaryIO:
@@ -156,9 +156,9 @@ def _errors_of(path: Path, name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
     except IsADirectoryError:
-        raise ValueError(f"{name}: {str(path)!r} is a folder, not an image") from None
+        raise InputError(f"{name}: {str(path)!r} is a folder, not an image") from None
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
-        raise ValueError(f"{name}: cannot read {str(path)!r}: {error}") from error
+        raise InputError(f"{name}: cannot read {str(path)!r}: {error}") from error
 
 
 def _open(file: BinaryIO) -> Image.Image:
@@ -199,7 +199,7 @@ def _eight_bit(grey: np.ndarray) -> np.ndarray:
     """Scale a 16-bit grey [H, W] to uint8; Pillow's mode `I` (int32) holds one too in some formats."""
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65535:
-        raise ValueError(f"expected 16-bit grey values, got {low}..{high}")
+        raise InputError(f"expected 16-bit grey values, got {low}..{high}")
     return ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
@@ -210,7 +210,7 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
     if array.ndim == 3 and array.shape[2] not in _CHANNELS and array.shape[0] in _CHANNELS:
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in _CHANNELS):
-        raise ValueError(f"{name}: expected an array [H, W, 3], [3, H, W] or [H, W], got shape {shape}")
+        raise InputError(f"{name}: expected an array [H, W, 3], [3, H, W] or [H, W], got shape {shape}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise InputTypeError(
             f"{name}: expected an array of uint8 or floating values in 0..255, got {array.dtype}"
@@ -227,7 +227,7 @@ def _from_tensor(tensor: Tensor, name: str) -> Tensor:
         tensor = tensor[0]
     if tensor.ndim != 3 or tensor.shape[0] not in _CHANNELS:
         hint = "; use `permute(2, 0, 1)`" if len(shape) == 3 and shape[2] == 3 else ""
-        raise ValueError(f"{name}: expected a tensor [3, H, W] or [1, H, W], got shape {shape}{hint}")
+        raise InputError(f"{name}: expected a tensor [3, H, W] or [1, H, W], got shape {shape}{hint}")
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise InputTypeError(
             f"{name}: expected a tensor of uint8 or floating values in 0..255, got {str(tensor.dtype)[6:]}"
@@ -238,23 +238,23 @@ def _from_tensor(tensor: Tensor, name: str) -> Tensor:
 def _validated(values: Tensor, floating: bool, shape: list[int], name: str) -> Tensor:
     """Check float32 `values` [1 or 3, H, W] that came as an input of `shape`; return them as RGB."""
     if values.numel() == 0:
-        raise ValueError(f"{name}: the image is empty, got shape {shape}")
+        raise InputError(f"{name}: the image is empty, got shape {shape}")
     if floating:
         low, high = (bound.item() for bound in values.detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             bad = values.numel() - int(values.isfinite().sum())
-            raise ValueError(
+            raise InputError(
                 f"{name}: {bad} of {values.numel()} values are NaN or infinite in the image of shape {shape}"
             )
         if low < -_ROUNDING or high > 255 + _ROUNDING:
-            raise ValueError(
+            raise InputError(
                 f"{name}: expected values in 0..255, got {low:g}..{high:g} in the image of shape {shape}"
             )
         if 0 < high <= 1:
             only = bool(((values == 0) | (values == 1)).all())
             got = "only the values 0 and 1" if only else f"{low:g}..{high:g}"
             hint = "; if it is nearly black, pass it as uint8" if only else ""
-            raise ValueError(
+            raise InputError(
                 f"{name}: expected values in 0..255, got {got} in the image of shape {shape}, "
                 f"which looks like 0..1; multiply by 255{hint}"
             )

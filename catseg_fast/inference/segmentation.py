@@ -65,10 +65,10 @@ class Segmentation:
         """The probability of one class, by index or name, at each pixel: float32 `[H, W]`.
 
         Raises:
-            ValueError: if there is no such class, or the logits were not kept.
+            InputError: if there is no such class, or the logits were not kept.
         """
         if self.logits is None or self.readout is None:
-            raise ValueError("score_map: the logits were not kept; segment with keep_logits=True")
+            raise InputError("score_map: the logits were not kept; segment with keep_logits=True")
         index = self._index(label)
         return self.readout(self.logits[:, index : index + 1])[0]
 
@@ -76,7 +76,7 @@ class Segmentation:
         """The pixels of one class, by index or name: bool `[H, W]`.
 
         Raises:
-            ValueError: if there is no such class.
+            InputError: if there is no such class.
         """
         return self.labels == self._index(label)
 
@@ -161,12 +161,12 @@ class Segmentation:
     def _index(self, label: int | str) -> int:
         if isinstance(label, str):
             if label not in self.classes:
-                raise ValueError(f"label: {label!r} is not one of the {len(self.classes)} classes")
+                raise InputError(f"label: {label!r} is not one of the {len(self.classes)} classes")
             return self.classes.index(label)
         if not isinstance(label, int):
             raise InputTypeError(f"label: expected a class's index or name, got {type(label).__name__}")
         if not 0 <= label < len(self.classes):
-            raise ValueError(f"label: {label} is not in 0..{len(self.classes) - 1}")
+            raise InputError(f"label: {label} is not in 0..{len(self.classes) - 1}")
         return label
 
 

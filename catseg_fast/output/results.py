@@ -96,7 +96,7 @@ def save_segmentation(
 
     Raises:
         OSError: if writing fails; FileExistsError if a file is there that is not a result of this picture.
-        ValueError: if image and segmentation do not fit together, a label exceeds 16 bits, or a format is
+        InputError: if image and segmentation do not fit together, a label exceeds 16 bits, or a format is
             unknown or does not hold the classes.
         ImportError: if a format needs a package that is not installed.
     """
