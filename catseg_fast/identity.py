@@ -21,7 +21,7 @@ from catseg_fast.files import file_digest, open_regular
 _ALGORITHM = "blake2b"
 _MARK = "catseg-fast"  # keyword of the PNG's text chunk
 JSON_MARK = "catseg_fast_mark"  # entry of "info" in COCO files
-_TAIL = 2**16  # bytes at the end of an MP4 file that hold its comment
+_ENDS = 2**20  # bytes at either end of an MP4 or TIFF file that hold its comment
 
 
 def content_digest(path: str | os.PathLike[str]) -> str:
@@ -70,15 +70,15 @@ def read_png_mark(path: str | os.PathLike[str]) -> str | None:
         return None
 
 
-def video_mark(value: str) -> str:
-    """A mark as `png_mark`'s: the comment of an MP4 file."""
+def file_mark(value: str) -> str:
+    """A mark as `png_mark`'s, for the comment of an MP4 or a TIFF file."""
     return f"{_MARK} {value};"
 
 
 def read_mark(path: Path) -> str | None:
-    """The value of the mark of a PNG, a video, a COCO file or all files in a folder; None if it has none."""
-    if path.suffix == ".mp4":
-        return _read_video_mark(path)
+    """The value of the mark of a PNG, MP4, TIFF or COCO file, or of all files in a folder; None if it has none."""
+    if path.suffix in (".mp4", ".tif"):
+        return _read_file_mark(path)
     if path.is_dir():
         marks = {read_png_mark(entry) for entry in path.iterdir()}
         return marks.pop() if len(marks) == 1 else None
@@ -92,11 +92,12 @@ def read_mark(path: Path) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _read_video_mark(path: Path) -> str | None:
+def _read_file_mark(path: Path) -> str | None:
     try:
         with open_regular(path) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
-            found = re.search(rf"{_MARK} ([0-9a-f]*);".encode(), file.read())
+            content = file.read(_ENDS)
+            file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - _ENDS))
+            found = re.search(rf"{_MARK} ([0-9a-f]*);".encode(), content + file.read())
     except (OSError, ValueError):
         return None
     return found[1].decode() if found else None

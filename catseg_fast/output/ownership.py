@@ -20,6 +20,8 @@ PNG_SUFFIXES = (".overlay.png", ".labels.png")
 # What is also written if asked for, as of `catseg_fast.output.formats`; the masks are a folder.
 FORMAT_SUFFIXES = (".palette.png", ".masks", ".coco-rle.json", ".coco-polygons.json")
 VIDEO_SUFFIXES = (".overlay.mp4", ".labels")  # the labels are a folder of frames
+TILED_SUFFIXES = (".overlay.png", ".labels.tif")  # of a picture that was segmented in tiles
+OTHER_SUFFIXES = (*FORMAT_SUFFIXES, *VIDEO_SUFFIXES, ".labels.tif")  # what not every result has
 
 
 class Owner(Enum):
@@ -42,7 +44,7 @@ def owner_of(folder: Path, stem: str, picture: Path | None) -> Owner:
     result = folder / f"{stem}.json"
     images = [path for suffix in PNG_SUFFIXES if os.path.lexists(path := folder / (stem + suffix))]
     marks = [read_png_mark(path) for path in images]
-    others = [folder / (stem + suffix) for suffix in (*FORMAT_SUFFIXES, *VIDEO_SUFFIXES)]
+    others = [folder / (stem + suffix) for suffix in OTHER_SUFFIXES]
     other_marks = [read_mark(path) for path in others if os.path.lexists(path) and not _is_empty(path)]
     if None in other_marks:
         return Owner.STRANGER
@@ -90,7 +92,7 @@ def is_result_of(content: dict[str, Any], picture: Path) -> bool:
 
 def is_result(path: Path) -> bool:
     """Check whether a file is one of a result's."""
-    if path.name.endswith((*FORMAT_SUFFIXES, *VIDEO_SUFFIXES)) or path.parent.suffix in (".masks", ".labels"):
+    if path.name.endswith(OTHER_SUFFIXES) or path.parent.suffix in (".masks", ".labels"):
         return read_mark(path) is not None
     if path.suffix == ".json":
         return read_result(path) is not None

@@ -26,6 +26,17 @@ class Totals:
         self.scores += torch.bincount(indices, scores[labelled].double(), minlength=count)
         self.unlabelled += labels.numel() - len(indices)
 
+    def state(self) -> dict[str, Any]:
+        """The sums, as JSON can hold them."""
+        pixels, scores = self.pixels.tolist(), self.scores.tolist()
+        return {"pixels": pixels, "scores": scores, "unlabelled": self.unlabelled}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the sums over from a `state` of the same classes."""
+        self.pixels = torch.tensor(state["pixels"], dtype=torch.int64)
+        self.scores = torch.tensor(state["scores"], dtype=torch.float64)
+        self.unlabelled = state["unlabelled"]
+
     def summary(self) -> list[dict[str, Any]]:
         """Each class's index, name, share of the pixels and mean score there (None without pixels)."""
         total = max(1, int(self.pixels.sum()) + self.unlabelled)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from catseg_fast.identity import video_mark
+from catseg_fast.identity import file_mark
 
 _TICKS = 90_000  # per second
 
@@ -29,7 +29,7 @@ class VideoWriter:
 
         self.size, self._last = size, -1
         self._container = av.open(str(path), "w", format="mp4")
-        self._container.metadata["comment"] = video_mark(mark)
+        self._container.metadata["comment"] = file_mark(mark)
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         stream: Any = self._container.add_stream(codec, rate=rate.limit_denominator(10_000))
         stream.height, stream.width = (side + side % 2 for side in size)  # chroma has half the size
