@@ -96,9 +96,10 @@ class ModelGraphs:
             if not maps[0].isnan().any():
                 return maps
             return self._read_out(pixels.to(self.model.device)).maps
-        segmentation = Segmentation.of(answer, self.model.classes, self._readout(size))
+        model = self.model
+        segmentation = Segmentation.of(answer, model.classes, self._readout(size), fold=model.fold)
         if segmentation.scores.isnan().any():
-            return self.model.segment(image, sliding_window=self.sliding_window)
+            return model.segment(image, sliding_window=self.sliding_window)
         return segmentation
 
     def _record(self, size: Size, record: Callable[[Callable[[], Any]], Callable[[], Any]]) -> Any:
@@ -135,7 +136,7 @@ def _settings(model: CATSeg) -> dict[str, Any]:
     """By name, all that a recording holds as a constant."""
     engine = model.engine
     return {
-        "classes": model.classes,
+        "classes": (model.classes, model.fold),
         "weights": weights_state(model.parameters()),
         "device": model.device,
         "precision": (engine.precision, engine.input_precision, engine.plan().embed.dtype),

@@ -41,10 +41,12 @@ from catseg_fast.inference.readout import (
 )
 from catseg_fast.inference.segment import label, label_pixels, read_out
 from catseg_fast.inference.segmentation import Segmentation, kept_image
+from catseg_fast.labels import check_min_score
 from catseg_fast.reference import model as reference_model
 from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, TextEncoder
 from catseg_fast.text.features_cache import FeaturesCache
+from catseg_fast.text.fold import ClassNames, Fold, split_fold
 from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class CATSeg(reference_model.CATSeg):
 
     Args:
         variant: name of a published variant (`catseg_fast.config.VARIANTS`), or a `Variant`.
-        classes: class names; `set_classes` changes them.
+        classes: class names, or each class's several names; `set_classes` changes them.
         backend: "auto", "triton", "torch" or "reference"; may be set later, too.
         max_classes: above this number of classes only the best of each crop are aggregated; None aggregates
             all. By default as upstream has it: 256 in v2, None in v1.
@@ -68,11 +70,12 @@ class CATSeg(reference_model.CATSeg):
     """
 
     aggregator_type = Aggregator
+    _fold: Fold | None = None
 
     def __init__(
         self,
         variant: str | Variant = "v2-vitl",
-        classes: Sequence[str] | None = None,
+        classes: ClassNames | None = None,
         *,
         backend: str = "auto",
         max_classes: int | Literal["upstream"] | None = "upstream",
@@ -80,7 +83,9 @@ class CATSeg(reference_model.CATSeg):
         text_cache: bool | str | os.PathLike[str] | FeaturesCache = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(variant, classes, **kwargs)
+        names, fold = (None, None) if classes is None else split_fold(classes)
+        super().__init__(variant, names, **kwargs)
+        self._fold = fold
         self.text_encoder = TextEncoder(FeaturesCache.of(text_cache))
         self.backend = backend
         if max_classes != "upstream":
@@ -119,7 +124,7 @@ class CATSeg(reference_model.CATSeg):
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
-        classes: Sequence[str] | None = None,
+        classes: ClassNames | None = None,
         *,
         variant: str | Variant | None = None,
         device: str | torch.device | None = None,
@@ -177,23 +182,43 @@ class CATSeg(reference_model.CATSeg):
             raise InputError(SOFTMAX)
         self._share_out(ClassShare(self.classes, group))
 
-    def set_classes(self, classes: Sequence[str], training: bool = False) -> None:
+    def set_classes(self, classes: ClassNames, training: bool = False) -> None:
         """Name the classes, or with `training` those of training mode; counts from the next call on.
 
         Classes that are split over ranks are split anew.
 
+        Args:
+            classes: their names; or a mapping from each class to its names, such as `{"sky": "sky",
+                "background": ["wall", "floor"]}`. The names then compete separately, and `classes` are all
+                names; what `segment` and `label_map` return is of the classes: see `label_classes`.
+            training: whether these are the classes of training mode, which have one name each.
+
         Raises:
             TypeError, ValueError: if the list is empty, a name is blank or listed twice, or is too long for
-                CLIP. The present classes then stay.
+                CLIP, or a class has no names. The present classes then stay.
             RunError: if classes for training are to be split over ranks.
         """
-        share = self.engine.share
+        share, (names, fold) = self.engine.share, split_fold(classes)
+        if training and fold is not None:
+            raise InputError("classes: in training each class has one name; give a list of names")
         if share is None:
-            super().set_classes(classes, training)
+            super().set_classes(names, training)
         elif training:
             raise RunError("class parallel: a model whose classes are split cannot be trained")
         else:
-            self._share_out(ClassShare(check_classes(classes), share.group))
+            self._share_out(ClassShare(check_classes(names), share.group))
+        if not training:
+            self._fold = fold
+
+    @property
+    def fold(self) -> Fold | None:
+        """How the present names are folded into classes; None where each is a class of its own."""
+        return None if self._class_mode() else self._fold
+
+    @property
+    def label_classes(self) -> tuple[str, ...]:
+        """What labels are indices into: `classes`, or the classes that these names are folded into."""
+        return self.classes if self.fold is None else self.fold.classes
 
     def _text_state(self) -> object:
         return super()._text_state(), self._text_dtype()
@@ -220,6 +245,8 @@ class CATSeg(reference_model.CATSeg):
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
         """As `catseg_fast.reference.model.CATSeg`; in evaluation mode without gradients.
 
+        Of classes with several names, "sem_seg" has a map of each name.
+
         Raises:
             RunError: if the classes are split over ranks.
         """
@@ -240,18 +267,26 @@ class CATSeg(reference_model.CATSeg):
         return segmentation_loss(logits, labels, self.ignore_label)
 
     def label_map(
-        self, batched_inputs: Sequence[dict[str, Any]], *, top_k: int | None = None
+        self,
+        batched_inputs: Sequence[dict[str, Any]],
+        *,
+        top_k: int | None = None,
+        min_score: float | None = None,
     ) -> list[Segmentation]:
         """The argmax of the "sem_seg" of a call with the same input, without holding a map for each class.
 
         Args:
             batched_inputs: as in the call.
             top_k: also return so many classes per pixel.
+            min_score: as in `segment`.
 
         Raises:
-            TypeError, ValueError: as the call; or if `top_k` is not positive.
+            TypeError, ValueError: as the call; or if `top_k` is not positive, or `min_score` not in 0..1.
         """
-        return [self._label(image, readout, top_k) for image, readout in self._requests(batched_inputs)]
+        _check_min_score(min_score)
+        requests = self._requests(batched_inputs)
+        answers = (self._label(image, readout, top_k) for image, readout in requests)
+        return [answer.with_min_score(min_score) for answer in answers]
 
     def encode(self, image: ImageLike, *, sliding_window: bool | None = None) -> EncodedImage:
         """Run all that does not depend on the classes; `segment` takes the answer in place of the picture.
@@ -267,6 +302,7 @@ class CATSeg(reference_model.CATSeg):
         *,
         sliding_window: bool | None = None,
         top_k: int | None = None,
+        min_score: float | None = None,
         keep_logits: bool = False,
     ) -> Segmentation: ...
 
@@ -277,6 +313,7 @@ class CATSeg(reference_model.CATSeg):
         *,
         sliding_window: bool | None = None,
         top_k: int | None = None,
+        min_score: float | None = None,
         keep_logits: bool = False,
     ) -> list[Segmentation]: ...
 
@@ -289,6 +326,7 @@ class CATSeg(reference_model.CATSeg):
         *,
         sliding_window: bool | None = None,
         top_k: int | None = None,
+        min_score: float | None = None,
         keep_logits: bool = False,
     ) -> Segmentation | list[Segmentation]:
         """Label every pixel of a picture with one of the classes.
@@ -302,23 +340,31 @@ class CATSeg(reference_model.CATSeg):
                 `encode` made of one. A list or tuple of these is segmented one after the other, into a list.
             sliding_window: whether to look at overlapping crops; by default the model's own setting.
             top_k: also return so many classes per pixel.
+            min_score: label pixels -1, "none of these", whose best class has a smaller probability. Each
+                class's probability is a sigmoid of its own, so that this is exact; `scores` stay.
             keep_logits: let the answer have a `score_map` of every class; 37 KB per class and crop in fp32.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, it was encoded
-                otherwise, no classes are set, or `top_k` is not positive.
+                otherwise, no classes are set, `top_k` is not positive, or `min_score` is not in 0..1.
         """
+        _check_min_score(min_score)
         if isinstance(image, list | tuple):
             return [
-                self.segment(each, sliding_window=sliding_window, top_k=top_k, keep_logits=keep_logits)
+                self.segment(
+                    each, sliding_window=sliding_window, top_k=top_k, min_score=min_score,
+                    keep_logits=keep_logits,
+                )
                 for each in image
-            ]
+            ]  # fmt: skip
         if isinstance(image, EncodedImage) or keep_logits:
-            return label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
-        sliding = self.sliding_window if sliding_window is None else sliding_window
-        pixels = load_image(image).to(self.device)
-        readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
-        return replace(self._label(pixels, readout, top_k), image=kept_image(image, pixels))
+            answer = label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
+        else:
+            sliding = self.sliding_window if sliding_window is None else sliding_window
+            pixels = load_image(image).to(self.device)
+            readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
+            answer = replace(self._label(pixels, readout, top_k), image=kept_image(image, pixels))
+        return answer.with_min_score(min_score)
 
     def segment_batch(
         self,
@@ -326,12 +372,15 @@ class CATSeg(reference_model.CATSeg):
         *,
         sliding_window: bool | None = None,
         top_k: int | None = None,
+        min_score: float | None = None,
     ) -> list[Segmentation]:
         """`segment` of several pictures with all crops in one call; equal to one by one but for rounding.
 
         It pays where few classes leave a GPU idle. Memory grows with the number of pictures.
         """
-        return label(self, self._encode_all(images, sliding_window), top_k) if images else []
+        _check_min_score(min_score)
+        answers = label(self, self._encode_all(images, sliding_window), top_k) if images else []
+        return [answer.with_min_score(min_score) for answer in answers]
 
     def warmup(self, sizes: Sequence[tuple[int, int]], *, sliding_window: bool | None = None) -> None:
         """Do now what the first calls would wait for, with the present classes, weights and settings.
@@ -439,3 +488,9 @@ class CATSeg(reference_model.CATSeg):
         if self._vocabulary is None or not all(map(operator.is_, self._vocabulary[0], key)):
             self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes, plan))
         return self._vocabulary[1]
+
+
+def _check_min_score(min_score: float | None) -> None:
+    """Raise before anything is computed."""
+    if min_score is not None:
+        check_min_score(min_score)

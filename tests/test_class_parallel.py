@@ -307,7 +307,7 @@ def test_ranks_are_merged_as_one_map_with_ties_and_nan(monkeypatch: pytest.Monke
             for start, stop in bounds:
                 target, seen = new(), iter(range(count))
                 if start < stop:
-                    target.update(0, maps[start:stop])
+                    target.update(start, maps[start:stop])
 
                 def reduce(
                     _: ClassShare, keys: Tensor, operation: Any, seen: Any = seen, asked: Any = asked

@@ -299,13 +299,22 @@ def test_class_files(tmp_path, name, content):
     assert read_classes(path) == ["sky", "straße, road", "tree"]
 
 
+def test_a_class_file_with_several_names_of_a_class(tmp_path):
+    path = tmp_path / "names.json"
+    path.write_text('{"sky": "sky", "background": ["wall", "floor, ground"]}')
+    assert read_classes(path) == {"sky": ["sky"], "background": ["wall", "floor, ground"]}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("names.txt", b"\n \n", "has no class names"),
         ("names.json", b"[]", "has no class names"),
         ("names.json", b'["sky", 3]', "expected a JSON list of strings"),
-        ("names.json", b'{"sky": 0}', "expected a JSON list of strings"),
+        ("names.json", b"3", "expected a JSON list of strings, or an object with lists of them"),
+        ("names.json", b'{"sky": 0}', "'sky' has 0; expected its name or a list of its names"),
+        ("names.json", b'{"sky": []}', "'sky' has no names"),
+        ("names.json", b'{"sky": ["air"], "tree": ["oak", "air"]}', "'air' is a name of 'sky' and of 'tree'"),
         ("names.json", b"[" * 100_000, "is not JSON"),
         ("names.json", b"sky\n", "is not JSON"),
         ("names.txt", b"stra\xdfe", "is not UTF-8 text"),

@@ -16,8 +16,9 @@ from torch import Tensor
 from catseg_fast.config import Version
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.text import tokens as tokens_module
-from catseg_fast.text.class_lists import READY_LISTS, ready_list
+from catseg_fast.text.class_lists import DATA_SET_LISTS, ready_list
 from catseg_fast.text.features import encode_classes
+from catseg_fast.text.fold import split_fold
 from catseg_fast.text.prompts import (
     PROMPT_ENSEMBLES,
     check_classes,
@@ -146,10 +147,10 @@ def test_tokens_are_open_clips_whatever_the_text(texts: list[str]) -> None:
     assert torch.equal(tokenize(texts), open_clip.tokenize(texts))
 
 
-@pytest.mark.parametrize("name", READY_LISTS)
+@pytest.mark.parametrize("name", DATA_SET_LISTS)
 def test_tokens_of_the_ready_lists_are_open_clips(name: str) -> None:
     """Every name in three templates, and some names in all templates."""
-    templates, names = get_templates("imagenet"), ready_list(name).classes
+    templates, names = get_templates("imagenet"), split_fold(ready_list(name).classes)[0]
     for labels, chosen in ((names, (templates[0], templates[7], "{}")), (names[::97], templates)):
         ours = tokenize_classes(labels, chosen, "v1")
         for label, tokens in zip(labels, ours, strict=True):

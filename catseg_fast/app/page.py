@@ -14,7 +14,7 @@ from catseg_fast.app.workbench import Loaded, Workbench, read_names
 from catseg_fast.console import stdout
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
-from catseg_fast.text.class_lists import EVERYDAY_CLASSES, READY_LISTS, ready_list
+from catseg_fast.text.class_lists import DATA_SET_LISTS, EVERYDAY_CLASSES, ready_list
 
 OWN = "own names"
 VISITOR_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # shown; others are bugs, and logged
@@ -35,12 +35,14 @@ class Page:
         self.bench = Workbench(model)
 
     def pick(self, name: str) -> tuple[Any, str]:
-        """The class names of a ready list, for the text box, and where they come from."""
+        """A ready list for the text box, its names or its own name, and where it comes from."""
         if name == OWN:
             return gr.skip(), ""
         entry = ready_list(name)
         about = f"{escape(entry.about)}. {escape(entry.licence)}. <a href='{escape(entry.source)}' "
-        return "; ".join(entry.classes), about + "target='_blank' rel='noopener'>Source</a>"
+        # Classes with several names each are named by their list only.
+        text = name if isinstance(entry.classes, dict) else "; ".join(entry.classes)
+        return text, about + "target='_blank' rel='noopener'>Source</a>"
 
     def segment(
         self,
@@ -50,6 +52,7 @@ class Page:
         backend: str,
         limit: str,
         sliding: str,
+        min_score: float = 0.0,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
         """The new state, the viewer's value, the classes to choose from, no score map, and the report."""
@@ -57,7 +60,7 @@ class Page:
             raise gr.Error("Drop a picture first.", print_exception=False)
         try:
             names = read_names(text)
-            if len(names) == 1 and "," in names[0]:
+            if isinstance(names, list) and len(names) == 1 and "," in names[0]:
                 gr.Info("This is one class with several names; semicolons separate classes.")
             progress(0, desc="Segmenting")
             loaded, segmentation, report = self.bench.segment(
@@ -71,12 +74,20 @@ class Page:
             )
         except VISITOR_ERRORS as error:
             raise gr.Error(escape(str(error)), print_exception=False) from error
-        view = viewer_data(loaded.photo, segmentation)
-        found = [entry["index"] for entry in view["classes"]]
-        rest = sorted(set(range(len(names))) - set(found))
-        choices = [(names[index], index) for index in (*found, *rest)]
+        state = (loaded, segmentation)
+        classes, view = segmentation.classes, self.view(state, min_score)
+        found = [entry["index"] for entry in view["classes"] if entry["colour"]]
+        rest = sorted(set(range(len(classes))) - set(found))
+        choices = [(classes[index], index) for index in (*found, *rest)]
         picker = gr.Dropdown(choices=choices, value=None, visible=True)
-        return (loaded, segmentation), view, picker, None, report_html(report)
+        return state, view, picker, None, report_html(report)
+
+    def view(self, state: tuple[Loaded, Segmentation] | None, min_score: float) -> Any:
+        """The viewer's value: pixels whose best class has a lower score have none."""
+        if state is None:
+            return None
+        loaded, segmentation = state
+        return viewer_data(loaded.photo, segmentation.with_min_score(min_score or None))
 
     def score_map(self, state: tuple[Loaded, Segmentation] | None, index: int | None) -> Any:
         """The value of the score map's viewer for a class."""
@@ -114,7 +125,7 @@ def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
                     info="Semicolons or lines separate classes, commas the synonyms of one.",
                 )  # fmt: skip
                 names = gr.Dropdown(
-                    [(OWN, OWN), *((ready_list(name).title, name) for name in READY_LISTS)],
+                    [(OWN, OWN), *((ready_list(name).title, name) for name in DATA_SET_LISTS)],
                     value=OWN, label="Or a data set's classes", elem_id="cf-list",
                 )  # fmt: skip
                 note = gr.HTML("", elem_id="cf-note")
@@ -130,6 +141,10 @@ def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
                         [("crops and whole picture", "crops"), ("whole picture: faster, coarser", "whole")],
                         value="crops" if model.sliding_window else "whole", label="Looks",
                     )  # fmt: skip
+                least = gr.Slider(
+                    0, 1, value=0, step=0.01, label="Least score", elem_id="cf-least",
+                    info="Pixels whose best class has a lower score are shown as none of these.",
+                )  # fmt: skip
             with gr.Column(scale=9, min_width=320):
                 viewer = gr.HTML(
                     None, html_template='<div class="cf-viewer"></div>', js_on_load=_read("viewer.js"),
@@ -147,13 +162,14 @@ def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
         names.input(page.pick, names, [text, note], api_visibility="private", show_progress="hidden")
         text.input(lambda: (OWN, ""), None, [names, note], api_visibility="private", show_progress="hidden")
         go.click(
-            page.segment, [state, image, text, backend, limit, sliding],
+            page.segment, [state, image, text, backend, limit, sliding, least],
             [state, viewer, picker, heat, report],
             concurrency_limit=1, api_visibility="private", show_progress="full", show_progress_on=[viewer],
         )  # fmt: skip
         picker.change(
             page.score_map, [state, picker], heat, api_visibility="private", show_progress="minimal"
         )
+        least.release(page.view, [state, least], viewer, api_visibility="private", show_progress="hidden")
         viewer.select(page.pick_class, None, picker, api_visibility="private", show_progress="hidden")
     return blocks
 

@@ -15,7 +15,9 @@ from catseg_fast._version import __version__
 from catseg_fast.backend import BACKENDS, choose_backend, default_device
 from catseg_fast.cli.options import (
     DTYPES,
+    ClassesList,
     Device,
+    MinScore,
     Seed,
     TextCache,
     VariantName,
@@ -33,7 +35,7 @@ from catseg_fast.console import (
 )
 from catseg_fast.distributed.torchrun import join, own_device
 from catseg_fast.errors import InputError
-from catseg_fast.text.class_lists import read_classes
+from catseg_fast.text.class_lists import Names, read_classes, ready_list
 
 if TYPE_CHECKING:
     from catseg_fast.data.folder import FolderDataset
@@ -45,6 +47,7 @@ EXAMPLES = (
     "catseg-fast eval --data ade150 --weights v2-vitl",
     "catseg-fast eval --data scenes --weights my.safetensors --backend reference --backend torch --limit 50",
     "catseg-fast eval --data scenes --backend torch --precision float32 --precision float16 --activations",
+    "catseg-fast eval --data pas20b --weights v2-vitl --min-score 0.3",
     "torchrun --nproc-per-node 2 -m catseg_fast eval --data ade847 --weights v2-vitl --all-classes",
 )
 
@@ -78,9 +81,19 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE", exists=True, dir_okay=False,
-            help="Other names for the data set's classes, in its order, and further classes behind them.",
+            help="Other names for the data set's classes, in its order, and further classes behind them; an "
+            "object in a .json file can have several names of a class.",
         ),
     ] = None,
+    classes_list: ClassesList = None,
+    min_score: MinScore = None,
+    ignore_unlabelled: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-unlabelled",
+            help="Leave pixels out that --min-score leaves without a class; else they are wrong answers.",
+        ),
+    ] = False,
     backend: Annotated[
         list[str], choice("--backend", BACKENDS, "Implementation of the aggregator, repeatable")
     ] = ["auto"],  # noqa: B006
@@ -133,6 +146,12 @@ def evaluate(
     which an interrupted evaluation goes on. Under torchrun the processes share the images.
     """
     combinations = combine(backend, dtype, precision)
+    if ignore_unlabelled and min_score is None:
+        raise typer.BadParameter(
+            "needs --min-score: without it every pixel has a class", param_hint="--ignore-unlabelled"
+        )
+    if classes_file is not None and classes_list is not None:
+        raise typer.BadParameter("give --classes-file or this, not both", param_hint="--classes-list")
     weights = weights_or_bundled(weights, variant)
     with plain_errors(debug):
         import torch
@@ -151,7 +170,8 @@ def evaluate(
         for name in backend:
             choose_backend(name, target)  # fail before anything is loaded
         dataset = FolderDataset(data)
-        classes = _class_names(dataset, classes_file)
+        names = _class_names(dataset, classes_file, classes_list)
+        classes = tuple(names)
         written = output / "results.json"
         check_target(written)
         output.mkdir(parents=True, exist_ok=True)
@@ -160,12 +180,16 @@ def evaluate(
             "sliding_window": sliding_window, "all_classes": all_classes, "activations": activations,
             "device": target.partition(":")[0],
         }  # fmt: skip
+        if isinstance(names, dict):
+            about["fold"] = names
+        if min_score is not None:
+            about |= {"min_score": min_score, "ignore_unlabelled": ignore_unlabelled}
         rows: list[tuple[dict[str, Any], Evaluation]] = []
         with join(target, objects=True) as processes:
             for combination in combinations:
                 with stderr.status("Loading the model …"):
                     model = build_model(
-                        weights, variant, list(classes), seed, device=target, dtype=combination.dtype,
+                        weights, variant, names, seed, device=target, dtype=combination.dtype,
                         sliding_window=sliding_window, backend=combination.backend, text_cache=text_cache,
                     )  # fmt: skip
                 if combination.precision is not None:
@@ -208,15 +232,17 @@ def combine(
     )
 
 
-def _class_names(dataset: FolderDataset, classes_file: Path | None) -> tuple[str, ...]:
-    if classes_file is None:
-        return dataset.classes
-    classes = read_classes(classes_file)
+def _class_names(dataset: FolderDataset, classes_file: Path | None, classes_list: str | None) -> Names:
+    """The data set's class names, or the options' ones for them."""
+    if classes_file is None and classes_list is None:
+        return list(dataset.classes) if dataset.fold is None else dataset.fold.by_class
+    classes = read_classes(classes_file) if classes_file else ready_list(classes_list or "").classes
     if len(classes) < len(dataset.classes):
         raise InputError(
-            f"{classes_file}: {len(classes)} classes are fewer than the data set's {len(dataset.classes)}"
+            f"{classes_file or classes_list}: {len(classes)} classes are fewer than the data set's "
+            f"{len(dataset.classes)}"
         )
-    return tuple(classes)
+    return classes
 
 
 def _run(
@@ -232,14 +258,16 @@ def _run(
     ledger = Ledger(output, combination.name, {**about, "compared_with": None if leading else first.name})
     if restart:
         processes.from_first(ledger.clear)
+    ignoring = about.get("ignore_unlabelled", False)
     watched = about["activations"] and combination.backend != "reference"
     recording: AbstractContextManager[dict[str, float] | None] = nullcontext()
     if watched:
         recording = record_activations(model.engine)
     with image_progress(combination.name) as advance, recording as activations:
         records = evaluate(
-            dataset, model_segmenter(model), len(model.classes), limit=limit, ledger=ledger,
+            dataset, model_segmenter(model, about.get("min_score")), len(model.label_classes),
+            ignore_unlabelled=ignoring, limit=limit, ledger=ledger,
             save_labels=labels if leading else None, compare_labels=None if leading else labels,
             activations=activations, processes=processes, advance=advance,
         )  # fmt: skip
-    return summarise(records, len(model.classes))
+    return summarise(records, len(model.label_classes), ignoring)

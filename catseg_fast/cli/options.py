@@ -15,6 +15,7 @@ from catseg_fast.text.class_lists import (
     EVERYDAY_CLASSES,
     READY_LISTS,
     SCENE_CLASSES,
+    Names,
     parse_classes,
     read_classes,
     ready_list,
@@ -40,10 +41,13 @@ ClassesFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", exists=True, dir_okay=False,
-        help="Class names from a .txt file, one a line, or a .json file, a list of strings.",
+        help="Class names from a .txt file, one per line, or a .json file: a list of strings, or an object "
+        'with the several names of each class, {"background": ["wall", "floor"]}.',
     ),
 ]
-ClassesList = Annotated[str | None, choice("--classes-list", READY_LISTS, "Class names of a data set")]
+ClassesList = Annotated[
+    str | None, choice("--classes-list", READY_LISTS, "Class names of a data set, or nouns")
+]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -76,6 +80,14 @@ TextCache = Annotated[
         help="Whether the class names' text features are kept in the user's cache folder for the next run.",
     ),
 ]
+MinScore = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P", min=0, max=1,
+        help="Label pixels 'none of these' whose best class has a smaller probability; 0.3 is a start. By "
+        "default every pixel has a class.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of untrained weights.")]
 # fmt: on
 
@@ -92,7 +104,7 @@ def default_classes(weights: str | None) -> list[str]:
 
 def class_names(
     classes: str | None, classes_file: Path | None, classes_list: str | None, weights: str | None
-) -> list[str]:
+) -> Names:
     """The class names that the options ask for; what is wrong with a name itself the model says."""
     if sum(option is not None for option in (classes, classes_file, classes_list)) > 1:
         raise typer.BadParameter(
@@ -107,7 +119,7 @@ def class_names(
     except (OSError, ValueError) as error:
         hint = "--classes" if classes_file is None else "--classes-file"
         raise typer.BadParameter(str(error), param_hint=hint) from None
-    if len(names) == 1 and "," in names[0]:
+    if isinstance(names, list) and len(names) == 1 and "," in names[0]:
         count = names[0].count(",") + 1
         stderr.print(f"[yellow]note:[/] this is one class with {count} synonyms; semicolons separate classes")
     return names
@@ -116,7 +128,7 @@ def class_names(
 def build_model(
     weights: str | None,
     variant: str | None,
-    classes: list[str],
+    classes: Names,
     seed: int,
     *,
     device: str | None,

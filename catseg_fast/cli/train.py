@@ -16,6 +16,7 @@ from catseg_fast.cli.options import Device
 from catseg_fast.config import VARIANTS
 from catseg_fast.console import Debug, choice, output_folder, plain_errors, stderr, stdout
 from catseg_fast.distributed.torchrun import join, own_device
+from catseg_fast.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -156,6 +157,11 @@ def train(
             precision=precision, seed=seed,
         )  # fmt: skip
         pictures = FolderDataset(data)
+        if pictures.fold is not None:
+            raise InputError(
+                f"--data: classes of {data} have several names each, and training takes one; "
+                "make the data set with a list of names"
+            )
         device = own_device(device or str(default_device()))
         with join(device) as processes:
             model = build_model(variant, pictures.classes, recipe, init).to(device)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from catseg_fast.files import open_regular
 from catseg_fast.identity import content_digest
 from catseg_fast.inference.images import load_image
 from catseg_fast.text.class_lists import read_classes
+from catseg_fast.text.fold import Fold
 
 READERS = 4  # threads that read files for the fingerprint
 # Tags of TIFF and their values.
@@ -50,13 +52,15 @@ class FolderDataset:
     - `images/NAME.*`: pictures, in any format that `load_image` reads;
     - `annotations/NAME.png`: each pixel's class index, as an 8- or 16-bit grey PNG, or as one with a palette,
       whose colours do not matter;
-    - `classes.json`: the class names, a list of strings.
+    - `classes.json`: the class names, a list of strings; or, for evaluation, an object with the names of each
+      class, which are told apart and count as the class.
 
     A pixel where no class is right holds its PNG's largest value, 255 or 65535. With more than 255 classes,
     255 is a class's index, and only a 16-bit PNG can leave pixels out.
 
     Attributes:
         classes: the class names.
+        fold: the names of each class, where `classes.json` has several of them.
         ignore_label: what stands for "no class is right" in "sem_seg": 255 for up to 255 classes, else 65535.
         names: the pictures' names without suffix, sorted.
 
@@ -68,7 +72,7 @@ class FolderDataset:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        self.classes = _read_class_list(self.root / "classes.json")
+        self.classes, self.fold = _read_class_list(self.root / "classes.json")
         self.ignore_label = ignore_label_of(len(self.classes))
         images, annotations = files_by_name(self.root / "images"), files_by_name(self.root / "annotations")
         for name, path in annotations.items():
@@ -113,7 +117,10 @@ class FolderDataset:
         """A hash of the classes, and of the names and contents of all files, each of which is read."""
         with ThreadPoolExecutor(READERS) as readers:
             contents = list(readers.map(content_digest, (*self._images, *self._annotations)))
-        return hashlib.sha256(json.dumps([self.classes, self.names, contents]).encode()).hexdigest()
+        facts: list[Any] = [self.classes, self.names, contents]
+        if self.fold is not None:
+            facts.append(asdict(self.fold))
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def ignore_label_of(classes: int) -> int:
@@ -194,13 +201,13 @@ def _why_no_index_tiff(image: TiffImageFile) -> str | None:
     return None
 
 
-def _read_class_list(path: Path) -> tuple[str, ...]:
+def _read_class_list(path: Path) -> tuple[tuple[str, ...], Fold | None]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
     classes = read_classes(path)
     if len(classes) > MOST_CLASSES:
         raise InputError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
-    return tuple(classes)
+    return tuple(classes), Fold.of(classes, str(path)) if isinstance(classes, dict) else None
 
 
 def _unsearched(folder: Path) -> str:

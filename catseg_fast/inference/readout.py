@@ -174,24 +174,45 @@ class LabelMap:
 class TopClasses:
     """The k best classes of each pixel and their probabilities, best first; of equal ones, the first.
 
+    Args:
+        count: k.
+        size: (height, width) of the map.
+        device: where it is.
+        owners: the class of each name that is taken in, ascending, where classes have several names or not
+            all are taken in; by default each name is a class.
+
     Attributes:
         scores: float32 `[k, H, W]`.
         labels: int32 `[k, H, W]`.
     """
 
-    def __init__(self, count: int, size: Size, device: torch.device) -> None:
-        self.count = count
+    def __init__(
+        self, count: int, size: Size, device: torch.device, owners: Sequence[int] | None = None
+    ) -> None:
+        self.count, self.owners = count, owners
         self.scores = torch.empty(0, *size, device=device)
         self.labels = torch.empty(0, *size, dtype=torch.int32, device=device)
+        self.reset()
 
     def reset(self) -> None:
         self.scores, self.labels = self.scores[:0], self.labels[:0]
+        self._seen, self._last = 0, -1  # number of classes so far, and the last of them
 
     def update(self, first: int, probabilities: Tensor) -> None:
-        indices = torch.arange(
-            first, first + len(probabilities), dtype=torch.int32, device=self.labels.device
-        )
-        labels = torch.cat([self.labels, indices[:, None, None].expand(-1, *self.labels.shape[1:])])
-        scores, order = torch.cat([self.scores, probabilities]).sort(dim=0, descending=True, stable=True)
-        labels = labels.gather(0, order[: self.count])
-        self.scores, self.labels = scores[: self.count].clone(), labels
+        names = range(first, first + len(probabilities))
+        owners = list(names) if self.owners is None else [self.owners[name] for name in names]
+        classes = list(dict.fromkeys(owners))
+        if len(classes) < len(owners):
+            parts = probabilities.split([owners.count(label) for label in classes])
+            probabilities = torch.stack([part.amax(dim=0) for part in parts])
+        scores, seen = self.scores, self._seen + len(classes)
+        if classes[0] == self._last:  # further names of a class that is among the best, or was
+            entry, seen = self.labels == self._last, seen - 1
+            before = scores.masked_fill(~entry, -torch.inf).amax(dim=0)
+            probabilities = torch.cat([probabilities[:1].maximum(before), probabilities[1:]])
+            scores = scores.masked_fill(entry, -torch.inf)  # comes last, and is cut off
+        indices = self.labels.new_tensor(classes)[:, None, None].expand_as(probabilities)
+        scores, order = torch.cat([scores, probabilities]).sort(dim=0, descending=True, stable=True)
+        count = min(self.count, seen)
+        labels = torch.cat([self.labels, indices]).gather(0, order[:count])
+        self.scores, self.labels, self._seen, self._last = scores[:count].clone(), labels, seen, classes[-1]

@@ -41,27 +41,32 @@ def label(
     """
     if top_k is not None and top_k <= 0:
         raise InputError(f"top_k: {top_k} is not positive")
+    fold = model.fold
     if keep_logits and model.engine.share is not None:
         raise RunError("class parallel: no rank has all logits; segment with keep_logits=False")
     sizes = [image.readout.size for image in encoded]
     targets: list[LabelMap | TopClasses] = [LabelMap(size, model.device) for size in sizes]
     if top_k is not None:
-        count = min(top_k, len(model.classes))
-        targets = [TopClasses(count, size, model.device) for size in sizes]
+        owners: Sequence[int] | None = None if fold is None else fold.owners
+        if model.engine.share is not None:
+            owners = (owners or range(len(model.classes)))[model.engine.share.own]
+        count = min(top_k, len(model.label_classes))
+        targets = [TopClasses(count, size, model.device, owners) for size in sizes]
     target_bytes = sum(8 * (top_k or 1) * height * width for height, width in sizes)
     share, store = model.engine.share, LogitStore(len(model.classes)) if keep_logits else None
     if share is None:
         read_out(model, encoded, targets, target_bytes, store)
     else:
         dtype, readouts = model.engine.plan().embed.dtype, [image.readout for image in encoded]
-        with share.together(model.device, dtype, top_k, model.max_classes, readouts):
+        with share.together(model.device, dtype, top_k, model.max_classes, readouts, fold):
             read_out(model, encoded, targets, target_bytes)
             for target in targets:
-                share.merge(target, min(top_k or 1, len(model.classes)))
+                if isinstance(target, LabelMap):
+                    target.labels = target.labels + share.own.start
+                share.merge(target, min(top_k or 1, len(model.label_classes)))
+    logits = None if store is None else store.logits
     return [
-        Segmentation.of(
-            target, model.classes, image.readout, None if store is None else store.logits, image.image
-        )
+        Segmentation.of(target, model.classes, image.readout, logits, image.image, fold)
         for image, target in zip(encoded, targets, strict=True)
     ]
 
@@ -87,7 +92,7 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
         return target
 
     def finish(target: LabelMap) -> Segmentation:
-        return Segmentation.of(target, model.classes, readout)
+        return Segmentation.of(target, model.classes, readout, fold=model.fold)
 
     if not engine.records(device, schedule):
         return finish(run(pixels))

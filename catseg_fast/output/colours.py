@@ -86,19 +86,20 @@ def colours_for(
 
     Args:
         classes: the class names.
-        labels: indices into `classes` `[H, W]`.
+        labels: indices into `classes` `[H, W]`; -1 where no class fits.
         photo: the picture, RGB `[H, W, 3]`.
         alpha: share of the colours when they are laid over the picture.
     """
     count = len(classes)
     colours, named = _by_name(classes)
-    pixels = np.bincount(labels.ravel(), minlength=count)
+    pixels = np.bincount(labels.ravel().astype(np.int64) + 1, minlength=count + 1)[1:]
     present = pixels.nonzero()[0]
     pixels = pixels[present]
-    index = np.searchsorted(present, np.arange(count))[labels]
-    sums = [np.bincount(index.ravel(), photo[..., c].ravel(), len(present)) for c in range(3)]
-    means = np.stack(sums, axis=1) / pixels[:, None]
-    beside = _touching(index, len(present))
+    ranks = np.searchsorted(present, np.arange(count))
+    index = np.append(ranks, len(present))[labels]  # the last one where no class fits
+    sums = [np.bincount(index.ravel(), photo[..., c].ravel(), len(present) + 1) for c in range(3)]
+    means = np.stack(sums, axis=1)[:-1] / pixels[:, None]
+    beside = _touching(index, len(present) + 1)
     reach = alpha * _ADJACENT
     spare = class_colours(count + _CANDIDATES)[count:]
     seen = np.empty_like(means)  # each class's pixels on average, its colour over them

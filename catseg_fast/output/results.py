@@ -13,6 +13,7 @@ from torch import Tensor
 
 from catseg_fast.files import temporary_folder
 from catseg_fast.identity import place_digest, place_of, png_mark, result_digest
+from catseg_fast.labels import NONE, NONE_NAME
 from catseg_fast.output.formats import FORMATS, Labelled, check_formats
 from catseg_fast.output.overlay import class_shares, label_png, overlay
 from catseg_fast.output.ownership import OTHER_SUFFIXES, PNG_SUFFIXES, Owner, owner_of
@@ -50,16 +51,25 @@ def unique_stems(
 
 
 def summarise(segmentation: Segmentation) -> list[dict[str, Any]]:
-    """Each class's index, name, share of the pixels and mean score there (None without pixels)."""
-    classes = segmentation.classes
+    """Each class's index, name, share of the pixels and mean score there (None without pixels).
+
+    With `min_score`, the last entry has the index -1 and is of the pixels that no class fits; its mean score
+    is that of their best classes.
+    """
+    classes, labels = segmentation.classes, segmentation.labels.flatten().long()
     shares = class_shares(segmentation.labels, len(classes))
-    labels, scores = segmentation.labels.flatten(), segmentation.scores.double().flatten()
-    means = torch.bincount(labels, weights=scores, minlength=len(classes)) / (shares * labels.numel())
-    rows = zip(classes, shares.tolist(), means.tolist(), strict=True)
-    return [
+    pixels = torch.bincount(labels + 1, minlength=len(classes) + 1)
+    sums = torch.bincount(labels + 1, segmentation.scores.double().flatten(), len(classes) + 1)
+    rows = zip(classes, shares.tolist(), (sums / pixels)[1:].tolist(), strict=True)
+    summary = [
         {"index": index, "name": name, "share": share, "mean_score": mean if share else None}
         for index, (name, share, mean) in enumerate(rows)
     ]
+    if segmentation.min_score is not None:
+        share = pixels[0].item() / labels.numel()
+        mean = (sums[0] / pixels[0]).item() if share else None
+        summary.append({"index": NONE, "name": NONE_NAME, "share": share, "mean_score": mean})
+    return summary
 
 
 def save_segmentation(

@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from catseg_fast.errors import InputError
+from catseg_fast.errors import InputError, InputTypeError
 from catseg_fast.files import read_text
+from catseg_fast.text.fold import Fold
 
 # fmt: off
 EVERYDAY_CLASSES = (
@@ -24,7 +25,12 @@ SCENE_CLASSES = (
 # fmt: on
 
 # Files in lists/; each names its source and licence.
-READY_LISTS = ("ade-150", "ade-847", "pc-459", "lvis-1203")
+DATA_SET_LISTS = ("ade-150", "ade-847", "pc-459", "lvis-1203", "pas-20", "pas-20b")
+NOUNS = "imagenet-12k"
+READY_LISTS = (*DATA_SET_LISTS, NOUNS)
+
+# One name per class, or each class's names, as `CATSeg.set_classes` takes them.
+Names = list[str] | dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class ReadyList:
     source: str
     licence: str
     note: str
-    classes: list[str]
+    classes: Names
 
 
 def ready_list(name: str) -> ReadyList:
@@ -48,11 +54,15 @@ def ready_list(name: str) -> ReadyList:
     key = name.strip().lower()
     if key not in READY_LISTS:
         raise InputError(f"classes: no list is named {name!r}; choose one of {', '.join(READY_LISTS)}")
+    if key == NOUNS:
+        from catseg_fast.text.nouns import nouns
+
+        return ReadyList(**nouns())
     path = Path(__file__).parent / "lists" / f"{key}.json"
     return ReadyList(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def parse_classes(text: str) -> list[str]:
+def parse_classes(text: str) -> Names:
     """The names of "sky; tree; person, man": semicolons separate classes, commas a class's synonyms.
 
     The name of a ready list, such as "ade-150", stands for its classes.
@@ -65,8 +75,10 @@ def parse_classes(text: str) -> list[str]:
     return _some([name.strip() for name in text.split(";") if name.strip()], "the class list")
 
 
-def read_classes(path: Path) -> list[str]:
-    """The class names in a .txt file, one a line, or in a .json file, a list of strings; both in UTF-8.
+def read_classes(path: Path) -> Names:
+    """The class names in a .txt file, one a line, or in a .json file, both in UTF-8.
+
+    JSON is a list of strings, or an object with the names of each class: `{"background": ["wall", "floor"]}`.
 
     Raises:
         OSError: if the file cannot be read.
@@ -85,9 +97,27 @@ def read_classes(path: Path) -> list[str]:
         names = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
+    if isinstance(names, dict):
+        try:
+            Fold.of(names, str(path))
+        except InputTypeError as error:  # of what is in a file
+            raise InputError(str(error)) from error
+        return {label: [some] if isinstance(some, str) else some for label, some in names.items()}
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: expected a JSON list of strings")
+        raise InputError(f"{path}: expected a JSON list of strings, or an object with lists of them")
     return _some(names, str(path))
+
+
+def read_flat_classes(path: Path, purpose: str) -> list[str]:
+    """`read_classes`, where each class has one name.
+
+    Raises:
+        InputError: if a class has several; the message begins with the path and says what for they are not.
+    """
+    names = read_classes(path)
+    if isinstance(names, dict):
+        raise InputError(f"{path}: {purpose} takes one name per class; give a list of strings")
+    return names
 
 
 def _some(names: list[str], where: str) -> list[str]:
