@@ -76,7 +76,7 @@ def file_mark(value: str) -> str:
 
 
 def read_mark(path: Path) -> str | None:
-    """The value of the mark of a PNG, MP4, TIFF or COCO file, or of all files in a folder; None if it has none."""
+    """The value of the mark of a PNG, MP4, TIFF or COCO file, or of all files in a folder; or None."""
     if path.suffix in (".mp4", ".tif"):
         return _read_file_mark(path)
     if path.is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -50,7 +50,6 @@ from catseg_fast.output.statistics import check_target, write_statistics
 if TYPE_CHECKING:
     from catseg_fast.cli.batch import Batch, Outcome
     from catseg_fast.cli.inputs import Picture
-    from catseg_fast.cli.video import Clips
 
 EXAMPLES = (
     'catseg-fast segment photo.jpg --classes "sky; tree; person, man" --weights model_base.pth',
@@ -58,6 +57,7 @@ EXAMPLES = (
     "catseg-fast segment photos --classes-list ade-150 --weights v2-vitl --stats classes.parquet",
     "catseg-fast segment photo.jpg --device cuda --dtype float16 --whole",
     "catseg-fast segment clip.mp4 --classes-file classes.txt --weights v2-vitb --every 5",
+    "catseg-fast segment aerial.tif --classes-file classes.txt --weights v2-vitl --tiles 1280 --whole",
     "torchrun --nproc-per-node 8 -m catseg_fast segment photo.jpg --classes-file c.txt --class-parallel",
 )
 LISTED = 20  # a line for each picture up to so many; beyond, a line for each of the largest classes
@@ -101,6 +101,18 @@ def segment(
     formats: Annotated[
         list[str] | None, choice("--format", tuple(FORMATS), "Also write, several times if need be")
     ] = None,
+    tiles: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE", min=1,
+            help="Segment large pictures at their own resolution, in tiles of SIZE pixels; memory does not "
+            "grow with them.",
+        ),
+    ] = None,
+    overlap: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Pixels that tiles share; by default an eighth of SIZE."),
+    ] = None,
     video: Annotated[
         bool, typer.Option("--video", help="Each folder holds the frames of a video, in their names' order.")
     ] = False,
@@ -125,9 +137,10 @@ def segment(
 
     Writes for each picture NAME.overlay.png (colours and legend), NAME.labels.png (each pixel's class index,
     16 bits) and NAME.json (each class's index, share of the pixels and mean score); for each video,
-    NAME.overlay.mp4 and a label map per frame in NAME.labels/. Results of the same picture content, weights,
-    classes and options are kept: a run that was interrupted goes on. Other files are never replaced: the
-    results' names are then numbered.
+    NAME.overlay.mp4 and a label map per frame in NAME.labels/; with --tiles, the label map is
+    NAME.labels.tif, with the georeference of the picture, and the overlay is reduced. Results of the same
+    picture content, weights, classes and options are kept: a run that was interrupted goes on. Other files
+    are never replaced: the results' names are then numbered.
     """
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
@@ -137,6 +150,10 @@ def segment(
     except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
     formats = formats or []
+    if overlap is not None and tiles is None:
+        raise typer.BadParameter("give --tiles SIZE, too", param_hint="--overlap")
+    if tiles is not None and (formats or batch > 1 or class_parallel):
+        raise typer.BadParameter("not with --format, --batch or --class-parallel", param_hint="--tiles")
     try:
         check_formats(formats, len(names))
     except (ValueError, ImportError) as error:
@@ -146,12 +163,15 @@ def segment(
         from catseg_fast.cli.inputs import find_pictures
         from catseg_fast.cli.resume import fingerprint
         from catseg_fast.data.frames import is_video, require_pyav
+        from catseg_fast.data.raster import require_rasterio
 
         found: list[Picture] = []
         if processes.first:
             found = find_pictures(images, output, _notice, whole_folders=video)
         clips = [picture for picture in found if is_video(picture.path) or picture.path.is_dir()]
         pictures = [picture for picture in found if picture not in clips]
+        if tiles is not None:
+            require_rasterio()
         if clips:
             require_pyav()
         elif processes.first and (video or every > 1):
@@ -184,13 +204,22 @@ def segment(
 
         start = time.perf_counter()
         work = Batch(conductor or model, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite)
-        outcomes = _segment_all(work, pictures, debug)
+        if tiles is None:
+            outcomes = _segment_all(work, pictures, debug)
+        else:
+            from catseg_fast.cli.tiles import Tiles
+            from catseg_fast.inference.tiles import check_tiles, default_overlap
+
+            check_tiles(model, tiles)
+            shared = default_overlap(tiles) if overlap is None else overlap
+            tiled = Tiles(model, about, tiles, shared, alpha=alpha, overwrite=overwrite)
+            outcomes = _segment_long(tiled.run, pictures, 0, debug)
         if clips:
             from catseg_fast.cli.video import Clips
 
             rate = Fraction(fps).limit_denominator(1000)
-            jobs = Clips(conductor or model, model.classes, about, alpha, every, rate, overwrite)
-            outcomes += _segment_clips(jobs, clips, len(pictures), debug)
+            jobs = Clips(conductor or model, model.label_classes, about, alpha, every, rate, overwrite)
+            outcomes += _segment_long(jobs.run, clips, len(pictures), debug)
         seconds = time.perf_counter() - start
         if conductor is not None:
             conductor.end()
@@ -232,12 +261,17 @@ def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[
     return sorted(outcomes, key=lambda outcome: outcome.index)
 
 
-def _segment_clips(work: Clips, clips: Sequence[Picture], first: int, debug: bool) -> list[Outcome]:
-    """Report the videos that fail; return the others' outcomes."""
+def _segment_long(
+    run: Callable[[int, Picture, Callable[[int, int], None]], Outcome],
+    pictures: Sequence[Picture],
+    first: int,
+    debug: bool,
+) -> list[Outcome]:
+    """Run videos, or large pictures, each with a bar of its own; report those that fail."""
     outcomes = []
-    for index, clip in enumerate(clips, first):
-        with image_progress(f"Segmenting {clip.path.name}") as advance:
-            outcome = work.run(index, clip, advance)
+    for index, picture in enumerate(pictures, first):
+        with image_progress(f"Segmenting {picture.path.name}") as advance:
+            outcome = run(index, picture, advance)
         if _succeeded(outcome, debug):
             outcomes.append(outcome)
     return outcomes

@@ -25,6 +25,7 @@ from catseg_fast.files import locked, replacing, temporary_folder
 from catseg_fast.identity import content_digest, place_digest, place_of, png_mark, settings_digest
 from catseg_fast.inference.images import check_upright
 from catseg_fast.inference.tiles import TileGrid, check_tiles, label_bands
+from catseg_fast.labels import NONE
 from catseg_fast.output.overlay import overlay
 from catseg_fast.output.ownership import TILED_SUFFIXES
 from catseg_fast.output.results import put_in_place, require_ours, vouched
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
 
 PREVIEW_SIDE = 2048  # of the overlay
+UNLABELLED_VALUE = 65535
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Tiles:
         about: as of `catseg_fast.cli.batch.Batch`.
         tile: side of a tile.
         overlap: pixels that neighbours share.
+        min_score: the probability below which a pixel has no class.
         alpha: share of the colours in the overlay.
         overwrite: also do pictures whose results are up to date.
     """
@@ -56,6 +59,7 @@ class Tiles:
     about: Mapping[str, Any]
     tile: int
     overlap: int
+    min_score: float | None = None
     alpha: float = 0.55
     overwrite: bool = False
 
@@ -95,11 +99,13 @@ class Tiles:
         picture.folder.mkdir(parents=True, exist_ok=True)
         require_ours(picture.folder, picture.stem, picture.path)
         grid = TileGrid(raster.size, self.tile, self.overlap)
+        totals = Totals(self.model.label_classes, self.min_score is not None)
         folder = picture.folder / f".{picture.stem}.tiles"
         with locked(folder, seconds=1):
-            work = _Work(folder, settings_digest({**about, "content": digest}), grid, self.model.classes)
+            work = _Work(folder, settings_digest({**about, "content": digest}), grid, totals)
             bands = label_bands(
-                self.model, grid, raster.read, work, first=work.bands, progress=advance
+                self.model, grid, raster.read, work,
+                min_score=self.min_score, first=work.bands, progress=advance,
             )  # fmt: skip
             for band in bands:
                 work.append(band.labels, band.scores)
@@ -116,10 +122,11 @@ class Tiles:
         factor = math.ceil(max(height, width) / PREVIEW_SIDE)
         small = labels[: height // factor * factor, : width // factor * factor]
         small = small[factor // 2 :: factor, factor // 2 :: factor].astype(np.int32)
+        small[small == UNLABELLED_VALUE] = NONE
         mark = place_digest(picture.path)
         with temporary_folder(picture.folder) as scratch:
             painted = overlay(
-                raster.preview(factor), torch.from_numpy(small), self.model.classes, self.alpha
+                raster.preview(factor), torch.from_numpy(small), self.model.label_classes, self.alpha
             )  # fmt: skip
             painted.save(scratch / names[0], pnginfo=png_mark(mark))
             raster.write_labels(scratch / names[1], labels, mark)
@@ -139,9 +146,8 @@ class _Work:
         totals: their sums.
     """
 
-    def __init__(self, folder: Path, key: str, grid: TileGrid, classes: tuple[str, ...]) -> None:
-        self.folder, self.key, self.grid = folder, key, grid
-        self.totals, self.bands = Totals(classes), 0
+    def __init__(self, folder: Path, key: str, grid: TileGrid, totals: Totals) -> None:
+        self.folder, self.key, self.grid, self.totals, self.bands = folder, key, grid, totals, 0
         self._rows, self._state = folder / "labels.raw", folder / "state.json"
         if not self._restore():
             if folder.exists() and any(folder.iterdir()) and not self._state.exists():

@@ -110,7 +110,7 @@ class Raster:
         return torch.from_numpy(np.ascontiguousarray(values)).expand(3, -1, -1)
 
     def preview(self, factor: int) -> Tensor:
-        """The raster reduced by a whole number, uint8 `[3, H // factor, W // factor]`, each pixel an average."""
+        """The raster reduced by a whole number: averages, uint8 `[3, H // factor, W // factor]`."""
         height, width = (side // factor for side in self.size)
         rows = max(1, 2**22 // max(1, self.size[1] * factor))
         parts = []

@@ -107,6 +107,21 @@ def image_size(path: Path, name: str = "image") -> tuple[int, int]:
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
+def check_upright(path: Path) -> None:
+    """Check that a picture is stored as it is to be shown.
+
+    Raises:
+        InputError: if its EXIF orientation turns it.
+    """
+    try:
+        with open_regular(path) as file, _open(file) as image:
+            orientation = _orientation(image)
+    except Exception:  # of a size or a kind that Pillow does not read
+        return
+    if orientation != 1:
+        raise InputError(f"{path}: EXIF orientation {orientation} turns it; store it upright to use tiles")
+
+
 @cache
 def picture_suffixes() -> frozenset[str]:
     """The suffixes, in lower case, of the formats that Pillow decodes."""

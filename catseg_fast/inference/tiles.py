@@ -13,6 +13,7 @@ from catseg_fast.errors import InputError, RunError
 from catseg_fast.inference.encoding import encode
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Readout
 from catseg_fast.inference.segment import label
+from catseg_fast.inference.segmentation import Segmentation
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -106,9 +107,8 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class Band:
-    """Labels int32 and scores float32 `[h, W]` of the rows of a picture from `top` on, on the CPU."""
+    """Labels int32 and scores float32 `[h, W]` of a picture's next rows, on the CPU."""
 
-    top: int
     labels: Tensor
     scores: Tensor
 
@@ -136,20 +136,21 @@ def label_bands(
     store: TileStore,
     *,
     sliding_window: bool | None = None,
+    min_score: float | None = None,
     first: int = 0,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Iterator[Band]:
     """Label a picture from top to bottom, in bands between the tops of two rows of tiles.
 
-    Where tiles overlap, their probabilities are averaged, as those of crops are. Memory does not grow with the
-    picture but for a band.
+    Where tiles overlap, their probabilities are averaged, as those of crops are. Memory does not grow with
+    the picture but for a band.
 
     Args:
         model: has its classes.
         grid: the tiles.
         read: reads the picture.
         store: keeps the logits of tiles; those that it has are not computed again.
-        sliding_window: as of `CATSeg.segment`, for each tile.
+        sliding_window, min_score: as of `CATSeg.segment`, for each tile and for the averages.
         first: the band to start with.
         progress: called with the numbers of tiles done and of all tiles.
 
@@ -176,13 +177,12 @@ def label_bands(
             logits(row, column)
             right = lefts[column + 1] if column + 1 < len(lefts) else grid.size[1]
             cell = (tops[row], bottom, lefts[column], right)
-            parts.append(_label_cell(model, grid, readout, logits, cell))
+            target = _label_cell(model, grid, readout, logits, cell)
+            part = Segmentation.of(target, model.classes, readout, fold=model.fold)
+            parts.append(part.with_min_score(min_score))
             progress(row * len(lefts) + column + 1, grid.count)
-        yield Band(
-            tops[row],
-            torch.cat([target.labels.cpu() for target in parts], dim=1),
-            torch.cat([target.scores.cpu() for target in parts], dim=1),
-        )
+        labels, scores = ([getattr(part, name) for part in parts] for name in ("labels", "scores"))
+        yield Band(torch.cat(labels, dim=1), torch.cat(scores, dim=1))
         store.drop(next((i for i, top in enumerate(tops) if top + grid.shape[0] > bottom), len(tops)))
 
 
@@ -202,7 +202,7 @@ def _label_cell(
     logits: Callable[[int, int], Tensor],
     cell: tuple[int, int, int, int],
 ) -> LabelMap:
-    """Label the pixels between (top, bottom, left, right), which tiles up to the one that starts there cover."""
+    """Label the pixels of a cell (top, bottom, left, right), at whose corner the last tile over it starts."""
     top, bottom, left, right = cell
     height, width = grid.shape
     rows = [i for i, start in enumerate(grid.tops) if start <= top and start + height > top]
@@ -222,3 +222,32 @@ def _label_cell(
                 count[: seen.shape[1], : seen.shape[2]] += 1
         target.update(start, total / count)
     return target
+
+
+def segment_tiles(
+    model: CATSeg,
+    pixels: Tensor,
+    tile: int,
+    overlap: int | None = None,
+    *,
+    sliding_window: bool | None = None,
+    min_score: float | None = None,
+) -> Segmentation:
+    """Label a picture `[3, H, W]` in memory, as `label_bands` does.
+
+    Raises:
+        InputError, RunError: as of `TileGrid` and `check_tiles`.
+    """
+    size = (pixels.shape[1], pixels.shape[2])
+    grid = TileGrid(size, tile, default_overlap(tile) if overlap is None else overlap)
+
+    def read(top: int, left: int, height: int, width: int) -> Tensor:
+        return pixels[:, top : top + height, left : left + width]
+
+    bands = list(
+        label_bands(
+            model, grid, read, MemoryStore(), sliding_window=sliding_window, min_score=min_score
+        )
+    )  # fmt: skip
+    labels, scores = torch.cat([band.labels for band in bands]), torch.cat([band.scores for band in bands])
+    return Segmentation(labels, scores, model.label_classes, fold=model.fold, min_score=min_score)
