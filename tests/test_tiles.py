@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_tiles_cover_a_picture(tile: int, length: int, overlap: int) -> None:
     side, tops = grid.shape[0], grid.tops
     assert tops[0] == 0
     assert tops[-1] + side == length
-    assert all(0 < b - a <= side - overlap for a, b in zip(tops, tops[1:], strict=False))
+    assert all(0 < b - a <= side - overlap for a, b in pairwise(tops))
     assert grid.count == len(tops)
 
 
@@ -162,9 +163,9 @@ def test_rasters_that_cannot_be_read(tmp_path: Path) -> None:
     ):
         pass
     floats = save(tmp_path / "floats.tif", torch.zeros(1, 4, 4))
-    with pytest.raises(ValueError, match="expected bands of uint8 or uint16 values, got float32; scale it"):
-        with open_raster(floats):
-            pass
+    expected = "expected bands of uint8 or uint16 values, got float32; scale it"
+    with pytest.raises(ValueError, match=expected), open_raster(floats):
+        pass
     remote = tmp_path / "remote.vrt"
     remote.write_text('<VRTDataset rasterXSize="1" rasterYSize="1"></VRTDataset>')
     with pytest.raises(ValueError, match="cannot read the raster"), open_raster(remote):

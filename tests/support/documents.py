@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCUMENTS = (README, *sorted((ROOT / "docs").rglob("*.md")))
 STREET = ROOT / "examples" / "street.png"
+PICTURES = (
+    "photo.jpg", "photos/a.jpg", "photos/b.jpg", "frames/1.jpg", "aerial.tif", "examples/street.png",
+)  # fmt: skip
 SMALL = (320, 224)  # pixels of its copies, width and height
 SCENE = ROOT / "examples" / "scene.jpg"
 TINY = replace(
@@ -61,7 +64,14 @@ def make_checkout(folder: Path) -> None:
     (folder / "classes.txt").write_text("sky\ntree\n")
     with Image.open(STREET) as street:
         small = street.convert("RGB").resize(SMALL)
-    for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg", "frames/1.jpg", "examples/street.png"):
+    for name in (
+        "photo.jpg",
+        "photos/a.jpg",
+        "photos/b.jpg",
+        "frames/1.jpg",
+        "aerial.tif",
+        "examples/street.png",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         small.save(folder / name)
     writer = VideoWriter(folder / "clip.mp4", SMALL[::-1], Fraction(25), "")
