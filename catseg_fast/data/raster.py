@@ -17,7 +17,11 @@ from catseg_fast.errors import InputError, MissingPackageError
 from catseg_fast.files import open_regular
 from catseg_fast.identity import file_mark
 
-_DRIVERS = ["GTiff", "PNG", "JPEG", "JP2OpenJPEG", "BMP", "WEBP"]  # none that can lead to other files
+# GDAL's drivers by how a file starts; it has others that lead to other files, or to a network.
+_DRIVERS = {
+    b"II*\0": "GTiff", b"MM\0*": "GTiff", b"II+\0": "GTiff", b"MM\0+": "GTiff", b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG", b"\0\0\0\x0cjP  ": "JP2OpenJPEG", b"BM": "BMP",
+}  # fmt: skip
 _CACHE_MB = 256
 _BLOCK = 256  # side of the blocks of a label map
 
@@ -48,16 +52,25 @@ def open_raster(path: Path) -> Iterator[Raster]:
 
     with ExitStack() as stack:
         try:
-            open_regular(path).close()
+            driver = _driver(path)
             stack.enter_context(rasterio.Env(GDAL_CACHEMAX=_CACHE_MB))
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            dataset = stack.enter_context(rasterio.open(path, driver=_DRIVERS))
+            dataset = stack.enter_context(rasterio.open(path, driver=driver))
         except FileNotFoundError:
             raise FileNotFoundError(f"no such file: {str(path)!r}") from None
         except (OSError, rasterio.errors.RasterioError) as error:
             raise InputError(f"{path}: cannot read the raster: {error}") from error
         yield Raster(path, dataset)
+
+
+def _driver(path: Path) -> str:
+    with open_regular(path) as file:
+        start = file.read(8)
+    for magic, driver in _DRIVERS.items():
+        if start.startswith(magic):
+            return driver
+    raise InputError(f"{path}: cannot read the raster: expected TIFF, PNG, JPEG, JPEG 2000 or BMP")
 
 
 class Raster:
