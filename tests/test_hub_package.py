@@ -108,7 +108,7 @@ def test_the_layout_is_the_builders(project: Path) -> None:
     assert len(sources) > 40
     assert not any("from catseg_fast" in path.read_text() for path in sources)
     assert run(project, CHECKS) == {
-        "backends": ["Backend.CUDA"],
+        "backends": ["cuda"],
         "name": "catseg-ops",
         "version": 1,
         "module": True,
