@@ -76,7 +76,11 @@ class _Search:
 
 
 def find_pictures(
-    arguments: Sequence[Path], output: Path, notice: Callable[[str], object] = lambda text: None
+    arguments: Sequence[Path],
+    output: Path,
+    notice: Callable[[str], object] = lambda text: None,
+    *,
+    whole_folders: bool = False,
 ) -> list[Picture]:
     """Return the pictures that the arguments name, in their order; folders and globs in alphabetical order.
 
@@ -89,6 +93,7 @@ def find_pictures(
         output: where the results go.
         notice: called with a line for what is left out, and for each stem that is numbered due to a file of
             others.
+        whole_folders: take each folder for one picture, which it is if it holds a video's frames.
 
     Raises:
         InputError: if a folder holds no pictures, or there are only results.
@@ -98,7 +103,7 @@ def find_pictures(
     explicit_results = 0
     for argument in arguments:
         search = _Search(resolved)
-        if argument.is_dir():
+        if argument.is_dir() and not whole_folders:
             inside = sorted(path for path in _walk(argument, search) if search.takes(path, argument))
             if not inside and not search.results:
                 left_out = search.summary()

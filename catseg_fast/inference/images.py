@@ -106,6 +106,21 @@ def image_size(path: Path, name: str = "image") -> tuple[int, int]:
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
+def check_upright(path: Path) -> None:
+    """Check that a picture is stored as it is to be shown.
+
+    Raises:
+        InputError: if its EXIF orientation turns it.
+    """
+    try:
+        with open_regular(path) as file, _open(file) as image:
+            orientation = _orientation(image)
+    except Exception:  # of a size or a kind that Pillow does not read
+        return
+    if orientation != 1:
+        raise InputError(f"{path}: EXIF orientation {orientation} turns it; store it upright to use tiles")
+
+
 def _read(path: Path, name: str) -> np.ndarray:
     """Decode a file to an array for `_from_array`."""
     with _errors_of(path, name), open_regular(path) as file, _open(file) as image:

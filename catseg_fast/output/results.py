@@ -16,7 +16,7 @@ from catseg_fast.identity import place_digest, place_of, png_mark, result_digest
 from catseg_fast.labels import NONE, NONE_NAME
 from catseg_fast.output.formats import FORMATS, Labelled, check_formats
 from catseg_fast.output.overlay import UNLABELLED_VALUE, class_shares, label_png, overlay
-from catseg_fast.output.ownership import FORMAT_SUFFIXES, PNG_SUFFIXES, Owner, owner_of
+from catseg_fast.output.ownership import OTHER_SUFFIXES, PNG_SUFFIXES, Owner, owner_of
 from catseg_fast.output.top_classes import TOP_SUFFIX, write_top_classes
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def save_segmentation(
         identity = {
             "path": None if picture is None else place_of(picture),
             "content": digest,
-            "files": {name: result_digest(scratch / name) for name in names},
+            **vouched(scratch, names),
         }
         content = {**about, "identity": identity, "width": width, "height": height}
         if segmentation.min_score is not None:
@@ -119,17 +119,35 @@ def save_segmentation(
         if present is not None:
             content["present"] = present
         content["classes"] = classes
-        result = folder / f"{stem}.json"
-        write_result(scratch / result.name, content)
-        _require_ours(folder, stem, picture)
-        result.unlink(missing_ok=True)
-        (scratch / "replaced").mkdir()
-        for name in (stem + suffix for suffix in FORMAT_SUFFIXES):
-            if os.path.lexists(folder / name):  # a folder cannot be replaced, only moved away
-                os.replace(folder / name, scratch / "replaced" / name)
-        for name in (*names, result.name):
-            os.replace(scratch / name, folder / name)
+        require_ours(folder, stem, picture)
+        put_in_place(scratch, folder, stem, names, content)
     return classes
+
+
+def vouched(folder: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The entry of a result's "identity" that vouches for files, or folders of files, by their content."""
+    return {"files": {name: result_digest(folder / name) for name in names}}
+
+
+def put_in_place(
+    scratch: Path, folder: Path, stem: str, names: Sequence[str], content: Mapping[str, Any]
+) -> None:
+    """Move a result's files from `scratch` to `folder`; the JSON file is removed first and written last.
+
+    What else is there of the stem shows an earlier answer, and is removed.
+    """
+    result = folder / f"{stem}.json"
+    write_result(scratch / result.name, content)
+    result.unlink(missing_ok=True)
+    (scratch / "replaced").mkdir()
+    for name in (stem + suffix for suffix in (*PNG_SUFFIXES, *OTHER_SUFFIXES)):
+        place = folder / name
+        if name in names and not place.is_dir():
+            continue
+        if os.path.lexists(place):  # a folder cannot be replaced, only moved away
+            os.replace(place, scratch / "replaced" / name)
+    for name in (*names, result.name):
+        os.replace(scratch / name, folder / name)
 
 
 def result_paths(
@@ -148,12 +166,18 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
-def _require_ours(folder: Path, stem: str, picture: Path | None) -> None:
+def require_ours(folder: Path, stem: str, picture: Path | None) -> None:
+    """Check that results of a picture may go into the files of a stem, as of `owner_of`.
+
+    Raises:
+        FileExistsError: if one of these is not a result of this picture.
+    """
     owner = owner_of(folder, stem, picture)
     if owner is Owner.OTHER_PICTURE:
         raise FileExistsError(f"{folder / stem}.*: results of another picture than {picture}")
     if owner is Owner.STRANGER:
-        names = ", ".join(stem + suffix for suffix in (*PNG_SUFFIXES, ".json", *FORMAT_SUFFIXES))
+        suffixes = (*PNG_SUFFIXES, ".json", *OTHER_SUFFIXES)
+        names = ", ".join(stem + suffix for suffix in suffixes)
         raise FileExistsError(
             f"{folder}: one of {names} is there and is not a result of catseg-fast; it is not replaced"
         )

@@ -60,7 +60,9 @@ def in_chunks(self: Any, own: Any, image: Tensor, text: Tensor, maps: Any) -> Te
 
 def resized(self: Any, own: Any, image: Tensor, text: Tensor, maps: Any) -> Tensor:
     side = 8
-    small = [F.interpolate(x, (k * side, k * side)) for x, k in zip((image, *maps), (1, 1, 2, 4), strict=True)]
+    small = [
+        F.interpolate(x, (k * side, k * side)) for x, k in zip((image, *maps), (1, 1, 2, 4), strict=True)
+    ]
     logits = own(self, small[0], text, small[1:])
     return F.interpolate(logits, (4 * image.shape[2], 4 * image.shape[3]))
 
