@@ -15,7 +15,8 @@ from torch import Tensor
 
 from catseg_fast.errors import InputError, MissingPackageError
 from catseg_fast.files import open_regular
-from catseg_fast.inference.images import load_image, picture_suffixes
+from catseg_fast.inference.images import load_image
+from catseg_fast.inference.suffixes import picture_suffixes
 from catseg_fast.output.ownership import is_result
 
 VIDEO_SUFFIXES = frozenset(
