@@ -33,7 +33,7 @@ from catseg_fast.engine.selection import best_classes, class_scores
 from catseg_fast.engine.streaming import Consumer, Stages, Stream, run_streams
 from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
 from catseg_fast.errors import RunError
-from catseg_fast.weights import weights_state
+from catseg_fast.weights import module_tensors, weights_state
 
 if TYPE_CHECKING:
     from catseg_fast.engine.triton_stages import TritonStages
@@ -53,15 +53,15 @@ class Engine:
             read at every call, so that changes take effect.
 
     Attributes:
-        backend: "auto", "triton" or "torch"; calls that need gradients always run in torch.
-        checkpoint: whether such calls recompute activations in the backward pass, one chunk of classes at a
-            time, to save memory; None: only if the activations would not fit.
-        precision: type in which the stages compute. None: autocast's type (on a CPU, only if it is faster,
-            see `catseg_fast.engine.precision`); without autocast the type of the weights, but fp16 instead of
-            fp32 on a GPU if no gradients are recorded.
-        input_precision: precision of products of fp32 numbers in Triton: "ieee", or "tf32x3" on tensor cores.
-        share: this process's share of the classes, if other processes hold the rest; all processes must make
-            the same calls.
+        backend: "auto", "triton" or "torch"; calls that need gradients run in torch always.
+        checkpoint: whether such calls compute activations again when their gradient is taken, a chunk of
+            classes at a time, to keep little of them; None: where they would not fit.
+        precision: type in which the stages compute. None: autocast's (on a CPU, where that type is the faster
+            one, see `catseg_fast.engine.precision`); without autocast the weights' own, but fp16 in place of
+            fp32 on a GPU where no gradients are recorded. On a GPU CLIP's image tower follows, if its weights
+            are in fp32 and this type has 16 bits.
+        input_precision: of products of fp32 numbers in Triton: "ieee", or "tf32x3" on tensor cores.
+        share: where other processes hold the rest of the classes, this one's share; all must call together.
     """
 
     def __init__(self, aggregator: nn.Module) -> None:
@@ -75,9 +75,9 @@ class Engine:
         self._policy: str | None = None
         self._memory_budget: int | None = None
         self._graphs = "auto"
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Clear everything that is derived from weights, calls or settings."""
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
@@ -92,7 +92,7 @@ class Engine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self.forget()
 
     @property
     def backend(self) -> str:
@@ -167,7 +167,7 @@ class Engine:
         if self._differentiable() or torch.compiler.is_compiling():
             with self._without_autocast():
                 return build_plan(self.aggregator, dtype)
-        state = weights_state(self.aggregator.parameters())
+        state = weights_state(module_tensors(self.aggregator))
         if dtype not in self._plans or self._plans[dtype][0] != state:
             # The cached plan must be usable by later calls in any mode.
             with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
@@ -490,8 +490,10 @@ class _Answer:
             place[:] = part
 
 
-# `torch.compile` treats this as a constant, since it cannot trace the queries of the machine.
-constant_backend = torch.compiler.assume_constant_result(choose_backend)
+# `torch.compile` treats this as a constant, since it cannot trace the queries of the machine. All that
+# torch.compiler.assume_constant_result does is to set this, but it imports the whole compiler first.
+constant_backend = choose_backend
+constant_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _nbytes(x: Tensor) -> int:
