@@ -319,7 +319,7 @@ class Engine:
             if differentiable:
                 if self.backend == "triton":
                     warn_once(
-                        "gradients are required: running in torch, as the Triton kernels have no backward"
+                        "gradients are required: running in torch, as Triton's kernels have no backward"
                     )
                 selected = None
                 if count < total:

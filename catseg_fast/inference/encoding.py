@@ -105,7 +105,7 @@ def _encode_crops(
         return features, guidance
     if all(x.isfinite().all() for x in (features, *guidance)) or not clip_images.isfinite().all():
         return features, guidance
-    warnings.warn("CLIP: fp16 overflows: computing again in bf16", RuntimeWarning, stacklevel=2)
+    warnings.warn("CLIP: fp16 overflowed: computing again in bf16", RuntimeWarning, stacklevel=2)
     model.engine.recordings.clear()
     return model.encode_images(clip_images, pixels, replace_type(clip, torch.float16, torch.bfloat16))
 
