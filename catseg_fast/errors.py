@@ -19,7 +19,7 @@ class InputTypeError(CATSegError, TypeError):
 
 
 class RunError(CATSegError, RuntimeError):
-    """What was asked for cannot run: on this machine, with the present settings, or any further."""
+    """A call cannot run or continue on this machine or with the present settings."""
 
 
 class MissingPackageError(CATSegError, ImportError):

@@ -146,9 +146,7 @@ def test_the_fingerprint_tells_weights_classes_and_options(tmp_path: Path, model
 def test_decoding_runs_ahead_of_the_model(
     photos: Path, model: CATSeg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the model has the first picture, the next ones are read; and the first is being written while it
-    has the second.
-    """
+    """The next pictures are read during the model's first one, which is written during its second one."""
     read, writing = threading.Semaphore(0), threading.Event()
     segment, save = CATSeg.segment, Batch._write
     calls: list[object] = []

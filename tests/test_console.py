@@ -1,4 +1,4 @@
-"""What the command line prints: text as it is, tables that nothing is cut of, errors in plain lines."""
+"""Output of the command line: unchanged text, uncut tables, errors in plain lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a new user meets: how long it takes, what is said, and what runs as pasted."""
+"""The experience of a new user: times, messages, and pasted commands."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_pixels_of_no_class(model: CATSeg, image: Tensor, tmp_path: Path) -> Non
 def test_an_interrupted_run_goes_on(
     model: CATSeg, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    """With the tile after the last one that was done, and the same result."""
+    """It continues with the tile after the last finished one, to the same result."""
     path, calls = save(tmp_path / "a.tif", image), []
     encode = model.encode_images
 

@@ -34,7 +34,7 @@ _MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monosp
 
 
 class Page:
-    """What the page's events call.
+    """Handlers of the page's events.
 
     A visitor's state is the picture as encoded and the last segmentation; vocabulary, back end and
     max_classes may change without encoding the picture again.

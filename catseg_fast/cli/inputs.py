@@ -1,4 +1,4 @@
-"""From the command line's files, folders and globs to pictures, and where each one's results go."""
+"""Pictures among the command line's files, folders and globs, and the places of their results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Picture:
 
 @dataclass
 class _Search:
-    """What a search leaves out, by reason.
+    """Numbers of files that a search skips, by reason.
 
     Attributes:
         output: folder of the results, resolved.
@@ -59,7 +59,7 @@ class _Search:
         return self.output in parents and base.resolve() in self.output.parents
 
     def summary(self) -> str:
-        """What was left out, in words; empty if nothing."""
+        """Describe the skipped files; empty if there are none."""
         parts = []
         if self.results:
             parts.append(_number(self.results, "result") + " of catseg-fast")

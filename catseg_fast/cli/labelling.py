@@ -1,4 +1,4 @@
-"""What `segment` asks of the model for each picture, and the options for it."""
+"""Options of `segment` that concern the labels, and the model's calls for each picture."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Labelling:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What differs from the defaults; results depend on it."""
+        """Return the options that differ from the defaults; results depend on them."""
         asked = {"top_k": self.top_k, "min_score": self.min_score, "present": self.present}
         return {name: value for name, value in asked.items() if value is not None}
 

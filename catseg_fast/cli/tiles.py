@@ -139,7 +139,7 @@ class Tiles:
 
 
 class _Work:
-    """What is under way of a picture: label rows, sums, and the logits of tiles that are still needed.
+    """State of an unfinished picture: label rows, sums, and the logits of tiles that are still needed.
 
     Attributes:
         bands: the bands that are done.

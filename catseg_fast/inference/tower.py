@@ -39,9 +39,7 @@ def reduced_clip(clip: DenseCLIP, dtype: torch.dtype) -> DenseCLIP:
 
 
 def replace_type(clip: DenseCLIP, overflowing: torch.dtype, dtype: torch.dtype) -> DenseCLIP:
-    """Return CLIP with its image tower in `dtype`, which `reduced_clip` returns for `overflowing`, too, from
-    then on.
-    """
+    """Return CLIP with its image tower in `dtype`, which `reduced_clip` then returns for `overflowing`."""
     return _keep(clip, dtype, overflowing)
 
 

@@ -21,7 +21,7 @@ UNLABELLED = 255  # in a palette PNG, as in Pascal VOC
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a format is written of.
+    """Inputs of a format's writer.
 
     Attributes:
         labels: indices into `classes` `[H, W]`; negative ones belong to no class.
@@ -42,7 +42,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Format:
-    """How a result's file, or folder of files, is written.
+    """Writer of a result's file, or folder of files.
 
     Attributes:
         suffix: of its name, after the stem.
