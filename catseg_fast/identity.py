@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -20,7 +21,7 @@ from catseg_fast.files import file_digest, open_regular
 
 _ALGORITHM = "blake2b"
 _MARK = "catseg-fast"  # keyword of the PNG's text chunk
-JSON_MARK = "catseg_fast_mark"  # entry of "info" in COCO files
+JSON_MARK = NPZ_MARK = "catseg_fast_mark"  # entry of "info" in COCO files, array in files of numpy
 _ENDS = 2**20  # bytes at either end of an MP4 or TIFF file that hold its comment
 
 
@@ -84,6 +85,8 @@ def read_mark(path: Path) -> str | None:
         return marks.pop() if len(marks) == 1 else None
     if path.suffix == ".png":
         return read_png_mark(path)
+    if path.suffix == ".npz":
+        return _read_npz_mark(path)
     try:
         with open_regular(path) as file:
             value = json.loads(file.read())["info"][JSON_MARK]
@@ -101,3 +104,11 @@ def _read_file_mark(path: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return found[1].decode() if found else None
+
+
+def _read_npz_mark(path: Path) -> str | None:
+    try:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
+            return str(arrays[NPZ_MARK])
+    except Exception:  # damaged files raise whatever the reader stumbles over
+        return None

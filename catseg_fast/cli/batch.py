@@ -23,7 +23,7 @@ from catseg_fast.output.results import save_segmentation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from catseg_fast.distributed.conductor import Conductor
+    from catseg_fast.cli.labelling import Labelling
     from catseg_fast.inference.segmentation import Segmentation
     from catseg_fast.model import CATSeg
 
@@ -59,18 +59,19 @@ class Batch:
     """Segments pictures and saves the results.
 
     Args:
-        model: has its classes; or a conductor of the ranks that have them, on rank 0.
+        model: has its classes; or it with what is asked for.
         about: further entries of the JSON files; its "fingerprint" tells which results are up to date.
         alpha: share of the colours in the overlay.
         formats: what else to write, of `catseg_fast.output.formats.FORMATS`.
         size: pictures in one call of the model.
         overwrite: also do pictures whose results are up to date.
         threads: for decoding, and as many for writing.
+        present: as in `save_segmentation`.
     """
 
     def __init__(
         self,
-        model: CATSeg | Conductor,
+        model: CATSeg | Labelling,
         about: Mapping[str, Any],
         *,
         alpha: float = 0.55,
@@ -78,10 +79,12 @@ class Batch:
         size: int = 1,
         overwrite: bool = False,
         threads: int | None = None,
+        present: float | None = None,
     ) -> None:
         self.model, self.about, self.alpha, self.size, self.overwrite = model, about, alpha, size, overwrite
         self.formats = formats
         self.suffixes = (*PNG_SUFFIXES, *(FORMATS[name].suffix for name in formats))
+        self.present = present
         self.threads = threads or min(4, os.cpu_count() or 1)
 
     def run(self, pictures: Sequence[Picture]) -> Iterator[Outcome]:
@@ -162,7 +165,7 @@ class Batch:
         about = {"image": str(picture.path), **self.about}
         classes = save_segmentation(
             picture.folder, picture.stem, decoded.image, answer, about, self.alpha,
-            picture=picture.path, digest=decoded.digest, formats=self.formats,
+            picture=picture.path, digest=decoded.digest, formats=self.formats, present=self.present,
         )  # fmt: skip
         return occurring(classes)
 

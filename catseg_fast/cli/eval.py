@@ -13,11 +13,11 @@ import typer
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import BACKENDS, choose_backend, default_device
+from catseg_fast.cli.labelling import AllClasses, MinScore
 from catseg_fast.cli.options import (
     DTYPES,
     ClassesList,
     Device,
-    MinScore,
     Seed,
     TextCache,
     VariantName,
@@ -117,10 +117,7 @@ def evaluate(
             "--sliding-window/--whole", help="Overlapping crops and the whole picture, or the latter alone."
         ),
     ] = True,
-    all_classes: Annotated[
-        bool,
-        typer.Option("--all-classes", help="Aggregate every class; upstream's v2 keeps 256 per crop."),
-    ] = False,
+    all_classes: AllClasses = False,
     activations: Annotated[
         bool,
         typer.Option("--activations", help="Also find the largest value in each of the engine's stages."),

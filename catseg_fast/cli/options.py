@@ -80,14 +80,6 @@ TextCache = Annotated[
         help="Whether the class names' text features are kept in the user's cache folder for the next run.",
     ),
 ]
-MinScore = Annotated[
-    float | None,
-    typer.Option(
-        metavar="P", min=0, max=1,
-        help="Label pixels 'none of these' whose best class has a smaller probability; 0.3 is a start. By "
-        "default every pixel has a class.",
-    ),
-]
 Seed = Annotated[int, typer.Option(help="Seed of untrained weights.")]
 # fmt: on
 

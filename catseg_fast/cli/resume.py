@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from catseg_fast.cli.inputs import Picture
@@ -16,8 +17,14 @@ if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
 
 
-def fingerprint(model: CATSeg, weights: Path | None, seed: int, alpha: float) -> str:
-    """A value for all that decides what is written, but for the picture.
+def fingerprint(
+    model: CATSeg,
+    weights: Path | None,
+    seed: int,
+    alpha: float,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """A value for all that decides what is written, but for the picture; `settings` are further options.
 
     That is the content of the weights' file (or the seed of untrained ones), the classes and the options;
     not the device and the back end, which change rounding alone.
@@ -31,7 +38,9 @@ def fingerprint(model: CATSeg, weights: Path | None, seed: int, alpha: float) ->
         "max_classes": model.max_classes,
         "alpha": alpha,
     }
-    return settings_digest(facts)
+    if model.fold is not None:
+        facts["fold"] = model.fold.by_class
+    return settings_digest({**facts, **settings})
 
 
 def finished(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fractions import Fraction
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,20 @@ from rich.text import Text
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import choose_backend, default_device
+from catseg_fast.cli.labelling import (
+    AllClasses,
+    Best,
+    Explain,
+    Labelling,
+    Memory,
+    MinScore,
+    Present,
+    TopK,
+    check_limit,
+    check_memory,
+    limit_classes,
+)
+from catseg_fast.cli.long import FPS, Every, Overlap, TileSize, Video, check_tiling, divide, filming, tiling
 from catseg_fast.cli.options import (
     Backend,
     Classes,
@@ -43,18 +57,20 @@ from catseg_fast.console import (
     stdout,
 )
 from catseg_fast.distributed.torchrun import Processes, join, own_device
-from catseg_fast.errors import InputError
 from catseg_fast.output.formats import FORMATS, check_formats
 from catseg_fast.output.statistics import check_target, write_statistics
 
 if TYPE_CHECKING:
     from catseg_fast.cli.batch import Batch, Outcome
     from catseg_fast.cli.inputs import Picture
+    from catseg_fast.cli.long import Run
 
 EXAMPLES = (
     'catseg-fast segment photo.jpg --classes "sky; tree; person, man" --weights model_base.pth',
     "catseg-fast segment photos/*.jpg --classes-file classes.txt --weights v2-vitl --output results",
     "catseg-fast segment photos --classes-list ade-150 --weights v2-vitl --stats classes.parquet",
+    "catseg-fast segment photo.jpg --classes-list imagenet-12k --all-classes --memory 2GiB --present 0.01",
+    'catseg-fast segment photo.jpg --classes "cat; dog" --weights v2-vitl --min-score 0.3',
     "catseg-fast segment photo.jpg --device cuda --dtype float16 --whole",
     "catseg-fast segment clip.mp4 --classes-file classes.txt --weights v2-vitb --every 5",
     "catseg-fast segment aerial.tif --classes-file classes.txt --weights v2-vitl --tiles 1280 --whole",
@@ -101,25 +117,18 @@ def segment(
     formats: Annotated[
         list[str] | None, choice("--format", tuple(FORMATS), "Also write, several times if need be")
     ] = None,
-    tiles: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE", min=1,
-            help="Segment large pictures at their own resolution, in tiles of SIZE pixels; memory does not "
-            "grow with them.",
-        ),
-    ] = None,
-    overlap: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=0, help="Pixels that tiles share; by default an eighth of SIZE."),
-    ] = None,
-    video: Annotated[
-        bool, typer.Option("--video", help="Each folder holds the frames of a video, in their names' order.")
-    ] = False,
-    every: Annotated[int, typer.Option(metavar="N", min=1, help="Only each Nth frame of a video.")] = 1,
-    fps: Annotated[
-        float, typer.Option(metavar="F", min=0.01, max=1000, help="Frames per second of --video's folders.")
-    ] = 25,
+    min_score: MinScore = None,
+    present: Present = None,
+    top_k: TopK = None,
+    all_classes: AllClasses = False,
+    best: Best = None,
+    memory: Memory = None,
+    say_how: Explain = False,
+    tiles: TileSize = None,
+    overlap: Overlap = None,
+    video: Video = False,
+    every: Every = 1,
+    fps: FPS = 25,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     text_cache: TextCache = True,
     seed: Seed = 0,
@@ -136,12 +145,13 @@ def segment(
     """Label every pixel of pictures with one of the classes.
 
     Writes for each picture NAME.overlay.png (colours and legend), NAME.labels.png (each pixel's class index,
-    16 bits) and NAME.json (each class's index, share of the pixels and mean score); for each video,
-    NAME.overlay.mp4 and a label map per frame in NAME.labels/; with --tiles, the label map is
+    16 bits; 65535 is none of these) and NAME.json (each class's index, share of the pixels and mean score);
+    for each video, NAME.overlay.mp4 and a label map per frame in NAME.labels/; with --tiles, the label map is
     NAME.labels.tif, with the georeference of the picture, and the overlay is reduced. Results of the same
     picture content, weights, classes and options are kept: a run that was interrupted goes on. Other files
     are never replaced: the results' names are then numbered.
     """
+    check_limit(all_classes, best)
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
     try:
@@ -150,10 +160,8 @@ def segment(
     except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
     formats = formats or []
-    if overlap is not None and tiles is None:
-        raise typer.BadParameter("give --tiles SIZE, too", param_hint="--overlap")
-    if tiles is not None and (formats or batch > 1 or class_parallel):
-        raise typer.BadParameter("not with --format, --batch or --class-parallel", param_hint="--tiles")
+    unfit = {"--format": formats, "--batch": batch > 1, "--class-parallel": class_parallel, "--top-k": top_k}
+    check_tiling(tiles, overlap, unfit)
     try:
         check_formats(formats, len(names))
     except (ValueError, ImportError) as error:
@@ -162,64 +170,57 @@ def segment(
         from catseg_fast.checkpoints.hub import resolve
         from catseg_fast.cli.inputs import find_pictures
         from catseg_fast.cli.resume import fingerprint
-        from catseg_fast.data.frames import is_video, require_pyav
-        from catseg_fast.data.raster import require_rasterio
 
         found: list[Picture] = []
         if processes.first:
             found = find_pictures(images, output, _notice, whole_folders=video)
-        clips = [picture for picture in found if is_video(picture.path) or picture.path.is_dir()]
-        pictures = [picture for picture in found if picture not in clips]
-        if tiles is not None:
-            require_rasterio()
-        if clips:
-            require_pyav()
-        elif processes.first and (video or every > 1):
-            raise InputError(
-                f"{'--video' if video else '--every'}: there is no video and no folder of frames"
-            )
+        pictures, clips = divide(found, tiles, video, every, top_k)
+        check_memory(memory)
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
                 weights, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend, text_cache=text_cache,
+                memory_budget=memory,
             )  # fmt: skip
+            note = limit_classes(model, all_classes, best)
             file = None if weights is None else resolve(weights)
+            labelling = Labelling(model, top_k, min_score, present)
             about = {
                 "variant": model.variant.name,
                 "weights": weights,
                 "catseg_fast": __version__,
-                "fingerprint": fingerprint(model, file, seed, alpha),
+                "fingerprint": fingerprint(model, file, seed, alpha, labelling.settings),
             }
+        if note is not None and processes.first:
+            _notice(f"note: {note}")
         conductor = None
         if class_parallel:
             from catseg_fast.distributed.conductor import Conductor
 
             model.split_classes()
             conductor = Conductor(model)
+            labelling = replace(labelling, model=conductor)
             if not processes.first:
                 conductor.follow()
                 return
         from catseg_fast.cli.batch import Batch
 
+        if say_how:
+            stdout.print(Text(model.explain()), soft_wrap=True)
         start = time.perf_counter()
-        work = Batch(conductor or model, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite)
         if tiles is None:
+            work = Batch(
+                labelling, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite,
+                present=present,
+            )  # fmt: skip
             outcomes = _segment_all(work, pictures, debug)
         else:
-            from catseg_fast.cli.tiles import Tiles
-            from catseg_fast.inference.tiles import check_tiles, default_overlap
-
-            check_tiles(model, tiles)
-            shared = default_overlap(tiles) if overlap is None else overlap
-            tiled = Tiles(model, about, tiles, shared, alpha=alpha, overwrite=overwrite)
-            outcomes = _segment_long(tiled.run, pictures, 0, debug)
+            run = tiling(model, labelling, about, tiles, overlap, alpha, overwrite)
+            outcomes = _segment_long(run, pictures, 0, debug)
         if clips:
-            from catseg_fast.cli.video import Clips
-
-            rate = Fraction(fps).limit_denominator(1000)
-            jobs = Clips(conductor or model, model.label_classes, about, alpha, every, rate, overwrite)
-            outcomes += _segment_long(jobs.run, clips, len(pictures), debug)
+            run = filming(model, labelling, about, every, fps, alpha, overwrite)
+            outcomes += _segment_long(run, clips, len(pictures), debug)
         seconds = time.perf_counter() - start
         if conductor is not None:
             conductor.end()
@@ -261,12 +262,7 @@ def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[
     return sorted(outcomes, key=lambda outcome: outcome.index)
 
 
-def _segment_long(
-    run: Callable[[int, Picture, Callable[[int, int], None]], Outcome],
-    pictures: Sequence[Picture],
-    first: int,
-    debug: bool,
-) -> list[Outcome]:
+def _segment_long(run: Run, pictures: Sequence[Picture], first: int, debug: bool) -> list[Outcome]:
     """Run videos, or large pictures, each with a bar of its own; report those that fail."""
     outcomes = []
     for index, picture in enumerate(pictures, first):

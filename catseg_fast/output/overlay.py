@@ -19,7 +19,7 @@ _OUTLINE = (190, 190, 196)
 _SMALLEST_SIDE = 360  # with a legend, smaller pictures are enlarged by a whole number
 _SMALLEST_FONT = 13
 _LONGEST_NAME = 12  # in ems
-MOST_LABEL = 65534  # of 16 bits; the value above is that of -1
+UNLABELLED_VALUE = 65535  # of the label -1 in 16 bits
 
 
 def class_shares(labels: Tensor, count: int) -> Tensor:
@@ -99,8 +99,8 @@ def label_png(labels: Tensor) -> Image.Image:
         InputError: if a label does not fit 16 bits.
     """
     low, high = labels.min().item(), labels.max().item()
-    if low < NONE or high > MOST_LABEL:
-        raise InputError(f"labels: a 16-bit PNG holds 0..{MOST_LABEL} and -1, got {low}..{high}")
+    if low < NONE or high >= UNLABELLED_VALUE:
+        raise InputError(f"labels: a 16-bit PNG holds 0..{UNLABELLED_VALUE - 1} and -1, got {low}..{high}")
     return Image.fromarray(labels.cpu().numpy().astype(np.int64).astype(np.uint16))  # -1 becomes 65535
 
 

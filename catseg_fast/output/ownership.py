@@ -18,7 +18,7 @@ from catseg_fast.identity import content_digest, place_digest, place_of, read_ma
 
 PNG_SUFFIXES = (".overlay.png", ".labels.png")
 # What is also written if asked for, as of `catseg_fast.output.formats`; the masks are a folder.
-FORMAT_SUFFIXES = (".palette.png", ".masks", ".coco-rle.json", ".coco-polygons.json")
+FORMAT_SUFFIXES = (".palette.png", ".masks", ".coco-rle.json", ".coco-polygons.json", ".top.npz")
 VIDEO_SUFFIXES = (".overlay.mp4", ".labels")  # the labels are a folder of frames
 TILED_SUFFIXES = (".overlay.png", ".labels.tif")  # of a picture that was segmented in tiles
 OTHER_SUFFIXES = (*FORMAT_SUFFIXES, *VIDEO_SUFFIXES, ".labels.tif")  # what not every result has

@@ -15,8 +15,9 @@ from catseg_fast.files import temporary_folder
 from catseg_fast.identity import place_digest, place_of, png_mark, result_digest
 from catseg_fast.labels import NONE, NONE_NAME
 from catseg_fast.output.formats import FORMATS, Labelled, check_formats
-from catseg_fast.output.overlay import class_shares, label_png, overlay
+from catseg_fast.output.overlay import UNLABELLED_VALUE, class_shares, label_png, overlay
 from catseg_fast.output.ownership import OTHER_SUFFIXES, PNG_SUFFIXES, Owner, owner_of
+from catseg_fast.output.top_classes import TOP_SUFFIX, write_top_classes
 
 if TYPE_CHECKING:
     from catseg_fast.inference.segmentation import Segmentation
@@ -83,8 +84,11 @@ def save_segmentation(
     picture: Path | None = None,
     digest: str | None = None,
     formats: Sequence[str] = (),
+    present: float | None = None,
 ) -> list[dict[str, Any]]:
     """Write `stem`.overlay.png, `stem`.labels.png (16 bits), files in other formats, and `stem`.json.
+
+    With `top_labels`, `stem`.top.npz is also written.
 
     The JSON file is removed first and written last. It vouches for the others by their content, so that a
     result that was interrupted is never taken for a complete one. Files of earlier results in formats that
@@ -100,6 +104,8 @@ def save_segmentation(
         picture: the file that `image` was read from; only results of the same file are replaced.
         digest: of its content, as of `catseg_fast.identity.content_digest`.
         formats: names of other formats, of `catseg_fast.output.formats.FORMATS`.
+        present: least share of the pixels of a class in the legend and the JSON file; by default, the latter
+            has all classes.
 
     Returns:
         The summary of the classes in the JSON file, as of `summarise`.
@@ -112,12 +118,14 @@ def save_segmentation(
     """
     check_formats(formats, len(segmentation.classes))
     classes = summarise(segmentation)
+    if present is not None:
+        classes = [entry for entry in classes if entry["share"] >= present or entry["index"] == NONE]
     height, width = segmentation.labels.shape
     folder.mkdir(parents=True, exist_ok=True)
     mark = "" if picture is None else place_digest(picture)
     names = [stem + suffix for suffix in PNG_SUFFIXES]
     with temporary_folder(folder) as scratch:
-        painted = overlay(image, segmentation.labels, segmentation.classes, alpha)
+        painted = overlay(image, segmentation.labels, segmentation.classes, alpha, present=present or 0.0)
         for name, png in zip(names, (painted, label_png(segmentation.labels)), strict=True):
             png.save(scratch / name, pnginfo=png_mark(mark))
         file_name = stem if picture is None else picture.name
@@ -125,12 +133,20 @@ def save_segmentation(
         for format in dict.fromkeys(formats):
             names.append(stem + FORMATS[format].suffix)
             FORMATS[format].write(scratch / names[-1], labelled)
+        if segmentation.top_labels is not None:
+            names.append(stem + TOP_SUFFIX)
+            write_top_classes(scratch / names[-1], segmentation, mark)
         identity = {
             "path": None if picture is None else place_of(picture),
             "content": digest,
             **vouched(scratch, names),
         }
-        content = {**about, "identity": identity, "width": width, "height": height, "classes": classes}
+        content = {**about, "identity": identity, "width": width, "height": height}
+        if segmentation.min_score is not None:
+            content |= {"min_score": segmentation.min_score, "unlabelled_value": UNLABELLED_VALUE}
+        if present is not None:
+            content["present"] = present
+        content["classes"] = classes
         require_ours(folder, stem, picture)
         put_in_place(scratch, folder, stem, names, content)
     return classes
@@ -162,9 +178,12 @@ def put_in_place(
         os.replace(scratch / name, folder / name)
 
 
-def result_paths(folder: Path, stem: str, formats: Sequence[str] = ()) -> list[Path]:
-    """The paths of what `save_segmentation` writes."""
-    suffixes = [*PNG_SUFFIXES, *(FORMATS[name].suffix for name in dict.fromkeys(formats)), ".json"]
+def result_paths(
+    folder: Path, stem: str, formats: Sequence[str] = (), top_classes: bool = False
+) -> list[Path]:
+    """The paths of what `save_segmentation` writes; with `top_classes`, of an answer that has them."""
+    suffixes = [*PNG_SUFFIXES, *(FORMATS[name].suffix for name in dict.fromkeys(formats))]
+    suffixes += [*[TOP_SUFFIX] * top_classes, ".json"]
     return [folder / (stem + suffix) for suffix in suffixes]
 
 
