@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from catseg_fast.files import file_digest, open_regular
 
 _ALGORITHM = "blake2b"
+SCENE_COMMENT = b"generated scene, catseg-fast"  # in the JPEG files
 _MARK = "catseg-fast"  # keyword of the PNG's text chunk
 JSON_MARK = NPZ_MARK = "catseg_fast_mark"  # entry of "info" in COCO files, array in files of numpy
 _ENDS = 2**20  # bytes at either end of an MP4 or TIFF file that hold its comment
@@ -53,6 +54,15 @@ def place_of(path: str | os.PathLike[str]) -> str:
 def place_digest(path: str | os.PathLike[str]) -> str:
     """The digest of a file's place, which does not reveal it."""
     return hashlib.blake2b(os.fsencode(place_of(path)), digest_size=16).hexdigest()
+
+
+def is_scene(path: str | os.PathLike[str]) -> bool:
+    """Check whether a file is a generated scene, which this package has written, by its comment."""
+    try:
+        with open_regular(path) as file, Image.open(file, formats=["JPEG"]) as image:
+            return bool(image.info.get("comment") == SCENE_COMMENT)
+    except Exception:  # damaged files raise whatever the decoder stumbles over
+        return False
 
 
 def png_mark(value: str) -> PngInfo:

@@ -383,7 +383,7 @@ class CATSeg(reference_model.CATSeg):
             answer = label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
         else:
             sliding = self.sliding_window if sliding_window is None else sliding_window
-            pixels = load_image(image).to(self.device)
+            pixels = load_image(image, device=self.device)
             readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
             answer = replace(self._label(pixels, readout, top_k), image=kept_image(image, pixels))
         return answer.with_min_score(min_score)
@@ -482,7 +482,7 @@ class CATSeg(reference_model.CATSeg):
             if isinstance(image, EncodedImage):
                 image.check(self.aggregator.conv1.weight, sliding_window)
                 continue
-            pixels.append(load_image(image).to(self.device))
+            pixels.append(load_image(image, device=self.device))
             sources.append(kept_image(image, pixels[-1]))
             height, width = pixels[-1].shape[-2:]
             readouts.append(Readout((height, width), self.window if sliding else None))

@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from catseg_fast.errors import InputError
-from catseg_fast.inference.images import picture_suffixes
-from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, is_result, owner_of
-from catseg_fast.output.results import unique_stems
+from catseg_fast.inference.suffixes import picture_suffixes
+from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, is_result, owner_of, unique_stems
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,17 @@ def find_pictures(
     if arguments and not found:
         raise InputError(f"{arguments[0]}: there are only results of catseg-fast and no pictures")
     return _with_stems(found, notice)
+
+
+def require_one(pictures: Sequence[Picture]) -> None:
+    """Check that one of some pictures exists; those that do not are reported one by one later.
+
+    Raises:
+        FileNotFoundError: if there are pictures and none exists.
+    """
+    if pictures and not any(picture.path.exists() for picture in pictures):
+        more = f", nor one of the other {len(pictures) - 1}" if len(pictures) > 1 else ""
+        raise FileNotFoundError(f"image: no such file: {str(pictures[0].path)!r}{more}")
 
 
 def _with_stems(found: Sequence[tuple[Path, Path]], notice: Callable[[str], object]) -> list[Picture]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from catseg_fast.errors import InputError
+from catseg_fast.extras import require_pyav, require_rasterio
 
 if TYPE_CHECKING:
     from catseg_fast.cli.batch import Outcome
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
 
     Run = Callable[[int, Picture, Callable[[int, int], object]], Outcome]
+
+VIDEOS = frozenset(
+    {".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".webm"}
+)  # by suffix
 
 # fmt: off
 TileSize = Annotated[
@@ -69,10 +74,7 @@ def divide(
         InputError: if options are given that need a video, and there is none; or that videos do not have.
         MissingPackageError: if a package is missing that reads what there is.
     """
-    from catseg_fast.data.frames import is_video, require_pyav
-    from catseg_fast.data.raster import require_rasterio
-
-    clips = [picture for picture in found if is_video(picture.path) or picture.path.is_dir()]
+    clips = [picture for picture in found if picture.path.suffix.lower() in VIDEOS or picture.path.is_dir()]
     if tiles is not None:
         require_rasterio()
     if clips:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import choose_backend, default_device
@@ -30,6 +29,7 @@ from catseg_fast.cli.labelling import (
 )
 from catseg_fast.cli.long import FPS, Every, Overlap, TileSize, Video, check_tiling, divide, filming, tiling
 from catseg_fast.cli.options import (
+    BUNDLED_WEIGHTS,
     Backend,
     Classes,
     ClassesFile,
@@ -43,6 +43,7 @@ from catseg_fast.cli.options import (
     Weights,
     build_model,
     class_names,
+    note_on_bundled,
     weights_or_bundled,
 )
 from catseg_fast.console import (
@@ -59,6 +60,8 @@ from catseg_fast.console import (
 from catseg_fast.distributed.torchrun import Processes, join, own_device
 from catseg_fast.output.formats import FORMATS, check_formats
 from catseg_fast.output.statistics import check_target, write_statistics
+from catseg_fast.text.fold import split_fold
+from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from catseg_fast.cli.batch import Batch, Outcome
@@ -83,7 +86,7 @@ def segment(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGE...",
+            metavar="IMAGE",
             help="Pictures, folders of pictures, globs in quotes ('photos/**/*.jpg'), or videos (clip.mp4).",
         ),
     ],
@@ -145,8 +148,8 @@ def segment(
     """Label every pixel of pictures with one of the classes.
 
     Writes for each picture NAME.overlay.png (colours and legend), NAME.labels.png (each pixel's class index,
-    16 bits; 65535 is none of these) and NAME.json (each class's index, share of the pixels and mean score);
-    for each video, NAME.overlay.mp4 and a label map per frame in NAME.labels/; with --tiles, the label map is
+    16 bits; 65535 is none of these) and NAME.json (each class's index, share of the pixels and mean score).
+    For each video, NAME.overlay.mp4 and a label map per frame in NAME.labels/. With --tiles, the label map is
     NAME.labels.tif, with the georeference of the picture, and the overlay is reduced. Results of the same
     picture content, weights, classes and options are kept: a run that was interrupted goes on. Other files
     are never replaced: the results' names are then numbered.
@@ -167,24 +170,30 @@ def segment(
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error).removeprefix("formats: "), param_hint="--format") from None
     with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
+        # What can fail without torch comes first: importing that takes seconds.
         from catseg_fast.checkpoints.hub import resolve
-        from catseg_fast.cli.inputs import find_pictures
-        from catseg_fast.cli.resume import fingerprint
+        from catseg_fast.cli.inputs import find_pictures, require_one
 
+        check_classes(split_fold(names)[0])
         found: list[Picture] = []
         if processes.first:
             found = find_pictures(images, output, _notice, whole_folders=video)
         pictures, clips = divide(found, tiles, video, every, top_k)
+        require_one(found)
+        if weights == BUNDLED_WEIGHTS:
+            note_on_bundled(picture.path for picture in found)
+        file = None if weights is None else resolve(weights)
         check_memory(memory)
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
-                weights, variant, names, seed, device=device, dtype=dtype,
+                file, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend, text_cache=text_cache,
                 memory_budget=memory,
             )  # fmt: skip
+            from catseg_fast.cli.resume import fingerprint
+
             note = limit_classes(model, all_classes, best)
-            file = None if weights is None else resolve(weights)
             labelling = Labelling(model, top_k, min_score, present)
             about = {
                 "variant": model.variant.name,
@@ -207,7 +216,7 @@ def segment(
         from catseg_fast.cli.batch import Batch
 
         if say_how:
-            stdout.print(Text(model.explain()), soft_wrap=True)
+            stdout.print(model.explain(), soft_wrap=True)
         start = time.perf_counter()
         if tiles is None:
             work = Batch(
@@ -227,16 +236,19 @@ def segment(
         if stats is not None:
             write_statistics(stats, [outcome.picture.result("json") for outcome in outcomes])
     if outcomes:
-        stdout.print(_results_table(outcomes) if len(found) <= LISTED else _classes_table(outcomes))
+        if len(found) <= LISTED:
+            stdout.print_table(_results_table(outcomes), paths=(0, 3))
+        else:
+            stdout.print_table(_classes_table(outcomes), names=(0,))
     if len(found) > 1:
-        stdout.print(_summary(outcomes, len(found), seconds), highlight=False)
+        stdout.print(_summary(outcomes, len(found), seconds))
     if len(outcomes) < len(found):
-        stderr.print(f"{len(found) - len(outcomes)} of {len(found)} images failed", highlight=False)
+        stderr.print(f"{len(found) - len(outcomes)} of {len(found)} images failed")
         raise typer.Exit(1)
 
 
 def _notice(text: str) -> None:
-    stderr.print(Text(text), soft_wrap=True)
+    stderr.print(text)
 
 
 @contextmanager
@@ -293,15 +305,13 @@ def _top_classes(summary: list[dict[str, Any]], count: int = 3) -> str:
 def _results_table(outcomes: Sequence[Outcome]) -> Table:
     """A line for each picture."""
     table = Table("image", "largest classes", "time", "overlay")
-    for column in table.columns:
-        column.overflow = "fold"
     for outcome in outcomes:
         seconds = "there already" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
         cells = (
             str(outcome.picture.path), _top_classes(outcome.summary or []), seconds,
             str(outcome.picture.result(outcome.overlay)),
         )  # fmt: skip
-        table.add_row(*map(Text, cells))
+        table.add_row(*cells)
     return table
 
 
@@ -313,7 +323,7 @@ def _classes_table(outcomes: Sequence[Outcome]) -> Table:
             shares.setdefault(entry["name"], []).append(entry["share"])
     table = Table("class", "pictures", "mean share", title=f"{len(shares)} classes occur; the largest are")
     for name, found in sorted(shares.items(), key=lambda item: -sum(item[1]))[:LISTED]:
-        table.add_row(Text(name.partition(",")[0]), str(len(found)), f"{sum(found) / len(outcomes):.1%}")
+        table.add_row(name, str(len(found)), f"{sum(found) / len(outcomes):.1%}")
     return table
 
 

@@ -160,12 +160,12 @@ class LabelMap:
     """
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        self.scores = torch.empty(size, device=device)
-        self.labels = torch.empty(size, dtype=torch.int32, device=device)
-        self.reset()
+        self.scores = torch.full(size, -1.0, device=device)
+        self.labels = torch.zeros(size, dtype=torch.int32, device=device)
 
     def reset(self) -> None:
-        self.scores, self.labels = torch.full_like(self.scores, -1), torch.zeros_like(self.labels)
+        self.scores.fill_(-1)
+        self.labels.zero_()
 
     def update(self, first: int, probabilities: Tensor) -> None:
         self.scores, self.labels = plain.best_classes(probabilities, self.scores, self.labels, first)

@@ -15,6 +15,7 @@ from catseg_fast.errors import InputError, InputTypeError
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import LabelMap, Readout, TopClasses
 from catseg_fast.inference.sources import is_url
+from catseg_fast.inference.transfer import to_host
 from catseg_fast.labels import NONE, check_min_score
 from catseg_fast.text.fold import Fold
 
@@ -73,7 +74,7 @@ class Segmentation:
             image: the picture, as of `kept_image`.
             fold: of the names into classes.
         """
-        labels, scores = target.labels.cpu(), target.scores.cpu()
+        labels, scores = to_host(target.labels, target.scores)
         kept, classes = None if logits is None else readout, names if fold is None else fold.classes
         if isinstance(target, TopClasses):
             return cls(labels[0], scores[0], classes, labels, scores, logits, kept, image, fold)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,31 @@ def _is_damaged(path: Path) -> bool:
     except (OSError, RecursionError):
         return False
     return False
+
+
+def unique_stems(
+    paths: Iterable[Path], is_free: Callable[[Path, str], bool] = lambda path, stem: True
+) -> list[str]:
+    """Return a stem for each path's outputs: its own, numbered where two would meet ("photo", "photo-2").
+
+    Args:
+        paths: of pictures whose results go into one folder.
+        is_free: tells whether a path's outputs can have a stem.
+    """
+    paths = list(paths)
+    stems = [path.stem for path in paths]
+    reserved = {stem.casefold() for stem in stems}  # some file systems ignore case
+    taken: set[str] = set()
+    unique = []
+    for path, stem in zip(paths, stems, strict=True):
+        candidate, number = stem, 1
+        while (
+            candidate.casefold() in taken
+            or (number > 1 and candidate.casefold() in reserved)
+            or not is_free(path, candidate)
+        ):
+            number += 1
+            candidate = f"{stem}-{number}"
+        taken.add(candidate.casefold())
+        unique.append(candidate)
+    return unique

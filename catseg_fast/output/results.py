@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,34 +21,6 @@ from catseg_fast.output.top_classes import TOP_SUFFIX, write_top_classes
 
 if TYPE_CHECKING:
     from catseg_fast.inference.segmentation import Segmentation
-
-
-def unique_stems(
-    paths: Iterable[Path], is_free: Callable[[Path, str], bool] = lambda path, stem: True
-) -> list[str]:
-    """Return a stem for each path's outputs: its own, numbered where two would meet ("photo", "photo-2").
-
-    Args:
-        paths: of pictures whose results go into one folder.
-        is_free: tells whether a path's outputs can have a stem.
-    """
-    paths = list(paths)
-    stems = [path.stem for path in paths]
-    reserved = {stem.casefold() for stem in stems}  # some file systems ignore case
-    taken: set[str] = set()
-    unique = []
-    for path, stem in zip(paths, stems, strict=True):
-        candidate, number = stem, 1
-        while (
-            candidate.casefold() in taken
-            or (number > 1 and candidate.casefold() in reserved)
-            or not is_free(path, candidate)
-        ):
-            number += 1
-            candidate = f"{stem}-{number}"
-        taken.add(candidate.casefold())
-        unique.append(candidate)
-    return unique
 
 
 def summarise(segmentation: Segmentation) -> list[dict[str, Any]]:
@@ -104,11 +76,11 @@ def save_segmentation(
         picture: the file that `image` was read from; only results of the same file are replaced.
         digest: of its content, as of `catseg_fast.identity.content_digest`.
         formats: names of other formats, of `catseg_fast.output.formats.FORMATS`.
-        present: least share of the pixels of a class in the legend and the JSON file; by default, the latter
-            has all classes.
+        present: least share of the pixels of a class in the legend and the JSON file; by default, all
+            classes that occur.
 
     Returns:
-        The summary of the classes in the JSON file, as of `summarise`.
+        The classes in the JSON file, as of `summarise`.
 
     Raises:
         OSError: if writing fails; FileExistsError if a file is there that is not a result of this picture.
@@ -117,7 +89,7 @@ def save_segmentation(
         ImportError: if a format needs a package that is not installed.
     """
     check_formats(formats, len(segmentation.classes))
-    classes = summarise(segmentation)
+    classes = [entry for entry in summarise(segmentation) if entry["share"]]
     if present is not None:
         classes = [entry for entry in classes if entry["share"] >= present or entry["index"] == NONE]
     height, width = segmentation.labels.shape
