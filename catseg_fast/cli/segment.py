@@ -54,6 +54,7 @@ from catseg_fast.console import (
     output_folder,
     plain_errors,
     say_error,
+    say_note,
     stderr,
     stdout,
 )
@@ -202,7 +203,7 @@ def segment(
                 "fingerprint": fingerprint(model, file, seed, alpha, labelling.settings),
             }
         if note is not None and processes.first:
-            _notice(f"note: {note}")
+            say_note(note)
         conductor = None
         if class_parallel:
             from catseg_fast.distributed.conductor import Conductor
@@ -216,7 +217,7 @@ def segment(
         from catseg_fast.cli.batch import Batch
 
         if say_how:
-            stdout.print(model.explain(), soft_wrap=True)
+            stdout.print(model.explain())
         start = time.perf_counter()
         if tiles is None:
             work = Batch(
