@@ -41,6 +41,7 @@ from catseg_fast.inference.readout import (
 )
 from catseg_fast.inference.segment import label, label_pixels, read_out
 from catseg_fast.inference.segmentation import Segmentation, kept_image
+from catseg_fast.inference.tiles import segment_tiles
 from catseg_fast.labels import check_min_score
 from catseg_fast.reference import model as reference_model
 from catseg_fast.reference.requests import check_requests
@@ -304,6 +305,8 @@ class CATSeg(reference_model.CATSeg):
         top_k: int | None = None,
         min_score: float | None = None,
         keep_logits: bool = False,
+        tiles: int | None = None,
+        overlap: int | None = None,
     ) -> Segmentation: ...
 
     @overload
@@ -315,6 +318,8 @@ class CATSeg(reference_model.CATSeg):
         top_k: int | None = None,
         min_score: float | None = None,
         keep_logits: bool = False,
+        tiles: int | None = None,
+        overlap: int | None = None,
     ) -> list[Segmentation]: ...
 
     def segment(
@@ -328,6 +333,8 @@ class CATSeg(reference_model.CATSeg):
         top_k: int | None = None,
         min_score: float | None = None,
         keep_logits: bool = False,
+        tiles: int | None = None,
+        overlap: int | None = None,
     ) -> Segmentation | list[Segmentation]:
         """Label every pixel of a picture with one of the classes.
 
@@ -343,20 +350,35 @@ class CATSeg(reference_model.CATSeg):
             min_score: label pixels -1, "none of these", whose best class has a smaller probability. Each
                 class's probability is a sigmoid of its own, so that this is exact; `scores` stay.
             keep_logits: let the answer have a `score_map` of every class; 37 KB per class and crop in fp32.
+            tiles: side in pixels of square tiles, each of which is segmented as a picture, for pictures that
+                are much larger than what the model looks at; seams are averaged as those of crops are.
+            overlap: pixels that a tile shares with the next one; by default an eighth.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, it was encoded
-                otherwise, no classes are set, `top_k` is not positive, or `min_score` is not in 0..1.
+                otherwise, no classes are set, `top_k` is not positive, or `min_score` is not in 0..1;
+                or if tiles are smaller than the model's window, overlap by more than half, or come with an
+                encoded picture, `top_k` or `keep_logits`.
         """
         _check_min_score(min_score)
+        if tiles is None and overlap is not None:
+            raise InputError(f"overlap: {overlap} without tiles; pass tiles=SIZE, too")
         if isinstance(image, list | tuple):
             return [
                 self.segment(
                     each, sliding_window=sliding_window, top_k=top_k, min_score=min_score,
-                    keep_logits=keep_logits,
+                    keep_logits=keep_logits, tiles=tiles, overlap=overlap,
                 )
                 for each in image
             ]  # fmt: skip
+        if tiles is not None:
+            if isinstance(image, EncodedImage) or keep_logits or top_k is not None:
+                raise InputError("tiles: not with an encoded picture, top_k or keep_logits")
+            pixels = load_image(image)
+            tiled = segment_tiles(
+                self, pixels, tiles, overlap, sliding_window=sliding_window, min_score=min_score
+            )  # fmt: skip
+            return replace(tiled, image=kept_image(image, pixels))
         if isinstance(image, EncodedImage) or keep_logits:
             answer = label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,17 @@ from catseg_fast.config import (
 from catseg_fast.errors import InputError
 from catseg_fast.labels import class_indices
 from catseg_fast.reference.aggregator import Aggregator
-from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.finetune import freeze, segmentation_loss
-from catseg_fast.reference.guidance import build_guidance
 from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resize
 from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, encode_classes
 from catseg_fast.text.prompts import check_classes, get_templates
+from catseg_fast.text.same_prompts import warn_of_same_prompts
 from catseg_fast.text.tokens import tokenize_classes
 from catseg_fast.weights import weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.reference.clip import DenseCLIP
 
 
 class CATSegPredictor(nn.Module):
@@ -95,9 +97,16 @@ class CATSeg(nn.Module):
         self.size_divisibility = size_divisibility
         self.templates = get_templates(prompt_ensemble or self.variant.prompt_ensemble)
 
+        # open_clip and timm, which takes as long to import as torch: only where a model is built.
+        from catseg_fast.reference.clip import DenseCLIP
+
         clip_model = DenseCLIP(self.variant.clip, self.variant.version)
         transformer = self.aggregator_type(**self.variant.aggregator_arguments(len(self.templates)))
-        self.backbone = build_guidance(self.variant.backbone) if self.variant.backbone else None
+        self.backbone = None
+        if self.variant.backbone:
+            from catseg_fast.reference.guidance import build_guidance
+
+            self.backbone = build_guidance(self.variant.backbone)
         self.sem_seg_head = CATSegHead(CATSegPredictor(clip_model, transformer))
         if self.variant.version == "v2":
             width, dims = self.variant.clip.vision_width, self.variant.decoder_guidance_dims
@@ -152,6 +161,7 @@ class CATSeg(nn.Module):
         """Replace the class names and, as a part of them, those whose text features are to be had here."""
         length = self.variant.clip.context_length
         tokens = tokenize_classes(encoded, self.templates, self.variant.version, length)
+        warn_of_same_prompts(classes, self.templates, self.variant.version, length)
         self._classes[training], self._tokens[training] = classes, tokens
         self._text_cache.pop(training, None)
 

@@ -74,9 +74,9 @@ class Engine:
         self._policy: str | None = None
         self._memory_budget: int | None = None
         self._graphs = "auto"
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Start without anything that follows from weights, calls or settings."""
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
@@ -91,7 +91,7 @@ class Engine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self.forget()
 
     @property
     def backend(self) -> str:
@@ -484,8 +484,10 @@ class _Answer:
             place[:] = part
 
 
-# For `torch.compile` a constant: what it reads of the machine cannot be traced.
-constant_backend = torch.compiler.assume_constant_result(choose_backend)
+# For `torch.compile` a constant: what it reads of the machine cannot be traced. All that
+# torch.compiler.assume_constant_result does is to set this, but it imports the whole compiler first.
+constant_backend = choose_backend
+constant_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _nbytes(x: Tensor) -> int:

@@ -65,7 +65,8 @@ def write_results(
     content = _finite({**about, "environment": describe_environment(), "results": results})
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # A path can hold bytes that are not UTF-8: lone surrogates, which JSON has escapes for.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _finite(value: Any) -> Any:

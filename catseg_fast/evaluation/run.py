@@ -30,7 +30,7 @@ from catseg_fast.evaluation.metrics import ClassCounts
 from catseg_fast.files import replacing
 from catseg_fast.identity import content_digest
 from catseg_fast.labels import NONE, class_indices
-from catseg_fast.output.overlay import label_png
+from catseg_fast.output.overlay import UNLABELLED_VALUE, label_png
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -253,7 +253,7 @@ def _agreeing(labels: Tensor, path: Path) -> int:
             f"{path}: a label map {list(other.shape)} to compare with one of {list(labels.shape)}"
         )
     stored = labels.long()
-    stored = stored.masked_fill(stored == NONE, 65535)  # as `label_png` has it
+    stored = stored.masked_fill(stored == NONE, UNLABELLED_VALUE)  # as `label_png` has it
     return int((stored.numpy() == other).sum())
 
 

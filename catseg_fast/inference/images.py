@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any, BinaryIO, TypeAlias
@@ -42,8 +41,6 @@ _TURNS = {
 }  # from the orientation as it is stored
 _SIDEWAYS = (5, 6, 7, 8)
 _TIFF_WIDTH, _TIFF_LENGTH = 256, 257
-# Pillow only recognises the first five; EPS it hands to Ghostscript.
-_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 _CHANNELS = (1, 3, 4)
 _EXPECTED = (
     "a path, a URL, a file's content as bytes, a binary file, a PIL image, a numpy array [H, W, 3] or a "
@@ -109,13 +106,19 @@ def image_size(path: Path, name: str = "image") -> tuple[int, int]:
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
-@cache
-def picture_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of the formats that Pillow decodes."""
-    extensions = Image.registered_extensions()
-    return frozenset(
-        suffix for suffix, kind in extensions.items() if kind in Image.OPEN and kind not in _NOT_DECODED
-    )
+def check_upright(path: Path) -> None:
+    """Check that a picture is stored as it is to be shown.
+
+    Raises:
+        InputError: if its EXIF orientation turns it.
+    """
+    try:
+        with open_regular(path) as file, _open(file) as image:
+            orientation = _orientation(image)
+    except Exception:  # of a size or a kind that Pillow does not read
+        return
+    if orientation != 1:
+        raise InputError(f"{path}: EXIF orientation {orientation} turns it; store it upright to use tiles")
 
 
 def _read(path: Path, name: str) -> np.ndarray:

@@ -124,7 +124,10 @@ class Segmentation:
         return self.labels == self._index(label)
 
     def shares(self) -> dict[str, float]:
-        """The share of the pixels of each class that occurs, by name, the largest first."""
+        """The share of the pixels of each class that occurs, by name, the largest first.
+
+        The rest of 1 has no class: see `min_score`.
+        """
         from catseg_fast.output.overlay import class_shares
 
         shares = enumerate(class_shares(self.labels, len(self.classes)).tolist())
@@ -160,6 +163,8 @@ class Segmentation:
     ) -> list[Path]:
         """Write what `catseg-fast segment` writes: overlay, label map and JSON file; return their paths.
 
+        The best classes per pixel, where there are several, go to a file of their own.
+
         Only results of the same picture are replaced, and files of others never.
 
         Args:
@@ -186,7 +191,7 @@ class Segmentation:
             Path(folder), stem, self._pixels(source), self, about, alpha,
             picture=path, digest=digest, formats=formats,
         )  # fmt: skip
-        return result_paths(Path(folder), stem, formats)
+        return result_paths(Path(folder), stem, formats, self.top_labels is not None)
 
     def _pixels(self, image: ImageLike | None) -> Tensor:
         source = self.image if image is None else image
