@@ -1,4 +1,4 @@
-"""An aggregator with upstream's structure, arguments and attributes, for tests of `accelerate`; v1 is `pad_len=0`.
+"""An aggregator with upstream's structure, arguments and attributes, for tests; v1 is `pad_len=0`.
 
 It is written to be altered: each step is a method. Unlike the reference it has upstream's limits: one
 resolution, and a selection of classes that runs in fp32 only.
@@ -162,7 +162,7 @@ class ClassTransformerLayer(nn.Module):
         tokens = rearrange(pooled, "(b t) c h w -> (b h w) t c", b=B)
         if guidance is not None:
             guidance = repeat(guidance, "b t c -> (b h w) t c", h=h, w=w)
-        if self.padding_tokens is not None and T < self.pad_len:
+        if self.padding_tokens is not None and self.pad_len > T:
             tokens = self.pad(tokens, self.padding_tokens, T)
             if guidance is not None:
                 guidance = self.pad(guidance, self.padding_guidance, T)
@@ -228,7 +228,9 @@ class Aggregator(nn.Module):
         self.layers = nn.ModuleList(AggregatorLayer(a) for _ in range(a["num_layers"]))
         self.conv1 = nn.Conv2d(a["prompt_channel"], a["hidden_dim"], 7, padding=3)
         appearance, text = a["appearance_guidance_dim"], a["text_guidance_dim"]
-        self.guidance_projection = project(appearance, a["appearance_guidance_proj_dim"]) if appearance else None
+        self.guidance_projection = (
+            project(appearance, a["appearance_guidance_proj_dim"]) if appearance else None
+        )
         self.text_guidance_projection = (
             nn.Sequential(nn.Linear(text, a["text_guidance_proj_dim"]), nn.ReLU()) if text else None
         )
@@ -318,6 +320,7 @@ def make_inputs(
     image = det(f"{key}:image", (crops, 24, H, W))
     text = make_input(f"{key}:text", "text", (crops, classes, 2, 24))
     guidance = [
-        det(f"{key}:{k}", (crops, channels, k * H, k * W)).to(dtype) for channels, k in ((20, 1), (12, 2), (10, 4))
+        det(f"{key}:{k}", (crops, channels, k * H, k * W)).to(dtype)
+        for channels, k in ((20, 1), (12, 2), (10, 4))
     ]
     return image.to(dtype), text.to(dtype), guidance
