@@ -41,6 +41,7 @@ from catseg_fast.inference.readout import (
 )
 from catseg_fast.inference.segment import label, label_pixels, read_out
 from catseg_fast.inference.segmentation import Segmentation, kept_image
+from catseg_fast.inference.tiles import segment_tiles
 from catseg_fast.labels import check_min_score
 from catseg_fast.reference import model as reference_model
 from catseg_fast.reference.requests import check_requests
@@ -212,12 +213,12 @@ class CATSeg(reference_model.CATSeg):
 
     @property
     def fold(self) -> Fold | None:
-        """How the present names are folded into classes; None where each is a class of its own."""
+        """The fold of the present names into classes; None if each is a class of its own."""
         return None if self._class_mode() else self._fold
 
     @property
     def label_classes(self) -> tuple[str, ...]:
-        """What labels are indices into: `classes`, or the classes that these names are folded into."""
+        """The classes of label indices: `classes`, or the classes that these names are folded into."""
         return self.classes if self.fold is None else self.fold.classes
 
     def _text_state(self) -> object:
@@ -243,7 +244,7 @@ class CATSeg(reference_model.CATSeg):
     def forward(
         self, batched_inputs: Sequence[dict[str, Any]]
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
-        """As `catseg_fast.reference.model.CATSeg`; in evaluation mode without gradients.
+        """Run `catseg_fast.reference.model.CATSeg`'s call; in evaluation mode without gradients.
 
         Of classes with several names, "sem_seg" has a map of each name.
 
@@ -304,6 +305,8 @@ class CATSeg(reference_model.CATSeg):
         top_k: int | None = None,
         min_score: float | None = None,
         keep_logits: bool = False,
+        tiles: int | None = None,
+        overlap: int | None = None,
     ) -> Segmentation: ...
 
     @overload
@@ -315,6 +318,8 @@ class CATSeg(reference_model.CATSeg):
         top_k: int | None = None,
         min_score: float | None = None,
         keep_logits: bool = False,
+        tiles: int | None = None,
+        overlap: int | None = None,
     ) -> list[Segmentation]: ...
 
     def segment(
@@ -328,6 +333,8 @@ class CATSeg(reference_model.CATSeg):
         top_k: int | None = None,
         min_score: float | None = None,
         keep_logits: bool = False,
+        tiles: int | None = None,
+        overlap: int | None = None,
     ) -> Segmentation | list[Segmentation]:
         """Label every pixel of a picture with one of the classes.
 
@@ -343,25 +350,40 @@ class CATSeg(reference_model.CATSeg):
             min_score: label pixels -1, "none of these", whose best class has a smaller probability. Each
                 class's probability is a sigmoid of its own, so that this is exact; `scores` stay.
             keep_logits: let the answer have a `score_map` of every class; 37 KB per class and crop in fp32.
+            tiles: side in pixels of square tiles, each of which is segmented as a picture, for pictures that
+                are much larger than what the model looks at; seams are averaged as those of crops are.
+            overlap: pixels that a tile shares with the next one; by default an eighth.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, it was encoded
-                otherwise, no classes are set, `top_k` is not positive, or `min_score` is not in 0..1.
+                otherwise, no classes are set, `top_k` is not positive, or `min_score` is not in 0..1;
+                or if tiles are smaller than the model's window, overlap by more than half, or come with an
+                encoded picture, `top_k` or `keep_logits`.
         """
         _check_min_score(min_score)
+        if tiles is None and overlap is not None:
+            raise InputError(f"overlap: {overlap} without tiles; pass tiles=SIZE, too")
         if isinstance(image, list | tuple):
             return [
                 self.segment(
                     each, sliding_window=sliding_window, top_k=top_k, min_score=min_score,
-                    keep_logits=keep_logits,
+                    keep_logits=keep_logits, tiles=tiles, overlap=overlap,
                 )
                 for each in image
             ]  # fmt: skip
+        if tiles is not None:
+            if isinstance(image, EncodedImage) or keep_logits or top_k is not None:
+                raise InputError("tiles: not with an encoded picture, top_k or keep_logits")
+            pixels = load_image(image)
+            tiled = segment_tiles(
+                self, pixels, tiles, overlap, sliding_window=sliding_window, min_score=min_score
+            )  # fmt: skip
+            return replace(tiled, image=kept_image(image, pixels))
         if isinstance(image, EncodedImage) or keep_logits:
             answer = label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
         else:
             sliding = self.sliding_window if sliding_window is None else sliding_window
-            pixels = load_image(image).to(self.device)
+            pixels = load_image(image, device=self.device)
             readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
             answer = replace(self._label(pixels, readout, top_k), image=kept_image(image, pixels))
         return answer.with_min_score(min_score)
@@ -413,8 +435,9 @@ class CATSeg(reference_model.CATSeg):
         sliding_window: bool | None = None,
         probabilities: bool = False,
     ) -> ModelGraphs:
-        """`segment` for pictures of some sizes (height, width), recorded as CUDA graphs with the present
-        classes, weights and settings; see `catseg_fast.graphs.ModelGraphs`.
+        """Record `segment` for pictures of some sizes (height, width) as CUDA graphs.
+
+        They hold the present classes, weights and settings; see `catseg_fast.graphs.ModelGraphs`.
 
         Raises:
             RunError: if the model is not on a CUDA GPU.
@@ -425,8 +448,10 @@ class CATSeg(reference_model.CATSeg):
 
     @torch.no_grad()
     def explain(self, crops: int | None = None) -> str:
-        """How a call runs with the present classes and settings, and why; for `crops` crops (by default the
-        sliding window's).
+        """Describe how a call runs with the present classes and settings, and why.
+
+        Args:
+            crops: number of crops; by default the sliding window's.
 
         Raises:
             InputError: if no classes are set, or the memory budget is too small.
@@ -460,7 +485,7 @@ class CATSeg(reference_model.CATSeg):
             if isinstance(image, EncodedImage):
                 image.check(self.aggregator.conv1.weight, sliding_window)
                 continue
-            pixels.append(load_image(image).to(self.device))
+            pixels.append(load_image(image, device=self.device))
             sources.append(kept_image(image, pixels[-1]))
             height, width = pixels[-1].shape[-2:]
             readouts.append(Readout((height, width), self.window if sliding else None))

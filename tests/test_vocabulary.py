@@ -65,11 +65,10 @@ def test_prompts_are_ordered_by_template() -> None:
 
 
 def test_ensembles() -> None:
-    assert {name: len(get_templates(name)) for name in PROMPT_ENSEMBLES} == {
-        "imagenet": 80, "imagenet_select": 8, "single": 1,
-    }  # fmt: skip
+    assert {name: len(get_templates(name)) for name in PROMPT_ENSEMBLES} == PROMPT_ENSEMBLES
+    assert PROMPT_ENSEMBLES == {"imagenet": 80, "imagenet_select": 8, "single": 1}
     assert get_templates("single") == ("A photo of a {} in the scene",)
-    for templates in PROMPT_ENSEMBLES.values():
+    for templates in map(get_templates, PROMPT_ENSEMBLES):
         assert len(set(templates)) == len(templates)
         assert all(template.count("{}") == 1 for template in templates)
     assert get_templates(["x {}", "{} y"]) == ("x {}", "{} y")
@@ -99,7 +98,7 @@ def test_bad_ensembles(ensemble: Any, message: str) -> None:
         (["sky", " \t"], ValueError, "classes: entry 1 is blank"),
         (["sky", 7], TypeError, "classes: entry 1 is 7, not a string"),
         (["sky", None], TypeError, "classes: entry 1 is None, not a string"),
-        ("sky", TypeError, "classes: a list of names is wanted, not the string 'sky'"),
+        ("sky", TypeError, "classes: expected a list of names, got the string 'sky'"),
         (["sky", ", tree"], ValueError, "classes: entry 1, .*, has a blank synonym"),
         (["sky", "tree, "], ValueError, "classes: entry 1, .*, has a blank synonym"),
     ],
@@ -158,7 +157,7 @@ def test_tokens_of_the_ready_lists_are_open_clips(name: str) -> None:
 
 
 def test_tokenizing_cleans_no_plain_text_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That takes a third of a millisecond each, and a class has 80 prompts in v1."""
+    """A check takes a third of a millisecond per prompt, and a class has 80 prompts in v1."""
     names, templates = ready_list("ade-150").classes, get_templates("imagenet")
     cleaned: list[str] = []
     tokenizer, clean = open_clip.tokenizer.SimpleTokenizer(), open_clip.tokenizer._clean_lower

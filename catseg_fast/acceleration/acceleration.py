@@ -25,7 +25,7 @@ from catseg_fast.errors import InputError, InputTypeError
 
 
 class Acceleration:
-    """What runs in the engine, until `restore` (or the end of a `with` block).
+    """Modules that run in the engine, until `restore` (or the end of a `with` block).
 
     Attributes:
         engines: of the aggregators that run as a whole, by their name in the model; they have the settings

@@ -83,7 +83,7 @@ def _dropped(logits: Tensor) -> Tensor:
 
 
 def _spread(x: Tensor) -> float:
-    """What differences are measured by: the standard deviation, and not next to nothing."""
+    """Return the scale of differences: the standard deviation, or a small positive number."""
     if x.numel() < 2:
         return max(_largest(x), 1e-30)
     return max(x.std().item(), 1e-2 * _largest(x), 1e-30)

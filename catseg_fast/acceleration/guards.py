@@ -132,7 +132,7 @@ class Guard:
         return "the weights have changed"
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        """For each module what it had when it was looked at."""
+        """Return the state of each module at the time of the check."""
         copies = {id(table): copy for table, copy in zip(self._filled, self._contents, strict=True)}
         copies |= {id(table): copy for table, copy in zip(self._tables, self._held, strict=True)}
         values = {id(owner): value for (_, owner), value in zip(self._getters, self._values, strict=True)}

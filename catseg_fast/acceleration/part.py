@@ -35,7 +35,7 @@ Inputs = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the first call of a kind has shown: why the engine must not answer, and the answer's type."""
+    """Result of the first call of a kind: why the engine must not answer, and the answer's type."""
 
     reason: str | None
     dtype: torch.dtype
@@ -240,7 +240,7 @@ class Part(ABC):
 
 
 def _kind(item: Any) -> object:
-    """What must be the same of an argument in calls of one kind."""
+    """Return the properties of an argument that are equal in calls of one kind."""
     if isinstance(item, Tensor):
         return (item.shape, item.dtype, item.device)
     if isinstance(item, (list, tuple)):
@@ -268,7 +268,7 @@ def _is_plain(item: Any) -> bool:
 
 
 def _ambient(device: torch.device) -> object:
-    """What an answer depends on besides the arguments."""
+    """Return everything that an answer depends on besides the arguments."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 

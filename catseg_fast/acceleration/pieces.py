@@ -26,6 +26,7 @@ from catseg_fast.engine.precision import compute_dtype
 from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.engine.streaming import Stages
 from catseg_fast.engine.terms import block_guidance, decoder_guidance_maps
+from catseg_fast.errors import InputError
 
 
 class Piece(Part):
@@ -135,7 +136,7 @@ class WindowBlocks(Piece):
             tokens = wide(guidance.flatten(2).transpose(1, 2))
             tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=layer.guidance_eps).to(plan.embed.dtype)
         elif layer.blocks[0].guidance is not None:
-            raise ValueError("appearance_guidance: none, where the weights have some")
+            raise InputError("appearance_guidance: none, where the weights have some")
         first, second = (
             (block, block_guidance(block, tokens, resolution, x.device)) for block in layer.blocks
         )
@@ -168,7 +169,7 @@ class ClassAttention(Piece):
         queries = keys = None
         if layer.text is not None:
             if guidance is None:
-                raise ValueError("guidance: none, where the weights have some")
+                raise InputError("guidance: none, where the weights have some")
             queries, keys = F.linear(guidance.to(plan.embed.dtype), layer.text).chunk(2, dim=-1)
         memory = new_memory(layer, total)
 

@@ -44,7 +44,7 @@ WEIGHT_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
 
 class Mismatch(Exception):
-    """Why a module cannot run in the engine; the message names what differs."""
+    """A module cannot run in the engine; the message names the difference."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.lstrip("."))  # of a path that starts at the module itself

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from catseg_fast.acceleration.trial import CROPS, Random, Resolution
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.schedule import free_bytes
-from catseg_fast.reference.aggregator import check_shapes
+from catseg_fast.reference.shapes import check_shapes
 
 # What the module's own code holds of a class at a position, in units of the hidden channels: around an MLP,
 # or around the scores of a window attention.
@@ -77,7 +78,7 @@ class WholeAggregator(Part):
     def run(self, inputs: Inputs) -> Tensor:
         img_feats, text_feats, guidance = inputs
         if not self.verify:
-            check_shapes(self.module, img_feats, text_feats)  # type: ignore[arg-type]
+            check_shapes(self.module, img_feats, text_feats, guidance)
         return self.engine.logits(img_feats, text_feats, guidance, max_classes(self.module))
 
     def compare(self, args: Sequence[Any], kwargs: dict[str, Any], inputs: Inputs) -> tuple[Any, str | None]:
@@ -91,7 +92,8 @@ class WholeAggregator(Part):
             return self._compare_fewer(inputs)
         except Exception as error:
             if self.divisible:
-                check_shapes(self.module, *inputs[:2])  # type: ignore[arg-type]
+                with suppress(AttributeError, TypeError):  # of projections that are not upstream's
+                    check_shapes(self.module, *inputs)
             if not isinstance(error, RuntimeError) or not self._in_16_bits():
                 raise
             own = None

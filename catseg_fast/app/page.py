@@ -7,25 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from PIL import Image
 
 from catseg_fast._version import __version__
 from catseg_fast.app.viewer import heat_data, report_html, viewer_data
 from catseg_fast.app.workbench import Loaded, Workbench, read_names
 from catseg_fast.console import stdout
+from catseg_fast.data.scenes import draw_scene
+from catseg_fast.data.scenes.words import HELD_OUT
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
-from catseg_fast.text.class_lists import DATA_SET_LISTS, EVERYDAY_CLASSES, ready_list
+from catseg_fast.text.class_lists import DATA_SET_LISTS, ready_list, separator_notes
 
 OWN = "own names"
 VISITOR_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # shown; others are bugs, and logged
 HOUR = 3600  # seconds that a visitor's picture is kept
+_EXAMPLE = (7, 10)  # what the generator of the first picture starts from
+_BUNDLED = (
+    "The weights in this package know generated scenes only, such as the one below. For your own pictures, "
+    "start the page with --weights v2-vitl."
+)
 _FOLDER = Path(__file__).parent / "static"
 _FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monospace"]
 
 
 class Page:
-    """What the page's events call.
+    """Handlers of the page's events.
 
     A visitor's state is the picture as encoded and the last segmentation; vocabulary, back end and
     max_classes may change without encoding the picture again.
@@ -60,8 +69,8 @@ class Page:
             raise gr.Error("Drop a picture first.", print_exception=False)
         try:
             names = read_names(text)
-            if isinstance(names, list) and len(names) == 1 and "," in names[0]:
-                gr.Info("This is one class with several names; semicolons separate classes.")
+            for note in separator_notes(names):
+                gr.Info(escape(note))
             progress(0, desc="Segmenting")
             loaded, segmentation, report = self.bench.segment(
                 path,
@@ -101,27 +110,29 @@ class Page:
         return int(event._data["index"])
 
 
-def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
+def build_page(model: CATSeg, untrained: bool = False, bundled: bool = False) -> gr.Blocks:
     """The page for a model; nothing in it is fetched from elsewhere.
 
     Args:
         model: with any classes, back end and `max_classes`; the last two are the page's defaults.
         untrained: warn that the labels mean nothing.
+        bundled: say that the weights know generated scenes only.
     """
     page = Page(model)
+    scene, scene_names = example_scene()
     with gr.Blocks(
         title="catseg-fast", analytics_enabled=False, fill_width=True, delete_cache=(HOUR, HOUR)
     ) as blocks:
-        gr.HTML(_head(model, untrained), elem_id="cf-head")
+        gr.HTML(_head(model, untrained, bundled), elem_id="cf-head")
         state = gr.State(None, time_to_live=HOUR)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 image = gr.Image(
-                    type="filepath", label="Picture", sources=["upload", "clipboard"], height=260,
-                    elem_id="cf-image", buttons=[],
+                    scene, format="png", type="filepath", label="Picture",
+                    sources=["upload", "clipboard"], height=260, elem_id="cf-image", buttons=[],
                 )  # fmt: skip
                 text = gr.Textbox(
-                    "; ".join(EVERYDAY_CLASSES), label="Classes", lines=3, max_lines=8, elem_id="cf-classes",
+                    "; ".join(scene_names), label="Classes", lines=3, max_lines=8, elem_id="cf-classes",
                     info="Semicolons or lines separate classes, commas the synonyms of one.",
                 )  # fmt: skip
                 names = gr.Dropdown(
@@ -186,19 +197,28 @@ def serve(page: gr.Blocks, host: str, port: int, browser: bool = False, wait: bo
         enable_monitoring=False,
     )  # fmt: skip
     if wait:
-        stdout.print(f"The page is on {url} (Ctrl+C ends it)", soft_wrap=True, highlight=False)
+        stdout.print(f"The page is on {url} (Ctrl+C ends it)")
         page.block_thread()
     return str(url)
 
 
-def _head(model: CATSeg, untrained: bool) -> str:
+def example_scene() -> tuple[Image.Image, list[str]]:
+    """The picture that the page starts with, a generated scene, and the names of what is in it."""
+    scene = draw_scene(np.random.default_rng(_EXAMPLE), HELD_OUT, size=(480, 640))
+    return Image.fromarray(scene.image), [
+        thing if isinstance(thing, str) else thing.name for thing in scene.things
+    ]
+
+
+def _head(model: CATSeg, untrained: bool, bundled: bool) -> str:
     chips = [model.variant.name, str(model.device), str(model.dtype).removeprefix("torch."), __version__]
     body = "".join(f'<span class="cf-chip">{escape(chip)}</span>' for chip in chips)
     if untrained:
         body += '<span class="cf-chip cf-warn">untrained: random weights, the labels mean nothing</span>'
+    banner = f'<p class="cf-banner">{escape(_BUNDLED)}</p>' if bundled else ""
     return (
         "<h1>catseg-fast</h1><p>Open-vocabulary segmentation: every pixel gets one of the classes that you "
-        f'name.</p><div class="cf-chips">{body}</div>'
+        f'name.</p><div class="cf-chips">{body}</div>{banner}'
     )
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from catseg_fast.console import Debug, image_progress, plain_errors, stderr
+from catseg_fast.console import Debug, image_progress, plain_errors, stderr, stdout
 from catseg_fast.text.class_lists import READY_LISTS, read_classes, ready_list
 
 EXAMPLES = (
@@ -58,6 +57,6 @@ def dataset(
         with image_progress("Converting") as advance:
             count = import_dataset(
                 images, annotations, names, target, first=first, copy=copy, advance=advance,
-                notice=lambda text: stderr.print(Text(text), soft_wrap=True),
+                notice=lambda text: stderr.print(text),
             )  # fmt: skip
-        typer.echo(f"{target}: {count} images, {len(names)} classes")
+        stdout.print(f"{target}: {count} images, {len(names)} classes")

@@ -13,15 +13,18 @@ import typer
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import BACKENDS, choose_backend, default_device
+from catseg_fast.cli.labelling import AllClasses, MinScore
 from catseg_fast.cli.options import (
+    BUNDLED_WEIGHTS,
     DTYPES,
     ClassesList,
     Device,
-    MinScore,
     Seed,
     TextCache,
     VariantName,
     build_model,
+    note_on_bundled,
+    note_separators,
     weights_or_bundled,
 )
 from catseg_fast.console import (
@@ -33,9 +36,12 @@ from catseg_fast.console import (
     stderr,
     stdout,
 )
+from catseg_fast.data.class_list import read_class_list
 from catseg_fast.distributed.torchrun import join, own_device
 from catseg_fast.errors import InputError
 from catseg_fast.text.class_lists import Names, read_classes, ready_list
+from catseg_fast.text.fold import split_fold
+from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from catseg_fast.data.folder import FolderDataset
@@ -117,10 +123,7 @@ def evaluate(
             "--sliding-window/--whole", help="Overlapping crops and the whole picture, or the latter alone."
         ),
     ] = True,
-    all_classes: Annotated[
-        bool,
-        typer.Option("--all-classes", help="Aggregate every class; upstream's v2 keeps 256 per crop."),
-    ] = False,
+    all_classes: AllClasses = False,
     activations: Annotated[
         bool,
         typer.Option("--activations", help="Also find the largest value in each of the engine's stages."),
@@ -154,6 +157,15 @@ def evaluate(
         raise typer.BadParameter("give --classes-file or this, not both", param_hint="--classes-list")
     weights = weights_or_bundled(weights, variant)
     with plain_errors(debug):
+        # What can fail without torch comes first: importing that takes seconds.
+        from catseg_fast.checkpoints.hub import resolve
+
+        names = _class_names(data, classes_file, classes_list)
+        check_classes(split_fold(names)[0])
+        file = None if weights is None else resolve(weights)
+        if weights == BUNDLED_WEIGHTS:
+            note_on_bundled(sorted((data / "images").glob("*"))[:1])
+
         import torch
 
         from catseg_fast.data.folder import FolderDataset
@@ -170,7 +182,6 @@ def evaluate(
         for name in backend:
             choose_backend(name, target)  # fail before anything is loaded
         dataset = FolderDataset(data)
-        names = _class_names(dataset, classes_file, classes_list)
         classes = tuple(names)
         written = output / "results.json"
         check_target(written)
@@ -189,7 +200,7 @@ def evaluate(
             for combination in combinations:
                 with stderr.status("Loading the model …"):
                     model = build_model(
-                        weights, variant, names, seed, device=target, dtype=combination.dtype,
+                        file, variant, names, seed, device=target, dtype=combination.dtype,
                         sliding_window=sliding_window, backend=combination.backend, text_cache=text_cache,
                     )  # fmt: skip
                 if combination.precision is not None:
@@ -210,13 +221,13 @@ def evaluate(
         given = {"data": str(data), "weights": weights, "seed": seed, "limit": limit}
         write_results(written, {**given, **about}, classes, rows)
     named = [(combination.name, found) for combination, (_, found) in zip(combinations, rows, strict=True)]
-    stdout.print(results_table(named))
+    stdout.print_table(results_table(named), names=(0,))
     for name, found in named:
         if found.activations:
-            stdout.print(activations_table(name, found.activations))
+            stdout.print_table(activations_table(name, found.activations), names=(0,))
     if top:
-        stdout.print(classes_table(classes, rows[0][1], top))
-    stdout.print(f"{rows[0][1].images} images; wrote {written}", soft_wrap=True, highlight=False)
+        stdout.print_table(classes_table(classes, rows[0][1], top), names=(0,))
+    stdout.print(f"{rows[0][1].images} images; wrote {written}")
 
 
 def combine(
@@ -232,16 +243,18 @@ def combine(
     )
 
 
-def _class_names(dataset: FolderDataset, classes_file: Path | None, classes_list: str | None) -> Names:
+def _class_names(data: Path, classes_file: Path | None, classes_list: str | None) -> Names:
     """The data set's class names, or the options' ones for them."""
+    own, fold = read_class_list(data)
     if classes_file is None and classes_list is None:
-        return list(dataset.classes) if dataset.fold is None else dataset.fold.by_class
+        return list(own) if fold is None else fold.by_class
     classes = read_classes(classes_file) if classes_file else ready_list(classes_list or "").classes
-    if len(classes) < len(dataset.classes):
+    if len(classes) < len(own):
         raise InputError(
-            f"{classes_file or classes_list}: {len(classes)} classes are fewer than the data set's "
-            f"{len(dataset.classes)}"
+            f"{classes_file or classes_list}: {len(classes)} classes are fewer than the data set's {len(own)}"
         )
+    if classes_file is not None:
+        note_separators(classes, file=True)
     return classes
 
 

@@ -18,12 +18,11 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from catseg_fast.data.class_list import read_class_list
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 from catseg_fast.identity import content_digest
 from catseg_fast.inference.images import load_image
-from catseg_fast.text.class_lists import read_classes
-from catseg_fast.text.fold import Fold
 
 READERS = 4  # threads that read files for the fingerprint
 # Tags of TIFF and their values.
@@ -41,7 +40,6 @@ _LOSSLESS = (
     34925,
     50000,
 )  # none, CCITT, LZW, Deflate, PackBits, LZMA, Zstd
-MOST_CLASSES = 65535  # the last of 16 bits' values is where no class is right
 
 
 class FolderDataset:
@@ -72,7 +70,7 @@ class FolderDataset:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        self.classes, self.fold = _read_class_list(self.root / "classes.json")
+        self.classes, self.fold = read_class_list(self.root)
         self.ignore_label = ignore_label_of(len(self.classes))
         images, annotations = files_by_name(self.root / "images"), files_by_name(self.root / "annotations")
         for name, path in annotations.items():
@@ -124,7 +122,7 @@ class FolderDataset:
 
 
 def ignore_label_of(classes: int) -> int:
-    """What stands for "no class is right" beside so many classes."""
+    """Return the label for "no class is right" in a data set of `classes` classes."""
     return 255 if classes <= 255 else 65535
 
 
@@ -173,7 +171,7 @@ def read_index_map(path: Path) -> np.ndarray:
 
 
 def _why_no_index_map(image: ImageFile) -> str | None:
-    """What keeps the pixels of an opened image from being class indices; None if they are."""
+    """Return why the pixels of an opened image are not class indices; None if they are."""
     if image.format not in ("PNG", "TIFF"):
         return f"a {image.format} file; label maps are PNG or TIFF, as other formats can change values"
     if getattr(image, "n_frames", 1) > 1:
@@ -199,15 +197,6 @@ def _why_no_index_tiff(image: TiffImageFile) -> str | None:
         kind = "WhiteIsZero, whose values are inverted" if photometric == 0 else photometric
         return f"a TIFF of photometric interpretation {kind}"
     return None
-
-
-def _read_class_list(path: Path) -> tuple[tuple[str, ...], Fold | None]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
-    classes = read_classes(path)
-    if len(classes) > MOST_CLASSES:
-        raise InputError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
-    return tuple(classes), Fold.of(classes, str(path)) if isinstance(classes, dict) else None
 
 
 def _unsearched(folder: Path) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from catseg_fast.data.folder import MOST_CLASSES, ignore_label_of, read_index_map
+from catseg_fast.data.class_list import MOST_CLASSES
+from catseg_fast.data.folder import ignore_label_of, read_index_map
 from catseg_fast.data.pairs import Pair, find_pairs
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular, read_text, replacing

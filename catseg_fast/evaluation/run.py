@@ -30,7 +30,7 @@ from catseg_fast.evaluation.metrics import ClassCounts
 from catseg_fast.files import replacing
 from catseg_fast.identity import content_digest
 from catseg_fast.labels import NONE, class_indices
-from catseg_fast.output.overlay import label_png
+from catseg_fast.output.overlay import UNLABELLED_VALUE, label_png
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -43,7 +43,7 @@ READERS = 2  # threads that read the next images
 
 
 class Data(Protocol):
-    """What is evaluated on; `catseg_fast.data.folder.FolderDataset` is one."""
+    """A data set to evaluate on, such as `catseg_fast.data.folder.FolderDataset`."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -173,7 +173,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Results of an evaluation.
 
     Attributes:
         counts: pixels a class, in all images.
@@ -253,7 +253,7 @@ def _agreeing(labels: Tensor, path: Path) -> int:
             f"{path}: a label map {list(other.shape)} to compare with one of {list(labels.shape)}"
         )
     stored = labels.long()
-    stored = stored.masked_fill(stored == NONE, 65535)  # as `label_png` has it
+    stored = stored.masked_fill(stored == NONE, UNLABELLED_VALUE)  # as `label_png` has it
     return int((stored.numpy() == other).sum())
 
 

@@ -1,4 +1,4 @@
-"""From logits to label maps, class chunk by class chunk: no tensor grows with the number of classes.
+"""Label maps from logits, by chunks of classes: no tensor grows with the number of classes.
 
 Every operation before the maximum (sigmoid, resizes, averages of crops) treats each class alone, so that the
 result equals the argmax over all classes at once, ties included.
@@ -25,7 +25,7 @@ READOUT_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Readout:
-    """How crops' logits `[B, t, h, w]` become probabilities `[t, height, width]` of a picture.
+    """Conversion of crops' logits `[B, t, h, w]` to probabilities `[t, height, width]` of a picture.
 
     Attributes:
         size: (height, width) of the answer.
@@ -160,12 +160,12 @@ class LabelMap:
     """
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        self.scores = torch.empty(size, device=device)
-        self.labels = torch.empty(size, dtype=torch.int32, device=device)
-        self.reset()
+        self.scores = torch.full(size, -1.0, device=device)
+        self.labels = torch.zeros(size, dtype=torch.int32, device=device)
 
     def reset(self) -> None:
-        self.scores, self.labels = torch.full_like(self.scores, -1), torch.zeros_like(self.labels)
+        self.scores.fill_(-1)
+        self.labels.zero_()
 
     def update(self, first: int, probabilities: Tensor) -> None:
         self.scores, self.labels = plain.best_classes(probabilities, self.scores, self.labels, first)

@@ -15,6 +15,7 @@ from catseg_fast.errors import InputError, InputTypeError
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import LabelMap, Readout, TopClasses
 from catseg_fast.inference.sources import is_url
+from catseg_fast.inference.transfer import to_host
 from catseg_fast.labels import NONE, check_min_score
 from catseg_fast.text.fold import Fold
 
@@ -73,7 +74,7 @@ class Segmentation:
             image: the picture, as of `kept_image`.
             fold: of the names into classes.
         """
-        labels, scores = target.labels.cpu(), target.scores.cpu()
+        labels, scores = to_host(target.labels, target.scores)
         kept, classes = None if logits is None else readout, names if fold is None else fold.classes
         if isinstance(target, TopClasses):
             return cls(labels[0], scores[0], classes, labels, scores, logits, kept, image, fold)
@@ -123,7 +124,10 @@ class Segmentation:
         return self.labels == self._index(label)
 
     def shares(self) -> dict[str, float]:
-        """The share of the pixels of each class that occurs, by name, the largest first."""
+        """The share of the pixels of each class that occurs, by name, the largest first.
+
+        The rest of 1 has no class: see `min_score`.
+        """
         from catseg_fast.output.overlay import class_shares
 
         shares = enumerate(class_shares(self.labels, len(self.classes)).tolist())
@@ -159,6 +163,8 @@ class Segmentation:
     ) -> list[Path]:
         """Write what `catseg-fast segment` writes: overlay, label map and JSON file; return their paths.
 
+        The best classes per pixel, where there are several, go to a file of their own.
+
         Only results of the same picture are replaced, and files of others never.
 
         Args:
@@ -185,7 +191,7 @@ class Segmentation:
             Path(folder), stem, self._pixels(source), self, about, alpha,
             picture=path, digest=digest, formats=formats,
         )  # fmt: skip
-        return result_paths(Path(folder), stem, formats)
+        return result_paths(Path(folder), stem, formats, self.top_labels is not None)
 
     def _pixels(self, image: ImageLike | None) -> Tensor:
         source = self.image if image is None else image
@@ -220,7 +226,7 @@ def file_of(image: ImageLike | None) -> Path | None:
 
 
 def kept_image(image: ImageLike, pixels: Tensor) -> ImageLike:
-    """What a `Segmentation` keeps of a picture with pixels `[3, H, W]`: itself, if it can be read again."""
+    """Return the picture that a `Segmentation` keeps: `image` itself, if it can be read again."""
     again = isinstance(image, os.PathLike | bytes | bytearray | memoryview) or not hasattr(image, "read")
     if isinstance(image, str):
         again = not is_url(image)

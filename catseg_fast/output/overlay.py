@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from catseg_fast.errors import InputError
 from catseg_fast.labels import NONE, NONE_NAME
 from catseg_fast.output.colours import Colours, colours_for
+from catseg_fast.output.lettering import draw_text, shorten, text_width
 
 _PAPER, _INK, _FAINT = (250, 250, 250), (35, 35, 40), (120, 120, 128)
 _OUTLINE = (190, 190, 196)
 _SMALLEST_SIDE = 360  # with a legend, smaller pictures are enlarged by a whole number
 _SMALLEST_FONT = 13
 _LONGEST_NAME = 12  # in ems
-MOST_LABEL = 65534  # of 16 bits; the value above is that of -1
+UNLABELLED_VALUE = 65535  # of the label -1 in 16 bits
 
 
 def class_shares(labels: Tensor, count: int) -> Tensor:
@@ -99,8 +99,8 @@ def label_png(labels: Tensor) -> Image.Image:
         InputError: if a label does not fit 16 bits.
     """
     low, high = labels.min().item(), labels.max().item()
-    if low < NONE or high > MOST_LABEL:
-        raise InputError(f"labels: a 16-bit PNG holds 0..{MOST_LABEL} and -1, got {low}..{high}")
+    if low < NONE or high >= UNLABELLED_VALUE:
+        raise InputError(f"labels: a 16-bit PNG holds 0..{UNLABELLED_VALUE - 1} and -1, got {low}..{high}")
     return Image.fromarray(labels.cpu().numpy().astype(np.int64).astype(np.uint16))  # -1 becomes 65535
 
 
@@ -112,7 +112,7 @@ def _to_numpy(pixels: Tensor, factor: int) -> np.ndarray:
 
 
 def _contours(labels: np.ndarray) -> np.ndarray:
-    """Where lines between classes run: bool `[H, W]`, thicker on larger pictures."""
+    """Find the lines between classes: bool `[H, W]`, thicker on larger pictures."""
     width = max(1, round(labels.size**0.5 / 700))
     lines = np.zeros(labels.shape, bool)
     lines[width:] |= labels[width:] != labels[:-width]
@@ -142,9 +142,8 @@ def _entries(
 def _with_legend(picture: Image.Image, legend: tuple[list[_Entry], list[float]]) -> Image.Image:
     """`picture` with a panel of the largest classes on its right, at a scale that suits its size."""
     em = max(_SMALLEST_FONT, round((picture.width * picture.height) ** 0.5 / 58))
-    font = _font(em)
     shown, rest = legend
-    names = [_shorten(name, font, _LONGEST_NAME * em) for name, _, _ in shown]
+    names = [shorten(name, em, _LONGEST_NAME * em) for name, _, _ in shown]
     percents = [_percent(share) for _, share, _ in shown]
     if rest:
         names.append(f"… and {len(rest)} more")
@@ -154,9 +153,9 @@ def _with_legend(picture: Image.Image, legend: tuple[list[_Entry], list[float]])
     name_at = picture.width + margin + swatch + round(0.6 * em)
     percent_end = round(
         name_at
-        + max(font.getlength(name) for name in names)
+        + max(text_width(name, em) for name in names)
         + em
-        + max(font.getlength(percent) for percent in percents)
+        + max(text_width(percent, em) for percent in percents)
     )
     size = (percent_end + margin, max(picture.height, row * len(names) + 2 * margin))
     canvas = Image.new("RGB", size, _PAPER)
@@ -174,24 +173,10 @@ def _with_legend(picture: Image.Image, legend: tuple[list[_Entry], list[float]])
             if colour is None:
                 edge = em // 4
                 draw.line((left + edge, top + swatch - edge, left + swatch - edge, top + edge), _FAINT)
-        draw.text((name_at, middle), name, ink, font, anchor="lm")
-        draw.text((percent_end, middle), percent, _FAINT, font, anchor="rm")
+        draw_text(draw, (name_at, middle), name, em, ink)
+        draw_text(draw, (percent_end - text_width(percent, em), middle), percent, em, _FAINT)
     return canvas
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else "<0.1%"
-
-
-def _shorten(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """`name`, cut with an ellipsis where it is wider than `width` pixels."""
-    if font.getlength(name) <= width:
-        return name
-    while name and font.getlength(name + "…") > width:
-        name = name[:-1]
-    return name.rstrip(" ,") + "…"
