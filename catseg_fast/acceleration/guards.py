@@ -59,8 +59,15 @@ class Guard:
             (itemgetter(*keys), values) for keys, values in zip(self._keys, self._dicts, strict=True) if keys
         ]
         self._values = [_copied(get(values)) for get, values in self._getters]
-        self._modal = [vars(module) for module in every if type(module) not in STEADY]
-        self._empty, self._filled, self._contents = _pictures(self._dicts, TABLES)
+        modal = (vars(module) for module in every if type(module) not in STEADY)
+        self._modal = [values for values in modal if "training" in values]
+        inner = [vars(module) for name, module in modules.items() if name]
+        self._empty, self._filled, self._contents = _pictures(inner, TABLES)
+        if "" in modules:  # hooks on the module itself are called around whatever it computes
+            found = _pictures([vars(modules[""])], TABLES[:1])
+            self._empty += found[0]
+            self._filled += found[1]
+            self._contents += found[2]
         self.take_weights()
 
     def take_weights(self) -> None:
