@@ -1,4 +1,4 @@
-"""What the benchmarks run on: aggregators of published variants with random weights, and random features."""
+"""Inputs of the benchmarks: published variants' aggregators with random weights, and random features."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def selects(self) -> bool:
-        """Whether classes are dropped."""
+        """True if classes are dropped."""
         return self.aggregated < self.classes
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Call:
 def make_call(case: Case, device: torch.device | str = "cpu") -> Call:
     """Weights and inputs of a case in fp32, made on the device; the same every time."""
     variant = VARIANTS[case.variant]
-    prompts = len(PROMPT_ENSEMBLES[variant.prompt_ensemble])
+    prompts = PROMPT_ENSEMBLES[variant.prompt_ensemble]
     torch.manual_seed(0)
     with torch.device(device):
         aggregator = Aggregator(**variant.aggregator_arguments(prompts)).eval()

@@ -1,4 +1,4 @@
-"""Which implementation of the aggregator runs, and why."""
+"""Choice of the aggregator's implementation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import warnings
 from typing import TYPE_CHECKING
 
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +18,10 @@ def check_backend(backend: str) -> str:
     """Return `backend` if it is a known name.
 
     Raises:
-        ValueError: if it is not one of `BACKENDS`.
+        InputError: if it is not one of `BACKENDS`.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+        raise InputError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
     return backend
 
 
@@ -32,7 +32,7 @@ def choose_backend(backend: str, device: str | torch.device) -> str:
     too, with a warning that says why.
 
     Raises:
-        RuntimeError: if an explicit choice cannot run; the message says why.
+        RunError: if an explicit choice cannot run; the message says why.
     """
     if backend not in ("auto", "triton"):
         return backend
@@ -60,7 +60,7 @@ def default_device() -> torch.device:
 
 
 def why_no_triton(device: str | torch.device) -> str | None:
-    """Why no Triton kernel runs on a device; None if they do (in Triton's interpreter on a CPU, too)."""
+    """Return why Triton kernels cannot run on a device; None if they can (or the interpreter on a CPU)."""
     import torch
 
     try:

@@ -53,10 +53,10 @@ class CATSegFast(CATSeg):
     def forward(
         self, batched_inputs: Sequence[dict[str, Any]]
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
-        """As `CATSeg`.
+        """Run `CATSeg`'s call.
 
         Raises:
-            RuntimeError: if weights were not in the checkpoint, or none was loaded.
+            RunError: if weights were not in the checkpoint, or none was loaded.
         """
         if self._unloaded is None:
             raise RunError("MODEL.WEIGHTS: no checkpoint was loaded; the weights would be random")

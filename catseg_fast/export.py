@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,9 @@ from catseg_fast.engine.folding import Plan, build_plan, map_tensors
 from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
-from catseg_fast.errors import MissingPackageError
-from catseg_fast.files import read_text, temporary_folder
+from catseg_fast.errors import InputError
+from catseg_fast.files import temporary_folder
+from catseg_fast.onnx_target import FORMAT, check_target
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
 if TYPE_CHECKING:
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 
 INPUTS, OUTPUT = ("images", "text_features"), "logits"
 OPSET = 18
-FORMAT = "catseg-fast onnx"  # how the card calls it
 PROJECTIONS = ("guidance_projection", "text_guidance_projection", "decoder_guidance_projection")
 
 
@@ -91,13 +93,13 @@ def export_program(
         most_classes: the largest vocabulary T; any from 1 may come.
 
     Raises:
-        ValueError: if the model is in training mode, or an argument is not positive.
+        InputError: if the model is in training mode, or an argument is not positive.
     """
     if model.training:
-        raise ValueError("model: is in training mode; call model.eval() first")
+        raise InputError("model: is in training mode; call model.eval() first")
     for name, value in (("crops", crops), ("size", size), ("most_classes", most_classes)):
         if value < 1:
-            raise ValueError(f"{name}: {value} is not positive")
+            raise InputError(f"{name}: {value} is not positive")
     width, prompts = model.variant.clip.embed_dim, len(model.templates)
     images = torch.zeros(crops, 3, size, size, device=model.device)
     text = torch.ones(3, prompts, width, device=model.device, dtype=model.dtype)
@@ -110,7 +112,13 @@ def export_program(
     )
 
 
-def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) -> list[Path]:
+def export_onnx(
+    model: CATSeg,
+    path: str | os.PathLike[str],
+    *,
+    crops: int = 1,
+    begin: Callable[[str], object] = lambda stage: None,
+) -> list[Path]:
     """Write the model as ONNX, with what is needed to use it beside it; all of it, or nothing.
 
     Args:
@@ -119,6 +127,7 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
             NAME.classes.npz with the classes' names and text features; where weights near 2 GB,
             NAME.onnx.data.
         crops: images B of a call.
+        begin: called with the name of each stage at its start.
 
     Returns:
         The files, the .onnx first.
@@ -131,19 +140,24 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
     """
     path = check_target(path)
     if model.dtype != torch.float32:
-        raise ValueError(f"model: is in {model.dtype}; ONNX is written in torch.float32")
+        raise InputError(f"model: is in {model.dtype}; ONNX is written in torch.float32")
+    begin("Encoding the class names")
     text = model.text_features().cpu().numpy()  # fails first where there are no classes
+    begin("Tracing the model")
     program = export_program(model, crops=crops)
-    written = torch.onnx.export(
-        program, dynamo=True, input_names=INPUTS, output_names=(OUTPUT,), opset_version=OPSET, verbose=False,
-        dynamic_shapes={"images": None, "text_features": {0: "classes"}},
-    )  # fmt: skip
+    begin("Translating it to ONNX")
+    with _quiet():
+        written = torch.onnx.export(
+            program, dynamo=True, input_names=INPUTS, output_names=(OUTPUT,), opset_version=OPSET,
+            verbose=False, dynamic_shapes={"images": None, "text_features": {0: "classes"}},
+        )  # fmt: skip
     assert written is not None
+    begin("Writing")
     with temporary_folder(path.parent) as folder:
         written.save(folder / path.name, external_data=_weight_bytes(program) > 1.8e9)
         np.savez(folder / f"{path.stem}.classes.npz", classes=np.array(model.classes), text_features=text)
         card = json.dumps(describe(model, path, crops), indent=2, ensure_ascii=False) + "\n"
-        (folder / f"{path.stem}.json").write_text(card, encoding="utf-8")
+        (folder / f"{path.stem}.json").write_text(card, encoding="utf-8", errors="backslashreplace")
         # The card tells whose files these are. The model vouches for them: it is removed first, written last.
         order = {f"{path.stem}.json": 0, path.name: 2}
         names = sorted((file.name for file in folder.iterdir()), key=lambda name: order.get(name, 1))
@@ -153,38 +167,18 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
     return [path.with_name(name) for name in reversed(names)]
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """The path of an .onnx file that can be written.
-
-    Raises:
-        FileNotFoundError, FileExistsError, ValueError, ImportError: as `export_onnx`.
-    """
-    path = Path(path).expanduser()
-    if path.suffix != ".onnx":
-        raise ValueError(f"path: {path} must end in .onnx")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: there is no folder {path.parent}")
-    _require_ours(path)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let the exporter's libraries log errors only, not each optimisation that they leave out."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError(f'export: {error}; pip install "catseg-fast[export]" brings it') from error
-    return path
-
-
-def _require_ours(path: Path) -> None:
-    """Check that what would be replaced beside an .onnx file was written by `export_onnx`."""
-    card = path.with_suffix(".json")
-    try:
-        content = json.loads(read_text(card))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if isinstance(content, dict) and str(content.get("format")).startswith(FORMAT):
-        return
-    for other in (card, path.with_name(f"{path.stem}.classes.npz"), path.with_name(f"{path.name}.data")):
-        if os.path.lexists(other):
-            raise FileExistsError(f"path: {other} is there and is not of an export; choose another name")
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _weight_bytes(program: torch.export.ExportedProgram) -> int:
@@ -192,7 +186,7 @@ def _weight_bytes(program: torch.export.ExportedProgram) -> int:
 
 
 def describe(model: CATSeg, path: Path, crops: int) -> dict[str, Any]:
-    """What a program without this package must know to use the ONNX file."""
+    """Describe the ONNX file for programs without this package."""
     window, side = model.window, 4 * model.variant.feature_resolution[0]
     text = f"[classes, {len(model.templates)}, {model.variant.clip.embed_dim}]"
     return {

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import filelock
@@ -38,7 +38,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
     Raises:
         OSError: if it cannot be opened; IsADirectoryError for a folder.
-        ValueError: if it is a FIFO, a device or a socket.
+        InputError: if it is a FIFO, a device or a socket.
     """
     mode = os.stat(path).st_mode  # opening a device can have an effect
     if not stat.S_ISDIR(mode):
@@ -73,7 +73,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def _require_regular(path: str | os.PathLike[str], mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
-        raise ValueError(f"{os.fspath(path)} is {kind}, not a regular file")
+        raise InputError(f"{os.fspath(path)} is {kind}, not a regular file")
 
 
 @contextmanager
@@ -143,8 +143,9 @@ def _sweep(parent: Path) -> None:
 
 
 def _is_stale(folder: Path, host: str, process: int, started: int) -> bool:
-    """Check that nobody writes in a temporary folder any more: its process has ended, or, where that cannot
-    be told, nothing in it has changed for a day.
+    """Check whether a temporary folder is no longer in use.
+
+    Its process has ended or, if that cannot be known, nothing in it has changed for a day.
     """
     if host == _host():
         return _started(process) != started
@@ -160,7 +161,7 @@ def _host() -> str:
 
 
 def _started(process: int) -> int | None:
-    """When a process was started, in whole seconds; None if there is none of this number."""
+    """Return the start time of a process in whole seconds; None if there is no such process."""
     import psutil
 
     try:
@@ -219,7 +220,7 @@ def locked(path: Path, *, seconds: float = 60) -> Iterator[None]:
 
 
 def acquire_lock(path: Path, *, seconds: float = 60) -> filelock.BaseFileLock:
-    """As `locked`, for a lock that is released by its `release`."""
+    """Acquire the lock of `locked`; the caller calls its `release`."""
     import filelock
 
     path.parent.mkdir(parents=True, exist_ok=True)

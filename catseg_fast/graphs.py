@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from catseg_fast.engine.schedule import Schedule
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 from catseg_fast.inference.encoding import encode
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
 from catseg_fast.inference.segment import read_out
 from catseg_fast.inference.segmentation import Segmentation
-from catseg_fast.weights import weights_state
+from catseg_fast.weights import module_tensors, weights_state
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -40,8 +40,8 @@ class ModelGraphs:
         record: makes a recording of a function, such as a `Recorder`.
 
     Raises:
-        ValueError: if there are no sizes, a size is not positive, or the model is in training mode.
-        RuntimeError: if not even host memory holds the state, which no recording can use.
+        InputError: if there are no sizes, a size is not positive, or the model is in training mode.
+        RunError: if not even host memory holds the state, which no recording can use.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class ModelGraphs:
         probabilities: bool = False,
     ) -> None:
         if not sizes or any(side < 1 for size in sizes for side in size):
-            raise ValueError(f"sizes: {list(sizes)} are not (height, width) of pictures, all above 0")
+            raise InputError(f"sizes: {list(sizes)} are not (height, width) of pictures, all above 0")
         if model.training:
-            raise ValueError("model: is in training mode; call model.eval() first")
+            raise InputError("model: is in training mode; call model.eval() first")
         self.model, self.probabilities = model, probabilities
         self.sliding_window = model.sliding_window if sliding_window is None else sliding_window
         with torch.inference_mode(False), torch.no_grad():
@@ -75,13 +75,13 @@ class ModelGraphs:
         What overflows fp16 is computed again without the recording, in bf16 and with a warning.
 
         Raises:
-            RuntimeError: if classes, weights or settings have changed since the recording.
-            ValueError: if the picture has another size; as `CATSeg.segment`.
+            RunError: if classes, weights or settings have changed since the recording.
+            InputError: if the picture has another size; as `CATSeg.segment`.
         """
         pixels = load_image(image)
         size = (pixels.shape[1], pixels.shape[2])
         if size not in self._recordings:
-            raise ValueError(f"image: its size {size} was not recorded; recorded are {self.sizes}")
+            raise InputError(f"image: its size {size} was not recorded; recorded are {self.sizes}")
         present = _settings(self.model)
         changed = [name for name, value in self._settings.items() if present[name] != value]
         if changed:
@@ -96,9 +96,10 @@ class ModelGraphs:
             if not maps[0].isnan().any():
                 return maps
             return self._read_out(pixels.to(self.model.device)).maps
-        segmentation = Segmentation.of(answer, self.model.classes, self._readout(size))
+        model = self.model
+        segmentation = Segmentation.of(answer, model.classes, self._readout(size), fold=model.fold)
         if segmentation.scores.isnan().any():
-            return self.model.segment(image, sliding_window=self.sliding_window)
+            return model.segment(image, sliding_window=self.sliding_window)
         return segmentation
 
     def _record(self, size: Size, record: Callable[[Callable[[], Any]], Callable[[], Any]]) -> Any:
@@ -116,27 +117,28 @@ class ModelGraphs:
                 f"cuda_graph: {schedule.reason}, and copies to the host are not recorded; set "
                 "model.engine.policy = 'recompute'"
             )
-        return buffer, record(lambda: self._read_out(buffer, schedule))
+        return buffer, record(lambda: self._read_out(buffer, schedule, checked=False))
 
     def _readout(self, size: Size) -> Readout:
         return Readout(size, self.model.window if self.sliding_window else None)
 
-    def _read_out(self, pixels: Tensor, schedule: Schedule | None = None) -> Any:
+    def _read_out(self, pixels: Tensor, schedule: Schedule | None = None, checked: bool = True) -> Any:
         """The target that the picture's logits were read out into."""
         model, size = self.model, (pixels.shape[1], pixels.shape[2])
         target: Probabilities | LabelMap = LabelMap(size, model.device)
         if self.probabilities:
             target = Probabilities(len(model.classes), size, model.device)
-        read_out(model, encode(model, [pixels], [self._readout(size)]), [target], schedule=schedule)
+        encoded = encode(model, [pixels], [self._readout(size)], checked)
+        read_out(model, encoded, [target], schedule=schedule)
         return target
 
 
 def _settings(model: CATSeg) -> dict[str, Any]:
-    """By name, all that a recording holds as a constant."""
+    """Return everything that is constant in a recording, by name."""
     engine = model.engine
     return {
-        "classes": model.classes,
-        "weights": weights_state(model.parameters()),
+        "classes": (model.classes, model.fold),
+        "weights": weights_state(module_tensors(model, buffers=True)),
         "device": model.device,
         "precision": (engine.precision, engine.input_precision, engine.plan().embed.dtype),
         "backend": model.backend,

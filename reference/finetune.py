@@ -1,4 +1,4 @@
-"""What upstream trains, and its loss; `cat_seg/cat_seg_model.py` of both generations."""
+"""Upstream's trained parameters and loss; `cat_seg/cat_seg_model.py` of both generations."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catseg_fast.config import IGNORE_LABEL, Version
+from catseg_fast.errors import InputError
 from catseg_fast.labels import class_indices
 
 CLIP_FINETUNE = ("attention", "full", "prompt", "none")
 
 
 def is_trained(name: str, clip_finetune: str, version: Version) -> bool:
-    """Whether upstream trains CLIP's parameter `name` under a fine-tuning rule.
+    """Check whether upstream trains CLIP's parameter `name` under a fine-tuning rule.
 
-    v1 trains in the image tower alone, v2 in the blocks of both towers; "attention" is the attention and
+    v1 trains only in the image tower, v2 in the blocks of both towers; "attention" means the attention and
     positional embeddings in v1, and query and value weights in v2.
     """
     tower = "visual" if version == "v1" else "transformer"
@@ -40,14 +41,14 @@ def freeze(
         backbone: v1's guidance backbone, or None.
         clip_finetune: "attention", "full", "prompt" or "none".
         version: upstream's generation.
-        train_backbone: whether the backbone is trained (upstream: BACKBONE_MULTIPLIER > 0); its first norm
-            never is.
+        train_backbone: whether the backbone is trained (upstream: BACKBONE_MULTIPLIER > 0), except its first
+            norm.
 
     Raises:
-        ValueError: if `clip_finetune` is unknown.
+        InputError: if `clip_finetune` is unknown.
     """
     if clip_finetune not in CLIP_FINETUNE:
-        raise ValueError(f"clip_finetune: {clip_finetune!r} is not one of {', '.join(CLIP_FINETUNE)}")
+        raise InputError(f"clip_finetune: {clip_finetune!r} is not one of {', '.join(CLIP_FINETUNE)}")
     for name, parameter in clip.named_parameters():
         parameter.requires_grad_(is_trained(name, clip_finetune, version))
     if backbone is not None:
@@ -56,9 +57,9 @@ def freeze(
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE_LABEL) -> Tensor:
-    """Mean binary cross-entropy over pixels and classes.
+    """Return the mean binary cross-entropy over pixels and classes.
 
-    A pixel with the ignore label counts as one that belongs to no class, as in upstream.
+    As in upstream, a pixel with the ignore label counts as belonging to no class.
 
     Args:
         logits: `[B, T, h, w]`, resized to the labels' size.
@@ -66,8 +67,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE
         ignore_label: label of pixels without a class.
 
     Raises:
-        TypeError: if the labels are not integers.
-        ValueError: if a label is neither a class index nor the ignore label.
+        InputTypeError: if the labels are not integers.
+        InputError: if a label is neither a class index nor the ignore label.
     """
     labels = class_indices(labels, logits.shape[1], ignore_label)
     known = labels != ignore_label

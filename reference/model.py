@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,20 @@ from catseg_fast.config import (
     Variant,
     get_variant,
 )
+from catseg_fast.errors import InputError
 from catseg_fast.labels import class_indices
 from catseg_fast.reference.aggregator import Aggregator
-from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.finetune import freeze, segmentation_loss
-from catseg_fast.reference.guidance import build_guidance
 from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resize
 from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, encode_classes
 from catseg_fast.text.prompts import check_classes, get_templates
+from catseg_fast.text.same_prompts import warn_of_same_prompts
 from catseg_fast.text.tokens import tokenize_classes
 from catseg_fast.weights import weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.reference.clip import DenseCLIP
 
 
 class CATSegPredictor(nn.Module):
@@ -56,18 +59,18 @@ class CATSeg(nn.Module):
     Args:
         variant: name of a published variant (`catseg_fast.config.VARIANTS`), or a `Variant`.
         classes: class names for inference; `set_classes` changes them.
-        train_classes: class names in training mode; those for inference where None.
-        sliding_window: whether inference looks at overlapping crops and the whole image (upstream's
-            evaluation), or at the whole image once.
+        train_classes: class names in training mode; by default those for inference.
+        sliding_window: whether inference uses overlapping crops and the whole image (upstream's evaluation),
+            or only the whole image.
         window: sizes of the sliding window.
-        prompt_ensemble: name of an ensemble or templates, in place of the variant's own.
+        prompt_ensemble: name of an ensemble or templates, instead of the variant's own.
         size_divisibility: multiple to which the whole image is padded in the call with upstream's contract.
-        clip_finetune: what of CLIP is trained: "attention", "full", "prompt" or "none".
+        clip_finetune: the part of CLIP that is trained: "attention", "full", "prompt" or "none".
         train_backbone: whether v1's guidance backbone is trained.
         ignore_label: label of training pixels that belong to no class; may be set later, too.
 
     Raises:
-        ValueError: from a bad name or class list.
+        InputError: if a name or the class list is invalid.
     """
 
     aggregator_type: type[Aggregator] = Aggregator
@@ -94,9 +97,16 @@ class CATSeg(nn.Module):
         self.size_divisibility = size_divisibility
         self.templates = get_templates(prompt_ensemble or self.variant.prompt_ensemble)
 
+        # open_clip and timm, which takes as long to import as torch: only where a model is built.
+        from catseg_fast.reference.clip import DenseCLIP
+
         clip_model = DenseCLIP(self.variant.clip, self.variant.version)
         transformer = self.aggregator_type(**self.variant.aggregator_arguments(len(self.templates)))
-        self.backbone = build_guidance(self.variant.backbone) if self.variant.backbone else None
+        self.backbone = None
+        if self.variant.backbone:
+            from catseg_fast.reference.guidance import build_guidance
+
+            self.backbone = build_guidance(self.variant.backbone)
         self.sem_seg_head = CATSegHead(CATSegPredictor(clip_model, transformer))
         if self.variant.version == "v2":
             width, dims = self.variant.clip.vision_width, self.variant.decoder_guidance_dims
@@ -133,7 +143,7 @@ class CATSeg(nn.Module):
         """The class names of the present mode.
 
         Raises:
-            ValueError: if none were set.
+            InputError: if none were set.
         """
         return self._classes[self._class_mode()]
 
@@ -151,6 +161,7 @@ class CATSeg(nn.Module):
         """Replace the class names and, as a part of them, those whose text features are to be had here."""
         length = self.variant.clip.context_length
         tokens = tokenize_classes(encoded, self.templates, self.variant.version, length)
+        warn_of_same_prompts(classes, self.templates, self.variant.version, length)
         self._classes[training], self._tokens[training] = classes, tokens
         self._text_cache.pop(training, None)
 
@@ -167,7 +178,7 @@ class CATSeg(nn.Module):
         state = self._text_state()
         cached = self._text_cache.get(mode)
         if cached is None or cached[0] != state:
-            # Whatever mode the call is in, what is kept must serve every later one.
+            # The cached features must be usable by later calls in any mode.
             device = self.device.type
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
                 features = self._encode_text(tokens, progress)
@@ -182,32 +193,37 @@ class CATSeg(nn.Module):
         return encode_classes(self.clip_model, tokens, len(self.templates), progress=progress)
 
     def _class_mode(self) -> bool:
-        """The mode whose class names count: the present one, or the other where it alone has names."""
+        """The mode whose class names are used: the present one, or the other if only that one has names."""
         if not self._classes:
-            raise ValueError("classes: none are set; call set_classes([...]) first")
+            raise InputError("classes: none are set; call set_classes([...]) first")
         return self.training if self.training in self._classes else not self.training
 
-    def encode_images(self, clip_images: Tensor, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """CLIP features and guidance maps.
+    def encode_images(
+        self, clip_images: Tensor, images: Tensor, clip: DenseCLIP | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return CLIP features and guidance maps.
 
         Args:
             clip_images: `[B, 3, H, W]`, normalised for CLIP, any size.
-            images: the same pixels normalised for v1's backbone (v2 does not look at them).
+            images: the same pixels normalised for v1's backbone; v2 does not use them.
+            clip: CLIP in another type; by default the model's own.
 
         Returns:
             Features `[B, 1 + h*w, C]`, the class token first, and guidance maps from coarse to fine.
         """
+        clip = self.clip_model if clip is None else clip
         size = self.variant.clip.input_size
-        clip_images = resize(clip_images, (size, size)).to(self.dtype)
+        clip_images = resize(clip_images, (size, size)).to(clip.visual.proj.dtype)
         if self.backbone is not None:
-            features, _ = self.clip_model.encode_dense(clip_images)
+            features, _ = clip.encode_dense(clip_images)
             maps = self.backbone(resize(images, (CROP_SIZE, CROP_SIZE)).to(self.dtype))
             return features, (maps["res4"], maps["res3"], maps["res2"])
-        features, (shallow, deep) = self.clip_model.encode_dense(clip_images, self.variant.guidance_layers)
+        features, maps = clip.encode_dense(clip_images, self.variant.guidance_layers)
+        shallow, deep = (x.to(self.dtype) for x in maps)
         return features, (as_map(features), self.upsample1(shallow), self.upsample2(deep))
 
     def logits(self, clip_images: Tensor, images: Tensor) -> Tensor:
-        """Logits `[B, T, 4h, 4w]` of the present classes; arguments as in `encode_images`."""
+        """Return the logits `[B, T, 4h, 4w]` of the present classes; arguments as in `encode_images`."""
         features, guidance = self.encode_images(clip_images, images)
         text = self.text_features().to(features.dtype)
         return self.aggregator(as_map(features), text.expand(len(features), -1, -1, -1), guidance)
@@ -218,13 +234,13 @@ class CATSeg(nn.Module):
         """Segment images, or compute the loss in training mode.
 
         Args:
-            batched_inputs: one dict an image: "image" `[3, H, W]`, RGB, 0..255, any real type; "height" and
+            batched_inputs: one dict per image: "image" `[3, H, W]`, RGB, 0..255, any real type; "height" and
                 "width" of the answer (by default the image's, or the sliding window's resolution); and
                 "sem_seg" `[H, W]`, class indices, in training.
 
         Returns:
-            One dict an image with "sem_seg", probabilities `[T, height, width]`; each image's answer is as if
-            it were alone. In training mode {"loss_sem_seg": scalar}.
+            One dict per image with "sem_seg", probabilities `[T, height, width]`, which do not depend on the
+            other images. In training mode {"loss_sem_seg": scalar}.
 
         Raises:
             TypeError, ValueError: if an entry is wrong, or no classes are set; see `check_requests`.
@@ -273,19 +289,19 @@ class CATSeg(nn.Module):
 
 
 def normalise(images: Tensor) -> tuple[Tensor, Tensor]:
-    """RGB `[…, 3, H, W]` in 0..255, once as CLIP wants it and once as v1's backbones do."""
-    clip_mean, clip_std = _channels(CLIP_PIXEL_MEAN, images), _channels(CLIP_PIXEL_STD, images)
-    mean, std = _channels(PIXEL_MEAN, images), _channels(PIXEL_STD, images)
+    """Normalise RGB `[…, 3, H, W]` in 0..255 for CLIP and for v1's backbones; return both."""
+    clip_mean, clip_std = channels(CLIP_PIXEL_MEAN, images), channels(CLIP_PIXEL_STD, images)
+    mean, std = channels(PIXEL_MEAN, images), channels(PIXEL_STD, images)
     return (images - clip_mean) / clip_std, (images - mean) / std
 
 
-def _channels(values: Sequence[float], like: Tensor) -> Tensor:
-    """`[3, 1, 1]` in fp32 on a device, by filling: a CUDA graph records no copy from the host."""
+def channels(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return `[3, 1, 1]` in fp32 on a device, by filling: a CUDA graph records no copy from the host."""
     return torch.stack([like.new_full((1, 1), value, dtype=torch.float32) for value in values])
 
 
 def as_map(features: Tensor) -> Tensor:
-    """Patch features `[B, C, h, w]` of dense CLIP features `[B, 1 + h*w, C]` of square images."""
+    """Return patch features `[B, C, h, w]` from dense CLIP features `[B, 1 + h*w, C]` of square images."""
     side = round((features.shape[1] - 1) ** 0.5)
     return rearrange(features[:, 1:], "B (h w) C -> B C h w", h=side)
 

@@ -2,7 +2,7 @@
 
 CAT-Seg paper, section 3.3 (spatial cost aggregation); upstream `cat_seg/modeling/transformer/model.py`. The
 block is that of the Swin Transformer without relative position bias; queries and keys, but not values, also
-see the appearance guidance.
+depend on the appearance guidance.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 from einops import rearrange, repeat
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
+
+from catseg_fast.errors import InputError
 
 MASKED = -100.0
 
@@ -31,7 +32,7 @@ def merge_windows(windows: Tensor, window: int, height: int, width: int) -> Tens
 
 
 def fit_window(resolution: tuple[int, int], window: int, shift: int) -> tuple[int, int]:
-    """Window and shift at a resolution: one unshifted window where the map is no larger than the window."""
+    """Return window and shift at a resolution: one unshifted window if the map is not larger than it."""
     smallest = min(resolution)
     return (smallest, 0) if smallest <= window else (window, shift)
 
@@ -39,9 +40,10 @@ def fit_window(resolution: tuple[int, int], window: int, shift: int) -> tuple[in
 def shifted_window_mask(
     resolution: tuple[int, int], window: int, shift: int, device: torch.device | None = None
 ) -> Tensor:
-    """Additive mask `[windows, N, N]`, N = window * window: 0 within a region of the image, else -100.
+    """Return the additive mask `[windows, N, N]`, N = window * window: 0 within an image region, else -100.
 
-    After the cyclic shift the last windows hold patches from opposite borders; those must not see each other.
+    After the cyclic shift, the last windows hold patches from opposite borders, which must not attend to each
+    other.
     """
     height, width = resolution
     rows, columns = (
@@ -59,9 +61,9 @@ class WindowAttention(nn.Module):
 
     Args:
         dim: channels of the values and of the output.
-        appearance_guidance_dim: channels of guidance that queries and keys see in addition.
+        appearance_guidance_dim: channels of the guidance, from which queries and keys are also computed.
         num_heads: attention heads.
-        head_dim: channels a head, `dim // num_heads` by default.
+        head_dim: channels per head, `dim // num_heads` by default.
         window_size: side of a window; kept for upstream's signature.
         qkv_bias: whether queries, keys and values have a bias.
         attn_drop, proj_drop: dropout rates of the attention weights and of the output.
@@ -109,6 +111,31 @@ class WindowAttention(nn.Module):
         return self.proj_drop(self.proj(rearrange(attention @ v, "W h N d -> W N (h d)")))
 
 
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them, as in timm."""
+
+    def __init__(
+        self, in_features: int, hidden_features: int, act_layer: Callable[..., nn.Module], drop: float
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+def stochastic_depth(rate: float) -> nn.Module:
+    """Return the module that drops whole samples at a rate in training."""
+    if rate <= 0:
+        return nn.Identity()
+    from timm.layers import DropPath  # no published model has it, and importing timm takes seconds
+
+    return DropPath(rate)
+
+
 class SwinTransformerBlock(nn.Module):
     """Window attention and MLP, each with pre-norm and residual.
 
@@ -144,7 +171,7 @@ class SwinTransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= shift_size < window_size:
-            raise ValueError(f"shift_size: {shift_size} is not in [0, window_size={window_size})")
+            raise InputError(f"shift_size: {shift_size} is not in [0, window_size={window_size})")
         self.dim = dim
         self.input_resolution = (input_resolution[0], input_resolution[1])
         self.nominal_window = (window_size, shift_size)
@@ -153,7 +180,7 @@ class SwinTransformerBlock(nn.Module):
         self.attn = WindowAttention(
             dim, appearance_guidance_dim, num_heads, head_dim, self.window_size, qkv_bias, attn_drop, drop
         )
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.drop_path = stochastic_depth(drop_path)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(in_features=dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
         mask = None
@@ -167,15 +194,15 @@ class SwinTransformerBlock(nn.Module):
         """Map `x [B, H*W, dim]` to the same shape; `appearance_guidance [B, H*W, guidance]` or None.
 
         Raises:
-            ValueError: if the length is not H*W, or the window does not divide the resolution.
+            InputError: if the length is not H*W, or the window does not divide the resolution.
         """
         resolution = resolution or self.input_resolution
         height, width = resolution
         window, shift = fit_window(resolution, *self.nominal_window)
         if x.shape[1] != height * width:
-            raise ValueError(f"x: length {x.shape[1]} is not H*W = {height}*{width}")
+            raise InputError(f"x: length {x.shape[1]} is not H*W = {height}*{width}")
         if height % window or width % window:
-            raise ValueError(f"resolution: {height}x{width} is not divisible by the window {window}")
+            raise InputError(f"resolution: {height}x{width} is not divisible by the window {window}")
         residual = x
         x = self.norm1(x)
         if appearance_guidance is not None:

@@ -131,6 +131,36 @@ def test_heat_is_the_score_map(model: CATSeg, photo: Path) -> None:
     assert np.corrcoef(brightness, scores.numpy().ravel())[0, 1] > 0.8
 
 
+def test_pixels_with_a_low_score_are_shown_as_none(model: CATSeg, photo: Path) -> None:
+    loaded, answer, _ = Workbench(model).segment(photo, CLASSES, sliding_window=False)
+    page, least = Page(model), answer.scores.median().item()
+    assert page.view(None, least) is None
+    everything = page.view((loaded, answer), 0)
+    assert all(entry["colour"] for entry in everything["classes"])
+    view = page.view((loaded, answer), least)
+    *classes, none = view["classes"]
+    below = answer.scores < least
+    assert (none["index"], none["name"], none["colour"]) == (-1, "none of these", None)
+    assert none["share"] == below.double().mean().item() > 0
+    assert sum(entry["share"] for entry in view["classes"]) == pytest.approx(1)
+    packed = decode(view["labels"]).astype(int)
+    assert np.array_equal(packed[..., 0] + 256 * packed[..., 1] == len(classes), below)
+
+
+def test_classes_with_several_names_are_those_that_are_shown(model: CATSeg, photo: Path) -> None:
+    page = Page(model)
+    text, note = page.pick("pas-20b")
+    assert text == "pas-20b"
+    assert "MIT" in note
+    state, view, picker, *_ = page.segment(None, str(photo), text, "auto", "all", "whole")
+    assert state[1].classes[-1] == "background"
+    assert view["total"] == 21
+    assert len(picker["choices"] if isinstance(picker, dict) else picker.choices) == 21
+    page.score_map(state, 20)
+    page.segment(state, str(photo), "sky; tree", "auto", "all", "whole")
+    assert model.fold is None
+
+
 def test_large_pictures_are_reduced(tmp_path: Path) -> None:
     Image.new("RGB", (2 * MAX_SIDE, MAX_SIDE), (10, 20, 30)).save(tmp_path / "large.png")
     reduced = load_photo(tmp_path / "large.png")

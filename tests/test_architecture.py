@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,21 @@ def test_a_module_without_a_layer_is_found(tree: Path) -> None:
     assert "utils" in printed, printed
 
 
+# Kernels import nothing of the package, and refuse arguments as torch's functions do. The readers of a
+# checkpoint's parts raise reasons that `read_checkpoint` completes with the file's path.
+READERS = ("checkpoints/stand_ins.py", "checkpoints/torch_file.py", "checkpoints/unpickle.py")
+
+
+def test_errors_of_users_are_the_packages_own() -> None:
+    """A bare ValueError on the command line is reported as a bug."""
+    package = ROOT / "catseg_fast"
+    paths = [path for folder in (package, *package.glob("*/")) for path in folder.rglob("*.py")]
+    raised = re.compile(r"raise (ValueError|TypeError|RuntimeError)\(")
+    found = {path.relative_to(package).as_posix() for path in paths if raised.search(path.read_text("utf-8"))}
+    assert {name for name in found if not name.startswith("kernels/")} <= set(READERS)
+    assert len(found) > len(READERS), "the links to folders are followed"
+
+
 TESTS = ROOT / "tests"
 TEST_FILES = sorted(TESTS.glob("test_*.py"))
 
@@ -96,4 +112,59 @@ def test_no_test_module_is_imported() -> None:
         for name in imports(path)
         if not modules.isdisjoint(name.split("."))
     ]
-    assert not found, "helpers that several tests use belong in tests/support/"
+    assert not found, "helpers that several test modules use belong in tests/support/"
+
+
+MOST_LINES = 400
+STILL_LONG = ("test_class_parallel", "test_hostile_checkpoints")
+
+
+def test_files_are_short() -> None:
+    for path in TESTS.rglob("*.py"):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= MOST_LINES or path.stem in STILL_LONG, f"{path.relative_to(ROOT)}: {lines} lines"
+
+
+# Calls that raise where a test fails.
+CHECKS = re.compile(r"assert|check|(raises|warns|fail|opcheck)$")
+
+
+def has_check(function: ast.AST, helpers: dict[str, ast.AST]) -> bool:
+    """Check whether a test asserts something, itself or in a helper of its module."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+            name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            if CHECKS.match(name):
+                return True
+            if name in helpers:
+                others = {key: value for key, value in helpers.items() if key != name}
+                if has_check(helpers[name], others):
+                    return True
+    return False
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.stem)
+def test_every_test_asserts_something(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for name, function in functions.items():
+        if name.startswith("test_"):
+            assert has_check(function, {**functions, name: ast.Pass()}), f"{path.name}: {name}"
+
+
+CLAUSE = re.compile(r"(What|Whether|How|Which|Where|When|Why|If|As|So that)\b")
+
+
+@pytest.mark.parametrize("folder", ["catseg_fast", "kernels", "reference", "bench", "tests", "examples"])
+def test_docstrings_begin_with_one_sentence(folder: str) -> None:
+    """The first line is a noun phrase or an imperative, on one line, with a full stop."""
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                first = (ast.get_docstring(node) or ".").splitlines()[0]
+                if CLAUSE.match(first) or not first.endswith((".", ":")):
+                    found.append(f"{path.relative_to(ROOT)}: {first}")
+    assert not found, "\n".join(found)

@@ -41,6 +41,7 @@ WINDOW = SlidingWindow(96, 0.25, (96, 140))  # two crops, and the whole image
 POLICIES = ("resident", "offload", "recompute")
 TOP_CLASSES = (
     "2 classes, padded to 8",
+    "11 names of 3 classes, the best 2",
     "the best 4 of 11 classes in each crop",
     "v1",
 )  # answers that have them
@@ -79,6 +80,10 @@ def answers(split: Callable[[CATSeg], None], every: bool = False) -> dict[str, S
     for policy in POLICIES:
         model.engine.policy, model.engine.chunk = policy, 3
         found[f"11 classes, {policy}"] = model.segment(IMAGE, top_k=top(None))
+    model.set_classes({"sea": "sea", "background": NAMES[:9], "lamp": "lamp"})  # on all ranks
+    found["11 names of 3 classes"] = model.segment(IMAGE, top_k=top(None))
+    found["11 names of 3 classes, the best 2"] = model.segment(IMAGE, top_k=top(2))
+    model.set_classes(NAMES)
     model.engine.policy, model.sliding_window, model.window = None, True, WINDOW
     model.max_classes = 4
     found["the best 4 of 11 classes in each crop"] = model.segment(IMAGE, top_k=top(3))
@@ -97,7 +102,7 @@ def answers(split: Callable[[CATSeg], None], every: bool = False) -> dict[str, S
 
 
 def small_aggregator(limit: int | None) -> reference.Aggregator:
-    """In float64; 7 classes are padded to 9, and pooled where but some are aggregated."""
+    """A small aggregator in float64; 7 classes are padded to 9, and pooled if only some are aggregated."""
     aggregator = make_aggregator(pooling_size=(1, 1) if limit is None else (2, 2), pad_len=9)
     aggregator.max_classes = limit
     return aggregator
@@ -105,7 +110,7 @@ def small_aggregator(limit: int | None) -> reference.Aggregator:
 
 @torch.no_grad()
 def own_logits(group: ProcessGroup | None) -> dict[int | None, Tensor]:
-    """By limit, the logits of a share's classes, `[B, t, 4H, 4W]`."""
+    """Return the logits of a share's classes, `[B, t, 4H, 4W]`, by limit."""
     found = {}
     for limit in (None, 4):
         aggregator, parts = small_aggregator(limit), list[Tensor]()
@@ -148,7 +153,7 @@ def segment_for_ever(group: ProcessGroup | None, mark: Path) -> None:
         if conductor is not None and dist.get_rank() > 0:
             conductor.follow()
         while True:
-            (conductor or model).segment(IMAGE.byte())
+            (conductor or model).segment(IMAGE.byte(), top_k=2)
             mark.with_suffix(".ready").touch()
     except RankError as error:
         mark.with_suffix(".part").write_text(str(error))
@@ -157,7 +162,7 @@ def segment_for_ever(group: ProcessGroup | None, mark: Path) -> None:
 
 
 def work(rank: int, folder: Path) -> None:
-    """What each of three processes does, one thing after the other."""
+    """Run the steps of each of three processes."""
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     patience = timedelta(seconds=PATIENCE)
@@ -307,7 +312,7 @@ def test_ranks_are_merged_as_one_map_with_ties_and_nan(monkeypatch: pytest.Monke
             for start, stop in bounds:
                 target, seen = new(), iter(range(count))
                 if start < stop:
-                    target.update(0, maps[start:stop])
+                    target.update(start, maps[start:stop])
 
                 def reduce(
                     _: ClassShare, keys: Tensor, operation: Any, seen: Any = seen, asked: Any = asked

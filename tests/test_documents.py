@@ -16,6 +16,7 @@ from contextlib import redirect_stdout, suppress
 from importlib.metadata import metadata
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -47,10 +48,11 @@ NOT_HERE = {
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the blocks run; upstream's weights are a tiny model's there."""
+    """The folder in which blocks run, with a tiny model's weights as upstream's."""
     make_checkout(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "_download", lambda *_: tmp_path / "model_base.pth")
+    monkeypatch.setitem(hub.BUNDLED, "demo", tmp_path / "model_base.pth")
     for name in ("v2-vitl", "v2-vitb"):
         monkeypatch.setitem(VARIANTS, name, TINY)
     return tmp_path
@@ -132,6 +134,18 @@ def test_code_runs(document: Path, checkout: Path) -> None:
                 PROGRAMS[Path(program).name](words)
 
 
+@pytest.mark.slow
+def test_readmes_python_runs_as_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code runs in a checkout, with only its own files."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names: dict[str, Any] = {}
+    for language, code in blocks(ROOT / "README.md"):
+        if language == "python":
+            exec(compile(code, "README.md", "exec"), names)
+    assert names["segmentation"].top_labels.shape == (3, 480, 640)
+
+
 def test_one_rank_of_a_class_parallel_job(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Callable[..., object]] = {}
     (code,) = (
@@ -158,7 +172,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_links_within_the_site_stay_there() -> None:
-    """What is not in docs/ is not on the site."""
+    """The site holds only files of docs/."""
     docs = ROOT / "docs"
     targets = {
         document.parent / target

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.folding import WindowBlock
-from catseg_fast.engine.terms import BlockGuidance, _block_guidance
+from catseg_fast.engine.terms import BlockGuidance, block_guidance
 from catseg_fast.engine.triton_stages import window_block
 from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.window_attention import mlp
@@ -53,7 +53,7 @@ def make_inputs(
     """Guidance of one or of B crops, or none at all (but a bias), and a chunk."""
     HW, dtype = resolution[0] * resolution[1], block.qkv.dtype
     tokens = None if crops is None else torch.randn(crops, HW, G).to(dtype)
-    guidance = _block_guidance(block, tokens, resolution, torch.get_default_device())
+    guidance = block_guidance(block, tokens, resolution, torch.get_default_device())
     return guidance, torch.randn(B, t, HW, block.qkv.shape[1]).to(dtype)
 
 
@@ -180,7 +180,7 @@ def test_order_and_regions_are_those_of_the_plain_block(
 ) -> None:
     (H, W), N = resolution, window**2
     block = make_block(torch.float32, 16, 1, window, shift, 16)
-    guidance = _block_guidance(block, None, resolution, torch.get_default_device())
+    guidance = block_guidance(block, None, resolution, torch.get_default_device())
     position, region = torch.full((2, H * W), -1, dtype=torch.int32)
     size = triton.next_power_of_2(H * W)
     _order_kernel[(1,)](position, region, H=H, W=W, WINDOW=window, SHIFT=shift, HW=H * W, BLOCK=size)
@@ -230,7 +230,7 @@ def test_takes_strided_chunks(layout: str) -> None:
 
 @pytest.mark.usefixtures("overflow_checks")
 def test_offsets_are_64_bits_wide() -> None:
-    """Of storage that is never touched, the system gives none."""
+    """The system gives no memory for storage that is never touched."""
     torch.manual_seed(5)
     block = make_block(torch.float16, 16, 1, 2, 1, 16)
     guidance, x = make_inputs(block, 2, 2, (4, 4))
@@ -263,13 +263,13 @@ def test_order_of_classes_does_not_matter() -> None:
         ({"x": torch.zeros(1, 0, 64, 16)}, r"x: has shape \[1, 0, 64, 16\]"),
         ({"x": torch.zeros(1, 1, 63, 16)}, r"x: has shape \[1, 1, 63, 16\]; expected \[B, t, 64, C\]"),
         ({"x": torch.zeros(1, 1, 64, 32)}, r"qkv: has shape \[48, 16\]; expected \[96, 32\]"),
-        ({"x": torch.zeros(1, 1, 64, 16).double()}, "x: dtype torch.float64 is none of"),
+        ({"x": torch.zeros(1, 1, 64, 16).double()}, "x: dtype torch.float64 is not one of"),
         (
             {"x": torch.zeros(1, 1, 64, 16).half()},
             "qkv: is torch.float32; expected torch.float16",
         ),
         ({"window": 3}, "window: 3 does not divide the resolution 8x8"),
-        ({"window": 25}, "x, heads, window: a window of 25; expected one up to 24"),
+        ({"window": 25}, "x, heads, window: a window of 25; expected at most 24"),
         ({"shift": 4}, r"shift: 4 is not in \[0, 4\)"),
         (
             {"heads": 3},

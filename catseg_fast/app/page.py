@@ -7,25 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from PIL import Image
 
 from catseg_fast._version import __version__
 from catseg_fast.app.viewer import heat_data, report_html, viewer_data
 from catseg_fast.app.workbench import Loaded, Workbench, read_names
 from catseg_fast.console import stdout
+from catseg_fast.data.scenes import draw_scene
+from catseg_fast.data.scenes.words import HELD_OUT
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
-from catseg_fast.text.class_lists import EVERYDAY_CLASSES, READY_LISTS, ready_list
+from catseg_fast.text.class_lists import DATA_SET_LISTS, ready_list, separator_notes
 
 OWN = "own names"
 VISITOR_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # shown; others are bugs, and logged
 HOUR = 3600  # seconds that a visitor's picture is kept
+_EXAMPLE = (7, 10)  # what the generator of the first picture starts from
+_BUNDLED = (
+    "The weights in this package know generated scenes only, such as the one below. For your own pictures, "
+    "start the page with --weights v2-vitl."
+)
 _FOLDER = Path(__file__).parent / "static"
 _FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monospace"]
 
 
 class Page:
-    """What the page's events call.
+    """Handlers of the page's events.
 
     A visitor's state is the picture as encoded and the last segmentation; vocabulary, back end and
     max_classes may change without encoding the picture again.
@@ -35,12 +44,14 @@ class Page:
         self.bench = Workbench(model)
 
     def pick(self, name: str) -> tuple[Any, str]:
-        """The class names of a ready list, for the text box, and where they come from."""
+        """A ready list for the text box, its names or its own name, and where it comes from."""
         if name == OWN:
             return gr.skip(), ""
         entry = ready_list(name)
         about = f"{escape(entry.about)}. {escape(entry.licence)}. <a href='{escape(entry.source)}' "
-        return "; ".join(entry.classes), about + "target='_blank' rel='noopener'>Source</a>"
+        # Classes with several names each are named by their list only.
+        text = name if isinstance(entry.classes, dict) else "; ".join(entry.classes)
+        return text, about + "target='_blank' rel='noopener'>Source</a>"
 
     def segment(
         self,
@@ -50,6 +61,7 @@ class Page:
         backend: str,
         limit: str,
         sliding: str,
+        min_score: float = 0.0,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
         """The new state, the viewer's value, the classes to choose from, no score map, and the report."""
@@ -57,8 +69,8 @@ class Page:
             raise gr.Error("Drop a picture first.", print_exception=False)
         try:
             names = read_names(text)
-            if len(names) == 1 and "," in names[0]:
-                gr.Info("This is one class with several names; semicolons separate classes.")
+            for note in separator_notes(names):
+                gr.Info(escape(note))
             progress(0, desc="Segmenting")
             loaded, segmentation, report = self.bench.segment(
                 path,
@@ -71,12 +83,20 @@ class Page:
             )
         except VISITOR_ERRORS as error:
             raise gr.Error(escape(str(error)), print_exception=False) from error
-        view = viewer_data(loaded.photo, segmentation)
-        found = [entry["index"] for entry in view["classes"]]
-        rest = sorted(set(range(len(names))) - set(found))
-        choices = [(names[index], index) for index in (*found, *rest)]
+        state = (loaded, segmentation)
+        classes, view = segmentation.classes, self.view(state, min_score)
+        found = [entry["index"] for entry in view["classes"] if entry["colour"]]
+        rest = sorted(set(range(len(classes))) - set(found))
+        choices = [(classes[index], index) for index in (*found, *rest)]
         picker = gr.Dropdown(choices=choices, value=None, visible=True)
-        return (loaded, segmentation), view, picker, None, report_html(report)
+        return state, view, picker, None, report_html(report)
+
+    def view(self, state: tuple[Loaded, Segmentation] | None, min_score: float) -> Any:
+        """The viewer's value: pixels whose best class has a lower score have none."""
+        if state is None:
+            return None
+        loaded, segmentation = state
+        return viewer_data(loaded.photo, segmentation.with_min_score(min_score or None))
 
     def score_map(self, state: tuple[Loaded, Segmentation] | None, index: int | None) -> Any:
         """The value of the score map's viewer for a class."""
@@ -90,31 +110,33 @@ class Page:
         return int(event._data["index"])
 
 
-def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
+def build_page(model: CATSeg, untrained: bool = False, bundled: bool = False) -> gr.Blocks:
     """The page for a model; nothing in it is fetched from elsewhere.
 
     Args:
         model: with any classes, back end and `max_classes`; the last two are the page's defaults.
         untrained: warn that the labels mean nothing.
+        bundled: say that the weights know generated scenes only.
     """
     page = Page(model)
+    scene, scene_names = example_scene()
     with gr.Blocks(
         title="catseg-fast", analytics_enabled=False, fill_width=True, delete_cache=(HOUR, HOUR)
     ) as blocks:
-        gr.HTML(_head(model, untrained), elem_id="cf-head")
+        gr.HTML(_head(model, untrained, bundled), elem_id="cf-head")
         state = gr.State(None, time_to_live=HOUR)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 image = gr.Image(
-                    type="filepath", label="Picture", sources=["upload", "clipboard"], height=260,
-                    elem_id="cf-image", buttons=[],
+                    scene, format="png", type="filepath", label="Picture",
+                    sources=["upload", "clipboard"], height=260, elem_id="cf-image", buttons=[],
                 )  # fmt: skip
                 text = gr.Textbox(
-                    "; ".join(EVERYDAY_CLASSES), label="Classes", lines=3, max_lines=8, elem_id="cf-classes",
+                    "; ".join(scene_names), label="Classes", lines=3, max_lines=8, elem_id="cf-classes",
                     info="Semicolons or lines separate classes, commas the synonyms of one.",
                 )  # fmt: skip
                 names = gr.Dropdown(
-                    [(OWN, OWN), *((ready_list(name).title, name) for name in READY_LISTS)],
+                    [(OWN, OWN), *((ready_list(name).title, name) for name in DATA_SET_LISTS)],
                     value=OWN, label="Or a data set's classes", elem_id="cf-list",
                 )  # fmt: skip
                 note = gr.HTML("", elem_id="cf-note")
@@ -130,6 +152,10 @@ def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
                         [("crops and whole picture", "crops"), ("whole picture: faster, coarser", "whole")],
                         value="crops" if model.sliding_window else "whole", label="Looks",
                     )  # fmt: skip
+                least = gr.Slider(
+                    0, 1, value=0, step=0.01, label="Least score", elem_id="cf-least",
+                    info="Pixels whose best class has a lower score are shown as none of these.",
+                )  # fmt: skip
             with gr.Column(scale=9, min_width=320):
                 viewer = gr.HTML(
                     None, html_template='<div class="cf-viewer"></div>', js_on_load=_read("viewer.js"),
@@ -147,13 +173,14 @@ def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
         names.input(page.pick, names, [text, note], api_visibility="private", show_progress="hidden")
         text.input(lambda: (OWN, ""), None, [names, note], api_visibility="private", show_progress="hidden")
         go.click(
-            page.segment, [state, image, text, backend, limit, sliding],
+            page.segment, [state, image, text, backend, limit, sliding, least],
             [state, viewer, picker, heat, report],
             concurrency_limit=1, api_visibility="private", show_progress="full", show_progress_on=[viewer],
         )  # fmt: skip
         picker.change(
             page.score_map, [state, picker], heat, api_visibility="private", show_progress="minimal"
         )
+        least.release(page.view, [state, least], viewer, api_visibility="private", show_progress="hidden")
         viewer.select(page.pick_class, None, picker, api_visibility="private", show_progress="hidden")
     return blocks
 
@@ -170,19 +197,28 @@ def serve(page: gr.Blocks, host: str, port: int, browser: bool = False, wait: bo
         enable_monitoring=False,
     )  # fmt: skip
     if wait:
-        stdout.print(f"The page is on {url} (Ctrl+C ends it)", soft_wrap=True, highlight=False)
+        stdout.print(f"The page is on {url} (Ctrl+C ends it)")
         page.block_thread()
     return str(url)
 
 
-def _head(model: CATSeg, untrained: bool) -> str:
+def example_scene() -> tuple[Image.Image, list[str]]:
+    """The picture that the page starts with, a generated scene, and the names of what is in it."""
+    scene = draw_scene(np.random.default_rng(_EXAMPLE), HELD_OUT, size=(480, 640))
+    return Image.fromarray(scene.image), [
+        thing if isinstance(thing, str) else thing.name for thing in scene.things
+    ]
+
+
+def _head(model: CATSeg, untrained: bool, bundled: bool) -> str:
     chips = [model.variant.name, str(model.device), str(model.dtype).removeprefix("torch."), __version__]
     body = "".join(f'<span class="cf-chip">{escape(chip)}</span>' for chip in chips)
     if untrained:
         body += '<span class="cf-chip cf-warn">untrained: random weights, the labels mean nothing</span>'
+    banner = f'<p class="cf-banner">{escape(_BUNDLED)}</p>' if bundled else ""
     return (
         "<h1>catseg-fast</h1><p>Open-vocabulary segmentation: every pixel gets one of the classes that you "
-        f'name.</p><div class="cf-chips">{body}</div>'
+        f'name.</p><div class="cf-chips">{body}</div>{banner}'
     )
 
 

@@ -25,6 +25,7 @@ from catseg_fast.checkpoints.recognise import describe, recognise_variant
 from catseg_fast.checkpoints.torch_file import LONGEST_REASON, PICKLE, ZIP, read_torch_file
 from catseg_fast.checkpoints.unpickle import shown
 from catseg_fast.checkpoints.write import write_weights
+from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 
 __all__ = ["IGNORED_KEYS", "convert", "load_into", "read_checkpoint", "recognise_variant", "resolve"]
@@ -48,17 +49,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is empty, truncated, no checkpoint, or a pickle that would run code.
+        InputError: if the file is empty, truncated, no checkpoint, or a pickle that would run code.
     """
     path = Path(path)
     with open_regular(path) as file:
         head = file.read(64)
         if not head:
-            raise ValueError(f"{path} is empty")
+            raise InputError(f"{path} is empty")
         if head.startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
+            raise InputError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
         if head[8:9] != b"{" and not head.startswith((ZIP, PICKLE)):
-            raise ValueError(f"{path} is neither a PyTorch nor a safetensors checkpoint")
+            raise InputError(f"{path} is neither a PyTorch nor a safetensors checkpoint")
         size = os.fstat(file.fileno()).st_size
         if _is_safetensors(head, size) or not head.startswith((ZIP, PICKLE)):
             content = _read_safetensors(file, path)
@@ -67,7 +68,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     tensors = state_dict_of(content, path)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if needed > MOST_SHARING * size:  # many tensors on one storage
-        raise ValueError(f"{path} is damaged: its tensors have {needed} bytes, the file {size}")
+        raise InputError(f"{path} is damaged: its tensors have {needed} bytes, the file {size}")
     return tensors
 
 
@@ -84,18 +85,18 @@ def _read_safetensors(file: BinaryIO, path: Path) -> dict[str, Tensor]:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER:
-        raise ValueError(f"{path} is damaged: its header has {length} bytes; at most {MAX_HEADER} are read")
+        raise InputError(f"{path} is damaged: its header has {length} bytes; at most {MAX_HEADER} are read")
     try:
         header = json.loads(file.read(length))
         if not isinstance(header, dict):
-            raise ValueError("the header is no JSON object")
+            raise InputError("the header is no JSON object")
         check_count(len(header), path)
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, RecursionError, TypeError, RuntimeError) as error:
         if str(error).startswith(str(path)):
             raise
         reason = shown(str(error), LONGEST_REASON)  # which can have names from the file
-        raise ValueError(f"{path} is a truncated or damaged safetensors file: {reason}") from error
+        raise InputError(f"{path} is a truncated or damaged safetensors file: {reason}") from error
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "the checkpoint") -> None:
@@ -108,7 +109,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = 
         source: what to call the checkpoint in an error.
 
     Raises:
-        ValueError: if anything disagrees; the model is as before.
+        InputError: if anything disagrees; the model is as before.
     """
     expected = model.state_dict()
     # On the meta device a derived buffer has no value to stay with.
@@ -133,7 +134,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = 
             *_listing("not in the model", unexpected),
             *_listing("of another shape or type", sorted(mismatched)),
         ]
-        raise ValueError("\n".join(lines))
+        raise InputError("\n".join(lines))
     if meta:
         taken = {key: value.to(expected[key].dtype, copy=True) for key, value in taken.items()}
     model.load_state_dict(taken, strict=False, assign=bool(meta))
@@ -154,20 +155,20 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     The target appears whole or not at all; dtypes and keys stay as they are.
 
     Raises:
-        ValueError: if the source is no CAT-Seg checkpoint, or the target has another suffix or is the source.
+        InputError: if the source is no CAT-Seg checkpoint, or the target has another suffix or is the source.
     """
     source, target = resolve(source), Path(target).expanduser()
     if target.suffix not in WEIGHTS:
-        raise ValueError(f"target: {target} must end in one of {', '.join(WEIGHTS)}")
+        raise InputError(f"target: {target} must end in one of {', '.join(WEIGHTS)}")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"target: there is no folder {target.parent}")
     if target.is_dir() or (target.exists() and target.samefile(source)):
-        raise ValueError(f"target: {target} is {'a folder' if target.is_dir() else 'the source itself'}")
+        raise InputError(f"target: {target} is {'a folder' if target.is_dir() else 'the source itself'}")
     tensors = read_checkpoint(source)
     try:
         metadata = {"format": "pt", "variant": recognise_variant(tensors).name, "catseg_fast": __version__}
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
     tensors = _own_storage(tensors)
     write_weights(target, tensors, metadata)
     return target

@@ -16,24 +16,27 @@ from catseg_fast.cli.resume import finished
 from catseg_fast.engine.class_parallel import RankError
 from catseg_fast.identity import content_digest
 from catseg_fast.inference.images import load_image
+from catseg_fast.output.formats import FORMATS
+from catseg_fast.output.ownership import PNG_SUFFIXES
 from catseg_fast.output.results import save_segmentation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from catseg_fast.distributed.conductor import Conductor
+    from catseg_fast.cli.labelling import Labelling
     from catseg_fast.inference.segmentation import Segmentation
     from catseg_fast.model import CATSeg
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the picture at `index`.
+    """Result of the picture at `index`.
 
     Attributes:
         summary: the classes that occur, as of `catseg_fast.output.results.summarise`; None where it failed.
         seconds: its share of the model's time; None where its results were up to date.
         error: why it failed.
+        overlay: what the name of its overlay ends in, after the stem.
     """
 
     index: int
@@ -41,6 +44,7 @@ class Outcome:
     summary: list[dict[str, Any]] | None = None
     seconds: float | None = None
     error: Exception | None = None
+    overlay: str = "overlay.png"
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,19 @@ class Batch:
     """Segments pictures and saves the results.
 
     Args:
-        model: has its classes; or a conductor of the ranks that have them, on rank 0.
+        model: has its classes; or it with what is asked for.
         about: further entries of the JSON files; its "fingerprint" tells which results are up to date.
         alpha: share of the colours in the overlay.
         formats: what else to write, of `catseg_fast.output.formats.FORMATS`.
         size: pictures in one call of the model.
         overwrite: also do pictures whose results are up to date.
         threads: for decoding, and as many for writing.
+        present: as in `save_segmentation`.
     """
 
     def __init__(
         self,
-        model: CATSeg | Conductor,
+        model: CATSeg | Labelling,
         about: Mapping[str, Any],
         *,
         alpha: float = 0.55,
@@ -74,9 +79,12 @@ class Batch:
         size: int = 1,
         overwrite: bool = False,
         threads: int | None = None,
+        present: float | None = None,
     ) -> None:
         self.model, self.about, self.alpha, self.size, self.overwrite = model, about, alpha, size, overwrite
         self.formats = formats
+        self.suffixes = (*PNG_SUFFIXES, *(FORMATS[name].suffix for name in formats))
+        self.present = present
         self.threads = threads or min(4, os.cpu_count() or 1)
 
     def run(self, pictures: Sequence[Picture]) -> Iterator[Outcome]:
@@ -129,8 +137,8 @@ class Batch:
 
     def _decode(self, picture: Picture) -> Decoded | list[dict[str, Any]]:
         """A picture's pixels; or its classes, if its results are up to date."""
-        if not self.overwrite and (content := finished(picture, self.about["fingerprint"], self.formats)):
-            return _occurring(content["classes"])
+        if not self.overwrite and (content := finished(picture, self.about["fingerprint"], self.suffixes)):
+            return occurring(content["classes"])
         # The digest comes first: if the file changes in between, the results count as another content's.
         digest = content_digest(picture.path) if picture.path.is_file() else None
         return Decoded(load_image(picture.path).round().byte(), digest)  # files hold 8 bits
@@ -157,12 +165,13 @@ class Batch:
         about = {"image": str(picture.path), **self.about}
         classes = save_segmentation(
             picture.folder, picture.stem, decoded.image, answer, about, self.alpha,
-            picture=picture.path, digest=decoded.digest, formats=self.formats,
+            picture=picture.path, digest=decoded.digest, formats=self.formats, present=self.present,
         )  # fmt: skip
-        return _occurring(classes)
+        return occurring(classes)
 
 
-def _occurring(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def occurring(classes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The classes of a summary that have pixels."""
     return [entry for entry in classes if entry["share"]]
 
 

@@ -1,4 +1,4 @@
-"""From the command line's files, folders and globs to pictures, and where each one's results go."""
+"""Pictures among the command line's files, folders and globs, and the places of their results."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from catseg_fast.errors import InputError
-from catseg_fast.inference.images import picture_suffixes
-from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, is_result, owner_of
-from catseg_fast.output.results import unique_stems
+from catseg_fast.inference.suffixes import picture_suffixes
+from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, is_result, owner_of, unique_stems
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Picture:
 
 @dataclass
 class _Search:
-    """What a search leaves out, by reason.
+    """Numbers of files that a search skips, by reason.
 
     Attributes:
         output: folder of the results, resolved.
@@ -61,7 +60,7 @@ class _Search:
         return self.output in parents and base.resolve() in self.output.parents
 
     def summary(self) -> str:
-        """What was left out, in words; empty if nothing."""
+        """Describe the skipped files; empty if there are none."""
         parts = []
         if self.results:
             parts.append(_number(self.results, "result") + " of catseg-fast")
@@ -80,7 +79,11 @@ class _Search:
 
 
 def find_pictures(
-    arguments: Sequence[Path], output: Path, notice: Callable[[str], object] = lambda text: None
+    arguments: Sequence[Path],
+    output: Path,
+    notice: Callable[[str], object] = lambda text: None,
+    *,
+    whole_folders: bool = False,
 ) -> list[Picture]:
     """Return the pictures that the arguments name, in their order; folders and globs in alphabetical order.
 
@@ -93,16 +96,19 @@ def find_pictures(
         output: where the results go.
         notice: called with a line for what is left out, and for each stem that is numbered due to a file of
             others.
+        whole_folders: take each folder for one picture, which it is if it holds a video's frames.
 
     Raises:
-        InputError: if a folder holds no pictures, or there are only results.
+        InputError: if a folder holds no pictures, or there are only results; or for a URL.
     """
     found: list[tuple[Path, Path]] = []
     resolved = output.resolve()
     explicit_results = 0
     for argument in arguments:
         search = _Search(resolved)
-        if argument.is_dir():
+        if argument.parts[:1] in (("http:",), ("https:",)) and not argument.exists():
+            raise InputError(f"{argument}: is a URL; download it first, or use CATSeg.segment in Python")
+        if argument.is_dir() and not whole_folders:
             inside = sorted(path for path in _walk(argument, search) if search.takes(path, argument))
             if not inside and not search.results:
                 left_out = search.summary()
@@ -122,6 +128,17 @@ def find_pictures(
     if arguments and not found:
         raise InputError(f"{arguments[0]}: there are only results of catseg-fast and no pictures")
     return _with_stems(found, notice)
+
+
+def require_one(pictures: Sequence[Picture]) -> None:
+    """Check that one of some pictures exists; those that do not are reported one by one later.
+
+    Raises:
+        FileNotFoundError: if there are pictures and none exists.
+    """
+    if pictures and not any(picture.path.exists() for picture in pictures):
+        more = f", nor one of the other {len(pictures) - 1}" if len(pictures) > 1 else ""
+        raise FileNotFoundError(f"image: no such file: {str(pictures[0].path)!r}{more}")
 
 
 def _with_stems(found: Sequence[tuple[Path, Path]], notice: Callable[[str], object]) -> list[Picture]:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from catseg_fast.data.class_list import read_class_list
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 from catseg_fast.identity import content_digest
 from catseg_fast.inference.images import load_image
-from catseg_fast.text.class_lists import read_classes
 
 READERS = 4  # threads that read files for the fingerprint
 # Tags of TIFF and their values.
@@ -39,9 +40,6 @@ _LOSSLESS = (
     34925,
     50000,
 )  # none, CCITT, LZW, Deflate, PackBits, LZMA, Zstd
-CLASSES = "classes.json"
-UNFINISHED = "classes.unfinished.json"  # its name while `catseg-fast dataset` works on the folder
-MOST_CLASSES = 65535  # the last of 16 bits' values is where no class is right
 
 
 class FolderDataset:
@@ -52,40 +50,42 @@ class FolderDataset:
     - `images/NAME.*`: pictures, in any format that `load_image` reads;
     - `annotations/NAME.png`: each pixel's class index, as an 8- or 16-bit grey PNG, or as one with a palette,
       whose colours do not matter;
-    - `classes.json`: the class names, a list of strings.
+    - `classes.json`: the class names, a list of strings; or, for evaluation, an object with the names of each
+      class, which are told apart and count as the class.
 
     A pixel where no class is right holds its PNG's largest value, 255 or 65535. With more than 255 classes,
     255 is a class's index, and only a 16-bit PNG can leave pixels out.
 
     Attributes:
         classes: the class names.
+        fold: the names of each class, where `classes.json` has several of them.
         ignore_label: what stands for "no class is right" in "sem_seg": 255 for up to 255 classes, else 65535.
         names: the pictures' names without suffix, sorted.
 
     Raises:
         FileNotFoundError: if a folder or `classes.json` is missing.
-        ValueError: if a picture has no annotation or an annotation no picture, two pictures share a name,
+        InputError: if a picture has no annotation or an annotation no picture, two pictures share a name,
             there are none, or `classes.json` is not a list of 1 to 65535 names.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        self.classes = _read_class_list(self.root)
+        self.classes, self.fold = read_class_list(self.root)
         self.ignore_label = ignore_label_of(len(self.classes))
         images, annotations = files_by_name(self.root / "images"), files_by_name(self.root / "annotations")
         for name, path in annotations.items():
             if path.suffix.lower() != ".png":
-                raise ValueError(f"{path}: expected an annotation as PNG")
+                raise InputError(f"{path}: expected an annotation as PNG")
             if name not in images:
-                raise ValueError(f"{path}: annotation without image: no {self.root / 'images' / name}.*")
+                raise InputError(f"{path}: annotation without image: no {self.root / 'images' / name}.*")
         for name, path in images.items():
             if name not in annotations:
-                raise ValueError(
+                raise InputError(
                     f"{path}: image without annotation: no {self.root / 'annotations' / name}.png"
                 )
         self.names = tuple(sorted(images))
         if not self.names:
-            raise ValueError(f"{self.root / 'images'}: no images{_unsearched(self.root / 'images')}")
+            raise InputError(f"{self.root / 'images'}: no images{_unsearched(self.root / 'images')}")
         self._images = tuple(str(images[name]) for name in self.names)
         self._annotations = tuple(str(annotations[name]) for name in self.names)
 
@@ -100,7 +100,7 @@ class FolderDataset:
 
         Raises:
             IndexError: if there is no such entry.
-            ValueError: if a file cannot be read, an annotation is no index map, its size is not the
+            InputError: if a file cannot be read, an annotation is no index map, its size is not the
                 picture's, or it holds an index that is neither a class's nor the one to ignore.
         """
         name, image_path, path = self.names[index], self._images[index], self._annotations[index]
@@ -108,18 +108,21 @@ class FolderDataset:
         labels = read_annotation(Path(path), len(self.classes))
         if labels.shape != image.shape[1:]:
             sizes = [f"{size[1]}x{size[0]}" for size in (labels.shape, image.shape[1:])]
-            raise ValueError(f"{path}: the annotation is {sizes[0]}, its image {image_path} is {sizes[1]}")
+            raise InputError(f"{path}: the annotation is {sizes[0]}, its image {image_path} is {sizes[1]}")
         return {"image": image, "sem_seg": labels, "name": name}
 
     def fingerprint(self) -> str:
         """A hash of the classes, and of the names and contents of all files, each of which is read."""
         with ThreadPoolExecutor(READERS) as readers:
             contents = list(readers.map(content_digest, (*self._images, *self._annotations)))
-        return hashlib.sha256(json.dumps([self.classes, self.names, contents]).encode()).hexdigest()
+        facts: list[Any] = [self.classes, self.names, contents]
+        if self.fold is not None:
+            facts.append(asdict(self.fold))
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def ignore_label_of(classes: int) -> int:
-    """What stands for "no class is right" beside so many classes."""
+    """Return the label for "no class is right" in a data set of `classes` classes."""
     return 255 if classes <= 255 else 65535
 
 
@@ -127,7 +130,7 @@ def read_annotation(path: Path, classes: int) -> Tensor:
     """The class indices int64 `[H, W]` of an 8- or 16-bit PNG, as `FolderDataset` tells.
 
     Raises:
-        ValueError: if the file cannot be read, is no index map, or holds an index beyond `classes` classes.
+        InputError: if the file cannot be read, is no index map, or holds an index beyond `classes` classes.
     """
     array = read_index_map(path)
     largest = np.iinfo(array.dtype).max
@@ -137,7 +140,7 @@ def read_annotation(path: Path, classes: int) -> Tensor:
         labels[array == largest] = ignore_label
     wrong = (labels >= classes) & (labels != ignore_label)
     if wrong.any():
-        raise ValueError(
+        raise InputError(
             f"{path}: the annotation has index {labels[wrong].max()} in {wrong.sum()} pixels, "
             f"but the class list has {classes} classes, 0..{classes - 1}"
         )
@@ -148,7 +151,7 @@ def read_index_map(path: Path) -> np.ndarray:
     """The values of a grey image, or the indices of one with a palette: uint8 or uint16 `[H, W]`.
 
     Raises:
-        ValueError: if the file cannot be read, or is not a PNG or TIFF whose pixels are class indices of 8 or
+        InputError: if the file cannot be read, or is not a PNG or TIFF whose pixels are class indices of 8 or
             16 bits: it is in a lossy format, has colours or several pages, or its values are stretched or
             inverted when it is read.
     """
@@ -157,18 +160,18 @@ def read_index_map(path: Path) -> np.ndarray:
             problem = _why_no_index_map(image)
             array = None if problem else np.array(image)
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
-        raise ValueError(f"{path}: cannot read the annotation: {error}") from error
+        raise InputError(f"{path}: cannot read the annotation: {error}") from error
     if array is None:
         raise InputError(f"{path}: expected class indices of 8 or 16 bits, got {problem}")
     if array.dtype == np.uint8:
         return array
     if array.min() < 0 or array.max() > 65535:
-        raise ValueError(f"{path}: expected indices of 16 bits, got {array.min()}..{array.max()}")
+        raise InputError(f"{path}: expected indices of 16 bits, got {array.min()}..{array.max()}")
     return array.astype(np.uint16)
 
 
 def _why_no_index_map(image: ImageFile) -> str | None:
-    """What keeps the pixels of an opened image from being class indices; None if they are."""
+    """Return why the pixels of an opened image are not class indices; None if they are."""
     if image.format not in ("PNG", "TIFF"):
         return f"a {image.format} file; label maps are PNG or TIFF, as other formats can change values"
     if getattr(image, "n_frames", 1) > 1:
@@ -196,18 +199,6 @@ def _why_no_index_tiff(image: TiffImageFile) -> str | None:
     return None
 
 
-def _read_class_list(root: Path) -> tuple[str, ...]:
-    path = root / CLASSES
-    if not path.exists() and (root / UNFINISHED).exists():
-        raise FileNotFoundError(f"{root} is incomplete: repeat `catseg-fast dataset`, which was interrupted")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
-    classes = read_classes(path)
-    if len(classes) > MOST_CLASSES:
-        raise ValueError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
-    return tuple(classes)
-
-
 def _unsearched(folder: Path) -> str:
     """A remark on the folders in `folder`, if there are any."""
     count = sum(path.is_dir() for path in folder.iterdir() if path.name[0] != ".")
@@ -221,7 +212,7 @@ def files_by_name(folder: Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if two files have one name.
+        InputError: if two files have one name.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -230,6 +221,6 @@ def files_by_name(folder: Path) -> dict[str, Path]:
         if path.name.startswith(".") or path.is_dir():
             continue
         if path.stem in files:
-            raise ValueError(f"{files[path.stem]} and {path}: two files of one name")
+            raise InputError(f"{files[path.stem]} and {path}: two files of one name")
         files[path.stem] = path
     return files

@@ -6,24 +6,26 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from catseg_fast.data.folder import CLASSES, MOST_CLASSES, UNFINISHED, ignore_label_of, read_index_map
+from catseg_fast.data.class_list import CLASSES, MOST_CLASSES, UNFINISHED
+from catseg_fast.data.folder import ignore_label_of, read_index_map
 from catseg_fast.data.pairs import Pair, find_pairs
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular, read_text, replacing
 from catseg_fast.identity import content_digest, png_mark, read_png_mark
 from catseg_fast.inference.images import image_size
+from catseg_fast.text.fold import ClassNames
 
 
 def import_dataset(
     images: Path,
     annotations: Path,
-    classes: Sequence[str],
+    classes: ClassNames,
     target: Path,
     *,
     first: int = 0,
@@ -44,7 +46,7 @@ def import_dataset(
     Args:
         images: folder of pictures.
         annotations: folder of index maps of the same names, PNG or TIFF, of 8 or 16 bits.
-        classes: the class names.
+        classes: the class names, or the several names of each class.
         target: where to.
         first: the first class's value.
         copy: copy the images, rather than link them.
@@ -56,12 +58,12 @@ def import_dataset(
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if there are no annotations, one has no image or another size than it, cannot be read or
+        InputError: if there are no annotations, one has no image or another size than it, cannot be read or
             holds a value of no class, there are too many classes, or `target` has other classes.
         OSError: if writing fails; FileExistsError if a file is in the way that no call has made.
     """
     if len(classes) > MOST_CLASSES:
-        raise ValueError(f"classes: {len(classes)}; indices of 16 bits count {MOST_CLASSES}")
+        raise InputError(f"classes: {len(classes)}; indices of 16 bits count {MOST_CLASSES}")
     pairs = find_pairs(images, annotations, notice)
     for folder in ("images", "annotations"):
         (target / folder).mkdir(parents=True, exist_ok=True)
@@ -91,13 +93,14 @@ class _Work:
         ValueError: if the folder has other classes.
     """
 
-    def __init__(self, target: Path, classes: Sequence[str]) -> None:
+    def __init__(self, target: Path, classes: ClassNames) -> None:
         self.target = target
-        self._text = json.dumps(list(classes), indent=0, ensure_ascii=False) + "\n"
+        names = classes if isinstance(classes, Mapping) else list(classes)
+        self._text = json.dumps(names, indent=0, ensure_ascii=False) + "\n"
         self._complete, self._unfinished = target / CLASSES, target / UNFINISHED
         for path in (self._complete, self._unfinished):
             if path.exists() and read_text(path) != self._text:
-                raise ValueError(f"{path}: the folder has other classes; choose another")
+                raise InputError(f"{path}: the folder has other classes; choose another")
         self.resumed = self._unfinished.exists()
         self._begun = self.resumed and not self._complete.exists()
 
@@ -187,7 +190,7 @@ def _indices(path: Path, classes: int, first: int) -> np.ndarray:
     known = (indices >= 0) & (indices < classes)
     wrong = ~known & (values >= first) & (values != np.iinfo(values.dtype).max)
     if wrong.any():
-        raise ValueError(
+        raise InputError(
             f"{path}: the annotation has value {values[wrong].max()} in {wrong.sum()} pixels, "
             f"but {classes} classes are {first}..{first + classes - 1}"
         )

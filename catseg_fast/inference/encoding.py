@@ -1,7 +1,8 @@
-"""What a model computes of pictures before it knows the classes."""
+"""The part of inference that does not depend on the classes."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -9,10 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from catseg_fast.backend import choose_backend
+from catseg_fast.config import CLIP_PIXEL_MEAN, CLIP_PIXEL_STD, PIXEL_MEAN, PIXEL_STD
+from catseg_fast.engine import precision
+from catseg_fast.engine.kept import kept
+from catseg_fast.errors import InputError
 from catseg_fast.inference.images import ImageLike
 from catseg_fast.inference.readout import Readout
+from catseg_fast.inference.tower import forget, reduced_clip, replace_type
 from catseg_fast.reference.inference import pad_to_multiple
-from catseg_fast.reference.model import normalise
+from catseg_fast.reference.model import channels
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What the model knows of a picture before it knows the classes; from `CATSeg.encode`.
+    """Features of a picture that do not depend on the classes; from `CATSeg.encode`.
 
     Attributes:
         features: dense CLIP features of the picture's B crops, `[B, 1 + h*w, C]`, on the model's device.
@@ -45,41 +52,96 @@ class EncodedImage:
         """Check that it fits a model with the weight `like` and a call with `sliding_window`.
 
         Raises:
-            ValueError: if it does not; the message has both.
+            InputError: if it does not; the message has both.
         """
         if (self.features.device, self.dtype) != (like.device, like.dtype):
-            raise ValueError(
+            raise InputError(
                 f"image: it was encoded on {self.features.device} in {self.dtype}, "
                 f"and the model is on {like.device} in {like.dtype}"
             )
         sliding = self.readout.window is not None
         if sliding_window is not None and sliding_window != sliding:
-            raise ValueError(f"sliding_window: {sliding_window}, and the image was encoded with {sliding}")
+            raise InputError(f"sliding_window: {sliding_window}, and the image was encoded with {sliding}")
 
 
 @torch.no_grad()
-def encode(model: CATSeg, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
-    """Encode images `[3, H, W]`, in one call where their crops are of one size."""
-    inputs = [
-        _crops(image, readout, model.size_divisibility)
-        for image, readout in zip(images, readouts, strict=True)
-    ]
+def encode(
+    model: CATSeg, images: Sequence[Tensor], readouts: Sequence[Readout], checked: bool = True
+) -> list[EncodedImage]:
+    """Encode images `[3, H, W]`, in one call where their crops are of one size.
+
+    Args:
+        checked: wait for the features, and compute them again in bf16, with a warning, if they overflow fp16.
+    """
+    inputs = [_crops(image, readout, model) for image, readout in zip(images, readouts, strict=True)]
     if len({clip_images.shape[1:] for clip_images, _ in inputs}) > 1:
         pairs = zip(images, readouts, strict=True)
-        return [encoded for image, readout in pairs for encoded in encode(model, [image], [readout])]
-    clip_images, pixels = (torch.cat(parts) for parts in zip(*inputs, strict=True))
-    features, guidance = model.encode_images(clip_images, pixels)
+        return [encoded for image, readout in pairs for encoded in encode(model, [image], [readout], checked)]
+    clip_images, pixels = (join(parts) for parts in zip(*inputs, strict=True))
+    features, guidance = _encode_crops(model, clip_images, pixels, checked)
     crops = [len(x) for x, _ in inputs]
     maps = zip(*(x.split(crops) for x in guidance), strict=True)
     parts = zip(features.split(crops), maps, readouts, strict=True)
     return [EncodedImage(*part, dtype=model.dtype) for part in parts]
 
 
-def _crops(image: Tensor, readout: Readout, divisor: int) -> tuple[Tensor, Tensor]:
-    """An image's crops `[B, 3, H, W]`, normalised twice, as `CATSeg.encode_images` wants them."""
-    if readout.window is not None:
-        return normalise(readout.window.crops(image))
-    clip_images, images = normalise(image[None])
-    if readout.visible is None:
-        return clip_images, images
-    return pad_to_multiple(clip_images, divisor), pad_to_multiple(images, divisor)  # upstream's call
+def image_type(model: CATSeg) -> torch.dtype:
+    """Return the type of CLIP's image tower in the next call."""
+    weight = model.clip_model.visual.proj
+    if choose_backend(model.backend, model.device) == "reference":
+        return weight.dtype
+    return precision.image_dtype(model.engine.precision, weight)
+
+
+def _encode_crops(
+    model: CATSeg, clip_images: Tensor, pixels: Tensor, checked: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    clip, dtype = model.clip_model, image_type(model)
+    if dtype == clip.visual.proj.dtype:
+        forget(clip)
+        return model.encode_images(clip_images, pixels)
+    reduced = reduced_clip(clip, dtype)
+    features, guidance = model.encode_images(clip_images, pixels, reduced)
+    if not checked or reduced.visual.proj.dtype != torch.float16:
+        return features, guidance
+    if all(x.isfinite().all() for x in (features, *guidance)) or not clip_images.isfinite().all():
+        return features, guidance
+    warnings.warn("CLIP: fp16 overflowed: computing again in bf16", RuntimeWarning, stacklevel=2)
+    model.engine.recordings.clear()
+    return model.encode_images(clip_images, pixels, replace_type(clip, torch.float16, torch.bfloat16))
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Return crops of several pictures, or of one as they are."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _crops(image: Tensor, readout: Readout, model: CATSeg) -> tuple[Tensor, Tensor]:
+    """Return an image's crops `[B, 3, H, W]`, normalised as `CATSeg.encode_images` takes them.
+
+    Only v1's backbone is shown the second ones; without it they are the first ones.
+    """
+    crops = image[None] if readout.window is None else readout.window.crops(image)
+    normalised = [_normalise(crops, CLIP_PIXEL_MEAN, CLIP_PIXEL_STD)]
+    if model.backbone is not None:
+        normalised.append(_normalise(crops, PIXEL_MEAN, PIXEL_STD))
+    if readout.visible is not None:  # upstream's call
+        normalised = [pad_to_multiple(x, model.size_divisibility) for x in normalised]
+    return normalised[0], normalised[-1]
+
+
+class _Constants:
+    """Owns what follows from the configuration only."""
+
+
+_CONSTANTS = _Constants()
+
+
+def _normalise(crops: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    centre, scale = kept(
+        _CONSTANTS,
+        (mean, std, crops.device),
+        crops.device,
+        lambda: (channels(mean, crops), channels(std, crops)),
+    )
+    return (crops - centre) / scale

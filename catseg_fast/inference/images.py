@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any, BinaryIO, TypeAlias
@@ -22,6 +21,7 @@ from torch import Tensor
 from catseg_fast.errors import InputError, InputTypeError
 from catseg_fast.files import open_regular
 from catseg_fast.inference.sources import describe_source, fetch, is_url, local_path
+from catseg_fast.inference.transfer import to_device
 
 ImageLike: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
@@ -41,8 +41,6 @@ _TURNS = {
 }  # from the orientation as it is stored
 _SIDEWAYS = (5, 6, 7, 8)
 _TIFF_WIDTH, _TIFF_LENGTH = 256, 257
-# Pillow only recognises the first five; EPS it hands to Ghostscript.
-_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 _CHANNELS = (1, 3, 4)
 _EXPECTED = (
     "a path, a URL, a file's content as bytes, a binary file, a PIL image, a numpy array [H, W, 3] or a "
@@ -50,14 +48,14 @@ _EXPECTED = (
 )
 
 
-def load_image(image: ImageLike, name: str = "image") -> Tensor:
+def load_image(image: ImageLike, name: str = "image", device: torch.device | None = None) -> Tensor:
     """Turn any accepted image into a float32 tensor [3, H, W] of RGB values in 0..255.
 
     Files and PIL images are turned upright by their EXIF orientation and converted to 8-bit RGB from any
     mode (16-bit greys are scaled down, an alpha channel is dropped). Arrays are `[H, W]`, `[H, W, C]` or
     `[C, H, W]`, tensors `[C, H, W]`, with C = 1, 3 or 4 channels, and either may have a leading 1. Both hold
     uint8 or floating values in 0..255; one channel is repeated to three, and the fourth, alpha, is dropped.
-    An array that could be read both ways, such as `[3, 5, 3]`, is `[H, W, C]`. A tensor stays on its device.
+    An array that could be read both ways, such as `[3, 5, 3]`, is `[H, W, C]`.
 
     A string that starts with `http://` or `https://` is fetched, of at most 256 MiB within a minute;
     `file://` names a file. Bytes are a file's content, and a file object is read from its start.
@@ -65,36 +63,37 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
     Args:
         image: what to read.
         name: the argument's name in error messages.
+        device: where the values go; 8-bit ones become floats there. By default they stay where they are.
 
     Raises:
         FileNotFoundError: if the path does not exist.
-        ValueError: if a file cannot be decoded, or a shape or value is not an image's.
-        TypeError: if the object or its dtype is not supported.
-        RuntimeError: if a URL cannot be fetched.
+        InputError: if a file cannot be decoded, or a shape or value is not an image's.
+        InputTypeError: if the object or its dtype is not supported.
+        RunError: if a URL cannot be fetched.
     """
     if isinstance(image, str) and is_url(image):
         path = local_path(image, name)
         if path is None:
-            return _from_array(_read_content(io.BytesIO(fetch(image, name)), repr(image), name), name)
+            return _from_array(_read_content(io.BytesIO(fetch(image, name)), repr(image), name), name, device)
         image = path
     if isinstance(image, str | os.PathLike):
-        return _from_array(_read(Path(image), name), name)
+        return _from_array(_read(Path(image), name), name, device)
     if isinstance(image, bytes | bytearray | memoryview):
-        return _from_array(_read_content(io.BytesIO(image), describe_source(image), name), name)
+        return _from_array(_read_content(io.BytesIO(image), describe_source(image), name), name, device)
     if isinstance(image, Image.Image):
         if 0 in image.size:
-            raise ValueError(f"{name}: the image is empty ({image.width}x{image.height})")
+            raise InputError(f"{name}: the image is empty ({image.width}x{image.height})")
         try:
             array = _decode(image)
         except Exception as error:  # an opened file is decoded only now
-            raise ValueError(f"{name}: cannot decode the image: {error}") from error
-        return _from_array(array, name)
+            raise InputError(f"{name}: cannot decode the image: {error}") from error
+        return _from_array(array, name, device)
     if isinstance(image, np.ndarray):
-        return _from_array(image, name)
+        return _from_array(image, name, device)
     if isinstance(image, Tensor):
-        return _from_tensor(image, name)
+        return _from_tensor(image, name, device)
     if hasattr(image, "read"):
-        return _from_array(_read_content(_binary(image, name), describe_source(image), name), name)
+        return _from_array(_read_content(_binary(image, name), describe_source(image), name), name, device)
     raise InputTypeError(f"{name}: expected {_EXPECTED}, got {type(image).__name__}")
 
 
@@ -107,13 +106,19 @@ def image_size(path: Path, name: str = "image") -> tuple[int, int]:
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
-@cache
-def picture_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of the formats that Pillow decodes."""
-    extensions = Image.registered_extensions()
-    return frozenset(
-        suffix for suffix, kind in extensions.items() if kind in Image.OPEN and kind not in _NOT_DECODED
-    )
+def check_upright(path: Path) -> None:
+    """Check that a picture is stored as it is to be shown.
+
+    Raises:
+        InputError: if its EXIF orientation turns it.
+    """
+    try:
+        with open_regular(path) as file, _open(file) as image:
+            orientation = _orientation(image)
+    except Exception:  # of a size or a kind that Pillow does not read
+        return
+    if orientation != 1:
+        raise InputError(f"{path}: EXIF orientation {orientation} turns it; store it upright to use tiles")
 
 
 def _read(path: Path, name: str) -> np.ndarray:
@@ -129,7 +134,7 @@ def _read_content(file: BinaryIO, source: str, name: str) -> np.ndarray:
             return _decode(image)
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
         reason = "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name}: cannot read {source}: {reason}") from error
+        raise InputError(f"{name}: cannot read {source}: {reason}") from error
 
 
 def _binary(file: Any, name: str) -> BinaryIO:
@@ -156,9 +161,9 @@ def _errors_of(path: Path, name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
     except IsADirectoryError:
-        raise ValueError(f"{name}: {str(path)!r} is a folder, not an image") from None
+        raise InputError(f"{name}: {str(path)!r} is a folder, not an image") from None
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
-        raise ValueError(f"{name}: cannot read {str(path)!r}: {error}") from error
+        raise InputError(f"{name}: cannot read {str(path)!r}: {error}") from error
 
 
 def _open(file: BinaryIO) -> Image.Image:
@@ -199,63 +204,82 @@ def _eight_bit(grey: np.ndarray) -> np.ndarray:
     """Scale a 16-bit grey [H, W] to uint8; Pillow's mode `I` (int32) holds one too in some formats."""
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65535:
-        raise ValueError(f"expected 16-bit grey values, got {low}..{high}")
+        raise InputError(f"expected 16-bit grey values, got {low}..{high}")
     return ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def _from_array(array: np.ndarray, name: str) -> Tensor:
+def _from_array(array: np.ndarray, name: str, device: torch.device | None) -> Tensor:
     shape = list(array.shape)
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]
     if array.ndim == 3 and array.shape[2] not in _CHANNELS and array.shape[0] in _CHANNELS:
         array = array.transpose(1, 2, 0)
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in _CHANNELS):
-        raise ValueError(f"{name}: expected an array [H, W, 3], [3, H, W] or [H, W], got shape {shape}")
+        raise InputError(f"{name}: expected an array [H, W, 3], [3, H, W] or [H, W], got shape {shape}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise InputTypeError(
             f"{name}: expected an array of uint8 or floating values in 0..255, got {array.dtype}"
         )
-    channels_first = np.atleast_3d(array).transpose(2, 0, 1)[:3]  # without alpha
+    array = np.atleast_3d(array)
+    if array.dtype == np.uint8:
+        values = torch.from_numpy(np.require(array, requirements=["C", "W"])).permute(2, 0, 1)
+        return _from_bytes(values, shape, name, device)
+    channels_first = array.transpose(2, 0, 1)[:3]  # without alpha
     with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
         values = torch.from_numpy(np.array(channels_first, dtype=np.float32, order="C"))
-    return _validated(values, array.dtype.kind == "f", shape, name)
+    return _from_floats(values, shape, name, device)
 
 
-def _from_tensor(tensor: Tensor, name: str) -> Tensor:
+def _from_tensor(tensor: Tensor, name: str, device: torch.device | None) -> Tensor:
     shape = list(tensor.shape)
     if tensor.ndim == 4 and shape[0] == 1:
         tensor = tensor[0]
     if tensor.ndim != 3 or tensor.shape[0] not in _CHANNELS:
         hint = "; use `permute(2, 0, 1)`" if len(shape) == 3 and shape[2] == 3 else ""
-        raise ValueError(f"{name}: expected a tensor [3, H, W] or [1, H, W], got shape {shape}{hint}")
+        raise InputError(f"{name}: expected a tensor [3, H, W] or [1, H, W], got shape {shape}{hint}")
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise InputTypeError(
             f"{name}: expected a tensor of uint8 or floating values in 0..255, got {str(tensor.dtype)[6:]}"
         )
-    return _validated(tensor[:3].to(torch.float32), tensor.is_floating_point(), shape, name)
+    if tensor.dtype == torch.uint8:
+        return _from_bytes(tensor, shape, name, device)
+    return _from_floats(tensor[:3].to(torch.float32), shape, name, device)
 
 
-def _validated(values: Tensor, floating: bool, shape: list[int], name: str) -> Tensor:
-    """Check float32 `values` [1 or 3, H, W] that came as an input of `shape`; return them as RGB."""
-    if values.numel() == 0:
-        raise ValueError(f"{name}: the image is empty, got shape {shape}")
-    if floating:
-        low, high = (bound.item() for bound in values.detach().aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            bad = values.numel() - int(values.isfinite().sum())
-            raise ValueError(
-                f"{name}: {bad} of {values.numel()} values are NaN or infinite in the image of shape {shape}"
-            )
-        if low < -_ROUNDING or high > 255 + _ROUNDING:
-            raise ValueError(
-                f"{name}: expected values in 0..255, got {low:g}..{high:g} in the image of shape {shape}"
-            )
-        if 0 < high <= 1:
-            only = bool(((values == 0) | (values == 1)).all())
-            got = "only the values 0 and 1" if only else f"{low:g}..{high:g}"
-            hint = "; if it is nearly black, pass it as uint8" if only else ""
-            raise ValueError(
-                f"{name}: expected values in 0..255, got {got} in the image of shape {shape}, "
-                f"which looks like 0..1; multiply by 255{hint}"
-            )
+def _from_bytes(values: Tensor, shape: list[int], name: str, device: torch.device | None) -> Tensor:
+    """Return 8-bit values `[C, H, W]` that came as an input of `shape` as RGB in float32."""
+    _check_not_empty(values, shape, name)
+    if device is not None:
+        values = to_device(values, device)
+    values = values[:3].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return values.expand(3, -1, -1).contiguous()
+
+
+def _check_not_empty(values: Tensor, shape: list[int], name: str) -> None:
+    if values.numel() == 0:
+        raise InputError(f"{name}: the image is empty, got shape {shape}")
+
+
+def _from_floats(values: Tensor, shape: list[int], name: str, device: torch.device | None) -> Tensor:
+    """Check float32 `values` [1 or 3, H, W] that came as an input of `shape`; return them as RGB."""
+    _check_not_empty(values, shape, name)
+    low, high = (bound.item() for bound in values.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = values.numel() - int(values.isfinite().sum())
+        raise InputError(
+            f"{name}: {bad} of {values.numel()} values are NaN or infinite in the image of shape {shape}"
+        )
+    if low < -_ROUNDING or high > 255 + _ROUNDING:
+        raise InputError(
+            f"{name}: expected values in 0..255, got {low:g}..{high:g} in the image of shape {shape}"
+        )
+    if 0 < high <= 1:
+        only = bool(((values == 0) | (values == 1)).all())
+        got = "only the values 0 and 1" if only else f"{low:g}..{high:g}"
+        hint = "; if it is nearly black, pass it as uint8" if only else ""
+        raise InputError(
+            f"{name}: expected values in 0..255, got {got} in the image of shape {shape}, "
+            f"which looks like 0..1; multiply by 255{hint}"
+        )
+    values = values.expand(3, -1, -1).contiguous()
+    return values if device is None else to_device(values, device)

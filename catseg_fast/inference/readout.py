@@ -1,4 +1,4 @@
-"""From logits to label maps, class chunk by class chunk: no tensor grows with the number of classes.
+"""Label maps from logits, by chunks of classes: no tensor grows with the number of classes.
 
 Every operation before the maximum (sigmoid, resizes, averages of crops) treats each class alone, so that the
 result equals the argmax over all classes at once, ties included.
@@ -25,7 +25,7 @@ READOUT_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Readout:
-    """How crops' logits `[B, t, h, w]` become probabilities `[t, height, width]` of a picture.
+    """Conversion of crops' logits `[B, t, h, w]` to probabilities `[t, height, width]` of a picture.
 
     Attributes:
         size: (height, width) of the answer.
@@ -160,12 +160,12 @@ class LabelMap:
     """
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        self.scores = torch.empty(size, device=device)
-        self.labels = torch.empty(size, dtype=torch.int32, device=device)
-        self.reset()
+        self.scores = torch.full(size, -1.0, device=device)
+        self.labels = torch.zeros(size, dtype=torch.int32, device=device)
 
     def reset(self) -> None:
-        self.scores, self.labels = torch.full_like(self.scores, -1), torch.zeros_like(self.labels)
+        self.scores.fill_(-1)
+        self.labels.zero_()
 
     def update(self, first: int, probabilities: Tensor) -> None:
         self.scores, self.labels = plain.best_classes(probabilities, self.scores, self.labels, first)
@@ -174,24 +174,45 @@ class LabelMap:
 class TopClasses:
     """The k best classes of each pixel and their probabilities, best first; of equal ones, the first.
 
+    Args:
+        count: k.
+        size: (height, width) of the map.
+        device: where it is.
+        owners: the class of each name that is taken in, ascending, where classes have several names or not
+            all are taken in; by default each name is a class.
+
     Attributes:
         scores: float32 `[k, H, W]`.
         labels: int32 `[k, H, W]`.
     """
 
-    def __init__(self, count: int, size: Size, device: torch.device) -> None:
-        self.count = count
+    def __init__(
+        self, count: int, size: Size, device: torch.device, owners: Sequence[int] | None = None
+    ) -> None:
+        self.count, self.owners = count, owners
         self.scores = torch.empty(0, *size, device=device)
         self.labels = torch.empty(0, *size, dtype=torch.int32, device=device)
+        self.reset()
 
     def reset(self) -> None:
         self.scores, self.labels = self.scores[:0], self.labels[:0]
+        self._seen, self._last = 0, -1  # number of classes so far, and the last of them
 
     def update(self, first: int, probabilities: Tensor) -> None:
-        indices = torch.arange(
-            first, first + len(probabilities), dtype=torch.int32, device=self.labels.device
-        )
-        labels = torch.cat([self.labels, indices[:, None, None].expand(-1, *self.labels.shape[1:])])
-        scores, order = torch.cat([self.scores, probabilities]).sort(dim=0, descending=True, stable=True)
-        labels = labels.gather(0, order[: self.count])
-        self.scores, self.labels = scores[: self.count].clone(), labels
+        names = range(first, first + len(probabilities))
+        owners = list(names) if self.owners is None else [self.owners[name] for name in names]
+        classes = list(dict.fromkeys(owners))
+        if len(classes) < len(owners):
+            parts = probabilities.split([owners.count(label) for label in classes])
+            probabilities = torch.stack([part.amax(dim=0) for part in parts])
+        scores, seen = self.scores, self._seen + len(classes)
+        if classes[0] == self._last:  # further names of a class that is among the best, or was
+            entry, seen = self.labels == self._last, seen - 1
+            before = scores.masked_fill(~entry, -torch.inf).amax(dim=0)
+            probabilities = torch.cat([probabilities[:1].maximum(before), probabilities[1:]])
+            scores = scores.masked_fill(entry, -torch.inf)  # comes last, and is cut off
+        indices = self.labels.new_tensor(classes)[:, None, None].expand_as(probabilities)
+        scores, order = torch.cat([scores, probabilities]).sort(dim=0, descending=True, stable=True)
+        count = min(self.count, seen)
+        labels = torch.cat([self.labels, indices]).gather(0, order[:count])
+        self.scores, self.labels, self._seen, self._last = scores[:count].clone(), labels, seen, classes[-1]

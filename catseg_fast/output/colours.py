@@ -86,19 +86,20 @@ def colours_for(
 
     Args:
         classes: the class names.
-        labels: indices into `classes` `[H, W]`.
+        labels: indices into `classes` `[H, W]`; -1 where no class fits.
         photo: the picture, RGB `[H, W, 3]`.
         alpha: share of the colours when they are laid over the picture.
     """
     count = len(classes)
     colours, named = _by_name(classes)
-    pixels = np.bincount(labels.ravel(), minlength=count)
+    pixels = np.bincount(labels.ravel().astype(np.int64) + 1, minlength=count + 1)[1:]
     present = pixels.nonzero()[0]
     pixels = pixels[present]
-    index = np.searchsorted(present, np.arange(count))[labels]
-    sums = [np.bincount(index.ravel(), photo[..., c].ravel(), len(present)) for c in range(3)]
-    means = np.stack(sums, axis=1) / pixels[:, None]
-    beside = _touching(index, len(present))
+    ranks = np.searchsorted(present, np.arange(count))
+    index = np.append(ranks, len(present))[labels]  # the last one where no class fits
+    sums = [np.bincount(index.ravel(), photo[..., c].ravel(), len(present) + 1) for c in range(3)]
+    means = np.stack(sums, axis=1)[:-1] / pixels[:, None]
+    beside = _touching(index, len(present) + 1)
     reach = alpha * _ADJACENT
     spare = class_colours(count + _CANDIDATES)[count:]
     seen = np.empty_like(means)  # each class's pixels on average, its colour over them
@@ -141,7 +142,7 @@ def _by_name(classes: Sequence[str]) -> tuple[Colours, dict[int, tuple[int, int,
 
 
 def _touching(index: NDArray[np.integer], count: int) -> NDArray[np.bool_]:
-    """Which of `count` values lie side by side somewhere in a map: bool `[count, count]`."""
+    """Find which of `count` values are adjacent somewhere in a map: bool `[count, count]`."""
     touching = np.zeros((count, count), bool)
     for a, b in ((index[1:], index[:-1]), (index[:, 1:], index[:, :-1])):
         differ = a != b
@@ -150,7 +151,7 @@ def _touching(index: NDArray[np.integer], count: int) -> NDArray[np.bool_]:
 
 
 def _distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
-    """How different colours look, 0 to about 765; https://en.wikipedia.org/wiki/Color_difference#sRGB"""
+    """Return the perceived difference of colours (0 to 765, en.wikipedia.org/wiki/Color_difference#sRGB)."""
     red = (a[..., 0] + b[..., 0]) / 2
     weights = np.stack([2 + red / 256, np.full_like(red, 4.0), 2 + (255 - red) / 256], axis=-1)
     return np.sqrt((weights * (a - b) ** 2).sum(axis=-1))

@@ -1,4 +1,4 @@
-"""What a run looks at, and when: an endless shuffled stream of crops, of which any step can be had at once.
+"""Samples of a run: an endless shuffled stream of crops, with random access to any step.
 
 Everything follows from the recipe's seed and a crop's position in the stream, so that a run that goes on
 after an interruption sees what it would have seen, whatever the number of workers.
@@ -50,7 +50,7 @@ class Crops(Dataset[dict[str, Any]]):
         """{"image" uint8 [3, S, S], "sem_seg" int64 [S, S], "name"} of a position.
 
         Raises:
-            ValueError: if a label is neither a class index nor the ignore label; the message names the file.
+            InputError: if a label is neither a class index nor the ignore label; the message names the file.
         """
         epoch, place = divmod(position, len(self.pictures))
         if self._order is None or self._order[0] != epoch:
