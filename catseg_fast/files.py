@@ -116,7 +116,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     A process that is killed leaves its folder behind; the first folder that another process makes beside it
     sweeps it away.
     """
-    _sweep(parent)
+    sweep(parent)
     name = f"{_OURS}{_host()}-{os.getpid()}-{_started(os.getpid())}-{secrets.token_hex(4)}.tmp"
     folder = parent / name
     folder.mkdir()
@@ -126,7 +126,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sweep(parent: Path) -> None:
+def sweep(parent: Path) -> None:
     """Remove the folders that killed processes left in `parent`; once per folder and process."""
     key = (os.getpid(), os.path.realpath(parent))
     if key in _swept:

@@ -60,8 +60,6 @@ def content_of(folder: Path) -> Content:
 
 
 def _content(path: Path) -> Any:
-    if path.is_symlink():
-        return path.readlink()
     if path.suffix == ".json":
         return _timeless(json.loads(path.read_text()))
     if path.suffix == ".safetensors":  # whose metadata are in another order each time
@@ -101,12 +99,13 @@ class Model:
     sliding_window = False
     max_classes = None
     dtype = torch.float32
+    fold = None
     variant = SimpleNamespace(name="fake")
 
     def __init__(self, classes: tuple[str, ...]) -> None:
         self.classes = classes
 
-    def segment(self, image: Tensor) -> Segmentation:
+    def segment(self, image: Tensor, **_: object) -> Segmentation:
         labels = (image.sum(0) % len(self.classes)).to(torch.int32)
         return Segmentation(labels, torch.ones(labels.shape), self.classes)
 

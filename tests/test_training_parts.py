@@ -28,6 +28,7 @@ from catseg_fast.training.recipe import Recipe
 from catseg_fast.training.samples import Crops, choose_classes, remap, step_batches
 from catseg_fast.training.start import load_start
 from catseg_fast.training.trainer import draw_synonyms
+from support.data_sets import make_dataset
 from support.tiny import V2, tiny_model
 from support.training_run import CLASSES, Blocks, paint
 
@@ -353,7 +354,7 @@ def test_help_and_bad_arguments(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "log.jsonl"])
 def test_files_of_others_are_not_replaced(name: str, tmp_path: Path) -> None:
     """Such as converted weights, which the run may even start from."""
-    (tmp_path / "data").mkdir()
+    make_dataset(tmp_path / "data")
     foreign = tmp_path / "out" / name
     foreign.parent.mkdir()
     if name == "log.jsonl":

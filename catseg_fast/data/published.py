@@ -16,7 +16,7 @@ from catseg_fast.data.class_list import CLASSES, MOST_CLASSES, UNFINISHED
 from catseg_fast.data.folder import ignore_label_of, read_index_map
 from catseg_fast.data.pairs import Pair, find_pairs
 from catseg_fast.errors import InputError
-from catseg_fast.files import open_regular, read_text, replacing
+from catseg_fast.files import open_regular, read_text, replacing, sweep
 from catseg_fast.identity import content_digest, png_mark, read_png_mark
 from catseg_fast.inference.images import image_size
 from catseg_fast.text.fold import ClassNames
@@ -67,6 +67,7 @@ def import_dataset(
     pairs = find_pairs(images, annotations, notice)
     for folder in ("images", "annotations"):
         (target / folder).mkdir(parents=True, exist_ok=True)
+        sweep(target / folder)  # nothing may be written to it any more
     work = _Work(target, classes)
     there: dict[str, list[Path]] = defaultdict(list)
     for path in (target / "images").iterdir():
