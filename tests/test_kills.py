@@ -103,7 +103,7 @@ class Model:
     variant = SimpleNamespace(name="fake")
 
     def __init__(self, classes: tuple[str, ...]) -> None:
-        self.classes = classes
+        self.classes = self.label_classes = classes
 
     def segment(self, image: Tensor, **_: object) -> Segmentation:
         labels = (image.sum(0) % len(self.classes)).to(torch.int32)
