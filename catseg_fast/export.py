@@ -122,8 +122,8 @@ def export_onnx(
     """Write the model as ONNX, with what is needed to use it beside it; all of it, or nothing.
 
     Args:
-        model: in evaluation mode, in fp32; its classes become the vocabulary that comes with it.
-        path: the .onnx file. Beside it come NAME.json, which tells inputs, outputs and how to go on, and
+        model: in evaluation mode, in fp32; its classes become the vocabulary that comes with it. path: the
+        .onnx file. Beside it come NAME.json, which describes inputs, outputs and the next steps, and
             NAME.classes.npz with the classes' names and text features; where weights near 2 GB,
             NAME.onnx.data.
         crops: images B of a call.

@@ -29,7 +29,7 @@ REFERENCE_BYTES = 2**23  # a class and crop in the plain model: 7.2 MB were meas
 
 @dataclass(frozen=True)
 class Loaded:
-    """A picture, and what the model knows of it whatever the classes.
+    """A picture, and its features, which do not depend on the classes.
 
     Attributes:
         key: the file's content and the way of looking at it.

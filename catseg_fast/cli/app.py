@@ -55,7 +55,7 @@ def app(
     """Segment pictures on a page in the browser.
 
     Drop a picture, type class names or pick a data set's list, and see the label map, the class under the
-    pointer, each class's score map, times and memory. The page is served on this machine alone, and loads
+    pointer, each class's score map, times and memory. The page is served on this machine only, and loads
     nothing from elsewhere.
     """
     with plain_errors(debug):

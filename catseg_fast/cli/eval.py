@@ -120,7 +120,7 @@ def evaluate(
     sliding_window: Annotated[
         bool,
         typer.Option(
-            "--sliding-window/--whole", help="Overlapping crops and the whole picture, or the latter alone."
+            "--sliding-window/--whole", help="Overlapping crops and the whole picture, or only the latter."
         ),
     ] = True,
     all_classes: AllClasses = False,
@@ -146,7 +146,7 @@ def evaluate(
     are compared with, pixel by pixel. Images are sized and windows cut as in upstream's evaluation.
 
     Writes results.json, the first combination's label maps, and a file of counts for each combination, from
-    which an interrupted evaluation goes on. Under torchrun the processes share the images.
+    which an interrupted evaluation continues. Under torchrun the processes share the images.
     """
     combinations = combine(backend, dtype, precision)
     if ignore_unlabelled and min_score is None:

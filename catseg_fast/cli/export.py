@@ -50,7 +50,7 @@ def export(
     r"""Write a model as ONNX, from pixels and text features to logits; any number of classes.
 
     Beside DST come NAME.classes.npz, the classes' names and text features, and NAME.json, which tells inputs,
-    outputs and what comes before and behind them. Another vocabulary needs another .npz alone. The command
+    outputs and the steps before and after them. Another vocabulary only needs another .npz. The command
     takes some minutes, and needs `pip install "catseg-fast\[export]"`.
     """
     weights = weights_or_bundled(weights, variant)

@@ -77,7 +77,7 @@ SlidingWindow = Annotated[
     bool,
     typer.Option(
         "--sliding-window/--whole",
-        help="Overlapping crops and the whole picture, or the whole picture alone: faster, coarser.",
+        help="Overlapping crops and the whole picture, or only the whole picture: faster, coarser.",
     ),
 ]
 Backend = Annotated[str, choice("--backend", BACKENDS, "Implementation of the aggregator")]

@@ -27,7 +27,7 @@ def fingerprint(
     """A value for all that decides what is written, but for the picture; `settings` are further options.
 
     That is the content of the weights' file (or the seed of untrained ones), the classes and the options;
-    not the device and the back end, which change rounding alone.
+    not the device and the back end, which only change rounding.
     """
     facts = {
         "weights": f"untrained, seed {seed}" if weights is None else content_digest(weights),

@@ -30,7 +30,7 @@ def scenes(
         choice(
             "--split", SPLITS,
             "What is in the scenes: compositions to train with; ones that are held out of those, named by 20 "
-            "classes, by 200 most of which are absent, or by synonyms alone",
+            "classes, by 200 most of which are absent, or only by synonyms",
         ),
     ] = "train",
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of scenes.")] = 200,

@@ -153,7 +153,7 @@ def segment(
         bool,
         typer.Option(
             "--class-parallel",
-            help="Split the classes over the processes (GPUs) that torchrun has started; rank 0 alone reads "
+            help="Split the classes over the processes (GPUs) that torchrun has started; only rank 0 reads "
             "pictures and writes.",
         ),
     ] = False,
@@ -165,7 +165,7 @@ def segment(
     16 bits; 65535 is none of these) and NAME.json (each class's index, share of the pixels and mean score).
     For each video, NAME.overlay.mp4 and a label map per frame in NAME.labels/. With --tiles, the label map is
     NAME.labels.tif, with the georeference of the picture, and the overlay is reduced. Results of the same
-    picture content, weights, classes and options are kept: a run that was interrupted goes on. Other files
+    picture content, weights, classes and options are kept: an interrupted run continues. Other files
     are never replaced: the results' names are then numbered.
     """
     check_limit(all_classes, best)

@@ -60,7 +60,7 @@ def train(
         str | None,
         typer.Option(
             metavar="W",
-            help="Weights to start from: a checkpoint as for segment --weights, or CLIP alone, as OpenAI "
+            help="Weights to start from: a checkpoint as for segment --weights, or only CLIP, as OpenAI "
             "and open_clip publish it. Without it everything starts at random, CLIP too.",
         ),
     ] = None,
@@ -148,8 +148,8 @@ def train(
     """Train a model on a folder of labelled pictures; what is not said is upstream's recipe.
 
     Writes checkpoints/ (the last two), log.jsonl and tensorboard/ (each step's loss, learning rate, gradient
-    norm and time), and at the end model.safetensors. A run that was killed goes on where its last checkpoint
-    was written, to the same result. Under torchrun each process takes its share of every batch.
+    norm and time), and at the end model.safetensors. A run that was killed continues where its last
+    checkpoint was written, to the same result. Under torchrun each process takes its share of every batch.
     """
     with plain_errors(debug):
         # What can fail without torch comes first: importing that takes seconds.

@@ -39,7 +39,7 @@ def tune(
             metavar="N",
             min=1,
             help="Size of a vocabulary, repeatable. Classes go in steps of at most 256 / crops; vocabularies "
-            "that differ in the number of steps alone are one.",
+            "that differ only in the number of steps count once.",
         ),
     ] = [150, 1203],  # noqa: B006
     crops: Annotated[

@@ -118,7 +118,7 @@ def join(parts: Sequence[Tensor]) -> Tensor:
 def _crops(image: Tensor, readout: Readout, model: CATSeg) -> tuple[Tensor, Tensor]:
     """Return an image's crops `[B, 3, H, W]`, normalised as `CATSeg.encode_images` takes them.
 
-    Without a backbone, which alone is shown the second ones, these are the first ones.
+    Without a backbone, the only user of the second ones, these are the first ones.
     """
     crops = image[None] if readout.window is None else readout.window.crops(image)
     normalised = [_normalise(crops, CLIP_PIXEL_MEAN, CLIP_PIXEL_STD)]

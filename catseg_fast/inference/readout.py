@@ -1,7 +1,7 @@
 """Label maps from logits, by chunks of classes: no tensor grows with the number of classes.
 
-Every operation before the maximum (sigmoid, resizes, averages of crops) treats each class alone, so that the
-result equals the argmax over all classes at once, ties included.
+Every operation before the maximum (sigmoid, resizes, averages of crops) treats each class separately, so that
+the result equals the argmax over all classes at once, ties included.
 """
 
 from __future__ import annotations

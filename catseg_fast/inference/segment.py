@@ -36,7 +36,7 @@ def label(
 
     Raises:
         InputError: if `top_k` is not positive.
-        RunError: if logits are wanted of classes that are shared with other processes.
+        RunError: if logits are requested of classes that are split over processes.
     """
     if top_k is not None and top_k <= 0:
         raise InputError(f"top_k: {top_k} is not positive")

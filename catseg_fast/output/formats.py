@@ -47,7 +47,7 @@ class Format:
     Attributes:
         suffix: of its name, after the stem.
         write: writes it to a path.
-        check: raises if it cannot be written for so many classes.
+        check: raises if it cannot be written for a number of classes.
     """
 
     suffix: str
@@ -59,7 +59,7 @@ def check_formats(names: Sequence[str], classes: int) -> None:
     """Check that results can be written in formats.
 
     Raises:
-        InputError: if there is no such format, or it does not hold so many classes.
+        InputError: if there is no such format, or it cannot hold this many classes.
         MissingPackageError: if it needs a package that is not installed.
     """
     for name in names:

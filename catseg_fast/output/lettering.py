@@ -165,7 +165,7 @@ def _is_usable(path: str) -> bool:
         return False
     try:
         _face(path)
-    except Exception:  # damaged files raise whatever the library stumbles over
+    except Exception:  # damaged files raise errors of many types
         return False
     return True
 

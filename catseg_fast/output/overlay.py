@@ -54,7 +54,7 @@ def overlay(
         image: `[3, H, W]`, RGB in 0..255.
         labels: integers `[H, W]`, indices into `classes`; -1 where no class fits.
         classes: class names.
-        alpha: share of the colours, 0 (the image alone) to 1 (the colours alone).
+        alpha: share of the colours, 0 (only the image) to 1 (only the colours).
         legend: whether to add the panel; small pictures are then enlarged to go with its text.
         max_legend: classes in the legend, those with the largest areas; the rest is summed up.
         colours: of the classes, uint8 `[T, 3]`; by default those that `colours_for` chooses for this picture.

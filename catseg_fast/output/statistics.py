@@ -48,7 +48,7 @@ def _is_statistics(path: Path) -> bool:
         with open_regular(path) as file:
             start, row = file.readline(), file.readline(2**20).strip()
         return start == b"[\n" and (row == b"]" or json.loads(row.removesuffix(b",")).keys() == COLUMNS)
-    except Exception:  # damaged files raise whatever the format's reader stumbles over
+    except Exception:  # damaged files raise errors of many types
         return False
 
 
