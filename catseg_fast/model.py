@@ -31,9 +31,9 @@ from catseg_fast.engine.precision import text_dtype
 from catseg_fast.engine.recording import AFTER, Recorder
 from catseg_fast.engine.terms import VocabularyTerms
 from catseg_fast.errors import InputError, RunError
-from catseg_fast.graphs import ModelGraphs
 from catseg_fast.inference.encoding import EncodedImage, encode
 from catseg_fast.inference.explain import explain
+from catseg_fast.inference.graphs import ModelGraphs
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import (
     Probabilities,
@@ -437,7 +437,7 @@ class CATSeg(reference_model.CATSeg):
     ) -> ModelGraphs:
         """Record `segment` for pictures of some sizes (height, width) as CUDA graphs.
 
-        They hold the present classes, weights and settings; see `catseg_fast.graphs.ModelGraphs`.
+        They hold the present classes, weights and settings; see `catseg_fast.inference.graphs.ModelGraphs`.
 
         Raises:
             RunError: if the model is not on a CUDA GPU.

@@ -22,7 +22,7 @@ from catseg_fast.cli.options import (
     weights_or_bundled,
 )
 from catseg_fast.console import Debug, plain_errors, say_note, stages, stderr, stdout
-from catseg_fast.onnx_target import check_target
+from catseg_fast.export.target import check_target
 from catseg_fast.text.fold import split_fold
 from catseg_fast.text.prompts import check_classes
 

@@ -29,8 +29,8 @@ from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
 from catseg_fast.errors import InputError
+from catseg_fast.export.target import check_target
 from catseg_fast.files import temporary_folder
-from catseg_fast.onnx_target import check_target
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
 if TYPE_CHECKING:
