@@ -116,7 +116,7 @@ def test_dropped_classes_are_told(workplace: Path, weights: Path) -> None:
     names = "; ".join(f"thing number {index}" for index in range(300))
     options = ["photo.png", "--classes", names, "--weights", weights, "--whole", "--overwrite"]
     expected = {
-        (): "note: of 300 classes, each crop aggregates the 256 that fit it best, and has no others; "
+        (): "note: of 300 classes, each crop aggregates the 256 that fit it best, and drops the others; "
         "--all-classes aggregates all, --best N another number",
         ("--best", "7"): "note: of 300 classes, each crop aggregates the 7 that fit it best",
         ("--best", "300"): "",

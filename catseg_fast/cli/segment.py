@@ -95,9 +95,9 @@ def segment(
     classes_list: ClassesList = None,
     weights: Weights = None,
     variant: VariantName = None,
-    output: Annotated[Path, output_folder("Where the results go.")] = Path("segmented"),
+    output: Annotated[Path, output_folder("Folder of the results.")] = Path("segmented"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Also do pictures whose results are up to date.")
+        bool, typer.Option("--overwrite", help="Also segment pictures whose results are up to date.")
     ] = False,
     stats: Annotated[
         Path | None,
@@ -118,7 +118,7 @@ def segment(
     sliding_window: SlidingWindow = True,
     backend: Backend = "auto",
     formats: Annotated[
-        list[str] | None, choice("--format", tuple(FORMATS), "Also write, several times if need be")
+        list[str] | None, choice("--format", tuple(FORMATS), "Also write, repeatable")
     ] = None,
     min_score: MinScore = None,
     present: Present = None,
@@ -132,15 +132,15 @@ def segment(
         typer.Option(
             metavar="SIZE", min=1,
             help="Segment large pictures at their own resolution, in tiles of SIZE pixels; memory does not "
-            "grow with them.",
+            "grow with their size.",
         ),
     ] = None,
     overlap: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, help="Pixels that tiles share; by default an eighth of SIZE."),
+        typer.Option(metavar="N", min=0, help="Overlap of tiles in pixels; by default an eighth of SIZE."),
     ] = None,
     video: Annotated[
-        bool, typer.Option("--video", help="Each folder holds the frames of a video, in their names' order.")
+        bool, typer.Option("--video", help="Each folder holds the frames of a video, ordered by name.")
     ] = False,
     every: Annotated[int, typer.Option(metavar="N", min=1, help="Only each Nth frame of a video.")] = 1,
     fps: Annotated[
@@ -186,7 +186,7 @@ def segment(
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error).removeprefix("formats: "), param_hint="--format") from None
     with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
-        # What can fail without torch comes first: importing that takes seconds.
+        # Checks without torch come first, as its import takes seconds.
         from catseg_fast.checkpoints.hub import resolve
         from catseg_fast.cli.inputs import find_pictures, require_one
         from catseg_fast.data.frames import is_video, require_pyav
@@ -288,7 +288,7 @@ def _notice(text: str) -> None:
 
 @contextmanager
 def _processes(class_parallel: bool, device: str | None) -> Iterator[tuple[Processes, str | None]]:
-    """Yield the processes that share the classes, and this one's device; None for the default one."""
+    """Yield the processes that share the classes, and this one's device, or None for the default."""
     if not class_parallel:
         yield Processes(), device
         return
@@ -315,7 +315,7 @@ def _segment_long(
     first: int,
     debug: bool,
 ) -> list[Outcome]:
-    """Run videos, or large pictures, each with a bar of its own; report those that fail."""
+    """Run videos or large pictures, each with its own bar; report those that fail."""
     outcomes = []
     for index, picture in enumerate(pictures, first):
         with image_progress(f"Segmenting {picture.path.name}") as advance:
@@ -343,7 +343,7 @@ def _top_classes(summary: list[dict[str, Any]], count: int = 3) -> str:
 
 
 def _results_table(outcomes: Sequence[Outcome]) -> Table:
-    """A line for each picture."""
+    """Return a table with one row per picture."""
     table = Table("image", "largest classes", "time", "overlay")
     for outcome in outcomes:
         seconds = "there already" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
@@ -356,7 +356,7 @@ def _results_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _classes_table(outcomes: Sequence[Outcome]) -> Table:
-    """A line for each of the largest classes; all pictures count the same."""
+    """Return a table of the largest classes; all pictures have the same weight."""
     shares: dict[str, list[float]] = {}
     for outcome in outcomes:
         for entry in outcome.summary or []:
