@@ -24,3 +24,8 @@ class RunError(CATSegError, RuntimeError):
 
 class MissingPackageError(CATSegError, ImportError):
     """An optional package is not installed; the message has the command that installs it."""
+
+
+def quoted(text: str, most: int = 500) -> str:
+    """Return a text in quotes for a message, cut if it has more characters than `most`."""
+    return repr(text) if len(text) <= most else f"{text[: most // 2]!r}… ({len(text)} characters)"

@@ -77,6 +77,11 @@ def test_globs_files_and_names_that_meet(photos: Path) -> None:
     ]
 
 
+def test_urls_are_not_fetched() -> None:
+    with pytest.raises(InputError, match=r"https:/example\.com/a\.jpg: is a URL; download it first"):
+        find_pictures([Path("https://example.com/a.jpg")], Path("out"))
+
+
 def test_results_are_no_pictures(photos: Path) -> None:
     output = Path("photos/out")
     output.mkdir()

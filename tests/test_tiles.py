@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from catseg_fast import CATSeg
 from catseg_fast.cli.inputs import Picture
+from catseg_fast.cli.labelling import Labelling
 from catseg_fast.cli.main import app
 from catseg_fast.cli.tiles import Tiles
 from catseg_fast.data.raster import open_raster
@@ -173,7 +174,8 @@ def test_rasters_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def tiles(model: CATSeg, **options: Any) -> Tiles:
-    return Tiles(model, {"fingerprint": "f"}, 64, 16, **options)
+    asked = Labelling(model, min_score=options.pop("min_score", None))
+    return Tiles(model, asked, {"fingerprint": "f"}, 64, 16, **options)
 
 
 def test_files_are_the_answer(model: CATSeg, image: Tensor, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from catseg_fast import CATSeg
 from catseg_fast.cli.inputs import Picture
+from catseg_fast.cli.labelling import Labelling
 from catseg_fast.cli.main import app
 from catseg_fast.cli.video import Clips
 from catseg_fast.data.frames import natural_order, open_frames
@@ -57,7 +58,8 @@ def model() -> CATSeg:
 
 
 def clips(model: CATSeg, **options: object) -> Clips:
-    return Clips(model, model.classes, {"fingerprint": "f"}, **options)  # type: ignore[arg-type]
+    asked = Labelling(model, min_score=options.pop("min_score", None))  # type: ignore[arg-type]
+    return Clips(asked, model.label_classes, {"fingerprint": "f"}, **options)  # type: ignore[arg-type]
 
 
 def labels_in(folder: Path) -> dict[str, np.ndarray]:
@@ -252,6 +254,21 @@ def test_frames_of_several_sizes(model: CATSeg, tmp_path: Path) -> None:
     assert sorted(labels_in(tmp_path / "out/frames.labels")) == ["000000", "000001"]
 
 
+def test_pixels_of_no_class(model: CATSeg, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 2)
+    frames = [frame.transpose(2, 0, 1) for frame in decoded(path)]
+    threshold = float(model.segment(frames[0]).scores.median())
+    outcome = clips(model, min_score=threshold).run(0, Picture(path, tmp_path, "b"), lambda *_: None)
+    assert outcome.error is None
+    expected = [model.segment(frame, min_score=threshold).labels for frame in frames]
+    for found, labels in zip(labels_in(tmp_path / "b.labels").values(), expected, strict=True):
+        np.testing.assert_array_equal(found, labels.numpy().astype(np.uint16))
+    content = json.loads((tmp_path / "b.json").read_text())
+    none = content["classes"][-1]
+    assert (none["index"], content["unlabelled_value"]) == (-1, 65535)
+    assert none["share"] == pytest.approx((torch.stack(expected) == -1).double().mean().item())
+
+
 def test_totals() -> None:
     totals = Totals(["a", "b", "c"])
     totals.add(torch.tensor([[0, 2], [2, -1]]), torch.tensor([[0.5, 0.25], [0.75, 0.1]]))
@@ -261,6 +278,10 @@ def test_totals() -> None:
         {"index": 1, "name": "b", "share": 0.0, "mean_score": None},
         {"index": 2, "name": "c", "share": 0.4, "mean_score": 0.5},
     ]
+    assert [entry["name"] for entry in totals.summary(0.1)] == ["a", "c"]
+    totals.with_none = True
+    none = totals.summary(0.3)[-1]
+    assert (none["index"], none["share"], none["mean_score"]) == (-1, 0.2, pytest.approx(0.1))
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +306,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("clip.mp4", "frames", "clip.png", "--video", "--every", "2").count("there already") >= 3
     assert run("clip.png", "--every", "2").startswith("1: ")
     assert "--every: there is no video" in run("clip.png", "--every", "2")
+    assert "--top-k: clip.mp4 is a video" in run("clip.mp4", "--top-k", "2")
     Path("bad.mp4").write_text("no video")
     answer = run("bad.mp4", "clip.png")
     assert answer.startswith("1: ")

@@ -96,13 +96,15 @@ def find_pictures(
         whole_folders: treat each folder as one picture, for the frames of a video.
 
     Raises:
-        InputError: if a folder holds no pictures, or there are only results.
+        InputError: if a folder holds no pictures, or there are only results; or for a URL.
     """
     found: list[tuple[Path, Path]] = []
     resolved = output.resolve()
     explicit_results = 0
     for argument in arguments:
         search = _Search(resolved)
+        if argument.parts[:1] in (("http:",), ("https:",)) and not argument.exists():
+            raise InputError(f"{argument}: is a URL; download it first, or use CATSeg.segment in Python")
         if argument.is_dir() and not whole_folders:
             inside = sorted(path for path in _walk(argument, search) if search.takes(path, argument))
             if not inside and not search.results:

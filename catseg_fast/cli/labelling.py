@@ -129,5 +129,17 @@ class Labelling:
         return {name: value for name, value in asked.items() if value is not None}
 
     @property
+    def described(self) -> dict[str, Any]:
+        """Return the entries of the JSON files that describe it."""
+        from catseg_fast.output.overlay import UNLABELLED_VALUE
+
+        entries: dict[str, Any] = {}
+        if self.min_score is not None:
+            entries |= {"min_score": self.min_score, "unlabelled_value": UNLABELLED_VALUE}
+        if self.present is not None:
+            entries["present"] = self.present
+        return entries
+
+    @property
     def _asked(self) -> Mapping[str, Any]:
         return {} if self.top_k is None else {"top_k": self.top_k}

@@ -29,7 +29,7 @@ def scenes(
         str,
         choice(
             "--split", SPLITS,
-            "Contents of the scenes: compositions for training; held-out ones, by by 20 classes, by 200 "
+            "Contents of the scenes: compositions for training; held-out ones, by 20 classes, by 200 "
             "classes most of which are absent, or only by synonyms",
         ),
     ] = "train",

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.weights import module_tensors, weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.reference.clip import DenseCLIP
 
 
 @dataclass(frozen=True)

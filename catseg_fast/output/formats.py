@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from catseg_fast.errors import InputError
+from catseg_fast.extras import require_outlines, require_pycocotools
 from catseg_fast.identity import png_mark
-from catseg_fast.output.coco import require_pycocotools, require_rasterio, write_polygons, write_rle
+from catseg_fast.output.coco import write_polygons, write_rle
 from catseg_fast.output.colours import palette
 
 UNLABELLED = 255  # in a palette PNG, as in Pascal VOC
@@ -103,5 +104,5 @@ FORMATS = {
     "palette": Format(".palette.png", _write_palette, _check_palette),
     "masks": Format(".masks", _write_masks, lambda classes: None),
     "coco-rle": Format(".coco-rle.json", write_rle, lambda classes: require_pycocotools()),
-    "coco-polygons": Format(".coco-polygons.json", write_polygons, lambda classes: require_rasterio()),
+    "coco-polygons": Format(".coco-polygons.json", write_polygons, lambda classes: require_outlines()),
 }
