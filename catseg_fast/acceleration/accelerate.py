@@ -25,8 +25,7 @@ class Acceleration:
     """Modules that run in the engine, until `restore` (or the end of a `with` block).
 
     Attributes:
-        engines: of the aggregators that run as a whole, by their name in the model; they have the settings
-        for
+        engines: of the aggregators that run as a whole, by their name in the model; they have the settings for
             memory and precision.
         parts: all that runs, or could run, in the engine.
     """

@@ -13,12 +13,10 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # In 16 bits, the largest error in units of the model's own, both against fp32.
 FACTOR = 2.0
 
-# The least error that is allowed there, in units of the answer's spread: as much as the answer's own type
-# has.
+# The least error that is allowed there, in units of the answer's spread: as much as the answer's own type has.
 LEAST = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 
-# Of an answer in fp16 whose model computes in fp32, on a GPU; and where the model's own code does not run in
-# 16 bits.
+# Of an answer in fp16 whose model computes in fp32, on a GPU; and where the model's own code does not run in 16 bits.
 COARSE = 3e-2
 
 

@@ -1,7 +1,7 @@
 """Giving one module methods of its own, through a subclass of its class, and taking them away again.
 
-The subclass has the name and the module of the class that it stands for. Copies and pickles are of that
-class: they run the model's own code. So do replicas, which share their original's attributes, but are others.
+The subclass has the name and the module of the class that it stands for. Copies and pickles are of that class:
+they run the model's own code. So do replicas, which share their original's attributes, but are others.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
 
     Raises:
         InputError: if the source is not a CAT-Seg checkpoint, or the target has another suffix or is the
-        source.
+            source.
     """
     source, target = resolve(source), Path(target).expanduser()
     if target.suffix not in WEIGHTS:

@@ -131,7 +131,7 @@ def read_annotation(path: Path, classes: int) -> Tensor:
 
     Raises:
         InputError: if the file cannot be read, is not an index map, or holds an index beyond `classes`
-        classes.
+            classes.
     """
     array = read_index_map(path)
     largest = np.iinfo(array.dtype).max

@@ -56,9 +56,9 @@ def import_dataset(
         The number of annotated images.
 
     Raises:
-        FileNotFoundError: if a folder is missing. InputError: if there are no annotations, one has no image
-        or another size than its image, cannot be read or
-            holds a value of no class, there are too many classes, or `target` has other classes.
+        FileNotFoundError: if a folder is missing.
+        InputError: if there are no annotations, one has no image or another size than its image, cannot be
+            read or holds a value of no class, there are too many classes, or `target` has other classes.
         OSError: if writing fails; FileExistsError if a file is in the way that no call has made.
     """
     if len(classes) > MOST_CLASSES:
