@@ -129,7 +129,7 @@ def test_dropped_classes_are_told(workplace: Path, weights: Path) -> None:
         assert bool(note) == ("fit it best" in result.stderr)
         kept = {(): "the best 256", ("--best", "7"): "the best 7"}.get(change, "all aggregated")
         assert kept in result.stdout
-        assert "1.0 GiB may be taken" in result.stdout
+        assert "the budget is 1.0 GiB" in result.stdout
 
 
 @pytest.mark.parametrize(
