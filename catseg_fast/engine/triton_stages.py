@@ -76,7 +76,7 @@ class TritonStages:
         return not listing()
 
     def as_one(self, key: object, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        """Return `run(*inputs)`, which calls several stages; if possible, their launches are prepared as one."""
+        """Return `run(*inputs)`, which calls several stages; if possible, launches are prepared as one."""
         if self._calls is None or recording():
             return run(*inputs)
         out: Tensor = self._calls(key, run, *inputs)
