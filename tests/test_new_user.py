@@ -27,7 +27,7 @@ from catseg_fast.cli.options import BUNDLED_NOTE, note_on_bundled
 from catseg_fast.console import stages
 from catseg_fast.data.scenes import write_dataset
 from catseg_fast.errors import InputError, InputTypeError, RunError
-from catseg_fast.export import _quiet
+from catseg_fast.export.graph import _quiet
 from catseg_fast.identity import is_scene
 from catseg_fast.training import Recipe
 from catseg_fast.training.start import variant_of
