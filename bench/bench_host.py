@@ -47,7 +47,7 @@ from catseg_fast.kernels.launch.prepared import PreparedCalls
 VARIANT, CROPS = "v2-vitl", 5
 CLASSES = (150, 1203)
 COUNTED = ("150:0", "1203:0", "847:256")
-STAGES = ("embed_cost_volume", "window_block", "class_collect", "class_apply", "decode")
+STAGES = ("as_one", "class_collect")  # what a call's launches are in
 SIDE = 12  # of the small maps
 RATIO = 24 // SIDE
 PICTURE = (480, 640)
