@@ -1,4 +1,4 @@
-"""What the host does in a call: GPU operations counted, and its time, with only the driver's launch stubbed.
+"""The host's work in a call: GPU operations and time, with only the driver's launch replaced.
 
     python -m bench.bench_host [--record FILE]
 

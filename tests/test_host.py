@@ -1,4 +1,4 @@
-"""What a call orders from a GPU, and how long the host takes to order it; the GPU only takes orders."""
+"""Work that a call gives to a GPU, and the host's time for it, on a GPU that does nothing."""
 
 from __future__ import annotations
 
@@ -54,6 +54,6 @@ def test_triton_launches_as_often_through_its_own_launchers(found: dict[str, Any
 
 
 def test_launches_are_repeated(found: dict[str, Any]) -> None:
-    """From the third equal chunk on, launches go past the dispatch of PyTorch and Triton."""
+    """Launches bypass the dispatch of PyTorch and Triton from the third equal chunk on."""
     for orders in found.values():
         assert orders["repeated"] > 0

@@ -34,7 +34,7 @@ _MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monosp
 
 
 class Page:
-    """What the page's events call.
+    """Handlers of the page's events.
 
     A visitor's state is the picture as encoded and the last segmentation; vocabulary, back end and
     max_classes may change without encoding the picture again.
@@ -128,8 +128,8 @@ def build_page(model: CATSeg, untrained: bool = False, bundled: bool = False) ->
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 image = gr.Image(
-                    scene, type="filepath", label="Picture", sources=["upload", "clipboard"], height=260,
-                    elem_id="cf-image", buttons=[],
+                    scene, format="png", type="filepath", label="Picture",
+                    sources=["upload", "clipboard"], height=260, elem_id="cf-image", buttons=[],
                 )  # fmt: skip
                 text = gr.Textbox(
                     "; ".join(scene_names), label="Classes", lines=3, max_lines=8, elem_id="cf-classes",

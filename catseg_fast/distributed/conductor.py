@@ -31,22 +31,22 @@ class Conductor:
         self._group: Any = dist.new_group(backend="gloo", timeout=REST)
 
     def segment(self, image: Tensor, *, top_k: int | None = None) -> Segmentation:
-        """On rank 0: `CATSeg.segment` of `[3, H, W]`, uint8, on the CPU, on all ranks."""
+        """Run `CATSeg.segment` with `[3, H, W]`, uint8 on the CPU, on all ranks; called on rank 0."""
         return self.segment_batch([image], top_k=top_k)[0]
 
     def segment_batch(self, images: Sequence[Tensor], *, top_k: int | None = None) -> list[Segmentation]:
-        """On rank 0: `CATSeg.segment_batch` of such pictures on all ranks."""
+        """Run `CATSeg.segment_batch` with such pictures on all ranks; called on rank 0."""
         self._agree([tuple(image.shape) for image in images], top_k)
         for image in images:
             self._broadcast(image.contiguous())
         return self.model.segment_batch(images, top_k=top_k)
 
     def end(self) -> None:
-        """On rank 0: let the others return from `follow`."""
+        """Let the other ranks return from `follow`; called on rank 0."""
         self._agree([])
 
     def follow(self) -> None:
-        """On the other ranks: do as rank 0 says, to its end.
+        """Run the calls of rank 0 until it ends; called on the other ranks.
 
         Raises:
             RankError: if a rank is gone, or cannot go on.

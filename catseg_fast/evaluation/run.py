@@ -43,7 +43,7 @@ READERS = 2  # threads that read the next images
 
 
 class Data(Protocol):
-    """What is evaluated on; `catseg_fast.data.folder.FolderDataset` is one."""
+    """A data set to evaluate on, such as `catseg_fast.data.folder.FolderDataset`."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -173,7 +173,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Results of an evaluation.
 
     Attributes:
         counts: pixels a class, in all images.

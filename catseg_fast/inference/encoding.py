@@ -1,4 +1,4 @@
-"""What a model computes of pictures before it knows the classes."""
+"""The part of inference that does not depend on the classes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What the model knows of a picture before it knows the classes; from `CATSeg.encode`.
+    """Features of a picture that do not depend on the classes; from `CATSeg.encode`.
 
     Attributes:
         features: dense CLIP features of the picture's B crops, `[B, 1 + h*w, C]`, on the model's device.
@@ -106,7 +106,7 @@ def _encode_crops(
         return features, guidance
     if all(x.isfinite().all() for x in (features, *guidance)) or not clip_images.isfinite().all():
         return features, guidance
-    warnings.warn("CLIP: fp16 overflows: computing again in bf16", RuntimeWarning, stacklevel=2)
+    warnings.warn("CLIP: fp16 overflowed: computing again in bf16", RuntimeWarning, stacklevel=2)
     model.engine.recordings.clear()
     return model.encode_images(clip_images, pixels, replace_type(clip, torch.float16, torch.bfloat16))
 

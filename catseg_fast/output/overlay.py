@@ -112,7 +112,7 @@ def _to_numpy(pixels: Tensor, factor: int) -> np.ndarray:
 
 
 def _contours(labels: np.ndarray) -> np.ndarray:
-    """Where lines between classes run: bool `[H, W]`, thicker on larger pictures."""
+    """Find the lines between classes: bool `[H, W]`, thicker on larger pictures."""
     width = max(1, round(labels.size**0.5 / 700))
     lines = np.zeros(labels.shape, bool)
     lines[width:] |= labels[width:] != labels[:-width]
