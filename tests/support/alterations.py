@@ -292,7 +292,7 @@ def counted(self: Any, own: Any, *arguments: Any) -> Tensor:
 
 def patch_class(a: Any) -> None:
     """Replace a method of an aggregator's class, which no other aggregator has."""
-    kind = next(kind for kind in type(a).__mro__ if kind.__name__ == "Patched")
+    *_, kind = (kind for kind in type(a).__mro__ if kind.__name__ == "Patched")  # not the engine's, before it
     kind.conv_decoder = lambda self, x, g, own=kind.conv_decoder: -own(self, x, g)  # type: ignore[attr-defined]
 
 
