@@ -1,4 +1,4 @@
-"""Window blocks, class layers and decoders in the engine, inside aggregators that are otherwise not upstream's."""
+"""Window blocks, class layers and decoders in the engine, inside aggregators that are not upstream's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from catseg_fast.acceleration.comparing import differs, differs_in_16_bits
 from catseg_fast.acceleration.part import Inputs, Part
 from catseg_fast.acceleration.reading import check_hooks, read_class_layer, read_decoder, read_window_pair
 from catseg_fast.acceleration.trial import CROPS, Random, Resolution
+from catseg_fast.acceleration.whole import in_full_precision
 from catseg_fast.backend import choose_backend
 from catseg_fast.engine import torch_stages
 from catseg_fast.engine.class_memory import new_memory
@@ -93,9 +94,7 @@ class Piece(Part):
             return own, f"the engine fails: {type(error).__name__}: {error}"
         if self._prepared()[0].embed.itemsize >= 4 and own.itemsize >= 4:
             return own, differs(ours, own)
-        module = copy.deepcopy(self.module).float()
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            truth = getattr(type(module), self.method)(module, *map(_full, inputs))
+        truth = in_full_precision(self.module, args, kwargs, self.method)
         return own, differs_in_16_bits(ours, own, truth)
 
     def _prepared(self) -> tuple[Plan, Stages]:
@@ -308,9 +307,3 @@ def _aggregator(windows: Any = None, classes: Any = None, decoder: Any = None) -
         twin.decoder1, twin.decoder2, twin.head = decoder
         twin.conv1 = nn.Conv2d(1, channels, 7, padding=3).to(**options)
     return twin
-
-
-def _full(item: Any) -> Any:
-    if isinstance(item, Tensor):
-        return item.float() if item.is_floating_point() else item
-    return type(item)(map(_full, item)) if isinstance(item, (list, tuple)) else item

@@ -110,6 +110,10 @@ class LinearMemory:
         means, key_sum = self.closed()
         return plain.attend_linearly(queries, means, key_sum, self.heads, self.eps)
 
+    def closed_with(self, means: Tensor, key_sum: Tensor) -> LinearMemory:
+        """Return a memory of the same kind with other sums."""
+        return replace(self, key_value=0.0, key_sum=key_sum, means=means)
+
     def closed(self) -> tuple[Tensor, Tensor]:
         """Return the means and `key_sum`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from catseg_fast.engine import fourier
 from catseg_fast.engine.chunk_store import ResidentState, State, new_state
-from catseg_fast.engine.class_memory import ClassMemory, new_memory
+from catseg_fast.engine.class_memory import ClassMemory, LinearMemory, new_memory
 from catseg_fast.engine.class_parallel import ClassShare
 from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
 from catseg_fast.engine.schedule import Schedule
@@ -36,6 +37,11 @@ class Stages(Protocol):
 
     @property
     def collects_at_once(self) -> bool: ...
+
+    @property
+    def repeats(self) -> bool: ...
+
+    def as_one(self, key: object, run: Callable[..., Tensor], /, *inputs: Tensor | None) -> Tensor: ...
 
     def window_block(
         self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None, /
@@ -72,6 +78,15 @@ class Stages(Protocol):
         flag: Tensor | None,
         /,
     ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What makes a chunk from tensors; the key has all that it depends on besides these and the plan."""
+
+    key: object
+    run: Callable[..., Tensor]
+    inputs: tuple[Tensor | None, ...]
 
 
 class Stream:
@@ -192,8 +207,21 @@ class Stream:
 
     def _spatial(self, index: int, crops: slice, classes: slice, out: Tensor | None = None) -> Tensor:
         """Return a chunk after the window blocks of layer `index`, `[b, t, HW, C]`, in `out` if given."""
-        x = self._embed(crops, classes) if index == 0 else self._classes(index - 1, crops, classes)
-        return self._blocks(index, crops, x, out)
+        enter = self._entry(index, crops, classes) if self.stages.repeats else None
+        if enter is None:
+            x = self._embed(crops, classes) if index == 0 else self._classes(index - 1, crops, classes)
+            return self._blocks(index, crops, x, out)
+        blocks, guidance = self.plan.layers[index].blocks, self.image.of(crops).blocks[index]
+
+        def run(out: Tensor | None, first: Tensor, second: Tensor, *inputs: Tensor | None) -> Tensor:
+            x = enter.run(*inputs)
+            x = self.stages.window_block(blocks[0], replace(guidance[0], query_key=first), x, None)
+            return self.stages.window_block(blocks[1], replace(guidance[1], query_key=second), x, out)
+
+        windows = tuple((part.window, part.shift) for part in guidance)
+        key = ("spatial", index, windows, enter.key)
+        maps = (guidance[0].query_key, guidance[1].query_key)
+        return self.stages.as_one(key, run, out, *maps, *enter.inputs)
 
     def _blocks(self, index: int, crops: slice, x: Tensor, out: Tensor | None = None) -> Tensor:
         image = self.image.of(crops)
@@ -227,10 +255,50 @@ class Stream:
         return self.stages.embed_cost_volume(self.plan, self.image.features[crops], text, resolution)
 
     def _decode(self, crops: slice, classes: slice, out: Tensor | None = None) -> Tensor:
-        layers = len(self.plan.layers)
-        x = self._classes(layers - 1, crops, classes) if layers else self._embed(crops, classes)
-        guidance, resolution = self.image.of(crops).decoder, self.image.resolution
-        return self.stages.decode(self.plan, guidance, x, resolution, out, self.flag)
+        layers, resolution = len(self.plan.layers), self.image.resolution
+        guidance = self.image.of(crops).decoder
+        enter = self._entry(layers, crops, classes) if self.stages.repeats else None
+        if enter is None:
+            x = self._classes(layers - 1, crops, classes) if layers else self._embed(crops, classes)
+            return self.stages.decode(self.plan, guidance, x, resolution, out, self.flag)
+
+        def run(
+            out: Tensor | None, flag: Tensor | None, first: Tensor, second: Tensor, *inputs: Tensor | None
+        ) -> Tensor:
+            x = enter.run(*inputs)
+            return self.stages.decode(self.plan, (first, second), x, resolution, out, flag)
+
+        return self.stages.as_one(("decode", enter.key), run, out, self.flag, *guidance, *enter.inputs)
+
+    def _entry(self, index: int, crops: slice, classes: slice) -> _Entry | None:
+        """How a chunk comes to the window blocks of layer `index`, or to the decoder behind the last one.
+
+        None where that is not by kernels alone.
+        """
+        resolution, plan = self.image.resolution, self.plan
+        if index == 0:
+            text = self._text(self.vocabulary.unit, crops, classes)
+            if text is None or self.spectra is not None:
+                return None
+
+            def embed(image: Tensor, text: Tensor) -> Tensor:
+                return self.stages.embed_cost_volume(plan, image, text, resolution)
+
+            return _Entry(("embed", resolution), embed, (self.image.features[crops], text))
+        memory, layer = self.memories[index - 1].of(crops), plan.layers[index - 1].classes
+        if not isinstance(memory, LinearMemory):
+            return None
+        if self.state is not None:
+            x = self.state.load(crops, classes)
+        else:
+            x = self._spatial(index - 1, crops, classes)
+
+        def attend(x: Tensor, text: Tensor | None, means: Tensor, key_sum: Tensor) -> Tensor:
+            return self.stages.class_apply(layer, x, text, memory.closed_with(means, key_sum), resolution)
+
+        text = self._text(self.vocabulary.queries[index - 1], crops, classes)
+        key = ("apply", index, resolution, memory.heads, memory.length, memory.eps)
+        return _Entry(key, attend, (x, text, *memory.closed()))
 
     def _decode_selected(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """Decode each crop's selected classes, in chunks of all crops.

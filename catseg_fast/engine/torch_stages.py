@@ -7,6 +7,8 @@ the plain forms of the ops (`kernels/*/plain.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from catseg_fast.engine import arguments
@@ -36,6 +38,12 @@ def embed_cost_volume(plan: Plan, image: Tensor, text: Tensor, resolution: tuple
 
 # Collecting all classes at once would take twice the memory of the state for their keys and values.
 collects_at_once = False
+repeats = False
+
+
+def as_one(key: object, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """Return `run(*inputs)`."""
+    return run(*inputs)
 
 
 def window_block(block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None = None) -> Tensor:

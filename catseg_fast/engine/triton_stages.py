@@ -23,7 +23,7 @@ from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
 from catseg_fast.kernels.launch.checks import DTYPES, INTERPRETED
-from catseg_fast.kernels.launch.launcher import listing
+from catseg_fast.kernels.launch.launcher import listing, recording
 from catseg_fast.kernels.launch.prepared import PreparedCalls
 from catseg_fast.kernels.window_attention import op as window_attention
 
@@ -67,6 +67,22 @@ class TritonStages:
     def collects_at_once(self) -> bool:
         """True if `class_collect` is best called once with all classes, where they are resident."""
         return "class_attention" not in self.fallbacks
+
+    @property
+    def repeats(self) -> bool:
+        """Whether launches are prepared now."""
+        if self._calls is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        return not listing()
+
+    def as_one(self, key: object, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """Return `run(*inputs)`, which calls several stages; all their launches are prepared as one, if they
+        can be.
+        """
+        if self._calls is None or recording():
+            return run(*inputs)
+        out: Tensor = self._calls(key, run, *inputs)
+        return out
 
     def embed_cost_volume(self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution) -> Tensor:
         def launch(image: Tensor, text: Tensor) -> Tensor:
@@ -143,8 +159,9 @@ class TritonStages:
 
     def _repeat(self, key: object, launch: Callable[..., Any], *inputs: Tensor | None) -> Any:
         """Return `launch(*inputs)`, whose launches are prepared and repeated if possible."""
-        if self._calls is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or listing():
+        if not self.repeats or recording():  # of several stages that are prepared as one
             return launch(*inputs)
+        assert self._calls is not None
         return self._calls(key, launch, *inputs)
 
     def _run(

@@ -17,7 +17,7 @@ from catseg_fast.engine.kept import kept
 from catseg_fast.errors import InputError
 from catseg_fast.inference.images import ImageLike
 from catseg_fast.inference.readout import Readout
-from catseg_fast.inference.tower import reduced_clip, replace_type
+from catseg_fast.inference.tower import forget, reduced_clip, replace_type
 from catseg_fast.reference.inference import pad_to_multiple
 from catseg_fast.reference.model import channels
 
@@ -98,6 +98,7 @@ def _encode_crops(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     clip, dtype = model.clip_model, image_type(model)
     if dtype == clip.visual.proj.dtype:
+        forget(clip)
         return model.encode_images(clip_images, pixels)
     reduced = reduced_clip(clip, dtype)
     features, guidance = model.encode_images(clip_images, pixels, reduced)
@@ -118,7 +119,7 @@ def join(parts: Sequence[Tensor]) -> Tensor:
 def _crops(image: Tensor, readout: Readout, model: CATSeg) -> tuple[Tensor, Tensor]:
     """Return an image's crops `[B, 3, H, W]`, normalised as `CATSeg.encode_images` takes them.
 
-    Without a backbone, which alone is shown the second ones, these are the first ones.
+    Only v1's backbone is shown the second ones; without it they are the first ones.
     """
     crops = image[None] if readout.window is None else readout.window.crops(image)
     normalised = [_normalise(crops, CLIP_PIXEL_MEAN, CLIP_PIXEL_STD)]

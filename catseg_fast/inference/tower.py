@@ -45,6 +45,11 @@ def replace_type(clip: DenseCLIP, overflowing: torch.dtype, dtype: torch.dtype) 
     return _keep(clip, dtype, overflowing)
 
 
+def forget(clip: DenseCLIP) -> None:
+    """Keep nothing of this model, which computes in its weights' type now."""
+    _towers.pop(clip, None)
+
+
 def _keep(clip: DenseCLIP, dtype: torch.dtype, instead: torch.dtype | None) -> DenseCLIP:
     weights = module_tensors(clip.visual, buffers=True)
     _towers.pop(clip, None)  # before the new one takes memory

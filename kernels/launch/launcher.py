@@ -69,6 +69,11 @@ def record(execute: bool = True, note: Callable[[Launch], Any] | None = None) ->
         _recorder.launches, _recorder.execute, _recorder.note = before
 
 
+def recording() -> bool:
+    """Check whether launches of this thread are listed."""
+    return _recorder.launches is not None
+
+
 def listing() -> bool:
     """Check whether launches of this thread are only listed."""
     return _recorder.launches is not None and not _recorder.execute

@@ -35,7 +35,13 @@ _VIEWS = {
 
 
 class NotPreparable(Exception):
-    """The function does more than launch kernels; the message says what."""
+    """The function does more than launch kernels; the message says what.
+
+    Attributes:
+        result: of the function, if it has run: it must not run again, as it may have written to its inputs.
+    """
+
+    result: Any = None
 
 
 @dataclass(frozen=True)
@@ -97,12 +103,18 @@ class _Notes(TorchDispatchMode):
         super().__init__()
         self._owners: dict[int, int] = {}
         self._starts: list[int] = []  # first byte of each input in its storage
-        for x in self.inputs:
-            if x is not None:
+        self.given: list[int] = []  # inputs, by buffer
+        self.aliases: list[tuple[int, int]] = []  # inputs that are an earlier one once more
+        for index, x in enumerate(self.inputs):
+            if x is None:
+                continue
+            earlier = self._owners.get(x.untyped_storage()._cdata)
+            if earlier is None:
                 self._own(x)
+                self.given.append(index)
                 self._starts.append(int(x.storage_offset()) * x.itemsize)
-        if len(self._owners) < len(self.bytes):
-            raise NotPreparable("two inputs share memory")
+            else:
+                self._alias(self.given[earlier], index)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op._schema.name.rpartition("::")[2]
@@ -139,6 +151,16 @@ class _Notes(TorchDispatchMode):
             offset -= self._starts[buffer]
         return _Place(buffer, offset, tuple(x.shape), x.stride(), x.dtype)
 
+    def _alias(self, earlier: int, index: int) -> None:
+        x, other = self.inputs[earlier], self.inputs[index]
+        assert x is not None
+        assert other is not None
+        if (x.data_ptr(), x.shape, x.stride(), x.dtype) != (
+            other.data_ptr(), other.shape, other.stride(), other.dtype,
+        ):  # fmt: skip
+            raise NotPreparable("two inputs share memory")
+        self.aliases.append((earlier, index))
+
     def _own(self, x: Tensor) -> None:
         storage = x.untyped_storage()
         self._owners[storage._cdata] = len(self.bytes)
@@ -149,7 +171,7 @@ class Prepared:
     """Launches that were prepared by `prepare`."""
 
     def __init__(self, notes: _Notes, steps: Sequence[_Step], result: Any) -> None:
-        self._inputs = [index for index, x in enumerate(notes.inputs) if x is not None]
+        self._inputs, self.aliases = notes.given, notes.aliases
         self._is_tuple = isinstance(result, tuple)
         outputs = _tensors(result)
         self._outputs: list[tuple[torch.Size, torch.dtype]] = []
@@ -158,8 +180,7 @@ class Prepared:
         for x in outputs:
             place = notes.place(x) if isinstance(x, Tensor) else None
             if place is not None and place.buffer < len(self._inputs):
-                given = notes.inputs[self._inputs[place.buffer]]
-                if given is not x:
+                if not any(given is x for given in notes.inputs):
                     raise NotPreparable("it returns a part of an input")
             elif place is None or place.buffer in numbers or place.offset or not x.is_contiguous():
                 raise NotPreparable("it returns something other than contiguous tensors that it allocated")
@@ -176,8 +197,12 @@ class Prepared:
         self._steps = [step.moved(numbers, offsets) for step in steps]
         self._launches = [_direct(step) for step in self._steps if step.launch.compiled is not None]
 
+    def fits(self, inputs: Sequence[Any]) -> bool:
+        """Check whether inputs that were the same view are so again."""
+        return all(inputs[index].data_ptr() == inputs[other].data_ptr() for index, other in self.aliases)
+
     def __call__(self, *inputs: Tensor | None) -> Any:
-        """Return the result for other inputs, which must have the `signature` of the original ones."""
+        """Return the result for other inputs that fit, with the `signature` of the original ones."""
         device = self._device
         tensors: list[Any] = [inputs[index] for index in self._inputs]
         for shape, dtype in self._outputs:
@@ -211,7 +236,7 @@ def prepare(function: Callable[..., Any], *inputs: Tensor | None) -> tuple[Any, 
         function: launches kernels on its inputs, on buffers that it allocates, and on constant tensors such
             as weights. It computes nothing with PyTorch's own operations, and returns contiguous tensors that
             it allocated, or inputs that it writes to.
-        inputs: tensors, no two of which share memory, or None.
+        inputs: tensors or None. Two of them share no memory, or are the same view.
 
     Returns:
         The function's result, and its repetition.
@@ -222,9 +247,13 @@ def prepare(function: Callable[..., Any], *inputs: Tensor | None) -> tuple[Any, 
     notes = _Notes(inputs)
     with notes, record(note=notes.note) as steps:
         result = function(*inputs)
-    if notes.computed:
-        raise NotPreparable(f"it computes with {', '.join(dict.fromkeys(notes.computed))}")
-    return result, Prepared(notes, steps, result)
+    try:
+        if notes.computed:
+            raise NotPreparable(f"it computes with {', '.join(dict.fromkeys(notes.computed))}")
+        return result, Prepared(notes, steps, result)
+    except NotPreparable as error:
+        error.result = result
+        raise
 
 
 def signature(inputs: Sequence[Tensor | None]) -> tuple[object, ...]:
@@ -261,6 +290,8 @@ class PreparedCalls:
         key = (key, signature(inputs))
         prepared = self._trusted.get(key)
         if prepared is not None:
+            if prepared.aliases and not prepared.fits(inputs):
+                return function(*inputs)
             self.repeated += 1
             return prepared(*inputs)
         if key in self._calls and self._calls[key] is None:
@@ -269,7 +300,7 @@ class PreparedCalls:
             return function(*inputs)
         return self._learn(key, function, inputs)
 
-    def _learn(self, key: object, function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> Any:
+    def _learn(self, key: object, function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
         if len(self._calls) >= self.LIMIT:
             self._calls.clear()
             self._trusted.clear()
@@ -278,13 +309,21 @@ class PreparedCalls:
             try:
                 result, self._calls[key] = prepare(function, *inputs)
                 return result
-            except NotPreparable:
+            except NotPreparable as error:
                 self._calls[key] = None
-                return function(*inputs)
+                return function(*inputs) if error.result is None else error.result
+        if not prepared.fits(inputs):
+            return function(*inputs)
+        try:
+            before = [inputs[index].clone() for index, _ in prepared.aliases]  # which may be overwritten
+        except torch.OutOfMemoryError:
+            return function(*inputs)
         result = function(*inputs)
         expected: list[Tensor] = []
         try:
             expected += [x.clone() for x in _tensors(result)]  # the repetition may write to the same place
+            for (index, _), x in zip(prepared.aliases, before, strict=True):
+                inputs[index].copy_(x)
             same = _same_bits(expected, _tensors(prepared(*inputs)))
             reason = "another result"
         except torch.OutOfMemoryError:  # of the comparison, which has time; the result is there, and stays
