@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -151,6 +151,10 @@ class CATSeg(reference_model.CATSeg):
             InputError: if the file is not a checkpoint, or not of this variant, and the message says what
                 it looks like; or if its digest is another one.
         """
+        if isinstance(classes, Mapping):
+            split_fold(classes)
+        elif classes is not None:
+            classes = check_classes(classes)  # before a download, and before the weights are read
         path = resolve(source, revision=revision, sha256=sha256)
         state_dict = read_checkpoint(path)
         if variant is None:

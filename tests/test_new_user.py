@@ -110,6 +110,23 @@ def test_errors_that_need_no_model_come_before_torch(tmp_path: Path) -> None:
         assert message in line, arguments
 
 
+@pytest.mark.parametrize(
+    "classes", [["sky", "sky"], {"sky"}, ["tree,"], {"a": []}, [], {"a": ["b"], "c": ["b"]}]
+)
+def test_classes_are_checked_before_anything_is_read_or_made(
+    classes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("catseg_fast.model.resolve", fail)
+    monkeypatch.setattr("catseg_fast.reference.clip.DenseCLIP.__init__", fail)
+    with pytest.raises((InputError, InputTypeError), match=r"^classes: "):
+        CATSeg.from_pretrained("v2-vitl", classes)
+    with pytest.raises((InputError, InputTypeError), match=r"^classes: "):
+        CATSeg("v2-vitl", classes)
+
+
 # ---- what the bundled weights know ------------------------------------------------------------------------
 
 
