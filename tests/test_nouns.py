@@ -36,7 +36,7 @@ def test_all_nouns_stream_in_memory_that_does_not_grow() -> None:
 
 @pytest.mark.slow
 def test_the_bundled_model_takes_all_nouns() -> None:
-    """On one core, about 20 minutes."""
+    """It takes about 20 minutes on one core."""
     from catseg_fast import CATSeg
 
     model = CATSeg.from_pretrained("demo", ready_list(NOUNS).classes, max_classes=None, device="cpu")

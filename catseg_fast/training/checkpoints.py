@@ -42,7 +42,7 @@ class Checkpoints:
 
         Raises:
             OSError: if it cannot be written, for example because the disk is full; earlier checkpoints
-            remain.
+                remain.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step)
