@@ -82,7 +82,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
     The yielded path has the same name, in a hidden folder of its own beside `path`. After an error, or an
     interruption, what was at `path` is still there, and the hidden folder is gone. The file has the
-    permissions that the umask leaves, whatever wrote it.
+    permissions that the umask leaves, for any writer.
 
     Args:
         path: the file to write.
@@ -189,7 +189,7 @@ def _flush_folder_to_disk(folder: Path) -> None:
 def _error_number(error: BaseException) -> int | None:
     """The errno of a failed write, from an error of Python or of a library that wraps it.
 
-    An error that names a file of its own is left alone: reading that file failed, not writing.
+    An error that names another file is not changed: reading that file failed, not writing.
     """
     if isinstance(error, ValueError | TypeError):  # of what was to be written
         return None

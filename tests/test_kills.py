@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from catseg_fast import export
 from catseg_fast.checkpoints.checkpoint import read_checkpoint
 from catseg_fast.data.folder import FolderDataset
 from catseg_fast.data.published import import_dataset
 from catseg_fast.data.scenes import write_dataset
+from catseg_fast.export import graph as export
 from catseg_fast.identity import result_digest
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.text import features_cache
@@ -37,6 +37,14 @@ from support.tiny import V2, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
+slow = pytest.mark.slow
+# What was done before a call B that is killed, and what is done afterwards.
+CALLS = [
+    ("nothing", "B"),
+    ("A", "A"),
+    *(pytest.param(*x, marks=slow) for x in (("nothing", "A"), ("A", "B"))),
+]
+COPIES = ((True, True), (False, True))
 TIMES = ("seconds", "seconds_median", "crc32", "environment", "date")  # what differs from run to run
 
 
@@ -84,7 +92,7 @@ def _timeless(value: Any) -> Any:
     return [_timeless(item) for item in value] if isinstance(value, list) else value
 
 
-@pytest.fixture(params=[5, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.fixture(params=[8, pytest.param(1, marks=slow)], ids=["some", "all"])
 def every(request: pytest.FixtureRequest) -> int:
     """Of the writers that take long, some kills: before each so many changes."""
     return int(request.param)
@@ -139,8 +147,7 @@ def vouched(folder: Path) -> str:
 A, B = ("--classes", "old; tree; sea"), ("--classes", "new; rock; mud; sun")
 
 
-@pytest.mark.parametrize("last", ["B", "A"])
-@pytest.mark.parametrize("before", ["nothing", "A"])
+@pytest.mark.parametrize(("before", "last"), CALLS)
 def test_segment(every: int, last: str, before: str, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     common = ("segment", "data/images", "-o", out, "--device", "cpu", "--format", "palette")
@@ -171,8 +178,7 @@ def evaluated(folder: Path) -> str:
     return f"{len(results['classes'])} classes"
 
 
-@pytest.mark.parametrize("last", ["B", "A"])
-@pytest.mark.parametrize("before", ["nothing", "A"])
+@pytest.mark.parametrize(("before", "last"), CALLS)
 def test_eval(every: int, last: str, before: str, pictures: Path, tmp_path: Path) -> None:
     out, names = tmp_path / "out", tmp_path / "names.txt"
     names.write_text("sky\ntree\nhouse\nsea\n")
@@ -213,9 +219,10 @@ def imported(folder: Path) -> str:
     return next(name for name, expected in kinds.items() if found == expected)
 
 
-@pytest.mark.parametrize("copies", [(False, False), (True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("last", ["B", "A"])
-@pytest.mark.parametrize("before", ["nothing", "A"])
+@pytest.mark.parametrize(
+    "copies", [(False, False), (True, False), *(pytest.param(x, marks=slow) for x in COPIES)]
+)
+@pytest.mark.parametrize(("before", "last"), CALLS)
 def test_import(copies: tuple[bool, bool], last: str, before: str, tmp_path: Path) -> None:
     for name in "xy":
         for part in ("im", "gt"):
@@ -298,8 +305,7 @@ class Program:
         path.with_name(f"{path.name}.data").write_text(self.name)
 
 
-@pytest.mark.parametrize("last", ["B", "A"])
-@pytest.mark.parametrize("before", ["nothing", "A"])
+@pytest.mark.parametrize(("before", "last"), CALLS)
 def test_export(last: str, before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = tiny_model(), tmp_path / "out"
     pytest.importorskip("onnxscript", reason="needs the extra: export")
@@ -340,8 +346,7 @@ def _without_npz(folder: Path) -> Content:
     return content
 
 
-@pytest.mark.parametrize("last", ["B", "A"])
-@pytest.mark.parametrize("before", ["nothing", "A"])
+@pytest.mark.parametrize(("before", "last"), CALLS)
 def test_train(every: int, last: str, before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, out = make_dataset(tmp_path / "data"), tmp_path / "out"
     add(data, "bb", np.array([[0, 1, 2], [1, 1, 0]], dtype=np.uint8))
@@ -414,7 +419,13 @@ def test_tune(tmp_path: Path) -> None:
     path = out / "GPU" / "mlp.json"
     versions = {"gpu": "GPU", "triton": "3", "torch": "2", "catseg_fast": "0", "date": "2026-01-01"}
     entries = [
-        {"kernel": "mlp", "dtype": "fp16", "precision": "ieee", "shape": [number], "config": {"rows": 16}}
+        {
+            "kernel": "mlp",
+            "dtype": "fp16",
+            "precision": "ieee",
+            "shape": {"hidden": number},
+            "config": {"rows": 16},
+        }
         for number in range(3)
     ]
 

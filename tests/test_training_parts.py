@@ -311,7 +311,7 @@ def test_the_command_trains_and_goes_on(data: Path, tmp_path: Path, monkeypatch:
     assert (output / "model.safetensors").stat().st_size > 0
     again = invoke(*arguments)
     assert again.exit_code == 0, again.output
-    assert "going on behind step 2 of 2" in again.stderr
+    assert "continuing after step 2 of 2" in again.stderr
     other = invoke(*arguments, "--lr", "1e-3")
     assert other.exit_code == 1
     assert "holds another run:" in other.stderr

@@ -52,7 +52,7 @@ def randomise(module: nn.Module) -> None:
     generator = torch.Generator(device).manual_seed(17)
 
     def normal(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+        return torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32)
 
     with torch.no_grad():
         for name, parameter in module.named_parameters():

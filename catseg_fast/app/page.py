@@ -1,4 +1,4 @@
-"""The page of `catseg-fast app`, in Gradio: its components, and what happens when they are used."""
+"""The page of `catseg-fast app`, in Gradio: its components and their events."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from PIL import Image
+from torch import OutOfMemoryError
 
 from catseg_fast._version import __version__
 from catseg_fast.app.viewer import heat_data, report_html, viewer_data
@@ -16,14 +17,15 @@ from catseg_fast.app.workbench import Loaded, Workbench, read_names
 from catseg_fast.console import stdout
 from catseg_fast.data.scenes import draw_scene
 from catseg_fast.data.scenes.words import HELD_OUT
+from catseg_fast.errors import CATSegError
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
 from catseg_fast.text.class_lists import DATA_SET_LISTS, ready_list, separator_notes
 
 OWN = "own names"
-VISITOR_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # shown; others are bugs, and logged
+VISITOR_ERRORS = (CATSegError, OSError, MemoryError, OutOfMemoryError)  # shown; others are bugs, and logged
 HOUR = 3600  # seconds that a visitor's picture is kept
-_EXAMPLE = (7, 10)  # what the generator of the first picture starts from
+_EXAMPLE = (7, 10)  # seed of the first picture
 _BUNDLED = (
     "The weights in this package know generated scenes only, such as the one below. For your own pictures, "
     "start the page with --weights v2-vitl."
@@ -36,15 +38,15 @@ _MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monosp
 class Page:
     """Handlers of the page's events.
 
-    A visitor's state is the picture as encoded and the last segmentation; vocabulary, back end and
-    max_classes may change without encoding the picture again.
+    A visitor's state is the encoded picture and the last segmentation. If vocabulary, back end or max_classes
+    change, the picture is not encoded again.
     """
 
     def __init__(self, model: CATSeg) -> None:
         self.bench = Workbench(model)
 
     def pick(self, name: str) -> tuple[Any, str]:
-        """A ready list for the text box, its names or its own name, and where it comes from."""
+        """Return a ready list for the text box (its names, or the list's name), and its source."""
         if name == OWN:
             return gr.skip(), ""
         entry = ready_list(name)
@@ -64,7 +66,7 @@ class Page:
         min_score: float = 0.0,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
-        """The new state, the viewer's value, the classes to choose from, no score map, and the report."""
+        """Return the new state, the viewer's value, the choice of classes, no score map, and the report."""
         if path is None:
             raise gr.Error("Drop a picture first.", print_exception=False)
         try:
@@ -92,26 +94,26 @@ class Page:
         return state, view, picker, None, report_html(report)
 
     def view(self, state: tuple[Loaded, Segmentation] | None, min_score: float) -> Any:
-        """The viewer's value: pixels whose best class has a lower score have none."""
+        """Return the viewer's value, in which pixels whose best class has a lower score have no class."""
         if state is None:
             return None
         loaded, segmentation = state
         return viewer_data(loaded.photo, segmentation.with_min_score(min_score or None))
 
     def score_map(self, state: tuple[Loaded, Segmentation] | None, index: int | None) -> Any:
-        """The value of the score map's viewer for a class."""
+        """Return the value of the score map's viewer for a class."""
         if state is None or index is None:
             return None
         loaded, segmentation = state
         return heat_data(loaded.photo, segmentation, int(index))
 
     def pick_class(self, event: gr.EventData) -> int:
-        """The class whose entry in the legend was clicked."""
+        """Return the class whose entry in the legend was clicked."""
         return int(event._data["index"])
 
 
 def build_page(model: CATSeg, untrained: bool = False, bundled: bool = False) -> gr.Blocks:
-    """The page for a model; nothing in it is fetched from elsewhere.
+    """Build the page for a model; it loads nothing from other servers.
 
     Args:
         model: with any classes, back end and `max_classes`; the last two are the page's defaults.
@@ -145,8 +147,8 @@ def build_page(model: CATSeg, untrained: bool = False, bundled: bool = False) ->
                     backend = gr.Radio(page.bench.backends(), value=model.backend, label="Back end")
                     limit = gr.Radio(
                         _limits(model.max_classes), value=str(model.max_classes or "all"),
-                        label="Classes aggregated a crop (max_classes)",
-                        info="Of more classes, only the best of each crop are looked at closely.",
+                        label="Classes aggregated per crop (max_classes)",
+                        info="If there are more classes, only the best of each crop are aggregated.",
                     )  # fmt: skip
                     sliding = gr.Radio(
                         [("crops and whole picture", "crops"), ("whole picture: faster, coarser", "whole")],
@@ -186,7 +188,7 @@ def build_page(model: CATSeg, untrained: bool = False, bundled: bool = False) ->
 
 
 def serve(page: gr.Blocks, host: str, port: int, browser: bool = False, wait: bool = True) -> str:
-    """Serve the page, until interrupted if it is to `wait`. Returns its address."""
+    """Serve the page, with `wait` until an interruption; return its address."""
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONOSPACE).set(
         block_title_background_fill="transparent", block_title_text_color="*body_text_color",
         block_title_padding="0", block_title_text_weight="600",
@@ -203,7 +205,7 @@ def serve(page: gr.Blocks, host: str, port: int, browser: bool = False, wait: bo
 
 
 def example_scene() -> tuple[Image.Image, list[str]]:
-    """The picture that the page starts with, a generated scene, and the names of what is in it."""
+    """Return the page's first picture, a generated scene, and the names of its classes."""
     scene = draw_scene(np.random.default_rng(_EXAMPLE), HELD_OUT, size=(480, 640))
     return Image.fromarray(scene.image), [
         thing if isinstance(thing, str) else thing.name for thing in scene.things

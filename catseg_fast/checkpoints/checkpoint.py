@@ -44,8 +44,8 @@ MOST_SHARING = 4  # times that a file's bytes may be in its tensors
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict of a checkpoint file, on the CPU in the file's dtypes, mapped into memory if possible.
 
-    The format is told from the content, not the name. What DataParallel, torch.compile, Lightning, DeepSpeed
-    and others put around a state dict or before its keys is taken off.
+    The format is recognised by the content, not the name. What DataParallel, torch.compile, Lightning,
+    DeepSpeed and others put around a state dict or before its keys is taken off.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -155,7 +155,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     The target appears whole or not at all; dtypes and keys stay as they are.
 
     Raises:
-        InputError: if the source is no CAT-Seg checkpoint, or the target has another suffix or is the source.
+        InputError: if the source is not a CAT-Seg checkpoint, or the target has another suffix or is the
+            source.
     """
     source, target = resolve(source), Path(target).expanduser()
     if target.suffix not in WEIGHTS:
@@ -175,7 +176,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
 
 
 def _own_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, contiguous, each alone in its storage (safetensors demands it)."""
+    """Return the same tensors, contiguous, each with its own storage, as safetensors requires."""
     seen: set[int] = set()
     own = {}
     for key, tensor in tensors.items():

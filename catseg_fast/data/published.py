@@ -58,8 +58,8 @@ def import_dataset(
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        InputError: if there are no annotations, one has no image or another size than it, cannot be read or
-            holds a value of no class, there are too many classes, or `target` has other classes.
+        InputError: if there are no annotations, one has no image or another size than its image, cannot be
+            read or holds a value of no class, there are too many classes, or `target` has other classes.
         OSError: if writing fails; FileExistsError if a file is in the way that no call has made.
     """
     if len(classes) > MOST_CLASSES:

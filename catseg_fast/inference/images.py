@@ -27,7 +27,7 @@ ImageLike: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
 )
 
-# Interpolating a float image in 0..255 may overshoot by rounding alone.
+# Interpolating a float image in 0..255 may overshoot by rounding.
 _ROUNDING = 1e-3
 _WARNINGS = Lock()  # the filters are the whole process's, and pictures may be read in threads
 _TURNS = {
@@ -132,7 +132,7 @@ def _read_content(file: BinaryIO, source: str, name: str) -> np.ndarray:
     try:
         with _open(file) as image:
             return _decode(image)
-    except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
+    except Exception as error:  # damaged files raise errors of many types
         reason = "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{name}: cannot read {source}: {reason}") from error
 
@@ -162,7 +162,7 @@ def _errors_of(path: Path, name: str) -> Iterator[None]:
         raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
     except IsADirectoryError:
         raise InputError(f"{name}: {str(path)!r} is a folder, not an image") from None
-    except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
+    except Exception as error:  # damaged files raise errors of many types
         raise InputError(f"{name}: cannot read {str(path)!r}: {error}") from error
 
 
@@ -196,7 +196,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in _TURNS else 1
-    except Exception:  # damaged tags raise whatever the reader stumbles over
+    except Exception:  # damaged tags raise errors of many types
         return 1
 
 

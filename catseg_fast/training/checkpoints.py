@@ -44,14 +44,18 @@ class Checkpoints:
 
         Raises:
             OSError: if it cannot be written, for example because the disk is full; earlier checkpoints
-            remain.
+                remain.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step)
         write_torch_file(path, content)
+        self.prune()
+        return path
+
+    def prune(self) -> None:
+        """Remove all but the last checkpoints; a run that was killed may have left one more."""
         for old in self.steps()[:-KEPT]:
             self.path(old).unlink(missing_ok=True)
-        return path
 
     def load(self) -> dict[str, Any] | None:
         """Return the last checkpoint that can be read, on the CPU; None if there is none.

@@ -90,7 +90,7 @@ def write_dataset(
 ) -> None:  # fmt: skip
     """Write scenes as `images/`, `annotations/` and `classes.json`; what is there already stays.
 
-    Each scene depends on split, seed, size and its own number alone.
+    Each scene only depends on split, seed, size and its own number.
 
     Args:
         folder: is made if need be.

@@ -29,8 +29,8 @@ from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
 from catseg_fast.errors import InputError
+from catseg_fast.export.target import FORMAT, check_target
 from catseg_fast.files import temporary_folder
-from catseg_fast.onnx_target import FORMAT, check_target
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
 if TYPE_CHECKING:
@@ -119,12 +119,12 @@ def export_onnx(
     crops: int = 1,
     begin: Callable[[str], object] = lambda stage: None,
 ) -> list[Path]:
-    """Write the model as ONNX, with what is needed to use it beside it; all of it, or nothing.
+    """Write the model as ONNX, with the files that are needed to use it; all of them, or nothing.
 
     Args:
         model: in evaluation mode, in fp32; its classes become the vocabulary that comes with it.
-        path: the .onnx file. Beside it come NAME.json, which tells inputs, outputs and how to go on, and
-            NAME.classes.npz with the classes' names and text features; where weights near 2 GB,
+        path: the .onnx file. Next to it are NAME.json, which describes inputs, outputs and the next steps,
+            NAME.classes.npz with the classes' names and text features, and, if the weights are near 2 GB,
             NAME.onnx.data.
         crops: images B of a call.
         begin: called with the name of each stage at its start.
