@@ -100,6 +100,8 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             if durable:
                 _flush_to_disk(temporary)
             os.replace(temporary, path)
+            if durable:
+                _flush_folder_to_disk(path.parent)
     except Exception as error:
         number = _error_number(error)
         if number is None:
@@ -114,7 +116,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     A process that is killed leaves its folder behind; the first folder that another process makes beside it
     sweeps it away.
     """
-    _sweep(parent)
+    sweep(parent)
     name = f"{_OURS}{_host()}-{os.getpid()}-{_started(os.getpid())}-{secrets.token_hex(4)}.tmp"
     folder = parent / name
     folder.mkdir()
@@ -124,7 +126,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sweep(parent: Path) -> None:
+def sweep(parent: Path) -> None:
     """Remove the folders that killed processes left in `parent`; once per folder and process."""
     key = (os.getpid(), os.path.realpath(parent))
     if key in _swept:
@@ -171,6 +173,17 @@ def _started(process: int) -> int | None:
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _flush_folder_to_disk(folder: Path) -> None:
+    """Let the disk have the names of the files in a folder, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _error_number(error: BaseException) -> int | None:

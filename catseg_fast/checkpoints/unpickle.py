@@ -237,6 +237,6 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def shown(name: str, longest: int = 100) -> str:
-    """x: escaped, and cut where it is long."""
+    """Return a name from a file as it may stand in a message: escaped, and cut where it is long."""
     text = name if name.isprintable() else ascii(name)
     return text if len(text) <= longest else f"{text[:longest]}…"

@@ -197,6 +197,8 @@ def evaluate(
             about |= {"min_score": min_score, "ignore_unlabelled": ignore_unlabelled}
         rows: list[tuple[dict[str, Any], Evaluation]] = []
         with join(target, objects=True) as processes:
+            if restart and processes.first:  # of the label maps that are now replaced
+                written.unlink(missing_ok=True)
             for combination in combinations:
                 with stderr.status("Loading the model …"):
                     model = build_model(

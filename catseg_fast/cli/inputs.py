@@ -33,7 +33,7 @@ class _Search:
 
     Attributes:
         output: folder of the results, resolved.
-        results, hidden, links: numbers of files or folders.
+        results, hidden, links, unreadable: numbers of files or folders.
         others: numbers of files by suffix.
     """
 
@@ -41,6 +41,7 @@ class _Search:
     results: int = 0
     hidden: int = 0
     links: int = 0
+    unreadable: int = 0
     others: Counter[str] = field(default_factory=Counter)
 
     def takes(self, path: Path, base: Path) -> bool:
@@ -72,6 +73,8 @@ class _Search:
             parts.append(_number(self.hidden, "hidden file or folder", "hidden files and folders"))
         if self.links:
             parts.append(_number(self.links, "linked folder") + " already searched")
+        if self.unreadable:
+            parts.append(_number(self.unreadable, "folder") + " that cannot be read")
         return ", ".join(parts)
 
 
@@ -170,10 +173,14 @@ def _walk(folder: Path, search: _Search) -> Iterator[Path]:
     """Yield all files in a folder; those behind links come last, unless they were found before."""
     seen: set[tuple[int, int]] = set()
     waiting = [folder]
+
+    def skip(error: OSError) -> None:
+        search.unreadable += 1
+
     while waiting:
         start = waiting.pop(0)
         links: list[Path] = []
-        for parent, folders, files in os.walk(start):
+        for parent, folders, files in os.walk(start, onerror=skip):
             here = os.stat(parent)
             if (here.st_dev, here.st_ino) in seen:
                 search.links += 1

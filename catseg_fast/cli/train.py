@@ -168,6 +168,9 @@ def train(
 
         from catseg_fast.data.folder import FolderDataset
         from catseg_fast.training import Recipe, Trainer
+        from catseg_fast.training.output import check_output
+
+        check_output(output)
 
         recipe = Recipe(
             steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, warmup=warmup,

@@ -29,7 +29,7 @@ from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
 from catseg_fast.errors import InputError
-from catseg_fast.export.target import check_target
+from catseg_fast.export.target import FORMAT, check_target
 from catseg_fast.files import temporary_folder
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
@@ -135,6 +135,7 @@ def export_onnx(
     Raises:
         FileNotFoundError, ValueError: if the path has no folder or another suffix, or the model is not in
             evaluation mode and fp32.
+        FileExistsError: if a file beside the .onnx would be replaced that is not of an earlier export.
         ImportError: if onnx or onnxscript is missing (`pip install "catseg-fast[export]"`).
     """
     path = check_target(path)
@@ -157,8 +158,11 @@ def export_onnx(
         np.savez(folder / f"{path.stem}.classes.npz", classes=np.array(model.classes), text_features=text)
         card = json.dumps(describe(model, path, crops), indent=2, ensure_ascii=False) + "\n"
         (folder / f"{path.stem}.json").write_text(card, encoding="utf-8", errors="backslashreplace")
-        names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == path.name)
-        for name in names:  # the model itself last
+        # The card tells whose files these are. The model vouches for them: it is removed first, written last.
+        order = {f"{path.stem}.json": 0, path.name: 2}
+        names = sorted((file.name for file in folder.iterdir()), key=lambda name: order.get(name, 1))
+        path.unlink(missing_ok=True)
+        for name in names:
             os.replace(folder / name, path.with_name(name))
     return [path.with_name(name) for name in reversed(names)]
 
@@ -186,7 +190,7 @@ def describe(model: CATSeg, path: Path, crops: int) -> dict[str, Any]:
     window, side = model.window, 4 * model.variant.feature_resolution[0]
     text = f"[classes, {len(model.templates)}, {model.variant.clip.embed_dim}]"
     return {
-        "format": "catseg-fast onnx 1",
+        "format": f"{FORMAT} 1",
         "catseg_fast": __version__,
         "variant": model.variant.name,
         "model": path.name,
