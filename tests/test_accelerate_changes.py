@@ -1,4 +1,4 @@
-"""What changes after `accelerate` is noticed at the next call."""
+"""Changes of a model after `accelerate`: each is noticed at the next call."""
 
 from __future__ import annotations
 
