@@ -423,7 +423,7 @@ def test_tune(tmp_path: Path) -> None:
             "kernel": "mlp",
             "dtype": "fp16",
             "precision": "ieee",
-            "shape": {"hidden": number},
+            "shape": {"hidden": number, "crop_classes": 255},
             "config": {"rows": 16},
         }
         for number in range(3)
