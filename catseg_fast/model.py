@@ -20,7 +20,7 @@ from catseg_fast.checkpoints.checkpoint import (
     recognise_variant,
     resolve,
 )
-from catseg_fast.config import Variant, get_variant
+from catseg_fast.config import MAX_PIXELS, Variant, get_variant
 from catseg_fast.console import late_progress
 from catseg_fast.engine.class_parallel import SOFTMAX, ClassShare
 from catseg_fast.engine.engine import Engine
@@ -31,9 +31,9 @@ from catseg_fast.engine.recording import AFTER, Recorder
 from catseg_fast.engine.terms import VocabularyTerms
 from catseg_fast.errors import InputError, RunError
 from catseg_fast.graphs import ModelGraphs
-from catseg_fast.inference.encoding import EncodedImage, encode
+from catseg_fast.inference.encoding import LARGE_PIXELS, EncodedImage, encode
 from catseg_fast.inference.explain import explain
-from catseg_fast.inference.images import ImageLike, load_image
+from catseg_fast.inference.images import ImageLike, check_max_pixels, load_pixels
 from catseg_fast.inference.readout import (
     Probabilities,
     Readout,
@@ -63,6 +63,7 @@ class CATSeg(reference_model.CATSeg):
             free. `engine` has further settings.
         text_cache: True to keep text features in the user's cache folder, so that the next start with the
             same classes encodes none; False for not; another folder; or a `FeaturesCache` with its own limit.
+        max_pixels: most pixels of a picture's file, looked up before it is decoded; None for no limit.
         **kwargs: further arguments of `catseg_fast.reference.model.CATSeg`.
     """
 
@@ -77,11 +78,12 @@ class CATSeg(reference_model.CATSeg):
         max_classes: int | Literal["upstream"] | None = "upstream",
         memory_budget: int | str | None = None,
         text_cache: bool | str | os.PathLike[str] | FeaturesCache = True,
+        max_pixels: int | None = MAX_PIXELS,
         **kwargs: Any,
     ) -> None:
         super().__init__(variant, classes, **kwargs)
         self.text_encoder = TextEncoder(FeaturesCache.of(text_cache))
-        self.backend = backend
+        self.backend, self.max_pixels = backend, check_max_pixels(max_pixels)
         if max_classes != "upstream":
             self.max_classes = max_classes
         self.engine.memory_budget = memory_budget
@@ -273,22 +275,26 @@ class CATSeg(reference_model.CATSeg):
         nothing is padded or cut.
 
         Args:
-            image: path, PIL image, numpy array `[H, W, 3]` or tensor `[3, H, W]`; RGB in 0..255. Or what
-                `encode` made of one.
+            image: path, a file's content as bytes, PIL image, numpy array `[H, W, 3]` or tensor
+                `[3, H, W]`; RGB in 0..255. Or what `encode` made of one.
             sliding_window: whether to look at overlapping crops; by default the model's own setting.
             top_k: also return so many classes per pixel.
             keep_logits: let the answer have a `score_map` of every class; 37 KB per class and crop in fp32.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, it was encoded
-                otherwise, no classes are set, or `top_k` is not positive.
+            FileNotFoundError, TypeError, ValueError: if the image cannot be read, has more than `max_pixels`,
+                is none, or was encoded otherwise; if no classes are set, or `top_k` is not positive.
         """
         if isinstance(image, EncodedImage) or keep_logits:
             return label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
         sliding = self.sliding_window if sliding_window is None else sliding_window
-        pixels = load_image(image).to(self.device)
+        pixels = load_pixels(image, max_pixels=self.max_pixels).to(self.device)
         readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
-        return self._label(pixels, readout, top_k)
+        if pixels[0].numel() <= LARGE_PIXELS:
+            return self._label(pixels, readout, top_k)
+        encoded = self._encode([pixels], [readout])
+        del pixels, image  # before the labels take as much memory
+        return label(self, encoded, top_k)[0]
 
     def segment_batch(
         self,
@@ -381,7 +387,7 @@ class CATSeg(reference_model.CATSeg):
             if isinstance(image, EncodedImage):
                 image.check(self.aggregator.conv1.weight, sliding_window)
                 continue
-            pixels.append(load_image(image).to(self.device))
+            pixels.append(load_pixels(image, max_pixels=self.max_pixels).to(self.device))
             height, width = pixels[-1].shape[-2:]
             readouts.append(Readout((height, width), self.window if sliding else None))
         fresh = iter(self._encode(pixels, readouts) if pixels else ())
@@ -392,7 +398,7 @@ class CATSeg(reference_model.CATSeg):
         share = self.engine.share
         if share is None:
             return encode(self, images, readouts)
-        pixels = [(image.shape, int(image.long().sum())) for image in images]
+        pixels = [(image.shape, _sum(image)) for image in images]
         with share.together(self.device, pixels, readouts):
             return encode(self, images, readouts)
 
@@ -407,3 +413,8 @@ class CATSeg(reference_model.CATSeg):
         if self._vocabulary is None or not all(map(operator.is_, self._vocabulary[0], key)):
             self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes, plan))
         return self._vocabulary[1]
+
+
+def _sum(image: Tensor) -> int:
+    """The sum of an image's values, without a copy of all of them."""
+    return sum(int(part.long().sum()) for part in image.flatten().split(2**24))

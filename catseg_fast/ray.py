@@ -7,11 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from PIL import Image
-from torch import Tensor
-
 from catseg_fast.errors import InputTypeError, MissingPackageError
-from catseg_fast.inference.images import load_image
+from catseg_fast.inference.images import load_pixels
 from catseg_fast.model import CATSeg
 from catseg_fast.output.overlay import label_png
 from catseg_fast.output.results import summarise
@@ -116,7 +113,7 @@ class _Segmenter:
             raise ValueError(f"column: a row has {', '.join(row)}, not {column or ' or '.join(COLUMNS)}")
         kept = {name: value for name, value in row.items() if name != column or COLUMNS.get(name, True)}
         try:
-            image = _load(row[column], column)
+            image = load_pixels(row[column], column, self.model.max_pixels)
         except (OSError, TypeError, ValueError) as error:
             if self.on_error == "raise":
                 raise
@@ -130,13 +127,3 @@ class _Segmenter:
         kept["mean_score"] = segmentation.scores.double().mean().item()
         kept["classes"] = [entry for entry in summarise(segmentation) if entry["share"]]
         return kept if self.on_error == "raise" else {**kept, "error": None}
-
-
-def _load(picture: Any, column: str) -> Tensor:
-    """As `load_image`, of a file's content, too."""
-    if isinstance(picture, bytes):
-        try:
-            picture = Image.open(io.BytesIO(picture))
-        except OSError as error:
-            raise ValueError(f"{column}: cannot decode the {len(picture)} bytes as an image") from error
-    return load_image(picture, column)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from PIL import Image, ImageOps
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from catseg_fast.app.memory_meter import MemoryMeter
 from catseg_fast.backend import BACKENDS, choose_backend
+from catseg_fast.config import MAX_PIXELS
 from catseg_fast.engine.schedule import format_bytes
 from catseg_fast.files import file_digest, open_regular
 from catseg_fast.inference.encoding import EncodedImage
-from catseg_fast.inference.images import load_image
+from catseg_fast.inference.images import load_bytes
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
 from catseg_fast.text.class_lists import parse_classes
@@ -101,7 +103,7 @@ class Workbench:
         with MemoryMeter(model.device) as meter:
             if loaded is None or loaded.key != key:
                 start = time.perf_counter()
-                photo = load_photo(path)
+                photo = load_photo(path, model.max_pixels)
                 loaded = Loaded(key, photo, model.encode(photo, sliding_window=sliding_window))
                 encoding = self._since(start)
             start = time.perf_counter()
@@ -154,14 +156,15 @@ def read_names(text: str) -> list[str]:
     return parse_classes(text.replace("\n", ";"))
 
 
-def load_photo(path: str | Path) -> Tensor:
+def load_photo(path: str | Path, max_pixels: int | None = MAX_PIXELS) -> Tensor:
     """A picture upright, uint8 `[3, H, W]`, at most `MAX_SIDE` pixels wide and high.
 
     Raises:
-        FileNotFoundError, ValueError: if it cannot be read.
+        FileNotFoundError, ValueError: if it cannot be read, or has more than `max_pixels`.
     """
-    photo = load_image(path).round().byte()
+    photo = load_bytes(path, max_pixels=max_pixels)
     if max(photo.shape) <= MAX_SIDE:
         return photo
-    picture = Image.fromarray(photo.permute(1, 2, 0).numpy())
-    return load_image(ImageOps.contain(picture, (MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)).byte()
+    size, method = (MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS
+    channels = [ImageOps.contain(Image.fromarray(channel.numpy()), size, method) for channel in photo]
+    return torch.stack([torch.from_numpy(np.array(channel)) for channel in channels])

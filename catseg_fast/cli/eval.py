@@ -16,12 +16,14 @@ from catseg_fast.backend import BACKENDS, choose_backend, default_device
 from catseg_fast.cli.options import (
     DTYPES,
     Device,
+    MaxPixels,
     Seed,
     TextCache,
     VariantName,
     build_model,
     weights_or_bundled,
 )
+from catseg_fast.config import MAX_PIXELS
 from catseg_fast.console import (
     Debug,
     choice,
@@ -120,6 +122,7 @@ def evaluate(
     ] = False,
     device: Device = None,
     text_cache: TextCache = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -149,7 +152,7 @@ def evaluate(
         target = own_device(device or str(default_device()))
         for name in backend:
             choose_backend(name, target)  # fail before anything is loaded
-        dataset = FolderDataset(data)
+        dataset = FolderDataset(data, max_pixels)
         classes = _class_names(dataset, classes_file)
         written = output / "results.json"
         check_target(written)

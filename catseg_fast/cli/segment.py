@@ -21,6 +21,7 @@ from catseg_fast.cli.options import (
     ClassesList,
     Device,
     Dtype,
+    MaxPixels,
     Seed,
     SlidingWindow,
     TextCache,
@@ -30,6 +31,7 @@ from catseg_fast.cli.options import (
     class_names,
     weights_or_bundled,
 )
+from catseg_fast.config import MAX_PIXELS
 from catseg_fast.console import (
     Debug,
     describe,
@@ -93,6 +95,7 @@ def segment(
     backend: Backend = "auto",
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     text_cache: TextCache = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     seed: Seed = 0,
     class_parallel: Annotated[
         bool,
@@ -149,7 +152,9 @@ def segment(
         from catseg_fast.cli.batch import Batch
 
         start = time.perf_counter()
-        work = Batch(conductor or model, about, alpha=alpha, size=batch, overwrite=overwrite)
+        work = Batch(
+            conductor or model, about, alpha=alpha, size=batch, overwrite=overwrite, max_pixels=max_pixels
+        )
         outcomes = _segment_all(work, pictures, debug)
         seconds = time.perf_counter() - start
         if conductor is not None:

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from catseg_fast.config import CROP_SIZE
 from catseg_fast.inference.readout import Readout
-from catseg_fast.reference.inference import pad_to_multiple
+from catseg_fast.reference.inference import pad_to_multiple, resize
 from catseg_fast.reference.model import normalise
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
+
+
+# Above so many pixels, memory counts for more than the time of a few more calls.
+LARGE_PIXELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,7 @@ class EncodedImage:
 @torch.no_grad()
 def encode(model: CATSeg, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:
     """Encode images `[3, H, W]`, in one call where their crops are of one size."""
-    inputs = [
-        _crops(image, readout, model.size_divisibility)
-        for image, readout in zip(images, readouts, strict=True)
-    ]
+    inputs = [_crops(model, image, readout) for image, readout in zip(images, readouts, strict=True)]
     if len({clip_images.shape[1:] for clip_images, _ in inputs}) > 1:
         pairs = zip(images, readouts, strict=True)
         return [encoded for image, readout in pairs for encoded in encode(model, [image], [readout])]
@@ -72,11 +74,28 @@ def encode(model: CATSeg, images: Sequence[Tensor], readouts: Sequence[Readout])
     return [EncodedImage(*part, dtype=model.dtype) for part in parts]
 
 
-def _crops(image: Tensor, readout: Readout, divisor: int) -> tuple[Tensor, Tensor]:
-    """An image's crops `[B, 3, H, W]`, normalised twice, as `CATSeg.encode_images` wants them."""
+def _crops(model: CATSeg, image: Tensor, readout: Readout) -> tuple[Tensor, Tensor]:
+    """An image's crops `[B, 3, H, W]`, normalised twice, as `CATSeg.encode_images` expects them."""
     if readout.window is not None:
-        return normalise(readout.window.crops(image))
-    clip_images, images = normalise(image[None])
-    if readout.visible is None:
-        return clip_images, images
-    return pad_to_multiple(clip_images, divisor), pad_to_multiple(images, divisor)  # upstream's call
+        side = readout.window.crop_size
+        resized, whole = _resize(image, readout.window.resolution), _resize(image, (side, side))
+        return normalise(readout.window.cut(resized, whole))
+    if readout.visible is not None:  # upstream's call
+        clip_images, images = normalise(image[None])
+        divisor = model.size_divisibility
+        return pad_to_multiple(clip_images, divisor), pad_to_multiple(images, divisor)
+    side = model.variant.clip.input_size
+    clip_images, images = normalise(_resize(image, (side, side))[None])
+    if model.backbone is not None and side != CROP_SIZE:
+        _, images = normalise(_resize(image, (CROP_SIZE, CROP_SIZE))[None])
+    return clip_images, images
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize `[3, H, W]` of any real type to float32 `[3, *size]`.
+
+    A large image has no float copy of all its channels: in float32 they take 12 bytes per pixel.
+    """
+    if image.dtype == torch.float32 or image[0].numel() <= LARGE_PIXELS:
+        return resize(image[None].to(torch.float32), size)[0]
+    return torch.cat([resize(channel[None, None].to(torch.float32), size)[0] for channel in image])

@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from threading import Lock
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image
 from torch import Tensor
 
-from catseg_fast.errors import InputTypeError
-from catseg_fast.files import open_regular
+from catseg_fast.config import MAX_PIXELS
+from catseg_fast.errors import InputError, InputTypeError
+from catseg_fast.inference.decoding import Upright, check_pixels, opened, upright_size
 
-ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 
 # Interpolating a float image in 0..255 may overshoot by rounding alone.
 _ROUNDING = 1e-3
-_WARNINGS = Lock()  # the filters are the whole process's, and pictures may be read in threads
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # from the orientation as it is stored
-_SIDEWAYS = (5, 6, 7, 8)
-_TIFF_WIDTH, _TIFF_LENGTH = 256, 257
 # Pillow only recognises the first five; EPS it hands to Ghostscript.
 _NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
-_WANTED = "a path, a PIL image, a numpy array [H, W, 3] or a torch tensor [3, H, W]"
+_EXPECTED = (
+    "a path, a file's content as bytes, a PIL image, a numpy array [H, W, 3] or a torch tensor [3, H, W]"
+)
 
 
-def load_image(image: ImageLike, name: str = "image") -> Tensor:
+def load_image(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
     """Turn any accepted image into a float32 tensor [3, H, W] of RGB values in 0..255.
 
     Files and PIL images are turned upright by their EXIF orientation and converted to 8-bit RGB from any
@@ -53,36 +39,60 @@ def load_image(image: ImageLike, name: str = "image") -> Tensor:
     Args:
         image: what to read.
         name: the argument's name in error messages.
+        max_pixels: most pixels of a file or PIL image, looked up before it is decoded; None for no limit.
 
     Raises:
         FileNotFoundError: if the path does not exist.
-        ValueError: if a file cannot be decoded, or a shape or value is not an image's.
+        ValueError: if a file cannot be decoded or has too many pixels, or a shape or value is not an image's.
         TypeError: if the object or its dtype is not supported.
     """
-    if isinstance(image, str | os.PathLike):
-        return _from_array(_read(Path(image), name), name)
+    return load_pixels(image, name, max_pixels).to(torch.float32)
+
+
+def load_pixels(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
+    """`load_image`, but what holds 8 bits stays uint8, a quarter of the memory."""
+    check_max_pixels(max_pixels)
+    if isinstance(image, bytes | str | os.PathLike):
+        with opened(image if isinstance(image, bytes) else Path(image), name, max_pixels) as file:
+            return _from_picture(file, name if isinstance(image, bytes) else f"{name}: {str(image)!r}")
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ValueError(f"{name}: the image is empty ({image.width}x{image.height})")
+        check_pixels(image.size, max_pixels, f"{name}: the image")
         try:
-            array = _decode(image)
+            return _from_picture(image, name)
+        except InputError:
+            raise
         except Exception as error:  # an opened file is decoded only now
             raise ValueError(f"{name}: cannot decode the image: {error}") from error
-        return _from_array(array, name)
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     if isinstance(image, Tensor):
         return _from_tensor(image, name)
-    raise InputTypeError(f"{name}: expected {_WANTED}, got {type(image).__name__}")
+    raise InputTypeError(f"{name}: expected {_EXPECTED}, got {type(image).__name__}")
 
 
-def image_size(path: Path, name: str = "image") -> tuple[int, int]:
+def load_bytes(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
+    """`load_image`, rounded to uint8."""
+    pixels = load_pixels(image, name, max_pixels)
+    return pixels if pixels.dtype == torch.uint8 else pixels.round().byte()
+
+
+def image_size(path: Path, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> tuple[int, int]:
     """Return the (H, W) that `load_image` gives for a file, from its header; errors as of `load_image`."""
-    with _errors_of(path, name), open_regular(path) as file, _open(file) as image:
-        width, height = image.size
-        if isinstance(image, TiffImageFile):  # some versions of Pillow swap the sides of `size`
-            width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_LENGTH]
-        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+    with opened(path, name, max_pixels) as image:
+        return upright_size(image)
+
+
+def check_max_pixels(max_pixels: int | None) -> int | None:
+    """Return a limit of pixels.
+
+    Raises:
+        InputError: if it is not positive.
+    """
+    if max_pixels is not None and max_pixels <= 0:
+        raise InputError(f"max_pixels: {max_pixels} is not positive; None is no limit")
+    return max_pixels
 
 
 @cache
@@ -94,65 +104,17 @@ def picture_suffixes() -> frozenset[str]:
     )
 
 
-def _read(path: Path, name: str) -> np.ndarray:
-    """Decode a file to an array for `_from_array`."""
-    with _errors_of(path, name), open_regular(path) as file, _open(file) as image:
-        return _decode(image)
-
-
-@contextmanager
-def _errors_of(path: Path, name: str) -> Iterator[None]:
-    """Give errors of reading a file the argument's name and the path."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
-    except IsADirectoryError:
-        raise ValueError(f"{name}: {str(path)!r} is a folder, not an image") from None
-    except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
-        raise ValueError(f"{name}: cannot read {str(path)!r}: {error}") from error
-
-
-def _open(file: BinaryIO) -> Image.Image:
-    """Pillow warns from 89 megapixels on, which cameras reach; twice that it still refuses."""
-    with _WARNINGS, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file)
-
-
-def _decode(image: Image.Image) -> np.ndarray:
-    """An upright copy of a PIL image: uint8 [H, W, 3] or [H, W], or floats [H, W] for mode `F`."""
-    image.load()  # reading a TIFF turns it
-    if (method := _TURNS.get(_orientation(image))) is not None:
-        image = image.transpose(method)
-    if image.mode == "F":
-        return np.array(image)
-    if image.mode.startswith("I"):
-        return _eight_bit(np.array(image))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1..8; 1 if there is none, or none that can be read.
-
-    `ImageOps.exif_transpose` also writes all other tags again, and fails for values that it reads but cannot
-    write, such as the rational -1/0.
-    """
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation if orientation in _TURNS else 1
-    except Exception:  # damaged tags raise whatever the reader stumbles over
-        return 1
-
-
-def _eight_bit(grey: np.ndarray) -> np.ndarray:
-    """Scale a 16-bit grey [H, W] to uint8; Pillow's mode `I` (int32) holds one too in some formats."""
-    low, high = int(grey.min()), int(grey.max())
-    if low < 0 or high > 65535:
-        raise ValueError(f"expected 16-bit grey values, got {low}..{high}")
-    return ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+def _from_picture(image: Image.Image, name: str) -> Tensor:
+    """Decode an opened image."""
+    picture = Upright(image)
+    dtype = torch.float32 if picture.floating else torch.uint8
+    pixels = torch.empty(3, picture.height, picture.width, dtype=dtype)
+    for rows, strip in picture.strips():
+        values = torch.from_numpy(strip)
+        pixels[:, rows] = values.permute(2, 0, 1) if values.ndim == 3 else values
+    if not picture.floating:
+        return pixels
+    return _validated(pixels[:1], [picture.height, picture.width], name)
 
 
 def _from_array(array: np.ndarray, name: str) -> Tensor:
@@ -162,10 +124,12 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
         raise InputTypeError(
             f"{name}: expected an array of uint8 or floating values in 0..255, got {array.dtype}"
         )
-    channels_first = np.atleast_3d(array).transpose(2, 0, 1)
+    shape, channels_first = list(array.shape), np.atleast_3d(array).transpose(2, 0, 1)
+    if array.dtype == np.uint8:
+        return _rgb(torch.from_numpy(np.array(channels_first, order="C")), shape, name)
     with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
         values = torch.from_numpy(np.array(channels_first, dtype=np.float32, order="C"))
-    return _validated(values, array.dtype.kind == "f", list(array.shape), name)
+    return _validated(values, shape, name)
 
 
 def _from_tensor(tensor: Tensor, name: str) -> Tensor:
@@ -177,30 +141,37 @@ def _from_tensor(tensor: Tensor, name: str) -> Tensor:
         raise InputTypeError(
             f"{name}: expected a tensor of uint8 or floating values in 0..255, got {str(tensor.dtype)[6:]}"
         )
-    return _validated(tensor.to(torch.float32), tensor.is_floating_point(), shape, name)
+    if tensor.dtype == torch.uint8:
+        return _rgb(tensor, shape, name)
+    return _validated(tensor.to(torch.float32), shape, name)
 
 
-def _validated(values: Tensor, floating: bool, shape: list[int], name: str) -> Tensor:
+def _validated(values: Tensor, shape: list[int], name: str) -> Tensor:
     """Check float32 `values` [1 or 3, H, W] that came as an input of `shape`; return them as RGB."""
+    rgb = _rgb(values, shape, name)
+    low, high = (bound.item() for bound in values.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = values.numel() - int(values.isfinite().sum())
+        raise InputError(
+            f"{name}: {bad} of {values.numel()} values are NaN or infinite in the image of shape {shape}"
+        )
+    if low < -_ROUNDING or high > 255 + _ROUNDING:
+        raise InputError(
+            f"{name}: expected values in 0..255, got {low:g}..{high:g} in the image of shape {shape}"
+        )
+    if 0 < high <= 1:
+        only = bool(((values == 0) | (values == 1)).all())
+        got = "only the values 0 and 1" if only else f"{low:g}..{high:g}"
+        hint = "; if it is nearly black, pass it as uint8" if only else ""
+        raise InputError(
+            f"{name}: expected values in 0..255, got {got} in the image of shape {shape}, "
+            f"which looks like 0..1; multiply by 255{hint}"
+        )
+    return rgb
+
+
+def _rgb(values: Tensor, shape: list[int], name: str) -> Tensor:
+    """Return `values` [1 or 3, H, W] that came as an input of `shape` as [3, H, W]."""
     if values.numel() == 0:
-        raise ValueError(f"{name}: the image is empty, got shape {shape}")
-    if floating:
-        low, high = (bound.item() for bound in values.detach().aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            bad = values.numel() - int(values.isfinite().sum())
-            raise ValueError(
-                f"{name}: {bad} of {values.numel()} values are NaN or infinite in the image of shape {shape}"
-            )
-        if low < -_ROUNDING or high > 255 + _ROUNDING:
-            raise ValueError(
-                f"{name}: expected values in 0..255, got {low:g}..{high:g} in the image of shape {shape}"
-            )
-        if 0 < high <= 1:
-            only = bool(((values == 0) | (values == 1)).all())
-            got = "only the values 0 and 1" if only else f"{low:g}..{high:g}"
-            hint = "; if it is nearly black, pass it as uint8" if only else ""
-            raise ValueError(
-                f"{name}: expected values in 0..255, got {got} in the image of shape {shape}, "
-                f"which looks like 0..1; multiply by 255{hint}"
-            )
+        raise InputError(f"{name}: the image is empty, got shape {shape}")
     return values.expand(3, -1, -1).contiguous()

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageColor
 
+from catseg_fast.output.strips import row_strips
+
 Colours = NDArray[np.uint8]
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -76,7 +78,10 @@ def shades(colour: tuple[int, int, int], count: int) -> Colours:
 
 
 def colours_for(
-    classes: Sequence[str], labels: NDArray[np.integer], photo: NDArray[np.uint8], alpha: float = 0.55
+    classes: Sequence[str],
+    labels: NDArray[np.integer],
+    photo: NDArray[np.uint8],
+    alpha: float = 0.55,
 ) -> Colours:
     """Colours of classes over a picture, uint8 `[T, 3]`.
 
@@ -92,13 +97,7 @@ def colours_for(
     """
     count = len(classes)
     colours, named = _by_name(classes)
-    pixels = np.bincount(labels.ravel(), minlength=count)
-    present = pixels.nonzero()[0]
-    pixels = pixels[present]
-    index = np.searchsorted(present, np.arange(count))[labels]
-    sums = [np.bincount(index.ravel(), photo[..., c].ravel(), len(present)) for c in range(3)]
-    means = np.stack(sums, axis=1) / pixels[:, None]
-    beside = _touching(index, len(present))
+    pixels, present, means, beside = _areas(labels, photo, count)
     reach = alpha * _ADJACENT
     spare = class_colours(count + _CANDIDATES)[count:]
     seen = np.empty_like(means)  # each class's pixels on average, its colour over them
@@ -133,6 +132,30 @@ def _by_name(classes: Sequence[str]) -> tuple[Colours, dict[int, tuple[int, int,
     for colour, indices in alike.items():
         colours[indices] = shades(colour, len(indices))
     return colours, named
+
+
+def _areas(
+    labels: NDArray[np.integer], photo: NDArray[np.uint8], count: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
+    """The classes that occur: numbers of their pixels, their indices, their pixels on average, and which of
+    them touch. Indices of all rows at once would take 8 bytes per pixel.
+    """
+    strips = row_strips(*labels.shape)
+    pixels = np.zeros(count, np.int64)
+    for rows in strips:
+        pixels += np.bincount(labels[rows].ravel(), minlength=count)
+    present = pixels.nonzero()[0]
+    place = np.searchsorted(present, np.arange(count))
+    sums = np.zeros((len(present), 3))
+    beside = np.zeros((len(present), len(present)), bool)
+    for rows in strips:
+        index = place[labels[rows]].ravel()
+        for channel in range(3):
+            sums[:, channel] += np.bincount(index, photo[rows, :, channel].ravel(), len(present))
+        edge = labels[max(0, rows.start - 1) : rows.stop]  # with the row above
+        beside |= _touching(place[edge], len(present))
+    pixels = pixels[present]
+    return pixels, present, sums / pixels[:, None], beside
 
 
 def _touching(index: NDArray[np.integer], count: int) -> NDArray[np.bool_]:

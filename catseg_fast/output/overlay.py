@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from catseg_fast.output.colours import Colours, colours_for
+from catseg_fast.output.strips import row_strips
 
 _PAPER, _INK, _FAINT = (250, 250, 250), (35, 35, 40), (120, 120, 128)
 _OUTLINE = (190, 190, 196)
@@ -28,7 +29,10 @@ def class_shares(labels: Tensor, count: int) -> Tensor:
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= count:
         raise ValueError(f"labels: expected values in 0..{count - 1} for {count} classes, got {low}..{high}")
-    return torch.bincount(labels.flatten(), minlength=count).double() / labels.numel()
+    pixels = torch.zeros(count, dtype=torch.int64, device=labels.device)
+    for rows in row_strips(*labels.shape):
+        pixels += torch.bincount(labels[rows].flatten(), minlength=count)
+    return pixels.double() / labels.numel()
 
 
 def overlay(
@@ -67,14 +71,22 @@ def overlay(
         )
     shares = class_shares(labels, len(classes))
     factor = max(1, round(_SMALLEST_SIDE / max(labels.shape))) if legend else 1
-    photo = _to_numpy(image.round().byte().permute(1, 2, 0), factor)
+    pixels = image if image.dtype == torch.uint8 else image.round().byte()
+    photo = _to_numpy(pixels.permute(1, 2, 0), factor)
     label_map = _to_numpy(labels, factor)
     if colours is None:
         colours = colours_for(classes, label_map, photo, alpha)
-    paint = colours[label_map]
-    paint[_contours(label_map)] = 255
-    blended = Image.blend(Image.fromarray(photo), Image.fromarray(paint), alpha)
-    return _with_legend(blended, shares, classes, colours, max_legend) if legend else blended
+    height, width = label_map.shape
+    if legend:
+        canvas = _with_legend((width, height), shares, classes, colours, max_legend)
+    else:
+        canvas = Image.new("RGB", (width, height))
+    for rows in row_strips(height, width):  # nothing of the picture's size is made beside the canvas
+        paint = colours[label_map[rows]]
+        paint[_contours(label_map, rows)] = 255
+        part = Image.fromarray(np.ascontiguousarray(photo[rows]))
+        canvas.paste(Image.blend(part, Image.fromarray(paint), alpha), (0, rows.start))
+    return canvas
 
 
 def label_png(labels: Tensor) -> Image.Image:
@@ -89,27 +101,36 @@ def label_png(labels: Tensor) -> Image.Image:
     return Image.fromarray(labels.cpu().numpy().astype(np.uint16))
 
 
+def compact_labels(labels: Tensor, count: int) -> Tensor:
+    """Labels of `count` classes in the smallest of the types uint8, int16 and int32 that holds them."""
+    dtype = torch.uint8 if count <= 256 else torch.int16 if count <= 32768 else torch.int32
+    return labels.to(dtype)
+
+
 def _to_numpy(pixels: Tensor, factor: int) -> np.ndarray:
     """Pixels `[H, W, …]`, each repeated `factor` times in both directions."""
     if factor > 1:
         pixels = pixels.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
-    return pixels.cpu().contiguous().numpy()
+    return pixels.cpu().numpy()
 
 
-def _contours(labels: np.ndarray) -> np.ndarray:
-    """Where lines between classes run: bool `[H, W]`, thicker on larger pictures."""
+def _contours(labels: np.ndarray, rows: slice) -> np.ndarray:
+    """Where lines between classes run, in some rows: bool `[rows, W]`, thicker on larger pictures."""
     width = max(1, round(labels.size**0.5 / 700))
-    lines = np.zeros(labels.shape, bool)
-    lines[width:] |= labels[width:] != labels[:-width]
-    lines[:, width:] |= labels[:, width:] != labels[:, :-width]
-    return lines
+    above = min(width, rows.start)
+    part = labels[rows.start - above : rows.stop]
+    lines = np.zeros(part.shape, bool)
+    lines[width:] |= part[width:] != part[:-width]
+    lines[:, width:] |= part[:, width:] != part[:, :-width]
+    return lines[above:]
 
 
 def _with_legend(
-    picture: Image.Image, shares: Tensor, classes: Sequence[str], colours: np.ndarray, max_legend: int
+    size: tuple[int, int], shares: Tensor, classes: Sequence[str], colours: np.ndarray, max_legend: int
 ) -> Image.Image:
-    """`picture` with a panel of the largest classes on its right, at a scale that suits its size."""
-    em = max(_SMALLEST_FONT, round((picture.width * picture.height) ** 0.5 / 58))
+    """Room for a picture of `size`, and a panel of the largest classes on its right, at a suitable scale."""
+    width, height = size
+    em = max(_SMALLEST_FONT, round((width * height) ** 0.5 / 58))
     font = _font(em)
     order = shares.argsort(descending=True, stable=True).tolist()
     present = [index for index in order if shares[index] > 0]
@@ -122,23 +143,22 @@ def _with_legend(
         percents.append(_percent(float(shares[rest].sum())))
 
     margin, row, swatch = em, round(1.7 * em), em
-    name_at = picture.width + margin + swatch + round(0.6 * em)
+    name_at = width + margin + swatch + round(0.6 * em)
     percent_end = round(
         name_at
         + max(font.getlength(name) for name in names)
         + em
         + max(font.getlength(percent) for percent in percents)
     )
-    size = (percent_end + margin, max(picture.height, row * len(names) + 2 * margin))
+    size = (percent_end + margin, max(height, row * len(names) + 2 * margin))
     canvas = Image.new("RGB", size, _PAPER)
-    canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
     for i, (name, percent) in enumerate(zip(names, percents, strict=True)):
         middle = margin + i * row + row // 2
         ink = _FAINT
         if i < len(shown):
             ink = _INK
-            left, top = picture.width + margin, middle - swatch // 2
+            left, top = width + margin, middle - swatch // 2
             draw.rounded_rectangle(
                 (left, top, left + swatch, top + swatch),
                 radius=em // 4,

@@ -15,6 +15,7 @@ from catseg_fast.files import temporary_folder
 from catseg_fast.identity import content_digest, place_digest, place_of, png_mark
 from catseg_fast.output.overlay import class_shares, label_png, overlay
 from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, owner_of
+from catseg_fast.output.strips import row_strips
 
 if TYPE_CHECKING:
     from catseg_fast.inference.segmentation import Segmentation
@@ -50,10 +51,13 @@ def unique_stems(
 
 def summarise(segmentation: Segmentation) -> list[dict[str, Any]]:
     """Each class's index, name, share of the pixels and mean score there (None without pixels)."""
-    classes = segmentation.classes
-    shares = class_shares(segmentation.labels, len(classes))
-    labels, scores = segmentation.labels.flatten(), segmentation.scores.double().flatten()
-    means = torch.bincount(labels, weights=scores, minlength=len(classes)) / (shares * labels.numel())
+    classes, labels, scores = segmentation.classes, segmentation.labels, segmentation.scores
+    shares = class_shares(labels, len(classes))
+    sums = torch.zeros(len(classes), dtype=torch.float64)
+    for part in row_strips(*labels.shape):
+        weights = scores[part].double().flatten()
+        sums += torch.bincount(labels[part].flatten(), weights=weights, minlength=len(classes))
+    means = sums / (shares * labels.numel())
     rows = zip(classes, shares.tolist(), means.tolist(), strict=True)
     return [
         {"index": index, "name": name, "share": share, "mean_score": mean if share else None}
@@ -94,28 +98,52 @@ def save_segmentation(
         OSError: if writing fails; FileExistsError if a file is there that is not a result of this picture.
         ValueError: if image and segmentation do not fit together, or a label exceeds 16 bits.
     """
-    classes = summarise(segmentation)
-    height, width = segmentation.labels.shape
+    summary = summarise(segmentation)
+    save_labels(
+        folder, stem, image, segmentation.labels, summary, about, alpha, picture=picture, digest=digest
+    )
+    return summary
+
+
+def save_labels(
+    folder: Path,
+    stem: str,
+    image: Tensor | Callable[[], Tensor],
+    labels: Tensor,
+    summary: list[dict[str, Any]],
+    about: Mapping[str, Any],
+    alpha: float = 0.55,
+    *,
+    picture: Path | None = None,
+    digest: str | None = None,
+) -> None:
+    """`save_segmentation` of a label map and its `summarise`; scores need not be kept for it.
+
+    Args:
+        image: or a function that reads it when the label map is written.
+        labels: integers `[H, W]`, indices into the classes of `summary`.
+    """
+    height, width = labels.shape
     folder.mkdir(parents=True, exist_ok=True)
     mark = png_mark("" if picture is None else place_digest(picture))
-    names = [stem + suffix for suffix in PNG_SUFFIXES]
+    overlay_name, map_name = names = [stem + suffix for suffix in PNG_SUFFIXES]
     with temporary_folder(folder) as scratch:
-        painted = overlay(image, segmentation.labels, segmentation.classes, alpha)
-        for name, png in zip(names, (painted, label_png(segmentation.labels)), strict=True):
-            png.save(scratch / name, pnginfo=mark)
+        label_png(labels).save(scratch / map_name, pnginfo=mark)
+        pixels = image() if callable(image) else image
+        painted = overlay(pixels, labels, [entry["name"] for entry in summary], alpha)
+        painted.save(scratch / overlay_name, pnginfo=mark)
         identity = {
             "path": None if picture is None else place_of(picture),
             "content": digest,
             "files": {name: content_digest(scratch / name) for name in names},
         }
-        content = {**about, "identity": identity, "width": width, "height": height, "classes": classes}
+        content = {**about, "identity": identity, "width": width, "height": height, "classes": summary}
         result = folder / f"{stem}.json"
         write_result(scratch / result.name, content)
         _require_ours(folder, stem, picture)
         result.unlink(missing_ok=True)
         for name in (*names, result.name):
             os.replace(scratch / name, folder / name)
-    return classes
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:
