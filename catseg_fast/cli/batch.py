@@ -206,10 +206,11 @@ class Batch:
         def read() -> Tensor:
             return load_bytes(picture.path, max_pixels=self.max_pixels)
 
-        answer = self.model.segment(self.model.encode(read()))
+        encoded: Any = self.model.encode(read())
+        answer = self.model.segment(encoded)
         seconds = time.perf_counter() - start
         summary, labels = summarise(answer), compact_labels(answer.labels, len(answer.classes))
-        del answer
+        del answer, encoded
         about = {"image": str(picture.path), **self.about}
         save_labels(
             picture.folder, picture.stem, read, labels, summary, about, self.alpha,
