@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from bench.fake_gpu import fake_gpu, make_call
+from catseg_fast.config import VARIANTS
 from catseg_fast.engine import fourier
 from catseg_fast.engine.self_check import random_plan, run_stream
 from catseg_fast.engine.terms import image_terms
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variant", default="v2-vitl")
+    parser.add_argument("--variant", choices=sorted(VARIANTS), default="v2-vitl")
     parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--crops", type=int, default=5)
     parser.add_argument("--best", type=int, help="aggregate only the best classes of each crop")

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import raw_runs, records
+from bench import predictions, raw_runs, records, traffic
 from bench.plots import profile_parts
 from bench.raw_runs import DEFAULT_CONFIGS, ENGINE, GRAPH, MODEL, REFERENCE, WAYS
 from bench.records import Record
@@ -202,10 +201,12 @@ def other_cpu(results: Results) -> str:
     return markdown(rows)
 
 
-def predicted(results: Results) -> str:
-    """Bounds from below, which were computed."""
-    content = json.loads((results.folder / "predicted.json").read_text(encoding="utf-8"))
-    return markdown([{"": name, **cells} for name, cells in content["milliseconds"].items()])
+def roofline(results: Results) -> str:
+    """Bytes and products of a call, with the rates that the GPU reached in fp16."""
+    rates = next(r for r in results.gpu if r.matmul_rate and r.copy_bandwidth and _dtype(r) == "fp16")
+    assert rates.matmul_rate is not None
+    assert rates.copy_bandwidth is not None
+    return traffic.roofline(results.folder, rates.matmul_rate, rates.copy_bandwidth)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
@@ -216,7 +217,10 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "h200-other": other_gpu,
     "cpu": cpu,
     "cpu-other": other_cpu,
-    "predicted": predicted,
+    "predicted": lambda results: predictions.bounds(results.folder),
+    "roofline": roofline,
+    "predicted-kernels": lambda results: predictions.kernels(results.folder),
+    "predicted-calls": lambda results: predictions.calls(results.folder),
 }
 
 

@@ -14,6 +14,7 @@ from catseg_fast import reference
 from catseg_fast.aggregator import Aggregator
 from catseg_fast.backend import check_backend, choose_backend
 from catseg_fast.engine.engine import Engine
+from catseg_fast.errors import InputError
 from catseg_fast.reference.aggregator import check_shapes
 
 # What an aggregator is told by.
@@ -71,19 +72,19 @@ def accelerate(
         verify: compare the engine's answer with the model's own on a small random input.
 
     Raises:
-        ValueError: if there is no aggregator, or one computes something else or has an engine already; the
+        InputError: if there is no aggregator, or one computes something else or has an engine already; the
             message says what. The model is then as before.
-        RuntimeError: if the back end cannot run.
+        RunError: if the back end cannot run.
     """
     if check_backend(backend) == "reference":
-        raise ValueError("backend: 'reference' is no engine; the model has its own code")
+        raise InputError("backend: 'reference' is no engine; the model has its own code")
     engines = {}
     for name, module in model.named_modules():
         if not all(hasattr(module, part) for part in _PARTS):
             continue
         if isinstance(module, Aggregator) or "forward" in vars(module):
             has = "an engine" if isinstance(module, Aggregator) else "a forward of its own"
-            raise ValueError(f"model: {name or 'it'} has {has} already")
+            raise InputError(f"model: {name or 'it'} has {has} already")
         check_structure(module, name)
         engine = Engine(module)
         engine.memory_budget, engine.backend = memory_budget, backend
@@ -92,7 +93,7 @@ def accelerate(
             check_answer(engine, name)
         engines[name] = engine
     if not engines:
-        raise ValueError(f"model: no aggregator was found in this {type(model).__name__}")
+        raise InputError(f"model: no aggregator was found in this {type(model).__name__}")
     for engine in engines.values():
         engine.aggregator.forward = _Forward(engine)
     return Acceleration(engines)
@@ -127,12 +128,12 @@ def check_structure(aggregator: Any, name: str) -> None:
         with torch.device("meta"):
             twin = reference.Aggregator(**_arguments(aggregator))
     except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"model: {name or 'it'} is not built like upstream's Aggregator: {error}") from error
+        raise InputError(f"model: {name or 'it'} is not built like upstream's Aggregator: {error}") from error
     expected = {key: value.shape for key, value in twin.named_parameters()}
     found = {key: value.shape for key, value in aggregator.named_parameters()}
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
-            raise ValueError(
+            raise InputError(
                 f"model: {name or 'it'} is not built like upstream's Aggregator: {key} is "
                 f"{_shape(found.get(key))}, expected {_shape(expected.get(key))}"
             )
@@ -162,7 +163,7 @@ def check_answer(engine: Engine, name: str) -> None:
             own = type(aggregator).forward(aggregator, img_feats, text_feats, guidance).float()
             ours = engine.logits(img_feats, text_feats, guidance, max_classes(aggregator)).float()
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"model: {name or 'it'} does not run on upstream's arguments: {error}") from error
+        raise InputError(f"model: {name or 'it'} does not run on upstream's arguments: {error}") from error
     finally:
         engine.precision = precision
         for module, mode in modes.items():
@@ -170,7 +171,7 @@ def check_answer(engine: Engine, name: str) -> None:
     tolerance = 1e-3 if weight.itemsize >= 4 else 5e-2
     difference = (ours - own).abs().max().item() / max(own.abs().max().item(), 1e-6)
     if not difference <= tolerance:
-        raise ValueError(
+        raise InputError(
             f"model: {name or 'it'} has the parameters of upstream's Aggregator but computes something else "
             f"(relative difference {difference:.1e} on a random input)"
         )

@@ -6,7 +6,7 @@ import functools
 import warnings
 from typing import TYPE_CHECKING
 
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +18,10 @@ def check_backend(backend: str) -> str:
     """Return `backend` if it is a known name.
 
     Raises:
-        ValueError: if it is not one of `BACKENDS`.
+        InputError: if it is not one of `BACKENDS`.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+        raise InputError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
     return backend
 
 
@@ -32,7 +32,7 @@ def choose_backend(backend: str, device: str | torch.device) -> str:
     too, with a warning that says why.
 
     Raises:
-        RuntimeError: if an explicit choice cannot run; the message says why.
+        RunError: if an explicit choice cannot run; the message says why.
     """
     if backend not in ("auto", "triton"):
         return backend

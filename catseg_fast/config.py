@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from catseg_fast.errors import InputError
+
 Version = Literal["v1", "v2"]
 
 # Means and deviations of 0..255 RGB values: of ImageNet for the v1 guidance backbones, of CLIP for CLIP.
@@ -182,10 +184,10 @@ def get_variant(variant: str | Variant) -> Variant:
     """Look a variant up by name; a `Variant` passes through.
 
     Raises:
-        ValueError: if no published variant has this name.
+        InputError: if no published variant has this name.
     """
     if isinstance(variant, Variant):
         return variant
     if variant not in VARIANTS:
-        raise ValueError(f"variant: no variant is named {variant!r}; choose one of {', '.join(VARIANTS)}")
+        raise InputError(f"variant: no variant is named {variant!r}; choose one of {', '.join(VARIANTS)}")
     return VARIANTS[variant]

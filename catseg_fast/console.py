@@ -17,8 +17,8 @@ from rich.text import Text
 
 from catseg_fast.errors import CATSegError
 
-# What a user can cause and fix, or the machine lacks: one line says it all. Anything else is a bug.
-USER_ERRORS = (CATSegError, ValueError, OSError, MemoryError)
+# Errors that a user can cause and fix: their message is enough. Any other is a bug, or memory has run out.
+USER_ERRORS = (CATSegError, OSError)
 
 stdout, stderr = Console(), Console(stderr=True)
 
@@ -60,8 +60,8 @@ def describe(error: Exception) -> str:
     """Return the message of an error; for a bug, with the request to report it."""
     if isinstance(error, USER_ERRORS):
         return str(error)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return f"out of memory: {error}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch is not imported
+        return str(error) if "out of memory" in str(error) else f"out of memory: {error}".removesuffix(": ")
     return (
         f"{type(error).__name__}: {error}\nThis is a bug in catseg-fast. Please report it with the output of "
         "the same command with --debug, and of `catseg-fast env`."

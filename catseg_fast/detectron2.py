@@ -56,7 +56,7 @@ class CATSegFast(CATSeg):
         """As `CATSeg`.
 
         Raises:
-            RuntimeError: if weights were not in the checkpoint, or none was loaded.
+            RunError: if weights were not in the checkpoint, or none was loaded.
         """
         if self._unloaded is None:
             raise RunError("MODEL.WEIGHTS: no checkpoint was loaded; the weights would be random")

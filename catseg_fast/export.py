@@ -26,7 +26,7 @@ from catseg_fast.engine.folding import Plan, build_plan, map_tensors
 from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
-from catseg_fast.errors import MissingPackageError
+from catseg_fast.errors import InputError, MissingPackageError
 from catseg_fast.files import temporary_folder
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
@@ -90,13 +90,13 @@ def export_program(
         most_classes: the largest vocabulary T; any from 1 may come.
 
     Raises:
-        ValueError: if the model is in training mode, or an argument is not positive.
+        InputError: if the model is in training mode, or an argument is not positive.
     """
     if model.training:
-        raise ValueError("model: is in training mode; call model.eval() first")
+        raise InputError("model: is in training mode; call model.eval() first")
     for name, value in (("crops", crops), ("size", size), ("most_classes", most_classes)):
         if value < 1:
-            raise ValueError(f"{name}: {value} is not positive")
+            raise InputError(f"{name}: {value} is not positive")
     width, prompts = model.variant.clip.embed_dim, len(model.templates)
     images = torch.zeros(crops, 3, size, size, device=model.device)
     text = torch.ones(3, prompts, width, device=model.device, dtype=model.dtype)
@@ -129,7 +129,7 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
     """
     path = check_target(path)
     if model.dtype != torch.float32:
-        raise ValueError(f"model: is in {model.dtype}; ONNX is written in torch.float32")
+        raise InputError(f"model: is in {model.dtype}; ONNX is written in torch.float32")
     text = model.text_features().cpu().numpy()  # fails first where there are no classes
     program = export_program(model, crops=crops)
     written = torch.onnx.export(
@@ -156,7 +156,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path).expanduser()
     if path.suffix != ".onnx":
-        raise ValueError(f"path: {path} must end in .onnx")
+        raise InputError(f"path: {path} must end in .onnx")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {path.parent}")
     try:

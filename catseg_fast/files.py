@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import filelock
@@ -38,7 +38,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
     Raises:
         OSError: if it cannot be opened; IsADirectoryError for a folder.
-        ValueError: if it is a FIFO, a device or a socket.
+        InputError: if it is a FIFO, a device or a socket.
     """
     mode = os.stat(path).st_mode  # opening a device can have an effect
     if not stat.S_ISDIR(mode):
@@ -73,7 +73,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def _require_regular(path: str | os.PathLike[str], mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
-        raise ValueError(f"{os.fspath(path)} is {kind}, not a regular file")
+        raise InputError(f"{os.fspath(path)} is {kind}, not a regular file")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from catseg_fast.engine.schedule import Schedule
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 from catseg_fast.inference.encoding import encode
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
@@ -40,8 +40,8 @@ class ModelGraphs:
         record: makes a recording of a function, such as a `Recorder`.
 
     Raises:
-        ValueError: if there are no sizes, a size is not positive, or the model is in training mode.
-        RuntimeError: if not even host memory holds the state, which no recording can use.
+        InputError: if there are no sizes, a size is not positive, or the model is in training mode.
+        RunError: if not even host memory holds the state, which no recording can use.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class ModelGraphs:
         probabilities: bool = False,
     ) -> None:
         if not sizes or any(side < 1 for size in sizes for side in size):
-            raise ValueError(f"sizes: {list(sizes)} are not (height, width) of pictures, all above 0")
+            raise InputError(f"sizes: {list(sizes)} are not (height, width) of pictures, all above 0")
         if model.training:
-            raise ValueError("model: is in training mode; call model.eval() first")
+            raise InputError("model: is in training mode; call model.eval() first")
         self.model, self.probabilities = model, probabilities
         self.sliding_window = model.sliding_window if sliding_window is None else sliding_window
         with torch.inference_mode(False), torch.no_grad():
@@ -75,13 +75,13 @@ class ModelGraphs:
         What overflows fp16 is computed again without the recording, in bf16 and with a warning.
 
         Raises:
-            RuntimeError: if classes, weights or settings have changed since the recording.
-            ValueError: if the picture has another size; as `CATSeg.segment`.
+            RunError: if classes, weights or settings have changed since the recording.
+            InputError: if the picture has another size; as `CATSeg.segment`.
         """
         pixels = load_image(image, max_pixels=self.model.max_pixels)
         size = (pixels.shape[1], pixels.shape[2])
         if size not in self._recordings:
-            raise ValueError(f"image: its size {size} was not recorded; recorded are {self.sizes}")
+            raise InputError(f"image: its size {size} was not recorded; recorded are {self.sizes}")
         present = _settings(self.model)
         changed = [name for name, value in self._settings.items() if present[name] != value]
         if changed:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -18,12 +19,21 @@ from catseg_fast.files import file_digest, open_regular
 
 _ALGORITHM = "blake2b"
 _MARK = "catseg-fast"  # keyword of the PNG's text chunk
+JSON_MARK = "catseg_fast_mark"  # entry of "info" in COCO files
 
 
 def content_digest(path: str | os.PathLike[str]) -> str:
     """The digest of a regular file's content; errors as of `catseg_fast.files.open_regular`."""
     with open_regular(path) as file:
         return file_digest(file, _ALGORITHM)[:32]
+
+
+def result_digest(path: Path) -> str:
+    """The digest of a result: of a file's content, or of the names and contents of a folder's files."""
+    if not path.is_dir():
+        return content_digest(path)
+    names = sorted(entry.name for entry in path.iterdir())
+    return settings_digest({name: content_digest(path / name) for name in names})
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
@@ -56,3 +66,18 @@ def read_png_mark(path: str | os.PathLike[str]) -> str | None:
             return image.info.get(_MARK)
     except Exception:  # damaged files raise whatever the decoder stumbles over
         return None
+
+
+def read_mark(path: Path) -> str | None:
+    """The value of the mark of a PNG, of a COCO file, or of all files in a folder; None if there is none."""
+    if path.is_dir():
+        marks = {read_png_mark(entry) for entry in path.iterdir()}
+        return marks.pop() if len(marks) == 1 else None
+    if path.suffix == ".png":
+        return read_png_mark(path)
+    try:
+        with open_regular(path) as file:
+            value = json.loads(file.read())["info"][JSON_MARK]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return value if isinstance(value, str) else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from catseg_fast.inference.readout import (
     Readout,
 )
 from catseg_fast.inference.segment import label, label_pixels, read_out
-from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.inference.segmentation import Segmentation, kept_image
 from catseg_fast.reference import model as reference_model
 from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, TextEncoder
@@ -143,7 +144,7 @@ class CATSeg(reference_model.CATSeg):
 
         Raises:
             FileNotFoundError, RuntimeError: if there is no such file, or the hub cannot be reached.
-            ValueError: if the file is no checkpoint, or not one of this variant, and the message says what
+            InputError: if the file is no checkpoint, or not one of this variant, and the message says what
                 it looks like; or if its digest is another one.
         """
         path = resolve(source, revision=revision, sha256=sha256)
@@ -152,7 +153,7 @@ class CATSeg(reference_model.CATSeg):
             try:
                 variant = recognise_variant(state_dict)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+                raise InputError(f"{path}: {error}") from error
         with torch.device("meta"):
             model = cls(get_variant(variant), classes, **kwargs)
         if any(IGNORED_KEYS.search(key) for key in model.state_dict().keys() - state_dict.keys()):
@@ -172,10 +173,10 @@ class CATSeg(reference_model.CATSeg):
             group: by default all processes of `torch.distributed`.
 
         Raises:
-            ValueError: if no classes are set, or class attention is by softmax, which needs every class.
+            InputError: if no classes are set, or class attention is by softmax, which needs every class.
         """
         if not all(layer.classes.linear for layer in self.engine.plan().layers):
-            raise ValueError(SOFTMAX)
+            raise InputError(SOFTMAX)
         self._share_out(ClassShare(self.classes, group))
 
     def set_classes(self, classes: Sequence[str], training: bool = False) -> None:
@@ -186,7 +187,7 @@ class CATSeg(reference_model.CATSeg):
         Raises:
             TypeError, ValueError: if the list is empty, a name is blank or listed twice, or is too long for
                 CLIP. The present classes then stay.
-            RuntimeError: if classes for training are to be split over ranks.
+            RunError: if classes for training are to be split over ranks.
         """
         share = self.engine.share
         if share is None:
@@ -222,7 +223,7 @@ class CATSeg(reference_model.CATSeg):
         """As `catseg_fast.reference.model.CATSeg`; in evaluation mode without gradients.
 
         Raises:
-            RuntimeError: if the classes are split over ranks.
+            RunError: if the classes are split over ranks.
         """
         if self.engine.share is not None:
             raise RunError("class parallel: no rank has all classes; call segment() or label_map()")
@@ -261,6 +262,7 @@ class CATSeg(reference_model.CATSeg):
         """
         return self._encode_all([image], sliding_window)[0]
 
+    @overload
     def segment(
         self,
         image: ImageLike | EncodedImage,
@@ -268,15 +270,38 @@ class CATSeg(reference_model.CATSeg):
         sliding_window: bool | None = None,
         top_k: int | None = None,
         keep_logits: bool = False,
-    ) -> Segmentation:
+    ) -> Segmentation: ...
+
+    @overload
+    def segment(
+        self,
+        image: list[Any] | tuple[Any, ...],
+        *,
+        sliding_window: bool | None = None,
+        top_k: int | None = None,
+        keep_logits: bool = False,
+    ) -> list[Segmentation]: ...
+
+    def segment(
+        self,
+        image: ImageLike
+        | EncodedImage
+        | list[ImageLike | EncodedImage]
+        | tuple[ImageLike | EncodedImage, ...],
+        *,
+        sliding_window: bool | None = None,
+        top_k: int | None = None,
+        keep_logits: bool = False,
+    ) -> Segmentation | list[Segmentation]:
         """Label every pixel of a picture with one of the classes.
 
         Other than the call with upstream's contract, the whole-image path keeps the picture's geometry:
         nothing is padded or cut.
 
         Args:
-            image: path, a file's content as bytes, PIL image, numpy array `[H, W, 3]` or tensor
-                `[3, H, W]`; RGB in 0..255. Or what `encode` made of one.
+            image: path, URL, a file's content as bytes, binary file, PIL image, numpy array `[H, W, 3]` or
+                tensor `[3, H, W]`, RGB in 0..255; see `catseg_fast.inference.images.load_image`. Or what
+                `encode` made of one. A list or tuple of these is segmented one after the other, into a list.
             sliding_window: whether to look at overlapping crops; by default the model's own setting.
             top_k: also return so many classes per pixel.
             keep_logits: let the answer have a `score_map` of every class; 37 KB per class and crop in fp32.
@@ -285,16 +310,22 @@ class CATSeg(reference_model.CATSeg):
             FileNotFoundError, TypeError, ValueError: if the image cannot be read, has more than `max_pixels`,
                 is none, or was encoded otherwise; if no classes are set, or `top_k` is not positive.
         """
+        if isinstance(image, list | tuple):
+            return [
+                self.segment(each, sliding_window=sliding_window, top_k=top_k, keep_logits=keep_logits)
+                for each in image
+            ]
         if isinstance(image, EncodedImage) or keep_logits:
             return label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
         sliding = self.sliding_window if sliding_window is None else sliding_window
         pixels = load_pixels(image, max_pixels=self.max_pixels).to(self.device)
         readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
         if pixels[0].numel() <= LARGE_PIXELS:
-            return self._label(pixels, readout, top_k)
-        encoded = self._encode([pixels], [readout])
-        del pixels, image  # before the labels take as much memory
-        return label(self, encoded, top_k)[0]
+            return replace(self._label(pixels, readout, top_k), image=kept_image(image, pixels))
+        (encoded,) = self._encode([pixels], [readout])
+        encoded = replace(encoded, image=kept_image(image, pixels))
+        del pixels  # before the labels take as much memory
+        return label(self, [encoded], top_k)[0]
 
     def segment_batch(
         self,
@@ -321,7 +352,7 @@ class CATSeg(reference_model.CATSeg):
             sliding_window: as in `segment`.
 
         Raises:
-            ValueError: if there are no sizes, one is not positive, or no classes are set.
+            InputError: if there are no sizes, one is not positive, or no classes are set.
         """
         if not sizes:
             raise InputError("sizes: there are none; give the (height, width) of a picture")
@@ -344,8 +375,8 @@ class CATSeg(reference_model.CATSeg):
         classes, weights and settings; see `catseg_fast.graphs.ModelGraphs`.
 
         Raises:
-            RuntimeError: if the model is not on a CUDA GPU.
-            ValueError: if there are no sizes, or the model selects classes.
+            RunError: if the model is not on a CUDA GPU.
+            InputError: if there are no sizes, or the model selects classes.
         """
         record = Recorder(self.device)
         return ModelGraphs(self, sizes, record, sliding_window=sliding_window, probabilities=probabilities)
@@ -356,7 +387,7 @@ class CATSeg(reference_model.CATSeg):
         sliding window's).
 
         Raises:
-            ValueError: if no classes are set, or the memory budget is too small.
+            InputError: if no classes are set, or the memory budget is too small.
         """
         return explain(self, crops)
 
@@ -382,15 +413,17 @@ class CATSeg(reference_model.CATSeg):
     ) -> list[EncodedImage]:
         """The encoded pictures among `images`, and the others encoded in one call."""
         sliding = self.sliding_window if sliding_window is None else sliding_window
-        pixels, readouts = [], []
+        pixels, readouts, sources = [], [], []
         for image in images:
             if isinstance(image, EncodedImage):
                 image.check(self.aggregator.conv1.weight, sliding_window)
                 continue
             pixels.append(load_pixels(image, max_pixels=self.max_pixels).to(self.device))
+            sources.append(kept_image(image, pixels[-1]))
             height, width = pixels[-1].shape[-2:]
             readouts.append(Readout((height, width), self.window if sliding else None))
-        fresh = iter(self._encode(pixels, readouts) if pixels else ())
+        encoded = self._encode(pixels, readouts) if pixels else []
+        fresh = map(lambda each, source: replace(each, image=source), encoded, sources)
         return [image if isinstance(image, EncodedImage) else next(fresh) for image in images]
 
     def _encode(self, images: Sequence[Tensor], readouts: Sequence[Readout]) -> list[EncodedImage]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from catseg_fast.errors import InputTypeError, MissingPackageError
+from catseg_fast.errors import InputError, InputTypeError, MissingPackageError
 from catseg_fast.inference.images import load_pixels
 from catseg_fast.model import CATSeg
 from catseg_fast.output.overlay import label_png
@@ -67,9 +67,9 @@ def segment_dataset(
     """
     for name, value, allowed in (("labels", labels, LABELS), ("on_error", on_error, ON_ERROR)):
         if value not in allowed:
-            raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+            raise InputError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
     if actors <= 0:
-        raise ValueError(f"actors: {actors} is not positive")
+        raise InputError(f"actors: {actors} is not positive")
     if callable(source) and options:
         raise InputTypeError(
             f"{min(options)}: is for from_pretrained; the function builds the model by itself"
@@ -110,7 +110,7 @@ class _Segmenter:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         column = self.column or next((name for name in COLUMNS if name in row), None)
         if column is None or column not in row:
-            raise ValueError(f"column: a row has {', '.join(row)}, not {column or ' or '.join(COLUMNS)}")
+            raise InputError(f"column: a row has {', '.join(row)}, not {column or ' or '.join(COLUMNS)}")
         kept = {name: value for name, value in row.items() if name != column or COLUMNS.get(name, True)}
         try:
             image = load_pixels(row[column], column, self.model.max_pixels)

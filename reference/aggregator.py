@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from catseg_fast.errors import InputError
 from catseg_fast.reference.class_attention import ClassTransformerLayer
 from catseg_fast.reference.upsample import Up
 from catseg_fast.reference.window_attention import SwinTransformerBlockWrapper
@@ -157,7 +158,7 @@ class Aggregator(nn.Module):
     @max_classes.setter
     def max_classes(self, count: int | None) -> None:
         if count is not None and count <= 0:
-            raise ValueError(f"max_classes: {count} is not positive; None aggregates every class")
+            raise InputError(f"max_classes: {count} is not positive; None aggregates every class")
         self._max_classes = count
 
     def correlation(self, img_feats: Tensor, text_feats: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ class Aggregator(nn.Module):
             appearance_guidance: maps `[B, C0, H, W]`, `[B, C1, 2H, 2W]`, `[B, C2, 4H, 4W]`.
 
         Raises:
-            ValueError: if there is no class, or the shapes do not fit each other or the weights.
+            InputError: if there is no class, or the shapes do not fit each other or the weights.
         """
         check_shapes(self, img_feats, text_feats)
         total, selected = text_feats.shape[1], None
@@ -231,18 +232,18 @@ def restore_dropped(logits: Tensor, selected: Tensor, total: int) -> Tensor:
 def check_shapes(aggregator: Aggregator, img_feats: Tensor, text_feats: Tensor) -> None:
     """Raise a ValueError that names the argument and both shapes where the features do not fit."""
     if img_feats.ndim != 4:
-        raise ValueError(f"img_feats: shape {tuple(img_feats.shape)} is not [B, C, H, W]")
+        raise InputError(f"img_feats: shape {tuple(img_feats.shape)} is not [B, C, H, W]")
     if text_feats.ndim != 4:
-        raise ValueError(f"text_feats: shape {tuple(text_feats.shape)} is not [B, T, P, C]")
+        raise InputError(f"text_feats: shape {tuple(text_feats.shape)} is not [B, T, P, C]")
     shapes = f"img_feats {tuple(img_feats.shape)}, text_feats {tuple(text_feats.shape)}"
     if text_feats.shape[1] == 0:
-        raise ValueError(f"text_feats: no class ({shapes})")
+        raise InputError(f"text_feats: no class ({shapes})")
     if img_feats.shape[0] != text_feats.shape[0]:
-        raise ValueError(f"text_feats: its batch size is not that of img_feats ({shapes})")
+        raise InputError(f"text_feats: its batch size is not that of img_feats ({shapes})")
     if img_feats.shape[1] != text_feats.shape[3]:
-        raise ValueError(f"text_feats: its channels are not those of img_feats ({shapes})")
+        raise InputError(f"text_feats: its channels are not those of img_feats ({shapes})")
     if text_feats.shape[2] != aggregator.conv1.in_channels:
         prompts = aggregator.conv1.in_channels
-        raise ValueError(
+        raise InputError(
             f"text_feats: {text_feats.shape[2]} prompts where the weights have {prompts} ({shapes})"
         )

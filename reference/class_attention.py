@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from catseg_fast.errors import InputError
+
 
 def elu_feature_map(x: Tensor) -> Tensor:
     """The positive feature map of linear attention, elu(x) + 1."""
@@ -59,7 +61,7 @@ class AttentionLayer(nn.Module):
     ) -> None:
         super().__init__()
         if attention_type not in ATTENTION:
-            raise ValueError(f"attention_type: {attention_type!r} is not one of {', '.join(ATTENTION)}")
+            raise InputError(f"attention_type: {attention_type!r} is not one of {', '.join(ATTENTION)}")
         self.nheads = nheads
         self.q = nn.Linear(hidden_dim + guidance_dim, hidden_dim)
         self.k = nn.Linear(hidden_dim + guidance_dim, hidden_dim)

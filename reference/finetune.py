@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catseg_fast.config import IGNORE_LABEL, Version
+from catseg_fast.errors import InputError
 from catseg_fast.labels import class_indices
 
 CLIP_FINETUNE = ("attention", "full", "prompt", "none")
@@ -44,10 +45,10 @@ def freeze(
             never is.
 
     Raises:
-        ValueError: if `clip_finetune` is unknown.
+        InputError: if `clip_finetune` is unknown.
     """
     if clip_finetune not in CLIP_FINETUNE:
-        raise ValueError(f"clip_finetune: {clip_finetune!r} is not one of {', '.join(CLIP_FINETUNE)}")
+        raise InputError(f"clip_finetune: {clip_finetune!r} is not one of {', '.join(CLIP_FINETUNE)}")
     for name, parameter in clip.named_parameters():
         parameter.requires_grad_(is_trained(name, clip_finetune, version))
     if backbone is not None:
@@ -66,8 +67,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE
         ignore_label: label of pixels without a class.
 
     Raises:
-        TypeError: if the labels are not integers.
-        ValueError: if a label is neither a class index nor the ignore label.
+        InputTypeError: if the labels are not integers.
+        InputError: if a label is neither a class index nor the ignore label.
     """
     labels = class_indices(labels, logits.shape[1], ignore_label)
     known = labels != ignore_label

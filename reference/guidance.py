@@ -24,6 +24,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torch import Tensor, nn
 
 from catseg_fast.config import BACKBONES, ResNetConfig, SwinConfig
+from catseg_fast.errors import InputError
 
 STAGES = ("res2", "res3", "res4")
 
@@ -94,7 +95,7 @@ class SwinGuidance(nn.Module):
     ) -> None:
         super().__init__()
         if not len(depths) == len(num_heads) == len(STAGES):
-            raise ValueError(f"depths {depths} and num_heads {num_heads} need {len(STAGES)} entries each")
+            raise InputError(f"depths {depths} and num_heads {num_heads} need {len(STAGES)} entries each")
         widths = [embed_dim * 2**i for i in range(len(STAGES))]
         self.channels: dict[str, int] = dict(zip(STAGES, widths, strict=True))
         self.patch_embed = PatchEmbed(
@@ -151,7 +152,7 @@ class ResNetGuidance(nn.Module):
         super().__init__()
         layers = {50: (3, 4, 6), 101: (3, 4, 23)}
         if depth not in layers:
-            raise ValueError(f"depth {depth} is not one of {', '.join(map(str, layers))}")
+            raise InputError(f"depth {depth} is not one of {', '.join(map(str, layers))}")
         self.channels: dict[str, int] = {"res2": 256, "res3": 512, "res4": 1024}
         self.resnet = ResNet(
             Bottleneck,
@@ -189,11 +190,11 @@ def build_guidance(backbone: str | SwinConfig | ResNetConfig) -> nn.Module:
     """The untrained guidance backbone of a configuration, or of a name in `config.BACKBONES`.
 
     Raises:
-        ValueError: no backbone has this name.
+        InputError: no backbone has this name.
     """
     if isinstance(backbone, str):
         if backbone not in BACKBONES:
-            raise ValueError(f"unknown guidance backbone {backbone!r}; valid names: {', '.join(BACKBONES)}")
+            raise InputError(f"unknown guidance backbone {backbone!r}; valid names: {', '.join(BACKBONES)}")
         backbone = BACKBONES[backbone]
     build = SwinGuidance if isinstance(backbone, SwinConfig) else ResNetGuidance
     return build(**asdict(backbone))

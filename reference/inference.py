@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from catseg_fast.config import CROP_SIZE, OVERLAP, SLIDING_RESOLUTION
+from catseg_fast.errors import InputError
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -35,9 +36,9 @@ class SlidingWindow:
 
     def __post_init__(self) -> None:
         if self.crop_size < 1 or self.crop_size > min(self.resolution):
-            raise ValueError(f"crop_size: {self.crop_size} is not in 1..{min(self.resolution)}")
+            raise InputError(f"crop_size: {self.crop_size} is not in 1..{min(self.resolution)}")
         if not 0 <= self.overlap < 1 or self.stride < 1:
-            raise ValueError(f"overlap: {self.overlap} is not in [0, 1), or leaves no stride")
+            raise InputError(f"overlap: {self.overlap} is not in [0, 1), or leaves no stride")
 
     @property
     def stride(self) -> int:

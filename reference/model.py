@@ -20,6 +20,7 @@ from catseg_fast.config import (
     Variant,
     get_variant,
 )
+from catseg_fast.errors import InputError
 from catseg_fast.labels import class_indices
 from catseg_fast.reference.aggregator import Aggregator
 from catseg_fast.reference.clip import DenseCLIP
@@ -67,7 +68,7 @@ class CATSeg(nn.Module):
         ignore_label: label of training pixels that belong to no class; may be set later, too.
 
     Raises:
-        ValueError: from a bad name or class list.
+        InputError: from a bad name or class list.
     """
 
     aggregator_type: type[Aggregator] = Aggregator
@@ -133,7 +134,7 @@ class CATSeg(nn.Module):
         """The class names of the present mode.
 
         Raises:
-            ValueError: if none were set.
+            InputError: if none were set.
         """
         return self._classes[self._class_mode()]
 
@@ -184,7 +185,7 @@ class CATSeg(nn.Module):
     def _class_mode(self) -> bool:
         """The mode whose class names count: the present one, or the other where it alone has names."""
         if not self._classes:
-            raise ValueError("classes: none are set; call set_classes([...]) first")
+            raise InputError("classes: none are set; call set_classes([...]) first")
         return self.training if self.training in self._classes else not self.training
 
     def encode_images(self, clip_images: Tensor, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

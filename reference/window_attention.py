@@ -14,6 +14,8 @@ from einops import rearrange, repeat
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from catseg_fast.errors import InputError
+
 MASKED = -100.0
 
 
@@ -144,7 +146,7 @@ class SwinTransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= shift_size < window_size:
-            raise ValueError(f"shift_size: {shift_size} is not in [0, window_size={window_size})")
+            raise InputError(f"shift_size: {shift_size} is not in [0, window_size={window_size})")
         self.dim = dim
         self.input_resolution = (input_resolution[0], input_resolution[1])
         self.nominal_window = (window_size, shift_size)
@@ -167,15 +169,15 @@ class SwinTransformerBlock(nn.Module):
         """Map `x [B, H*W, dim]` to the same shape; `appearance_guidance [B, H*W, guidance]` or None.
 
         Raises:
-            ValueError: if the length is not H*W, or the window does not divide the resolution.
+            InputError: if the length is not H*W, or the window does not divide the resolution.
         """
         resolution = resolution or self.input_resolution
         height, width = resolution
         window, shift = fit_window(resolution, *self.nominal_window)
         if x.shape[1] != height * width:
-            raise ValueError(f"x: length {x.shape[1]} is not H*W = {height}*{width}")
+            raise InputError(f"x: length {x.shape[1]} is not H*W = {height}*{width}")
         if height % window or width % window:
-            raise ValueError(f"resolution: {height}x{width} is not divisible by the window {window}")
+            raise InputError(f"resolution: {height}x{width} is not divisible by the window {window}")
         residual = x
         x = self.norm1(x)
         if appearance_guidance is not None:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import TINY
 from typer.testing import CliRunner
 
 from catseg_fast import CATSeg
 from catseg_fast.backend import why_no_triton
 from catseg_fast.cli import main as cli
+from support.command_line import save_tiny_checkpoint
 from support.tiny import CLASSES, tiny_model
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'catseg-fast[app]'")
@@ -178,8 +178,7 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 
 def test_the_command_serves_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = tmp_path / "tiny.pth"
-    torch.save({"model": CATSeg(TINY).state_dict()}, weights)
+    weights = save_tiny_checkpoint(tmp_path)
     served = []
     monkeypatch.setattr("catseg_fast.app.page.serve", lambda *arguments: served.append(arguments[1:]))
     with socket.socket() as probe:

@@ -1,16 +1,17 @@
-"""What may import what: the contracts of `[tool.importlinter]` in pyproject.toml."""
+"""Rules of the tree: import contracts (`[tool.importlinter]` in pyproject.toml), and the files of tests."""
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("importlinter", reason="import-linter is not installed (it needs Python 3.11)")
 
 ROOT = Path(__file__).parents[1]
 UPWARD = "Rooms import downward, from the commands to the kernels"
@@ -19,7 +20,8 @@ CIRCLES = "No circles in a room"
 
 
 def lint_imports(root: Path) -> tuple[int, str]:
-    """Check the contracts of a tree; the exit code, and what is printed."""
+    """Check the contracts of a tree; return the exit code and the report."""
+    pytest.importorskip("importlinter", reason="import-linter is not installed (it needs Python 3.11)")
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--no-cache"],
@@ -71,3 +73,82 @@ def test_a_module_without_a_layer_is_found(tree: Path) -> None:
     code, printed = lint_imports(tree)
     assert code != 0
     assert "utils" in printed, printed
+
+
+# Kernels import nothing of the package, and refuse arguments as torch's functions do. The readers of a
+# checkpoint's parts raise reasons that `read_checkpoint` completes with the file's path.
+READERS = ("checkpoints/stand_ins.py", "checkpoints/torch_file.py", "checkpoints/unpickle.py")
+
+
+def test_errors_of_users_are_the_packages_own() -> None:
+    """A bare ValueError on the command line is reported as a bug."""
+    package = ROOT / "catseg_fast"
+    paths = [path for folder in (package, *package.glob("*/")) for path in folder.rglob("*.py")]
+    raised = re.compile(r"raise (ValueError|TypeError|RuntimeError)\(")
+    found = {path.relative_to(package).as_posix() for path in paths if raised.search(path.read_text("utf-8"))}
+    assert {name for name in found if not name.startswith("kernels/")} <= set(READERS)
+    assert len(found) > len(READERS), "the links to folders are followed"
+
+
+TESTS = ROOT / "tests"
+TEST_FILES = sorted(TESTS.glob("test_*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Names of the modules that a file imports, at any level."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_no_test_module_is_imported() -> None:
+    modules = {path.stem for path in TEST_FILES}
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in TESTS.rglob("*.py")
+        for name in imports(path)
+        if not modules.isdisjoint(name.split("."))
+    ]
+    assert not found, "helpers that several test modules use belong in tests/support/"
+
+
+MOST_LINES = 400
+STILL_LONG = ("test_class_parallel", "test_hostile_checkpoints")
+
+
+def test_files_are_short() -> None:
+    for path in TESTS.rglob("*.py"):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= MOST_LINES or path.stem in STILL_LONG, f"{path.relative_to(ROOT)}: {lines} lines"
+
+
+# Calls that raise where a test fails.
+CHECKS = re.compile(r"assert|check|(raises|warns|fail|opcheck)$")
+
+
+def has_check(function: ast.AST, helpers: dict[str, ast.AST]) -> bool:
+    """Check whether a test asserts something, itself or in a helper of its module."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+            name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            if CHECKS.match(name):
+                return True
+            if name in helpers:
+                others = {key: value for key, value in helpers.items() if key != name}
+                if has_check(helpers[name], others):
+                    return True
+    return False
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: path.stem)
+def test_every_test_asserts_something(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for name, function in functions.items():
+        if name.startswith("test_"):
+            assert has_check(function, {**functions, name: ast.Pass()}), f"{path.name}: {name}"

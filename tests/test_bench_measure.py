@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench_report import make_record
 
 from bench import measure, plots, profiling, raw_runs, records, report
 from bench.measure import Timing
 from bench.records import append
+from support.bench_records import make_record
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,25 +21,10 @@ from bench.cases import Case, make_call
 from bench.flops import call_flop, count, stage_flop
 from bench.measure import Timing, time_call
 from bench.meter import Meter
-from bench.records import Record
 from bench.stage_calls import STAGES, make_stage_call
+from support.bench_records import make_record, write_benchmark_file
 
 CPU = torch.device("cpu")
-
-
-def make_record(name: str, timing: Timing, **facts: object) -> Record:
-    known = {
-        "group": "kernels", "case": "decode, t=2, B=1, fp32", "run": "torch", "device": "a device",
-        "matmul_rate": 1e12, "copy_bandwidth": 1e11, "flop": 1e9, "least_bytes": 10**7,
-    }  # fmt: skip
-    return Record(id=name, **vars(timing), **{**known, **facts})
-
-
-def write_benchmark_file(path: Path, found: list[Record]) -> Path:
-    """As pytest-benchmark writes it."""
-    benchmarks = [{"name": record.id, "extra_info": {"record": asdict(record)}} for record in found]
-    path.write_text(json.dumps({"benchmarks": [*benchmarks, {"name": "another", "extra_info": {}}]}))
-    return path
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bench_report import make_record
 
 from bench import campaign, runner, ship
 from bench.measure import Timing
@@ -21,6 +20,7 @@ from bench.runner import Outcome, Step
 from catseg_fast.engine import tuner
 from catseg_fast.kernels.launch import configs as tuning
 from catseg_fast.kernels.window_attention import mlp
+from support.bench_records import make_record
 from support.gpus import fake_gpus
 
 ROOT = Path(__file__).parent.parent

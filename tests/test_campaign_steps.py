@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_bench_report import make_record
 
 from bench import steps
 from bench.bench_headline import _on_a_cpu, _on_a_gpu
 from bench.measure import Timing
 from bench.records import append
+from support.bench_records import make_record
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,8 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
-from test_cli import TINY
-from test_plan import features, make_aggregator
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from typer.testing import CliRunner
@@ -32,6 +30,8 @@ from catseg_fast.distributed.conductor import Conductor
 from catseg_fast.engine.class_parallel import ClassShare, RankError
 from catseg_fast.engine.engine import Engine
 from catseg_fast.inference.readout import LabelMap, TopClasses
+from support.aggregators import features, make_aggregator
+from support.command_line import save_tiny_checkpoint
 from support.tiny import agree, picture, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -411,9 +411,7 @@ def test_the_notes_figures_are_those_of_its_formula(capsys: pytest.CaptureFixtur
 
 
 def test_torchrun_writes_what_one_process_does(tmp_path: Path) -> None:
-    weights = tmp_path / "tiny.pth"
-    torch.manual_seed(0)
-    torch.save({"model": CATSeg(TINY).state_dict()}, weights)
+    weights = save_tiny_checkpoint(tmp_path)
     images = [tmp_path / name for name in ("a.png", "bad.png", "b.png")]
     for path, image in zip(images, (IMAGE, OTHER, OTHER), strict=True):
         Image.fromarray(image.byte().permute(1, 2, 0).numpy()).save(path)

@@ -5,45 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 from catseg_fast import CATSeg, __version__
-from catseg_fast.cli import main as cli
 from catseg_fast.config import VARIANTS
 from catseg_fast.inference.images import load_image
 from catseg_fast.model import Segmentation
 from catseg_fast.output.results import save_segmentation, summarise, unique_stems
 from catseg_fast.text.class_lists import EVERYDAY_CLASSES, parse_classes, read_classes
-
-V2_VITB = VARIANTS["v2-vitb"]
-TINY = replace(
-    V2_VITB,
-    name="tiny",
-    clip=replace(
-        V2_VITB.clip, embed_dim=16, vision_width=64, vision_layers=9, vision_heads=1, vision_mlp_ratio=1.0,
-        text_width=64, text_heads=1, text_layers=1,
-    ),
-    appearance_guidance_dim=16, decoder_guidance_dims=(8, 8), hidden_dim=32, num_layers=1,
-    text_guidance_proj_dim=16, appearance_guidance_proj_dim=8, decoder_dims=(32, 16),
-    decoder_guidance_proj_dims=(4, 4),
-)  # fmt: skip
-SUFFIXES = (".json", ".labels.png", ".overlay.png")
+from support.command_line import TINY, draw_photo, lines_of, outputs, run, save_tiny_checkpoint, written
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An upstream-format checkpoint of a tiny model."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    torch.save({"model": CATSeg(TINY).state_dict()}, path)
-    return path
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture
@@ -53,30 +34,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "200")
     draw_photo(tmp_path / "photo.png")
     return tmp_path
-
-
-def draw_photo(path: Path, size: tuple[int, int] = (40, 30), seed: int = 0) -> None:
-    coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="catseg-fast")
-
-
-def lines_of(stderr: str) -> list[str]:
-    """Its lines; some versions of rich end a progress bar that is not shown with an empty one."""
-    return [line for line in stderr.splitlines() if line]
-
-
-def written(folder: Path) -> set[str]:
-    """Everything in the folder, hidden files included."""
-    return {path.name for path in folder.iterdir()} if folder.exists() else set()
-
-
-def outputs(*stems: str) -> set[str]:
-    return {stem + suffix for stem in stems for suffix in SUFFIXES}
 
 
 @pytest.mark.parametrize("path", ["--sliding-window", "--whole"])
@@ -134,18 +91,25 @@ def test_one_bad_image_among_many(workplace, weights):
     assert json.loads((workplace / "out" / "photo-2.json").read_text())["image"] == "more/photo.png"
 
 
+BUG = (
+    "This is a bug in catseg-fast. Please report it with the output of the same command with --debug, and of "
+    "`catseg-fast env`.",
+)
+
+
 @pytest.mark.parametrize(
     ("error", "lines"),
     [
-        (MemoryError("out of memory"), ["error: photo.png: out of memory"]),
+        (MemoryError(), ["error: photo.png: out of memory"]),
+        (MemoryError("Unable to allocate"), ["error: photo.png: out of memory: Unable to allocate"]),
+        (torch.OutOfMemoryError("CUDA out of memory."), ["error: photo.png: CUDA out of memory."]),
         (torch.OutOfMemoryError("2 GiB"), ["error: photo.png: out of memory: 2 GiB"]),
-        (
-            IndexError("list index out of range"),
-            [
-                "error: photo.png: IndexError: list index out of range",
-                "This is a bug in catseg-fast. Please report it with the output of the same command with "
-                "--debug, and of `catseg-fast env`.",
-            ],
+        *(
+            (
+                kind("list index out of range"),
+                [f"error: photo.png: {kind.__name__}: list index out of range", *BUG],
+            )
+            for kind in (IndexError, ValueError, TypeError, RuntimeError)
         ),
     ],
 )

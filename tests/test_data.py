@@ -10,29 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import run
 
 from catseg_fast.data.folder import FolderDataset, read_annotation, read_index_map
 from catseg_fast.data.published import import_dataset
-
-CLASSES = ["sky", "tree", "house, home"]
-LABELS = np.array([[0, 1, 2, 255], [2, 2, 1, 0], [255, 0, 0, 1]], dtype=np.uint8)
-
-
-def make_dataset(root: Path, labels: np.ndarray = LABELS, classes: int | list[str] = CLASSES) -> Path:
-    """A data set of one picture, `a`."""
-    names = classes if isinstance(classes, list) else [f"class {index}" for index in range(classes)]
-    for folder in ("images", "annotations"):
-        (root / folder).mkdir(parents=True)
-    (root / "classes.json").write_text(json.dumps(names))
-    add(root, "a", labels)
-    return root
-
-
-def add(root: Path, name: str, labels: np.ndarray, suffix: str = ".png") -> None:
-    pixels = np.random.default_rng(len(name)).integers(0, 256, (*labels.shape, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(root / "images" / f"{name}{suffix}")
-    Image.fromarray(labels).save(root / "annotations" / f"{name}.png")
+from support.command_line import run
+from support.data_sets import CLASSES, LABELS, add, make_dataset
 
 
 def test_an_entry(tmp_path: Path) -> None:

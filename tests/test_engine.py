@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_plan import chunk, features, make_aggregator, terms
 from torch import Tensor
 
 from catseg_fast import reference
@@ -21,6 +20,7 @@ from catseg_fast.engine.class_memory import new_memory
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.precision import pays_off_on_cpu
 from catseg_fast.engine.schedule import Sizes, parse_bytes
+from support.aggregators import chunk, features, make_aggregator, terms
 
 POLICIES = ("resident", "offload", "recompute")
 T = 7

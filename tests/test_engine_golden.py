@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_golden import build_model, cases, constructor_arguments, golden_image
 
 from catseg_fast import Aggregator, CATSeg
+from support.golden_models import build_model, cases, constructor_arguments, golden_image
 from support.golden_rule import assert_output, fill, load_case, make_inputs
 
 FLOOR = 5e-6

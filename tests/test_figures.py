@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import documents
+from bench import documents, predictions
 from bench.documents import BLOCK, RESULTS, ROOT, TABLES, Results, busy_share, fill
 from bench.raw_runs import DEFAULT_CONFIGS, ENGINE, GRAPH, MODEL, REFERENCE, WAYS
 from bench.records import Record
@@ -85,6 +85,9 @@ CLAIMS: dict[str, Callable[[], str]] = {
         f"{busy_share(RESULT, plain):.0%} and {seconds(gpu(f'{ENGINE}, {GRAPH}', 847).median)}"
     ),
     "of 38 tests of kernels at full size 37 passed": lambda: kernel_tests(),
+    "10.8 ms, 58.7 ms and 83.0 ms at": lambda: graphs(),
+    "72.1 ms in steps of 256": lambda: seconds(graph_in_steps_of_256().median),
+    "12.8 ms in a graph": lambda: seconds(predicted_model()),
     "790 TFLOP/s and 4.3 TB/s for an H200": lambda: assumed("H200"),
     "312 TFLOP/s and 2.0 TB/s for an A100": lambda: assumed("A100"),
     "3.4x that time per class": lambda: ratio(per_class(), (bound("T=1000") - bound("T=150")) / 850),
@@ -92,6 +95,23 @@ CLAIMS: dict[str, Callable[[], str]] = {
 NOT_MEASURED = {  # an aim, what was seen of this machine's noise, and a computed size
     "45 %", "25 ms", "20 %", "0.3 MB", "5 %", "10 MB",
 }  # fmt: skip
+
+
+def graphs() -> str:
+    times = [seconds(gpu(f"{ENGINE}, {GRAPH}", T).median) for T in (150, 847, 1203)]
+    return f"{times[0]}, {times[1]} and {times[2]}"
+
+
+def graph_in_steps_of_256() -> Record:
+    (found,) = (r for r in RESULT.gpu if r.group == "steps" and r.classes == 256 and GRAPH in r.run)
+    return found
+
+
+def predicted_model() -> float:
+    """Seconds of a whole picture in a graph, if its aggregator took what the prototypes take."""
+    prototypes = predictions.read_prototypes(RESULTS)
+    milliseconds = predictions.call_milliseconds(prototypes, "prototype", 150)
+    return RESULT.find(f"engine, {GRAPH}", MODEL).median - graph.median + milliseconds / 1e3
 
 
 def compile_seconds() -> float:

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_self_check import make_terms
-from test_triton_backend import make_engine, make_inputs_of
 from torch import Tensor
 
 from catseg_fast.engine import first_call, self_check
@@ -21,6 +19,7 @@ from catseg_fast.engine.triton_stages import TritonStages
 from catseg_fast.files import user_cache
 from catseg_fast.kernels.launch.compiling import Job, compile_jobs, ptxas
 from catseg_fast.kernels.launch.launcher import listing, record
+from support.engines import make_engine, make_inputs_of, make_terms
 
 ROOT = Path(__file__).parents[1]
 
@@ -152,7 +151,7 @@ from bench.fake_gpu import fake_gpu
 from catseg_fast.kernels.launch.compiling import Job, compile_jobs
 from catseg_fast.kernels.launch.launcher import record
 from support import no_gpu_driver
-from test_triton_backend import make_engine, make_inputs_of
+from support.engines import make_engine, make_inputs_of
 
 def call(engine, inputs):
     for _ in range(2):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan import features, make_aggregator
 from torch import Tensor, nn
 
 from catseg_fast import backend, reference
 from catseg_fast.engine import engine
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.gradients import ChunkState, GradientStream
+from support.aggregators import features, make_aggregator
 from support.live_bytes import LiveBytes
 
 

@@ -14,6 +14,11 @@ from catseg_fast.inference.images import image_size, load_image
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 RGB[0, 0], RGB[4, 6] = 0, 255
 CHW = torch.from_numpy(RGB.transpose(2, 0, 1).astype(np.float32))
+RGBA = np.dstack([RGB, np.arange(35, dtype=np.uint8).reshape(5, 7)])
+
+with io.BytesIO() as _file:
+    Image.fromarray(RGB).save(_file, "PNG")
+    PNG = _file.getvalue()
 
 
 def save(image, path, **options):
@@ -34,8 +39,39 @@ def save(image, path, **options):
         CHW.byte(),
         CHW.to(torch.bfloat16),
         torch.from_numpy(RGB).permute(2, 0, 1),
+        RGB.transpose(2, 0, 1),
+        RGB[None],
+        RGBA,
+        RGBA.transpose(2, 0, 1).astype(np.float32),
+        np.dstack([RGB.astype(np.float32), np.full((5, 7, 1), 300.0, np.float32)]),
+        CHW[None],
+        torch.cat([CHW, CHW.new_full((1, 5, 7), -1)]),
+        PNG,
+        bytearray(PNG),
+        memoryview(PNG),
     ],
-    ids=["pil", "uint8", "half", "big-endian", "fortran", "flipped", "float", "byte", "bf16", "permuted"],
+    ids=[
+        "pil",
+        "uint8",
+        "half",
+        "big-endian",
+        "fortran",
+        "flipped",
+        "float",
+        "byte",
+        "bf16",
+        "permuted",
+        "chw",
+        "batch of one",
+        "rgba",
+        "rgba chw",
+        "odd alpha",
+        "tensor batch of one",
+        "tensor rgba",
+        "bytes",
+        "bytearray",
+        "memoryview",
+    ],
 )
 def test_every_kind_gives_the_same_tensor(image):
     loaded = load_image(image)
@@ -126,7 +162,7 @@ def test_black_images_are_not_mistaken_for_a_wrong_range(tmp_path):
 
 
 def test_rounding_past_the_range_is_accepted():
-    load_image(torch.full((3, 2, 2), 255.0001))
+    assert load_image(torch.full((3, 2, 2), 255.0001)).max() <= 255.001
 
 
 def test_a_tensor_keeps_its_gradient():
@@ -139,13 +175,13 @@ def test_a_tensor_keeps_its_gradient():
     ("image", "error", "message"),
     [
         (CHW[0], ValueError, r"photo: expected a tensor \[3, H, W\] .* got shape \[5, 7\]"),
-        (CHW[None], ValueError, r"got shape \[1, 3, 5, 7\]"),
+        (CHW[None].repeat(2, 1, 1, 1), ValueError, r"got shape \[2, 3, 5, 7\]"),
         (CHW[:2], ValueError, r"got shape \[2, 5, 7\]"),
         (torch.from_numpy(RGB), ValueError, r"got shape \[5, 7, 3\]; use `permute"),
-        (RGB.transpose(2, 0, 1), ValueError, r"photo: expected an array \[H, W, 3\] .* got .*\[3, 5, 7\]"),
-        (RGB[None], ValueError, r"got shape \[1, 5, 7, 3\]"),
+        (RGB.transpose(1, 0, 2)[:, :2].transpose(0, 2, 1)[:, :2], ValueError, r"got shape \[7, 2, 2\]"),
+        (RGB[None].repeat(2, 0), ValueError, r"photo: expected an array \[H, W, 3\], .*\[2, 5, 7, 3\]"),
         (RGB[0, 0], ValueError, r"got shape \[3\]"),
-        (np.dstack([RGB, RGB[:, :, :1]]), ValueError, r"got shape \[5, 7, 4\]"),
+        (np.dstack([RGB, RGB[:, :, :2]]), ValueError, r"got shape \[5, 7, 5\]"),
         (CHW.bool(), TypeError, r"photo: .* got bool"),
         (CHW.long(), TypeError, r"photo: .* got int64"),
         (CHW.to(torch.complex64), TypeError, r"got complex64"),

@@ -11,12 +11,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from test_bench_report import make_record
 
 from bench import meter, pack, ship, unpack
 from bench.measure import Timing
 from bench.records import append
 from catseg_fast.kernels.launch import configs
+from support.bench_records import make_record
 
 ROOT = Path(__file__).parent.parent
 NONE = pack.Wheels(())

@@ -2,70 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catseg_fast import reference
 from catseg_fast.engine import fourier
 from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.class_memory import new_memory
 from catseg_fast.engine.engine import Engine
-from catseg_fast.engine.folding import Plan, build_plan, compose_phases
-from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
+from catseg_fast.engine.folding import build_plan, compose_phases
+from support.aggregators import B, H, T, W, chunk, features, make_aggregator, terms
 
-B, T, H, W = 2, 5, 24, 24
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
-
-
-def make_aggregator(**changes: Any) -> reference.Aggregator:
-    """A small aggregator in float64 with weights that leave no term near zero."""
-    arguments: dict[str, Any] = {
-        "text_guidance_dim": 24, "text_guidance_proj_dim": 16, "appearance_guidance_dim": 20,
-        "appearance_guidance_proj_dim": 16, "decoder_dims": (32, 16), "decoder_guidance_dims": (12, 10),
-        "decoder_guidance_proj_dims": (16, 16), "num_layers": 2, "nheads": 2, "hidden_dim": 32,
-        "pooling_size": (1, 1), "prompt_channel": 3, "pad_len": 9,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    aggregator = reference.Aggregator(**arguments | changes).double().eval()
-    with torch.no_grad():
-        for parameter in aggregator.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif parameter.abs().max() == 0:
-                parameter.normal_()
-    return aggregator
-
-
-def features(aggregator: Any, classes: int = T, crops: int = B) -> tuple[Tensor, Tensor, list[Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    text = random(1, classes, aggregator.conv1.in_channels, 24).expand(crops, -1, -1, -1)
-    return (
-        random(crops, 24, H, W),
-        text,
-        [random(crops, c, k * H, k * W) for c, k in ((20, 1), (12, 2), (10, 4))],
-    )
-
-
-def terms(aggregator: Any) -> tuple[Plan, ImageTerms, VocabularyTerms]:
-    plan = build_plan(aggregator, torch.float64)
-    image, text, guidance = features(aggregator)
-    return (
-        plan,
-        image_terms(aggregator, plan, image, guidance),
-        vocabulary_terms(aggregator, plan, text, normalise_prompts=False),
-    )
-
-
-def chunk(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
 def test_phase_convolutions_are_transposed_convolution_then_convolution() -> None:

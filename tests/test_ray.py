@@ -129,7 +129,7 @@ def test_an_actor_takes_bytes_and_columns_of_other_names(photos: list[Path]) -> 
         assert np.array_equal(actor(row)["labels"], expected)
     with pytest.raises(ValueError, match="column: a row has id, not image or bytes or path"):
         _Segmenter(lambda: model, None, {}, None, "png", "record", False)({"id": 1})
-    with pytest.raises(ValueError, match="photo: cannot decode the 10 bytes as an image"):
+    with pytest.raises(ValueError, match="photo: cannot read the 10 bytes: not a picture"):
         actor({"photo": b"no picture"})
 
 

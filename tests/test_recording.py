@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan import features, make_aggregator
 from torch import Tensor
 
 from catseg_fast import CATSeg
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.recording import MOST, GraphCache
+from support.aggregators import features, make_aggregator
 from support.tiny import CLASSES, picture, tiny_model
 
 SIZE = (24, 36)

@@ -29,6 +29,7 @@ from catseg_fast.data.scenes.words import (
     Composition,
     choose_held_out,
 )
+from catseg_fast.errors import InputError
 
 
 def red(shape: str, name: str = "plain") -> Composition:
@@ -170,6 +171,12 @@ def test_a_folder_of_other_scenes_is_refused(tmp_path: Path) -> None:
         write_dataset(tmp_path, "held-out", 1, seed=1, size=(96, 96), processes=1)
     with pytest.raises(ValueError, match="split: 'test' is not one of"):
         write_dataset(tmp_path, "test", 1)
+
+
+def test_a_damaged_description_is_named(tmp_path: Path) -> None:
+    (tmp_path / "scenes.json").write_text("{")
+    with pytest.raises(InputError, match=r"scenes\.json is damaged"):
+        write_dataset(tmp_path, "held-out", 1, size=(96, 96), processes=1)
 
 
 def test_the_nearest_colour(tmp_path: Path) -> None:

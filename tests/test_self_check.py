@@ -7,28 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan import features, make_aggregator
 from torch import Tensor
 
 from catseg_fast.engine import self_check, torch_stages
 from catseg_fast.engine.class_memory import LinearMemory
-from catseg_fast.engine.folding import Plan, build_plan
+from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.self_check import CHUNK, random_plan, wrong_stages
-from catseg_fast.engine.terms import ImageTerms, image_terms
 from catseg_fast.engine.triton_stages import TritonStages
 from catseg_fast.kernels.decoder import op as decoder
+from support.engines import make_terms
 
 STAGES = ("embed_cost_volume", "window_block", "class_collect", "class_apply", "decode")
 REPORTED = {"class_collect": "class_attention", "class_apply": "class_attention"}
-
-
-@torch.no_grad()
-def make_terms(crops: int = 2, **changes: Any) -> tuple[Plan, ImageTerms]:
-    aggregator = make_aggregator(**changes).float()
-    image, _, guidance = features(aggregator, 3, crops)
-    few = [x[..., : x.shape[-2] // 4, : x.shape[-1] // 4].float() for x in (image, *guidance)]
-    plan = build_plan(aggregator, torch.float32)
-    return plan, image_terms(aggregator, plan, few[0], few[1:])
 
 
 class Planted:

@@ -8,35 +8,17 @@ from typing import Any
 import pytest
 import torch
 import triton
-from test_golden import build_model, constructor_arguments, golden_image
-from test_plan import features, make_aggregator
 from torch import Tensor
 
 from catseg_fast import Aggregator, CATSeg, backend
 from catseg_fast.backend import choose_backend, why_no_triton
 from catseg_fast.engine.engine import Engine
 from catseg_fast.kernels.class_attention import op as class_attention
-from catseg_fast.reference import Aggregator as Reference
+from support.engines import DEVICE, make_engine, make_inputs_of
+from support.golden_models import build_model, constructor_arguments, golden_image
 from support.golden_rule import assert_output, fill, load_case, make_inputs
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
 pytestmark = pytest.mark.skipif(why_no_triton(DEVICE) is not None, reason=str(why_no_triton(DEVICE)))
-
-
-def make_inputs_of(
-    aggregator: Reference, classes: int, crops: int = 1
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    image, text, guidance = features(aggregator, classes, crops)
-    return image.float().to(DEVICE), text.float().to(DEVICE), [x.float().to(DEVICE) for x in guidance]
-
-
-def make_engine(**changes: Any) -> Engine:
-    """Pooled, as the interpreter takes longest for the class attention's positions."""
-    arguments = {"prompt_channel": 1, "pooling_size": (6, 6), **changes}
-    engine = Engine(make_aggregator(**arguments).float().to(DEVICE))
-    engine.backend, engine.precision = "triton", torch.float32
-    return engine
 
 
 def in_torch(engine: Engine, *arguments: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Launch configs: how an op finds a measured one, and how the tuner measures it, in the interpreter."""
+"""The tuner: its candidates, what it measures and what it keeps, in the interpreter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan import features, make_aggregator
 from typer.testing import CliRunner
 
 from catseg_fast.cli import main as cli
@@ -21,184 +20,19 @@ from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.tuner import Tunable
 from catseg_fast.kernels import TUNABLE_OPS, load
 from catseg_fast.kernels.launch import configs as tuning
-from catseg_fast.kernels.launch.capability import CAPABILITIES
+from catseg_fast.kernels.launch.capability import CAPABILITIES, of_gpu
 from catseg_fast.kernels.launch.checks import INTERPRETED
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.op import Sizes
-from catseg_fast.kernels.window_attention import mlp
-from support.gpus import fake_gpus
+from support.aggregators import features, make_aggregator
+from support.measured_configs import CPU, CUDA, GPU, use_empty_folders
 
-GPU = "NVIDIA H200"
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-DEFAULT = mlp.MLPConfig(rows=128, hidden=64, num_warps=8, num_stages=2)
 TINY = Sizes(
     crops=2, classes=2, height=3, width=6, channels=32, heads=2, window=3, shift=1, hidden=48, features=32,
     prompts=3, decoder=(32, 16),
 )  # fmt: skip
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs kernels in Triton's interpreter")
-
-
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """The user's folder and the package's, both empty, on a machine with two GPUs of other names."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    fake_gpus(monkeypatch, (GPU, 90, 132), ("RTX 4090", 89, 128))
-    return tmp_path / "catseg-fast" / "configs", tmp_path / "shipped"
-
-
-def problem(crop_classes: int = 255, dtype: torch.dtype = torch.float16, precision: str = "ieee") -> Problem:
-    x = torch.empty(1, crop_classes, 576, 128, dtype=dtype, device="meta")
-    sizes = {"positions": 576, "channels": 128, "hidden": 512}
-    return Problem.of("window_block", "mlp", mlp.MLPConfig, x, precision, **sizes)
-
-
-def entry(rows: int, crop_classes: int = 255, **changes: Any) -> dict[str, Any]:
-    """A measured config of `problem(crop_classes)`, told by its rows."""
-    return {
-        "kernel": "mlp", "version": mlp.MLPConfig.version, "dtype": "fp16", "precision": "ieee",
-        "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": crop_classes},
-        "config": asdict(replace(DEFAULT, rows=rows)), "milliseconds": 1.0, "gpu": GPU, **changes,
-    }  # fmt: skip
-
-
-def put(folder: Path, content: object, gpu: str = GPU) -> Path:
-    """Write a file of `window_block`, as JSON unless it is bytes."""
-    path = tuning.config_path(folder, gpu, "window_block")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    tuning.clear()
-    return path
-
-
-def rows_of(wanted: Problem, device: torch.device = CUDA) -> int:
-    """Rows of the config that is chosen; the default has 128."""
-    return tuning.choose(wanted, device, lambda *_: DEFAULT).rows
-
-
-def test_config_files_of_a_gpu(folders):
-    assert tuning.user_folder() == folders[0]
-    path = tuning.config_path(folders[0], "NVIDIA GeForce RTX 4090 (D)", "decode")
-    assert path == folders[0] / "nvidia-geforce-rtx-4090-d" / "decode.json"
-
-
-@pytest.mark.parametrize("value", [None, "", "relative"])
-def test_user_folder_without_xdg(value, monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    if value is not None:
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-    assert tuning.user_folder() == Path.home() / ".cache" / "catseg-fast" / "configs"
-
-
-def test_order_interpreter_measured_default(folders):
-    seen: list[int] = []
-
-    def default(capability: int, problem: Problem) -> mlp.MLPConfig:
-        seen.append(capability)
-        return DEFAULT
-
-    def interpreter(problem: Problem) -> mlp.MLPConfig:
-        return replace(DEFAULT, rows=1024)
-
-    assert tuning.choose(problem(), CUDA, default, interpreter) is DEFAULT
-    assert tuning.choose(problem(), torch.device("cuda", 1), default, interpreter) is DEFAULT
-    put(folders[0], [entry(32)])
-    assert tuning.choose(problem(), CUDA, default, interpreter) == replace(DEFAULT, rows=32)
-    assert tuning.choose(problem(), CPU, default, interpreter).rows == 1024
-    assert seen == [90, 89]
-    assert tuning.choose(problem(), CPU, default) is DEFAULT
-
-
-def test_nearest_number_of_crop_classes_by_ratio(folders):
-    put(folders[0], [entry(16, 10), entry(32, 100), entry(64, 10_000)])
-    found = {n: rows_of(problem(n)) for n in (1, 10, 30, 33, 100, 900, 1100, 50_000)}
-    assert found == {1: 16, 10: 16, 30: 16, 33: 32, 100: 32, 900: 32, 1100: 64, 50_000: 64}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"kernel": "qkv"},
-        {"dtype": "bf16"},
-        {"precision": "tf32x3"},
-        {"shape": {"positions": 576, "channels": 256, "hidden": 512, "crop_classes": 255}},
-        {"shape": {"positions": 576, "channels": 128, "crop_classes": 255}},
-        {"shape": {"positions": 576, "channels": 128, "hidden": 512, "prompts": 1, "crop_classes": 255}},
-    ],
-    ids=str,
-)
-def test_all_else_must_be_equal(folders, changes):
-    put(folders[0], [entry(32, **changes)])
-    assert rows_of(problem()) == 128
-    put(folders[0], [entry(32, **changes), entry(64, 1)])
-    assert rows_of(problem()) == 64
-
-
-def test_precision_is_of_fp32_alone(folders):
-    put(folders[0], [entry(16), entry(32, dtype="fp32"), entry(64, dtype="fp32", precision="tf32x3")])
-    assert rows_of(problem(precision="tf32x3")) == 16
-    assert rows_of(problem(dtype=torch.float32)) == 32
-    assert rows_of(problem(dtype=torch.float32, precision="tf32x3")) == 64
-
-
-def test_the_users_go_before_the_packages(folders):
-    user, shipped = folders
-    put(shipped, [entry(16, 255), entry(32, 255, dtype="bf16")])
-    put(user, [entry(64, 1)])
-    assert rows_of(problem()) == 64
-    assert rows_of(problem(dtype=torch.bfloat16)) == 32
-
-
-def test_each_gpu_has_its_own(folders):
-    put(folders[0], [entry(32)])
-    put(folders[0], [entry(64, gpu="RTX 4090")], "RTX 4090")
-    assert rows_of(problem()) == 32
-    assert rows_of(problem(), torch.device("cuda", 1)) == 64
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "Expecting value"),
-        (b"[" * 100_000, "recursion"),
-        (b"\xff\xfe", "decode"),
-        ({"rows": 32}, "no list"),
-        ([32], "entry 0 is no object"),
-        ([{"config": {}}], "entry 0 lacks dtype, gpu, kernel, precision, shape"),
-        ([entry(32, shape=[])], "no object"),
-        ([entry(32, config=None)], "no object"),
-        ([entry(32, shape={"positions": 576})], "no positive integer: None"),
-        ([entry(32, 0)], "no positive integer: 0"),
-        ([entry(32, gpu="NVIDIA H100")], "another GPU, 'NVIDIA H100'"),
-        ([entry(32, config={"rows": 32})], "missing"),
-        ([entry(32, config={**asdict(DEFAULT), "clusters": 2})], "clusters"),
-        ([entry(32, config={**asdict(DEFAULT), "rows": 33})], "rows: 33 is not a power of two"),
-        (
-            [entry(32, config={**asdict(DEFAULT), "num_stages": 2.0})],
-            "num_stages: 2.0 is not a positive integer",
-        ),
-        ([entry(32, config={**asdict(DEFAULT), "rows": True})], "rows: True is not a power of two"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_broken_file_is_named_and_not_used(folders, content, reason):
-    path = put(folders[0], content)
-    with pytest.warns(UserWarning, match=reason) as caught:
-        assert [rows_of(problem()), rows_of(problem())] == [128, 128]  # read once, warned once
-    (warning,) = caught
-    assert str(path) in str(warning.message)
-    put(folders[1], [entry(64)])
-    with pytest.warns(UserWarning, match=reason):
-        assert rows_of(problem()) == 64
-
-
-def test_files_are_read_once(folders, monkeypatch):
-    put(folders[0], [entry(32)])
-    assert rows_of(problem()) == 32
-    monkeypatch.setattr(json, "loads", None)
-    assert rows_of(problem(100)) == 32
-    assert rows_of(problem(100, torch.bfloat16)) == 128
 
 
 WORKLOADS = [
@@ -208,6 +42,12 @@ WORKLOADS = [
     for precision in (("ieee", "tf32x3") if dtype == torch.float32 else ("ieee",))
     for crops, classes in ((5, 51), (1, 4))
 ]
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The user's folder of configs and the package's, both empty."""
+    return use_empty_folders(tmp_path, monkeypatch)
 
 
 def tunables_of(op: str, sizes: Sizes, dtype: torch.dtype = torch.float16) -> list[Tunable]:
@@ -370,35 +210,6 @@ def test_what_is_measured_is_found(folders):
     assert {"triton", "torch", "catseg_fast", "date"} <= written.keys()
 
 
-def test_saving_merges(folders):
-    path = put(folders[0], [entry(16, 255), entry(32, 1000), entry(64, kernel="qkv")])
-    tuner.save(path, GPU, entry(128, 1000))
-    tuner.save(path, GPU, entry(256, 10))
-    found = [(item["kernel"], item["config"]["rows"]) for item in tuning.read(path, GPU)]
-    assert found == [("mlp", 16), ("qkv", 64), ("mlp", 128), ("mlp", 256)]
-    assert rows_of(problem(1000)) == 128
-
-
-def test_saving_replaces_a_broken_file(folders):
-    path = put(folders[0], b"[{")
-    with pytest.warns(UserWarning, match=r"window_block\.json"):
-        tuner.save(path, GPU, entry(32))
-    assert tuning.read(path, GPU) == [entry(32)]
-
-
-def test_saving_is_all_or_nothing(folders, monkeypatch):
-    path = put(folders[0], [entry(32)])
-
-    def disk_full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", disk_full)
-    with pytest.raises(OSError, match="No space left"):
-        tuner.save(path, GPU, entry(64))
-    assert tuning.read(path, GPU) == [entry(32)]
-    assert [found for found in path.parent.iterdir() if not found.name.endswith(".lock")] == [path]
-
-
 @interpreted
 def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     clock = iter(range(100))
@@ -486,6 +297,25 @@ def test_command(folders, monkeypatch, tmp_path):
     result = run_tune()
     assert result.exit_code == 1
     assert "the default config does not run: out of resources" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((8, 0), 80),
+        ((8, 7), 86),
+        ((8, 9), 89),
+        ((9, 0), 90),
+        ((10, 0), 100),
+        ((10, 3), 100),
+        ((11, 0), 100),
+        ((12, 0), 89),
+        ((12, 1), 89),  # 99 KB of shared memory for a program, not 227
+    ],
+)
+def test_default_configs_fit_gpus_between_those_that_are_known(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert of_gpu.__wrapped__(torch.device("cuda", 0)) == expected
 
 
 @pytest.mark.usefixtures("folders")

@@ -151,7 +151,7 @@ def read_names(text: str) -> list[str]:
     """Class names as typed: separated by semicolons or lines; or the name of a ready list.
 
     Raises:
-        ValueError: if there is none.
+        InputError: if there is none.
     """
     return parse_classes(text.replace("\n", ";"))
 

@@ -24,6 +24,7 @@ from catseg_fast.checkpoints.layouts import check_count, state_dict_of
 from catseg_fast.checkpoints.recognise import describe, recognise_variant
 from catseg_fast.checkpoints.torch_file import PICKLE, ZIP, read_torch_file
 from catseg_fast.checkpoints.write import write_weights
+from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 
 __all__ = ["IGNORED_KEYS", "convert", "load_into", "read_checkpoint", "recognise_variant", "resolve"]
@@ -47,26 +48,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is empty, truncated, no checkpoint, or a pickle that would run code.
+        InputError: if the file is empty, truncated, no checkpoint, or a pickle that would run code.
     """
     path = Path(path)
     with open_regular(path) as file:
         head = file.read(64)
         if not head:
-            raise ValueError(f"{path} is empty")
+            raise InputError(f"{path} is empty")
         if head.startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
+            raise InputError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
         if head.startswith((ZIP, PICKLE)):
             content = read_torch_file(file, path)
         elif head[8:9] == b"{":
             content = _read_safetensors(file, path)
         else:
-            raise ValueError(f"{path} is neither a PyTorch nor a safetensors checkpoint")
+            raise InputError(f"{path} is neither a PyTorch nor a safetensors checkpoint")
         size = os.fstat(file.fileno()).st_size
     tensors = state_dict_of(content, path)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if needed > MOST_SHARING * size:  # many tensors on one storage
-        raise ValueError(f"{path} is damaged: its tensors have {needed} bytes, the file {size}")
+        raise InputError(f"{path} is damaged: its tensors have {needed} bytes, the file {size}")
     return tensors
 
 
@@ -75,17 +76,17 @@ def _read_safetensors(file: BinaryIO, path: Path) -> dict[str, Tensor]:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER:
-        raise ValueError(f"{path} is damaged: its header has {length} bytes; at most {MAX_HEADER} are read")
+        raise InputError(f"{path} is damaged: its header has {length} bytes; at most {MAX_HEADER} are read")
     try:
         header = json.loads(file.read(length))
         if not isinstance(header, dict):
-            raise ValueError("the header is no JSON object")
+            raise InputError("the header is no JSON object")
         check_count(len(header), path)
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, RecursionError, TypeError, RuntimeError) as error:
         if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path} is a truncated or damaged safetensors file: {error}") from error
+        raise InputError(f"{path} is a truncated or damaged safetensors file: {error}") from error
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "the checkpoint") -> None:
@@ -98,7 +99,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = 
         source: what to call the checkpoint in an error.
 
     Raises:
-        ValueError: if anything disagrees; the model is as before.
+        InputError: if anything disagrees; the model is as before.
     """
     expected = model.state_dict()
     # On the meta device a derived buffer has no value to stay with.
@@ -123,7 +124,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = 
             *_listing("not in the model", unexpected),
             *_listing("of another shape or type", sorted(mismatched)),
         ]
-        raise ValueError("\n".join(lines))
+        raise InputError("\n".join(lines))
     if meta:
         taken = {key: value.to(expected[key].dtype, copy=True) for key, value in taken.items()}
     model.load_state_dict(taken, strict=False, assign=bool(meta))
@@ -144,20 +145,20 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     The target appears whole or not at all; dtypes and keys stay as they are.
 
     Raises:
-        ValueError: if the source is no CAT-Seg checkpoint, or the target has another suffix or is the source.
+        InputError: if the source is no CAT-Seg checkpoint, or the target has another suffix or is the source.
     """
     source, target = resolve(source), Path(target).expanduser()
     if target.suffix not in WEIGHTS:
-        raise ValueError(f"target: {target} must end in one of {', '.join(WEIGHTS)}")
+        raise InputError(f"target: {target} must end in one of {', '.join(WEIGHTS)}")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"target: there is no folder {target.parent}")
     if target.is_dir() or (target.exists() and target.samefile(source)):
-        raise ValueError(f"target: {target} is {'a folder' if target.is_dir() else 'the source itself'}")
+        raise InputError(f"target: {target} is {'a folder' if target.is_dir() else 'the source itself'}")
     tensors = read_checkpoint(source)
     try:
         metadata = {"format": "pt", "variant": recognise_variant(tensors).name, "catseg_fast": __version__}
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise InputError(f"{source}: {error}") from error
     tensors = _own_storage(tensors)
     write_weights(target, tensors, metadata)
     return target

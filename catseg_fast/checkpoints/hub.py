@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 from catseg_fast.files import file_digest, open_regular
 
 # Upstream's weights, by variant: the kind of repository, its id, the file.
@@ -56,19 +56,19 @@ def resolve(
 
     Raises:
         FileNotFoundError: if there is no such file, repository, or file in the repository.
-        ValueError: if a folder or a repository holds several checkpoints or none, a revision is given for
+        InputError: if a folder or a repository holds several checkpoints or none, a revision is given for
             what is not on the hub, or the file's digest is another one.
-        RuntimeError: if the hub cannot be reached; the message says what to do.
+        RunError: if the hub cannot be reached; the message says what to do.
     """
     if not os.path.exists(os.path.expanduser(source)):
         source, revision, sha256 = _split_pins(os.fspath(source), revision, sha256)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-        raise ValueError(f"sha256: expected 64 hexadecimal digits, got {sha256!r}")
+        raise InputError(f"sha256: expected 64 hexadecimal digits, got {sha256!r}")
     path = _local(source)
     if path is None:
         path = _download(*_remote(os.fspath(source)), revision)
     elif revision is not None:
-        raise ValueError(f"revision: {revision!r} is of no use for {source}, which is not on the hub")
+        raise InputError(f"revision: {revision!r} is of no use for {source}, which is not on the hub")
     if sha256 is not None:
         _check_digest(path, sha256.lower())
     return path
@@ -78,15 +78,15 @@ def _split_pins(source: str, revision: str | None, sha256: str | None) -> tuple[
     """Take "@revision" and "#sha256=…" off the end of a source."""
     source, mark, found = source.partition("#sha256=")
     if mark and sha256 is not None:
-        raise ValueError(f"sha256: is given twice, as {sha256!r} and as {found!r}")
+        raise InputError(f"sha256: is given twice, as {sha256!r} and as {found!r}")
     sha256 = found if mark else sha256
     if not os.path.exists(os.path.expanduser(source)):
         source, mark, found = source.partition("@")
         if mark and revision is not None:
-            raise ValueError(f"revision: is given twice, as {revision!r} and as {found!r}")
+            raise InputError(f"revision: is given twice, as {revision!r} and as {found!r}")
         revision = found if mark else revision
     if revision == "":
-        raise ValueError(f"revision: is empty for {source}")
+        raise InputError(f"revision: is empty for {source}")
     return source, revision, sha256
 
 
@@ -125,7 +125,7 @@ def _check_digest(path: Path, expected: str) -> None:
     with open_regular(path) as file:
         found = file_digest(file, "sha256")
     if found != expected:
-        raise ValueError(f"{path}: expected SHA-256 {expected}, found {found}")
+        raise InputError(f"{path}: expected SHA-256 {expected}, found {found}")
 
 
 def _pick(names: Iterable[str], where: str) -> str:
@@ -135,7 +135,7 @@ def _pick(names: Iterable[str], where: str) -> str:
         return PREFERRED
     if len(weights) != 1:
         found = f"several checkpoints ({', '.join(weights)}): name one" if weights else "no checkpoint"
-        raise ValueError(f"weights: {where} holds {found}; looked for {', '.join(WEIGHTS)}")
+        raise InputError(f"weights: {where} holds {found}; looked for {', '.join(WEIGHTS)}")
     return weights[0]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from catseg_fast.checkpoints.stand_ins import NumpyArray
 from catseg_fast.checkpoints.unpickle import shown
+from catseg_fast.errors import InputError
 
 # Under which key a state dict is: in this order, one in the other.
 HOLDERS = ("model", "state_dict", "model_state_dict", "module")
@@ -37,13 +38,13 @@ def state_dict_of(content: Any, path: Path) -> dict[str, Tensor]:
     """The tensors in the content of a checkpoint, by the model's own keys.
 
     Raises:
-        ValueError: if this is no state dict, has too many tensors, or two of them get the same key.
+        InputError: if this is no state dict, has too many tensors, or two of them get the same key.
     """
     outer = content
     for _ in HOLDERS:
         content = content if (held := _held(content)) is None else held
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
+        raise InputError(f"{path} holds a {type(content).__name__}, not a state dict")
     check_count(len(content), path)
     tensors: dict[str, Tensor] = {}
     for key, value in content.items():
@@ -51,15 +52,15 @@ def state_dict_of(content: Any, path: Path) -> dict[str, Tensor]:
             try:
                 value = value.tensor
             except ValueError as error:
-                raise ValueError(f"{path} is truncated, damaged or of another kind: {error}") from error
+                raise InputError(f"{path} is truncated, damaged or of another kind: {error}") from error
         if not isinstance(key, str) or not isinstance(value, Tensor):
             found = ", ".join(shown(str(name)) for name in list(outer)[:8])
-            raise ValueError(
+            raise InputError(
                 f"{path} holds no state dict: its entry {shown(repr(key))} is a {type(value).__name__}. "
                 f"A state dict is looked for under {', '.join(HOLDERS)}; the file has {found}"
             )
         if not key.isprintable() or len(key) > LONGEST_KEY:
-            raise ValueError(f"{path} holds no state dict: its entry {shown(key)} is no parameter's name")
+            raise InputError(f"{path} holds no state dict: its entry {shown(key)} is no parameter's name")
         # A boolean's byte may have any value in a file, but only 0 or 1 in torch.
         tensors[key] = value.view(torch.uint8).ne(0) if value.dtype == torch.bool else value
     return _unwrapped(tensors, path)
@@ -68,7 +69,7 @@ def state_dict_of(content: Any, path: Path) -> dict[str, Tensor]:
 def check_count(count: int, path: Path) -> None:
     """Raise a ValueError if a file has more entries than any checkpoint."""
     if count > MAX_TENSORS:
-        raise ValueError(f"{path} holds {count} entries; a checkpoint has at most {MAX_TENSORS}")
+        raise InputError(f"{path} holds {count} entries; a checkpoint has at most {MAX_TENSORS}")
 
 
 def _held(content: Any) -> Mapping[Any, Any] | None:
@@ -86,7 +87,7 @@ def _unwrapped(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     while wrapper := _wrapper(own.values()):
         own = {key: name.removeprefix(wrapper) for key, name in own.items() if name not in COUNTERS}
     if len(set(own.values())) < len(own):
-        raise ValueError(f"{path} holds two tensors of one key, but for the names of wrappers in them")
+        raise InputError(f"{path} holds two tensors of one key, but for the names of wrappers in them")
     return {name: tensors[key] for key, name in own.items()}
 
 

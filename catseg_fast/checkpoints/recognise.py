@@ -18,6 +18,7 @@ from catseg_fast.config import (
     Variant,
     Version,
 )
+from catseg_fast.errors import InputError
 from catseg_fast.text.prompts import PROMPT_ENSEMBLES
 
 CLIP = "sem_seg_head.predictor.clip_model."
@@ -55,9 +56,9 @@ class _Shapes:
     def get(self, key: str, rank: int) -> tuple[int, ...]:
         shape = self.shapes.get(key)
         if shape is None:
-            raise ValueError(f"an incomplete CAT-Seg checkpoint: {self.prefix}{key} is missing")
+            raise InputError(f"an incomplete CAT-Seg checkpoint: {self.prefix}{key} is missing")
         if len(shape) != rank or 0 in shape:
-            raise ValueError(f"a damaged CAT-Seg checkpoint: {self.prefix}{key} has shape {shape}")
+            raise InputError(f"a damaged CAT-Seg checkpoint: {self.prefix}{key} has shape {shape}")
         return shape
 
     def count(self, stem: str) -> int:
@@ -76,10 +77,10 @@ def recognise_variant(state_dict: Mapping[str, Tensor]) -> Variant:
         state_dict: upstream's keys; only the shapes are looked at, tensors on the meta device will do.
 
     Raises:
-        ValueError: if this is not the state dict of a CAT-Seg; the message says what it looks like.
+        InputError: if this is not the state dict of a CAT-Seg; the message says what it looks like.
     """
     if not _is_cat_seg(state_dict):
-        raise ValueError(f"not a CAT-Seg checkpoint: it looks like {_family(state_dict)}")
+        raise InputError(f"not a CAT-Seg checkpoint: it looks like {_family(state_dict)}")
     visual = _Shapes(state_dict, CLIP + "visual.")
     split = "transformer.resblocks.0.attn.q_proj_weight" in visual
     version: Version = "v2" if split else "v1"
@@ -144,7 +145,7 @@ def _clip(visual: _Shapes, text: _Shapes, grid: int) -> CLIPConfig:
     positions = visual.get("positional_embedding", 2)[0] - 1
     side = math.isqrt(positions)
     if side * side != positions:
-        raise ValueError(f"a damaged CAT-Seg checkpoint: CLIP's {positions} image positions are no square")
+        raise InputError(f"a damaged CAT-Seg checkpoint: CLIP's {positions} image positions are no square")
     hidden = visual.get("transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
     layers = visual.count("transformer.resblocks.")
     vocab_size, text_width = text.get("token_embedding.weight", 2)
@@ -181,7 +182,7 @@ def _aggregator(aggregator: _Shapes, version: Version) -> Variant:
     hidden_dim, prompts, _, _ = aggregator.get("conv1.weight", 4)
     if prompts not in ENSEMBLES:
         counts = ", ".join(f"{count} ({name})" for count, name in ENSEMBLES.items())
-        raise ValueError(f"a CAT-Seg of {prompts} prompts a class; the prompt ensembles have {counts}")
+        raise InputError(f"a CAT-Seg of {prompts} prompts a class; the prompt ensembles have {counts}")
     base = VARIANTS["v1-vitl-swinb" if version == "v1" else "v2-vitl"]
     decoder_dims, guidance_dims, guidance_proj_dims = zip(
         *(_decoder_stage(aggregator, i) for i in (1, 2)), strict=True
@@ -237,7 +238,7 @@ def _backbone(backbone: _Shapes) -> str | SwinConfig | ResNetConfig:
         backbone.get("stem.conv1.weight", 4)
         depths = tuple(backbone.count(f"res{i}.") for i in (2, 3, 4))
         if depths not in RESNET_DEPTHS:
-            raise ValueError(
+            raise InputError(
                 f"a CAT-Seg whose ResNet has {depths} blocks; known are {', '.join(map(str, RESNET_DEPTHS))}"
             )
         config = ResNetConfig(RESNET_DEPTHS[depths])

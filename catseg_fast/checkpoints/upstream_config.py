@@ -28,6 +28,7 @@ from catseg_fast.config import (
     SwinConfig,
     Variant,
 )
+from catseg_fast.errors import InputError
 from catseg_fast.reference.finetune import CLIP_FINETUNE
 from catseg_fast.text.class_lists import read_classes
 from catseg_fast.text.prompts import PROMPT_ENSEMBLES, check_classes
@@ -83,7 +84,7 @@ def model_arguments(cfg: Any) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if a list of class names is not there.
-        ValueError: if a key is missing, or has a value that the model has no form for; the message names it.
+        InputError: if a key is missing, or has a value that the model has no form for; the message names it.
     """
     _check_fixed(cfg, FIXED)
     variant = _variant(cfg)
@@ -104,10 +105,10 @@ def _variant(cfg: Any) -> Variant:
     name = _choice(cfg, HEAD + "CLIP_PRETRAINED", CLIP_MODELS)
     clip = CLIP_MODELS[name]
     if (width := _get(cfg, HEAD + "TEXT_GUIDANCE_DIM")) != clip.embed_dim:
-        raise ValueError(f"{HEAD}TEXT_GUIDANCE_DIM: {width} is not the width {clip.embed_dim} of {name}")
+        raise InputError(f"{HEAD}TEXT_GUIDANCE_DIM: {width} is not the width {clip.embed_dim} of {name}")
     backbone = _backbone(cfg, clip)
     if backbone is None and name not in GUIDANCE_LAYERS:
-        raise ValueError(
+        raise InputError(
             f"{HEAD}CLIP_PRETRAINED: {name!r} has no guidance without a backbone; only "
             f"{', '.join(GUIDANCE_LAYERS)} have"
         )
@@ -153,17 +154,17 @@ def _backbone(cfg: Any, clip: CLIPConfig) -> str | SwinConfig | ResNetConfig | N
     elif name == "build_resnet_backbone":
         expected = RESNET_DIMS
         if dims != expected:
-            raise ValueError(
+            raise InputError(
                 f"{key}: {dims} are neither CLIP's {(clip.embed_dim, *CLIP_GUIDANCE_DIMS)}, as in v2, nor "
                 f"a ResNet's {expected}, as in v1"
             )
         backbone = _resnet(cfg)
     else:
-        raise ValueError(
+        raise InputError(
             f"MODEL.BACKBONE.NAME: {name!r} is not one of D2SwinTransformer, build_resnet_backbone"
         )
     if dims != expected:
-        raise ValueError(f"{key}: {dims} are not the backbone's {expected}")
+        raise InputError(f"{key}: {dims} are not the backbone's {expected}")
     return next((known for known, config in BACKBONES.items() if config == backbone), backbone)
 
 
@@ -171,7 +172,7 @@ def _swin(cfg: Any) -> SwinConfig:
     _check_fixed(cfg, FIXED_SWIN)
     depths = _get(cfg, "MODEL.SWIN.DEPTHS")
     if len(depths) != 3:
-        raise ValueError(f"MODEL.SWIN.DEPTHS: {depths} are {len(depths)} stages; 3 are wanted")
+        raise InputError(f"MODEL.SWIN.DEPTHS: {depths} are {len(depths)} stages; 3 are wanted")
     return SwinConfig(
         embed_dim=_get(cfg, "MODEL.SWIN.EMBED_DIM"),
         depths=depths,
@@ -190,7 +191,7 @@ def _feature_resolution(cfg: Any, clip: CLIPConfig) -> tuple[int, int]:
     side = clip.input_size // clip.patch_size
     resolution = _get(cfg, HEAD + "FEATURE_RESOLUTION")
     if resolution != (side, side):
-        raise ValueError(f"{HEAD}FEATURE_RESOLUTION: {resolution} is not CLIP's {(side, side)}")
+        raise InputError(f"{HEAD}FEATURE_RESOLUTION: {resolution} is not CLIP's {(side, side)}")
     return side, side
 
 
@@ -200,7 +201,7 @@ def _size_divisibility(cfg: Any, variant: Variant) -> int:
     size = _get(cfg, key)
     if size < 0:
         if variant.backbone is None:
-            raise ValueError(f"{key}: {size} asks for the backbone's, and v2 has none")
+            raise InputError(f"{key}: {size} asks for the backbone's, and v2 has none")
         size = 0 if _get(cfg, "MODEL.BACKBONE.NAME") == "build_resnet_backbone" else 32
     return max(1, size)
 
@@ -213,18 +214,18 @@ def _class_names(cfg: Any, key: str) -> tuple[str, ...]:
         return check_classes(read_classes(path), key)
     except ValueError as error:
         message = str(error)
-        raise ValueError(message if message.startswith(key) else f"{key}: {message}") from error
+        raise InputError(message if message.startswith(key) else f"{key}: {message}") from error
 
 
 def _check_fixed(cfg: Any, fixed: Mapping[str, Any]) -> None:
     for key, wanted in fixed.items():
         if (found := _get(cfg, key)) != wanted:
-            raise ValueError(f"{key}: {found!r} is not {wanted!r}, the only value that is served")
+            raise InputError(f"{key}: {found!r} is not {wanted!r}, the only value that is served")
 
 
 def _choice(cfg: Any, key: str, choices: Mapping[Any, Any]) -> Any:
     if (found := _get(cfg, key)) not in choices:
-        raise ValueError(f"{key}: {found!r} is not one of {', '.join(map(str, choices))}")
+        raise InputError(f"{key}: {found!r} is not one of {', '.join(map(str, choices))}")
     return found
 
 
@@ -235,7 +236,7 @@ def _get(cfg: Any, key: str) -> Any:
         try:
             value = getattr(value, name)
         except AttributeError:
-            raise ValueError(
+            raise InputError(
                 f"{key}: the configuration has no such key; upstream's add_cat_seg_config(cfg) adds its own"
             ) from None
     return tuple(value) if isinstance(value, (list, tuple)) else value

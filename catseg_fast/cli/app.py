@@ -78,7 +78,7 @@ def check_free(host: str, port: int) -> None:
     """Check that a server can listen there.
 
     Raises:
-        RuntimeError: if not; the message says why and what to do.
+        RunError: if not; the message says why and what to do.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

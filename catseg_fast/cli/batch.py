@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from catseg_fast.ahead import Room
@@ -16,6 +16,7 @@ from catseg_fast.cli.resume import finished
 from catseg_fast.config import MAX_PIXELS
 from catseg_fast.engine.class_parallel import RankError
 from catseg_fast.identity import content_digest
+from catseg_fast.inference.encoding import EncodedImage
 from catseg_fast.inference.images import image_size, load_bytes
 from catseg_fast.output.overlay import compact_labels
 from catseg_fast.output.results import save_labels, save_segmentation, summarise
@@ -77,6 +78,7 @@ class Batch:
         model: has its classes; or a conductor of the ranks that have them, on rank 0.
         about: further entries of the JSON files; its "fingerprint" tells which results are up to date.
         alpha: share of the colours in the overlay.
+        formats: what else to write, of `catseg_fast.output.formats.FORMATS`.
         size: pictures in one call of the model.
         overwrite: also do pictures whose results are up to date.
         threads: for decoding, and as many for writing.
@@ -90,6 +92,7 @@ class Batch:
         about: Mapping[str, Any],
         *,
         alpha: float = 0.55,
+        formats: Sequence[str] = (),
         size: int = 1,
         overwrite: bool = False,
         threads: int | None = None,
@@ -97,6 +100,7 @@ class Batch:
         room: int = ROOM,
     ) -> None:
         self.model, self.about, self.alpha, self.size, self.overwrite = model, about, alpha, size, overwrite
+        self.formats = formats
         self.threads = threads or min(4, os.cpu_count() or 1)
         self.max_pixels, self.room = max_pixels, Room(room)
 
@@ -170,8 +174,10 @@ class Batch:
     def _decode(self, job: _Job) -> Decoded | Classes:
         """A picture's pixels; or its classes, if its results are up to date."""
         path = job.picture.path
-        if not self.overwrite and (content := finished(job.picture, self.about["fingerprint"])):
-            return _occurring(content["classes"])
+        if not self.overwrite:
+            content = finished(job.picture, self.about["fingerprint"], self.formats)
+            if content:
+                return _occurring(content["classes"])
         # The digest comes first: if the file changes in between, the results count as another content's.
         digest = content_digest(path) if path.is_file() else None
         if job.pixels > self.room.size:
@@ -207,6 +213,8 @@ class Batch:
             return load_bytes(picture.path, max_pixels=self.max_pixels)
 
         encoded: Any = self.model.encode(read())
+        if isinstance(encoded, EncodedImage):
+            encoded = replace(encoded, image=None)  # which keeps the pixels
         answer = self.model.segment(encoded)
         seconds = time.perf_counter() - start
         summary, labels = summarise(answer), compact_labels(answer.labels, len(answer.classes))
@@ -214,7 +222,7 @@ class Batch:
         about = {"image": str(picture.path), **self.about}
         save_labels(
             picture.folder, picture.stem, read, labels, summary, about, self.alpha,
-            picture=picture.path, digest=decoded.digest,
+            picture=picture.path, digest=decoded.digest, formats=self.formats,
         )  # fmt: skip
         return Outcome(job.index, picture, _occurring(summary), seconds)
 
@@ -241,7 +249,7 @@ class Batch:
         about = {"image": str(picture.path), **self.about}
         classes = save_segmentation(
             picture.folder, picture.stem, decoded.image, answer, about, self.alpha,
-            picture=picture.path, digest=decoded.digest,
+            picture=picture.path, digest=decoded.digest, formats=self.formats,
         )  # fmt: skip
         return _occurring(classes)
 

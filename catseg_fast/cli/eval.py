@@ -34,6 +34,7 @@ from catseg_fast.console import (
     stdout,
 )
 from catseg_fast.distributed.torchrun import join, own_device
+from catseg_fast.errors import InputError
 from catseg_fast.text.class_lists import read_classes
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def _class_names(dataset: FolderDataset, classes_file: Path | None) -> tuple[str
         return dataset.classes
     classes = read_classes(classes_file)
     if len(classes) < len(dataset.classes):
-        raise ValueError(
+        raise InputError(
             f"{classes_file}: {len(classes)} classes are fewer than the data set's {len(dataset.classes)}"
         )
     return tuple(classes)

@@ -10,7 +10,7 @@ import typer
 from catseg_fast.backend import BACKENDS, default_device
 from catseg_fast.config import VARIANTS
 from catseg_fast.console import choice, stderr
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 from catseg_fast.text.class_lists import (
     EVERYDAY_CLASSES,
     READY_LISTS,
@@ -133,7 +133,7 @@ def build_model(
     """The model with a checkpoint's weights, or a variant's random ones and a warning where there is none.
 
     Raises:
-        ValueError: if neither is named.
+        InputError: if neither is named.
     """
     import torch
 
@@ -151,7 +151,7 @@ def build_model(
             weights, classes, variant=variant, device=target, dtype=precision, **options
         )
     if variant is None:
-        raise ValueError("weights, variant: neither is given")
+        raise InputError("weights, variant: neither is given")
     stderr.print(
         "[bold yellow]warning:[/] no --weights: the model's weights are untrained (random), "
         "and the labels mean nothing",

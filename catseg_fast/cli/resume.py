@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from catseg_fast.cli.inputs import Picture
 from catseg_fast.files import replacing
-from catseg_fast.identity import content_digest, place_of, settings_digest
+from catseg_fast.identity import content_digest, place_of, result_digest, settings_digest
+from catseg_fast.output.formats import FORMATS
 from catseg_fast.output.ownership import PNG_SUFFIXES, is_result_of, read_result
 from catseg_fast.output.results import write_result
 
@@ -33,11 +35,12 @@ def fingerprint(model: CATSeg, weights: Path | None, seed: int, alpha: float) ->
     return settings_digest(facts)
 
 
-def finished(picture: Picture, expected: str) -> dict[str, Any] | None:
+def finished(picture: Picture, expected: str, formats: Sequence[str] = ()) -> dict[str, Any] | None:
     """The content of a picture's JSON file, if it vouches for what is there; else None.
 
     It does if it is of this picture with the content that it has now, of the fingerprint `expected`, and of
-    the label map and overlay beside it. Where the picture has moved since, the JSON file is given its path.
+    the files beside it, those in the other `formats` included. Where the picture has moved since, the JSON
+    file is given its path.
     """
     path = picture.result("json")
     content = read_result(path)
@@ -47,8 +50,9 @@ def finished(picture: Picture, expected: str) -> dict[str, Any] | None:
     try:
         if not is_result_of(content, picture.path) or identity["content"] != content_digest(picture.path):
             return None
-        for name in (picture.stem + suffix for suffix in PNG_SUFFIXES):
-            if identity["files"].get(name) != content_digest(picture.folder / name):
+        suffixes = (*PNG_SUFFIXES, *(FORMATS[name].suffix for name in formats))
+        for name in identity["files"].keys() | {picture.stem + suffix for suffix in suffixes}:
+            if identity["files"].get(name) != result_digest(picture.folder / name):
                 return None
         place = place_of(picture.path)
         if (content["image"], identity["path"]) != (str(picture.path), place):

@@ -34,6 +34,7 @@ from catseg_fast.cli.options import (
 from catseg_fast.config import MAX_PIXELS
 from catseg_fast.console import (
     Debug,
+    choice,
     describe,
     image_progress,
     output_folder,
@@ -43,6 +44,7 @@ from catseg_fast.console import (
     stdout,
 )
 from catseg_fast.distributed.torchrun import Processes, join, own_device
+from catseg_fast.output.formats import FORMATS, check_formats
 from catseg_fast.output.statistics import check_target, write_statistics
 
 if TYPE_CHECKING:
@@ -93,6 +95,9 @@ def segment(
     ] = 1,
     sliding_window: SlidingWindow = True,
     backend: Backend = "auto",
+    formats: Annotated[
+        list[str] | None, choice("--format", tuple(FORMATS), "Also write, several times if need be")
+    ] = None,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     text_cache: TextCache = True,
     max_pixels: MaxPixels = MAX_PIXELS,
@@ -121,6 +126,11 @@ def segment(
             check_target(stats)
     except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
+    formats = formats or []
+    try:
+        check_formats(formats, len(names))
+    except (ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error).removeprefix("formats: "), param_hint="--format") from None
     with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
         from catseg_fast.checkpoints.hub import resolve
         from catseg_fast.cli.inputs import find_pictures
@@ -153,8 +163,9 @@ def segment(
 
         start = time.perf_counter()
         work = Batch(
-            conductor or model, about, alpha=alpha, size=batch, overwrite=overwrite, max_pixels=max_pixels
-        )
+            conductor or model, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite,
+            max_pixels=max_pixels,
+        )  # fmt: skip
         outcomes = _segment_all(work, pictures, debug)
         seconds = time.perf_counter() - start
         if conductor is not None:

@@ -109,7 +109,7 @@ def _require_gpu() -> torch.device:
     """The current GPU.
 
     Raises:
-        RuntimeError: if there is none on which kernels can be timed; the message has what there is.
+        RunError: if there is none on which kernels can be timed; the message has what there is.
     """
     import torch
 

@@ -67,7 +67,7 @@ class FolderDataset:
 
     Raises:
         FileNotFoundError: if a folder or `classes.json` is missing.
-        ValueError: if a picture has no annotation or an annotation no picture, two pictures share a name,
+        InputError: if a picture has no annotation or an annotation no picture, two pictures share a name,
             there are none, or `classes.json` is not a list of 1 to 65535 names.
     """
 
@@ -78,17 +78,17 @@ class FolderDataset:
         images, annotations = files_by_name(self.root / "images"), files_by_name(self.root / "annotations")
         for name, path in annotations.items():
             if path.suffix.lower() != ".png":
-                raise ValueError(f"{path}: expected an annotation as PNG")
+                raise InputError(f"{path}: expected an annotation as PNG")
             if name not in images:
-                raise ValueError(f"{path}: annotation without image: no {self.root / 'images' / name}.*")
+                raise InputError(f"{path}: annotation without image: no {self.root / 'images' / name}.*")
         for name, path in images.items():
             if name not in annotations:
-                raise ValueError(
+                raise InputError(
                     f"{path}: image without annotation: no {self.root / 'annotations' / name}.png"
                 )
         self.names = tuple(sorted(images))
         if not self.names:
-            raise ValueError(f"{self.root / 'images'}: no images{_unsearched(self.root / 'images')}")
+            raise InputError(f"{self.root / 'images'}: no images{_unsearched(self.root / 'images')}")
         self._images = tuple(str(images[name]) for name in self.names)
         self._annotations = tuple(str(annotations[name]) for name in self.names)
 
@@ -103,7 +103,7 @@ class FolderDataset:
 
         Raises:
             IndexError: if there is no such entry.
-            ValueError: if a file cannot be read, an annotation is no index map, its size is not the
+            InputError: if a file cannot be read, an annotation is no index map, its size is not the
                 picture's, or it holds an index that is neither a class's nor the one to ignore.
         """
         name, image_path, path = self.names[index], self._images[index], self._annotations[index]
@@ -111,7 +111,7 @@ class FolderDataset:
         labels = read_annotation(Path(path), len(self.classes))
         if labels.shape != image.shape[1:]:
             sizes = [f"{size[1]}x{size[0]}" for size in (labels.shape, image.shape[1:])]
-            raise ValueError(f"{path}: the annotation is {sizes[0]}, its image {image_path} is {sizes[1]}")
+            raise InputError(f"{path}: the annotation is {sizes[0]}, its image {image_path} is {sizes[1]}")
         return {"image": image, "sem_seg": labels, "name": name}
 
     def pixels(self, index: int) -> int:
@@ -138,7 +138,7 @@ def read_annotation(path: Path, classes: int) -> Tensor:
     """The class indices int64 `[H, W]` of an 8- or 16-bit PNG, as `FolderDataset` tells.
 
     Raises:
-        ValueError: if the file cannot be read, is no index map, or holds an index beyond `classes` classes.
+        InputError: if the file cannot be read, is no index map, or holds an index beyond `classes` classes.
     """
     array = read_index_map(path)
     largest = np.iinfo(array.dtype).max
@@ -148,7 +148,7 @@ def read_annotation(path: Path, classes: int) -> Tensor:
         labels[array == largest] = ignore_label
     wrong = (labels >= classes) & (labels != ignore_label)
     if wrong.any():
-        raise ValueError(
+        raise InputError(
             f"{path}: the annotation has index {labels[wrong].max()} in {wrong.sum()} pixels, "
             f"but the class list has {classes} classes, 0..{classes - 1}"
         )
@@ -159,7 +159,7 @@ def read_index_map(path: Path) -> np.ndarray:
     """The values of a grey image, or the indices of one with a palette: uint8 or uint16 `[H, W]`.
 
     Raises:
-        ValueError: if the file cannot be read, or is not a PNG or TIFF whose pixels are class indices of 8 or
+        InputError: if the file cannot be read, or is not a PNG or TIFF whose pixels are class indices of 8 or
             16 bits: it is in a lossy format, has colours or several pages, or its values are stretched or
             inverted when it is read.
     """
@@ -168,13 +168,13 @@ def read_index_map(path: Path) -> np.ndarray:
             problem = _why_no_index_map(image)
             array = None if problem else np.array(image)
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
-        raise ValueError(f"{path}: cannot read the annotation: {error}") from error
+        raise InputError(f"{path}: cannot read the annotation: {error}") from error
     if array is None:
         raise InputError(f"{path}: expected class indices of 8 or 16 bits, got {problem}")
     if array.dtype == np.uint8:
         return array
     if array.min() < 0 or array.max() > 65535:
-        raise ValueError(f"{path}: expected indices of 16 bits, got {array.min()}..{array.max()}")
+        raise InputError(f"{path}: expected indices of 16 bits, got {array.min()}..{array.max()}")
     return array.astype(np.uint16)
 
 
@@ -212,7 +212,7 @@ def _read_class_list(path: Path) -> tuple[str, ...]:
         raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
     classes = read_classes(path)
     if len(classes) > MOST_CLASSES:
-        raise ValueError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
+        raise InputError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
     return tuple(classes)
 
 
@@ -229,7 +229,7 @@ def files_by_name(folder: Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if two files have one name.
+        InputError: if two files have one name.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -238,6 +238,6 @@ def files_by_name(folder: Path) -> dict[str, Path]:
         if path.name.startswith(".") or path.is_dir():
             continue
         if path.stem in files:
-            raise ValueError(f"{files[path.stem]} and {path}: two files of one name")
+            raise InputError(f"{files[path.stem]} and {path}: two files of one name")
         files[path.stem] = path
     return files

@@ -55,12 +55,12 @@ def import_dataset(
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if there are no annotations, one has no image or another size than it, cannot be read or
+        InputError: if there are no annotations, one has no image or another size than it, cannot be read or
             holds a value of no class, there are too many classes, or `target` has other classes.
         OSError: if writing fails; FileExistsError if a file is in the way that no call has made.
     """
     if len(classes) > MOST_CLASSES:
-        raise ValueError(f"classes: {len(classes)}; indices of 16 bits count {MOST_CLASSES}")
+        raise InputError(f"classes: {len(classes)}; indices of 16 bits count {MOST_CLASSES}")
     pairs = find_pairs(images, annotations, notice)
     for folder in ("images", "annotations"):
         (target / folder).mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def _indices(path: Path, classes: int, first: int) -> np.ndarray:
     known = (indices >= 0) & (indices < classes)
     wrong = ~known & (values >= first) & (values != np.iinfo(values.dtype).max)
     if wrong.any():
-        raise ValueError(
+        raise InputError(
             f"{path}: the annotation has value {values[wrong].max()} in {wrong.sum()} pixels, "
             f"but {classes} classes are {first}..{first + classes - 1}"
         )
@@ -148,7 +148,7 @@ def _write_classes(path: Path, classes: Sequence[str]) -> None:
     text = json.dumps(list(classes), indent=0, ensure_ascii=False) + "\n"
     if path.exists():
         if read_text(path) != text:
-            raise ValueError(f"{path}: the folder has other classes; choose another")
+            raise InputError(f"{path}: the folder has other classes; choose another")
         return
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from catseg_fast.engine.folding import ClassLayer, wide
 from catseg_fast.engine.kept import kept
+from catseg_fast.errors import InputError
 from catseg_fast.kernels.class_attention import plain
 
 
@@ -110,10 +111,10 @@ class LinearMemory:
         """The means and `key_sum`.
 
         Raises:
-            ValueError: if the memory is not closed.
+            InputError: if the memory is not closed.
         """
         if self.means is None or not isinstance(self.key_sum, Tensor):
-            raise ValueError("memory: it is not closed, or no class was added")
+            raise InputError("memory: it is not closed, or no class was added")
         return self.means, self.key_sum
 
 

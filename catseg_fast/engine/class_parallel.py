@@ -20,7 +20,7 @@ from torch import Tensor
 
 from catseg_fast.engine.class_memory import ClassMemory, LinearMemory
 from catseg_fast.engine.selection import best_classes
-from catseg_fast.errors import CATSegError
+from catseg_fast.errors import CATSegError, InputError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, ReduceOp
@@ -115,11 +115,11 @@ class ClassShare:
             like: a tensor `[…, C]` of the classes' type and device.
 
         Raises:
-            ValueError: if the memory is one of softmax attention, which no sums stand for.
+            InputError: if the memory is one of softmax attention, which no sums stand for.
             RankError: if a rank is gone.
         """
         if not isinstance(memory, LinearMemory):
-            raise ValueError(SOFTMAX)
+            raise InputError(SOFTMAX)
         heads, dtype = memory.heads, torch.promote_types(like.dtype, torch.float32)
         d = like.shape[-1] // heads
 

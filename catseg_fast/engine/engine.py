@@ -203,7 +203,7 @@ class Engine:
         They are in the type that was asked for, of autocast or `precision`, else in that of the weights.
 
         Raises:
-            RuntimeError: if the classes are shared with other processes.
+            RunError: if the classes are shared with other processes.
         """
         if self.share is not None:
             raise RunError("class parallel: no rank has all logits; label maps alone can be had")
@@ -278,8 +278,8 @@ class Engine:
             schedule: from `schedule_of`; by default one for a caller who holds nothing besides.
 
         Raises:
-            ValueError: if the memory budget is too small for one class.
-            RuntimeError: if gradients are wanted of classes that are shared with other processes.
+            InputError: if the memory budget is too small for one class.
+            RunError: if gradients are wanted of classes that are shared with other processes.
         """
         inputs = (img_feats, vocabulary, appearance_guidance, max_classes)
         if self._stream(plan or self.plan(), *inputs, begin, schedule):
@@ -348,7 +348,7 @@ class Engine:
         """Return how a call with these arguments runs, if the caller holds `output_bytes` besides.
 
         Raises:
-            ValueError: if the memory budget is too small for one class.
+            InputError: if the memory budget is too small for one class.
         """
         total = self._total(vocabulary.classes)
         count = total if max_classes is None else min(total, max_classes)
@@ -368,7 +368,7 @@ class Engine:
         """Return how a call would run that aggregates so many classes, of more where it `selects`.
 
         Raises:
-            ValueError: if the memory budget is too small for one class.
+            InputError: if the memory budget is too small for one class.
         """
         device: torch.device = self.aggregator.conv1.weight.device
         sizes = Sizes(self.plan(), crops, resolution, classes, device, selects)

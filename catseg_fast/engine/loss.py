@@ -34,8 +34,8 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE
         ignore_label: label of pixels without a class.
 
     Raises:
-        TypeError: if the labels are not integers.
-        ValueError: if a label is neither a class index nor the ignore label.
+        InputTypeError: if the labels are not integers.
+        InputError: if a label is neither a class index nor the ignore label.
     """
     labels = class_indices(labels, logits.shape[1], ignore_label)
     loss: Tensor = _Loss.apply(logits, labels.to(logits.device, non_blocking=True), ignore_label)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 
 Answer = TypeVar("Answer")
 Result = TypeVar("Result")
@@ -103,10 +103,10 @@ def check_graphs(setting: str) -> str:
     """Return a setting of `Engine.graphs`.
 
     Raises:
-        ValueError: if it is not one of `SETTINGS`.
+        InputError: if it is not one of `SETTINGS`.
     """
     if setting not in SETTINGS:
-        raise ValueError(f"graphs: {setting!r} is not one of {', '.join(SETTINGS)}")
+        raise InputError(f"graphs: {setting!r} is not one of {', '.join(SETTINGS)}")
     return setting
 
 

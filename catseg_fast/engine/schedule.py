@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from catseg_fast.engine.folding import Plan
+from catseg_fast.errors import InputError
 
 POLICIES = ("resident", "offload", "recompute")
 
@@ -60,16 +61,16 @@ def parse_bytes(amount: int | str) -> int:
     """A number of bytes, or a text such as "2GiB", "500 MB", "1.5G".
 
     Raises:
-        ValueError: if the text is no amount, or not positive.
+        InputError: if the text is no amount, or not positive.
     """
     if isinstance(amount, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", amount.lower())
         units = _UNITS | _BINARY_UNITS
         if match is None or match[2] not in units:
-            raise ValueError(f"memory_budget: {amount!r} is not an amount such as '2GiB' or '500MB'")
+            raise InputError(f"memory_budget: {amount!r} is not an amount such as '2GiB' or '500MB'")
         amount = int(float(match[1]) * units[match[2]])
     if amount <= 0:
-        raise ValueError(f"memory_budget: {amount} is not positive")
+        raise InputError(f"memory_budget: {amount} is not positive")
     return amount
 
 
@@ -87,10 +88,10 @@ def check_policy(policy: str | None) -> str | None:
     """Return a known policy, or None for the planner's choice.
 
     Raises:
-        ValueError: if it is not one of `POLICIES`.
+        InputError: if it is not one of `POLICIES`.
     """
     if policy is not None and policy not in POLICIES:
-        raise ValueError(f"policy: {policy!r} is not one of {', '.join(POLICIES)}")
+        raise InputError(f"policy: {policy!r} is not one of {', '.join(POLICIES)}")
     return policy
 
 
@@ -98,10 +99,10 @@ def check_chunk(chunk: int | None) -> int | None:
     """Return a positive number of classes per step, or None for the planner's choice.
 
     Raises:
-        ValueError: if it is not positive.
+        InputError: if it is not positive.
     """
     if chunk is not None and chunk <= 0:
-        raise ValueError(f"chunk: {chunk} is not positive")
+        raise InputError(f"chunk: {chunk} is not positive")
     return chunk
 
 
@@ -192,7 +193,7 @@ def plan_schedule(
         output_bytes: what the caller holds for the answer.
 
     Raises:
-        ValueError: if the budget does not even hold one class; the message has the least that works.
+        InputError: if the budget does not even hold one class; the message has the least that works.
     """
     device, classes = sizes.device, sizes.classes
     if budget is None and torch.compiler.is_compiling():
@@ -219,7 +220,7 @@ def plan_schedule(
     room, least = (free - fixed[chosen]) // per_class, chunk or 1
     if room < least:
         needed = (min(fixed.values()) if policy is None else fixed[chosen]) + least * per_class
-        raise ValueError(
+        raise InputError(
             f"memory_budget: {format_bytes(free)} does not hold {least} of {classes} classes "
             f"(policy {chosen!r}); the least that works is {format_bytes(needed)} ({needed} bytes)"
         )
@@ -242,7 +243,7 @@ def plan_gradients(
         budget: bytes, or None for a share of what is free.
 
     Raises:
-        ValueError: if the budget does not hold what the caller chose; the message has the least that works.
+        InputError: if the budget does not hold what the caller chose; the message has the least that works.
     """
     classes = sizes.classes
     if budget is None and torch.compiler.is_compiling():
@@ -261,7 +262,7 @@ def plan_gradients(
         reason = "asked for"
     if not checkpoint:
         if everything > free:
-            raise ValueError(
+            raise InputError(
                 f"memory_budget: {format_bytes(free)} does not hold the activations of {classes} classes, "
                 f"{format_bytes(everything)}; checkpoint=True computes them again"
             )
@@ -270,7 +271,7 @@ def plan_gradients(
     room, least = (free - fixed) // per_class, chunk or 1
     if room < least:
         needed = fixed + least * per_class
-        raise ValueError(
+        raise InputError(
             f"memory_budget: {format_bytes(free)} does not hold {least} of {classes} classes with gradients; "
             f"the least that works is {format_bytes(needed)} ({needed} bytes)"
         )

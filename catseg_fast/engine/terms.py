@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from catseg_fast.engine.folding import DecoderStage, Plan, WindowBlock, wide
 from catseg_fast.engine.kept import kept
+from catseg_fast.errors import InputError
 from catseg_fast.kernels.window_attention.plain import window_masks, window_order
 from catseg_fast.reference.window_attention import fit_window
 
@@ -157,7 +158,7 @@ def _block_guidance(
     H, W = resolution
     window, shift = fit_window(resolution, block.window, block.shift)
     if H % window or W % window:
-        raise ValueError(f"img_feats: resolution {H}x{W} is not divisible by the window {window}")
+        raise InputError(f"img_feats: resolution {H}x{W} is not divisible by the window {window}")
     order, inverse, masks = _geometry(resolution, window, shift, block.qkv.dtype, device)
     query_key = block.guidance_bias.view(1, 1, -1)
     if block.guidance is not None and tokens is not None:

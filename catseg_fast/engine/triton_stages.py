@@ -18,7 +18,7 @@ from catseg_fast.engine.arguments import Decoding
 from catseg_fast.engine.class_memory import ClassMemory, LinearMemory
 from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
 from catseg_fast.engine.terms import BlockGuidance
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
@@ -163,7 +163,7 @@ class TritonStages:
         """Run a stage in torch from now on, with a warning.
 
         Raises:
-            RuntimeError: if CATSEG_FAST_STRICT is 1.
+            RunError: if CATSEG_FAST_STRICT is 1.
         """
         if os.environ.get("CATSEG_FAST_STRICT") == "1":
             raise RunError(f"{stage}: the Triton kernel fails: {reason}") from error
@@ -273,9 +273,9 @@ def unsupported_classes(layer: ClassLayer) -> str | None:
 
 def _linear(layer: ClassLayer, memory: ClassMemory) -> LinearMemory:
     if reason := unsupported_classes(layer):
-        raise ValueError(f"layer: {reason}")
+        raise InputError(f"layer: {reason}")
     if not isinstance(memory, LinearMemory):
-        raise ValueError(f"memory: {type(memory).__name__} has no kernel, LinearMemory has")
+        raise InputError(f"memory: {type(memory).__name__} has no kernel, LinearMemory has")
     return memory
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from catseg_fast._version import __version__
 from catseg_fast.engine import fourier
 from catseg_fast.engine.schedule import usual_chunk
+from catseg_fast.errors import InputError
 from catseg_fast.files import locked, replacing
 from catseg_fast.kernels import load
 from catseg_fast.kernels.launch import configs as tuning
@@ -231,7 +232,7 @@ def tune(
             if expected is None:
                 expected = result
                 if not all(x.isfinite().all() for x in expected):
-                    raise ValueError("it computes infinite values or NaN")
+                    raise InputError("it computes infinite values or NaN")
             if _agree(result, expected, _rounding(tunable)):
                 outcome.milliseconds[config] = timer(functools.partial(tunable.run, scratch, config))
             else:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from catseg_fast.errors import InputError
 from catseg_fast.files import acquire_lock
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Ledger:
         """The records of all processes so far, by "name". Only one process may read, before any writes.
 
         Raises:
-            ValueError: if they depend on something else than `about`; the message says on what.
+            InputError: if they depend on something else than `about`; the message says on what.
             RunError: if another evaluation uses the ledger.
         """
         self._hold()
@@ -99,9 +100,9 @@ class Ledger:
         try:
             about = _parse(lines[0])
         except ValueError as error:
-            raise ValueError(f"{path} is damaged, or no file of an evaluation: {error}") from error
+            raise InputError(f"{path} is damaged, or no file of an evaluation: {error}") from error
         if about != self.about:
-            raise ValueError(
+            raise InputError(
                 f"{path} is of another evaluation: {_difference(about, self.about)}; "
                 "evaluate into another folder, or start anew (--restart)"
             )
@@ -135,11 +136,11 @@ def _parse(line: bytes) -> Record:
     try:
         record = json.loads(line)
     except RecursionError as error:
-        raise ValueError(str(error)) from error
+        raise InputError(str(error)) from error
     if not isinstance(record, dict) or CHECKSUM not in record:
-        raise ValueError("it is no record with a checksum")
+        raise InputError("it is no record with a checksum")
     if record.pop(CHECKSUM) != _checksum(record):
-        raise ValueError("its checksum does not agree")
+        raise InputError("its checksum does not agree")
     return record
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from catseg_fast.errors import InputError
 from catseg_fast.labels import class_indices
 
 
@@ -34,11 +35,11 @@ class ClassCounts:
         """Count a label map's pixels against the truth, both `[H, W]` of any integer type.
 
         Raises:
-            TypeError: if one of them is not of integers.
-            ValueError: if the sizes differ, or a label of a pixel that counts is not in 0..classes - 1.
+            InputTypeError: if one of them is not of integers.
+            InputError: if the sizes differ, or a label of a pixel that counts is not in 0..classes - 1.
         """
         if labels.shape != truth.shape:
-            raise ValueError(
+            raise InputError(
                 f"labels: {list(labels.shape)} and their truth {list(truth.shape)} differ in size"
             )
         truth = class_indices(truth, classes, ignore_label, "truth")

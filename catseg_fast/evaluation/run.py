@@ -24,6 +24,7 @@ from catseg_fast.ahead import Room, ahead
 from catseg_fast.data.folder import FolderDataset, read_index_map
 from catseg_fast.data.resize import shortest_edge_size
 from catseg_fast.distributed.torchrun import Processes
+from catseg_fast.errors import InputError
 from catseg_fast.evaluation.ledger import Ledger, Record
 from catseg_fast.evaluation.metrics import ClassCounts
 from catseg_fast.files import replacing
@@ -114,13 +115,13 @@ def evaluate(
         The records of all images, in the order of their names; `summarise` adds them up.
 
     Raises:
-        ValueError: if `classes` is fewer than the data set's, a label map is not of its image's size, the
+        InputError: if `classes` is fewer than the data set's, a label map is not of its image's size, the
             ledger is of another evaluation, or an image or annotation cannot be read.
         OSError: if a file cannot be written.
     """
     count = len(data.classes) if classes is None else classes
     if count < len(data.classes):
-        raise ValueError(f"classes: {count} are fewer than the data set's {len(data.classes)}")
+        raise InputError(f"classes: {count} are fewer than the data set's {len(data.classes)}")
     processes = processes or Processes()
     names = data.names[:limit]
     known: dict[str, Record] = {}
@@ -189,10 +190,10 @@ def summarise(records: Sequence[Record], classes: int) -> Evaluation:
     """Add up the records of `evaluate` over a list of `classes`.
 
     Raises:
-        ValueError: if there are none.
+        InputError: if there are none.
     """
     if not records:
-        raise ValueError("records: there are none")
+        raise InputError("records: there are none")
     table = np.zeros((3, classes), dtype=np.int64)
     activations: dict[str, float] = {}
     for record in records:
@@ -224,7 +225,7 @@ def _sparse(counts: ClassCounts) -> list[list[int]]:
 def _agreeing(labels: Tensor, path: Path) -> int:
     other = read_index_map(path)
     if other.shape != labels.shape:
-        raise ValueError(
+        raise InputError(
             f"{path}: a label map {list(other.shape)} to compare with one of {list(labels.shape)}"
         )
     return int((labels.numpy() == other).sum())

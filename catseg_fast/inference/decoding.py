@@ -6,15 +6,14 @@ that no second whole copy exists beside it.
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from catseg_fast.errors import InputError
@@ -38,40 +37,55 @@ _TIFF_WIDTH, _TIFF_LENGTH = 256, 257
 
 
 @contextmanager
-def opened(source: Path | bytes, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
-    """Yield an image, opened but not decoded, of a file or of a file's content.
+def opened(path: Path, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
+    """Yield an image file, opened but not decoded.
 
     Args:
-        source: a path, or the content.
+        path: of the file.
         name: the argument's name in error messages.
         max_pixels: most pixels that may be decoded; None for no limit.
 
     Raises:
         FileNotFoundError: if the path does not exist.
-        InputError: if the image has more than `max_pixels`.
-        ValueError: if it cannot be read or decoded, also within the `with` block.
+        InputError: if the image has more than `max_pixels`, or cannot be read or decoded, also within the
+            `with` block.
     """
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
-            with _PILLOW:
-                limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-                try:
-                    image = Image.open(file)
-                finally:
-                    Image.MAX_IMAGE_PIXELS = limit
-            with image:
-                check_pixels(image.size, max_pixels, f"{name}: {_described(source)}")
-                yield image
+        with open_regular(path) as file, _open(file) as image:
+            check_pixels(image.size, max_pixels, f"{name}: {str(path)!r}")
+            yield image
     except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such file: {_described(source)}") from None
+        raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
     except IsADirectoryError:
-        raise ValueError(f"{name}: {_described(source)} is a folder, not an image") from None
-    except InputError:
-        raise
+        raise InputError(f"{name}: {str(path)!r} is a folder, not an image") from None
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
-        if isinstance(source, bytes):
-            raise ValueError(f"{name}: cannot decode {_described(source)} as an image: {error}") from error
-        raise ValueError(f"{name}: cannot read {_described(source)}: {error}") from error
+        if isinstance(error, InputError) and str(error).startswith(f"{name}: "):
+            raise
+        raise InputError(f"{name}: cannot read {str(path)!r}: {error}") from error
+
+
+@contextmanager
+def opened_content(file: BinaryIO, source: str, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
+    """`opened`, of an open file; `source` is what errors call it."""
+    try:
+        with _open(file) as image:
+            check_pixels(image.size, max_pixels, f"{name}: {source}")
+            yield image
+    except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
+        if isinstance(error, InputError) and str(error).startswith(f"{name}: "):
+            raise
+        reason = "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise InputError(f"{name}: cannot read {source}: {reason}") from error
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """Pillow's own limit, which is the whole process's, is not asked."""
+    with _PILLOW:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int | None, name: str) -> None:
@@ -153,9 +167,5 @@ def _eight_bit(grey: np.ndarray) -> np.ndarray:
     """Scale a 16-bit grey [H, W] to uint8; Pillow's mode `I` (int32) holds one too in some formats."""
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65535:
-        raise ValueError(f"expected 16-bit grey values, got {low}..{high}")
+        raise InputError(f"expected 16-bit grey values, got {low}..{high}")
     return ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-
-
-def _described(source: Path | bytes) -> str:
-    return f"the {len(source)} bytes" if isinstance(source, bytes) else repr(os.fspath(source))

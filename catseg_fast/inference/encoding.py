@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from catseg_fast.config import CROP_SIZE
+from catseg_fast.errors import InputError
+from catseg_fast.inference.images import ImageLike
 from catseg_fast.inference.readout import Readout
 from catseg_fast.reference.inference import pad_to_multiple, resize
 from catseg_fast.reference.model import normalise
@@ -31,12 +33,14 @@ class EncodedImage:
         guidance: the three guidance maps `[B, C, H, W]`, from coarse to fine.
         readout: how the crops make up the picture.
         dtype: type of the weights at that time; under autocast the features have another one.
+        image: the picture, as a `Segmentation` keeps it.
     """
 
     features: Tensor
     guidance: tuple[Tensor, ...]
     readout: Readout
     dtype: torch.dtype
+    image: ImageLike | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -47,16 +51,16 @@ class EncodedImage:
         """Check that it fits a model with the weight `like` and a call with `sliding_window`.
 
         Raises:
-            ValueError: if it does not; the message has both.
+            InputError: if it does not; the message has both.
         """
         if (self.features.device, self.dtype) != (like.device, like.dtype):
-            raise ValueError(
+            raise InputError(
                 f"image: it was encoded on {self.features.device} in {self.dtype}, "
                 f"and the model is on {like.device} in {like.dtype}"
             )
         sliding = self.readout.window is not None
         if sliding_window is not None and sliding_window != sliding:
-            raise ValueError(f"sliding_window: {sliding_window}, and the image was encoded with {sliding}")
+            raise InputError(f"sliding_window: {sliding_window}, and the image was encoded with {sliding}")
 
 
 @torch.no_grad()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -15,16 +16,21 @@ from torch import Tensor
 
 from catseg_fast.config import MAX_PIXELS
 from catseg_fast.errors import InputError, InputTypeError
-from catseg_fast.inference.decoding import Upright, check_pixels, opened, upright_size
+from catseg_fast.inference.decoding import Upright, check_pixels, opened, opened_content, upright_size
+from catseg_fast.inference.sources import describe_source, fetch, is_url, local_path
 
-ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+ImageLike: TypeAlias = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
+)
 
 # Interpolating a float image in 0..255 may overshoot by rounding alone.
 _ROUNDING = 1e-3
 # Pillow only recognises the first five; EPS it hands to Ghostscript.
 _NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
+_CHANNELS = (1, 3, 4)
 _EXPECTED = (
-    "a path, a file's content as bytes, a PIL image, a numpy array [H, W, 3] or a torch tensor [3, H, W]"
+    "a path, a URL, a file's content as bytes, a binary file, a PIL image, a numpy array [H, W, 3] or a "
+    "torch tensor [3, H, W]"
 )
 
 
@@ -32,9 +38,13 @@ def load_image(image: ImageLike, name: str = "image", max_pixels: int | None = M
     """Turn any accepted image into a float32 tensor [3, H, W] of RGB values in 0..255.
 
     Files and PIL images are turned upright by their EXIF orientation and converted to 8-bit RGB from any
-    mode (16-bit greys are scaled down, an alpha channel is dropped). Arrays are `[H, W, 3]`, `[H, W, 1]` or
-    `[H, W]`, tensors `[3, H, W]` or `[1, H, W]`; both hold uint8 or floating values in 0..255, and one
-    channel is repeated to three. A tensor stays on its device.
+    mode (16-bit greys are scaled down, an alpha channel is dropped). Arrays are `[H, W]`, `[H, W, C]` or
+    `[C, H, W]`, tensors `[C, H, W]`, with C = 1, 3 or 4 channels, and either may have a leading 1. Both hold
+    uint8 or floating values in 0..255; one channel is repeated to three, and the fourth, alpha, is dropped.
+    An array that could be read both ways, such as `[3, 5, 3]`, is `[H, W, C]`. A tensor stays on its device.
+
+    A string that starts with `http://` or `https://` is fetched, of at most 256 MiB within a minute;
+    `file://` names a file. Bytes are a file's content, and a file object is read from its start.
 
     Args:
         image: what to read.
@@ -43,8 +53,9 @@ def load_image(image: ImageLike, name: str = "image", max_pixels: int | None = M
 
     Raises:
         FileNotFoundError: if the path does not exist.
-        ValueError: if a file cannot be decoded or has too many pixels, or a shape or value is not an image's.
-        TypeError: if the object or its dtype is not supported.
+        InputError: if a file cannot be decoded or has too many pixels, or a shape or value is not an image's.
+        InputTypeError: if the object or its dtype is not supported.
+        RunError: if a URL cannot be fetched.
     """
     return load_pixels(image, name, max_pixels).to(torch.float32)
 
@@ -52,23 +63,32 @@ def load_image(image: ImageLike, name: str = "image", max_pixels: int | None = M
 def load_pixels(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
     """`load_image`, but what holds 8 bits stays uint8, a quarter of the memory."""
     check_max_pixels(max_pixels)
-    if isinstance(image, bytes | str | os.PathLike):
-        with opened(image if isinstance(image, bytes) else Path(image), name, max_pixels) as file:
-            return _from_picture(file, name if isinstance(image, bytes) else f"{name}: {str(image)!r}")
+    if isinstance(image, str) and is_url(image):
+        path = local_path(image, name)
+        if path is None:
+            return _from_content(io.BytesIO(fetch(image, name)), repr(image), name, max_pixels)
+        image = path
+    if isinstance(image, str | os.PathLike):
+        with opened(Path(image), name, max_pixels) as file:
+            return _from_picture(file, f"{name}: {str(image)!r}")
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _from_content(io.BytesIO(image), describe_source(image), name, max_pixels)
     if isinstance(image, Image.Image):
         if 0 in image.size:
-            raise ValueError(f"{name}: the image is empty ({image.width}x{image.height})")
+            raise InputError(f"{name}: the image is empty ({image.width}x{image.height})")
         check_pixels(image.size, max_pixels, f"{name}: the image")
         try:
             return _from_picture(image, name)
         except InputError:
             raise
         except Exception as error:  # an opened file is decoded only now
-            raise ValueError(f"{name}: cannot decode the image: {error}") from error
+            raise InputError(f"{name}: cannot decode the image: {error}") from error
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     if isinstance(image, Tensor):
         return _from_tensor(image, name)
+    if hasattr(image, "read"):
+        return _from_content(_binary(image, name), describe_source(image), name, max_pixels)
     raise InputTypeError(f"{name}: expected {_EXPECTED}, got {type(image).__name__}")
 
 
@@ -117,14 +137,41 @@ def _from_picture(image: Image.Image, name: str) -> Tensor:
     return _validated(pixels[:1], [picture.height, picture.width], name)
 
 
+def _from_content(file: BinaryIO, source: str, name: str, max_pixels: int | None) -> Tensor:
+    """Decode an open file; `source` is what errors call it."""
+    with opened_content(file, source, name, max_pixels) as image:
+        return _from_picture(image, f"{name}: {source}")
+
+
+def _binary(file: Any, name: str) -> BinaryIO:
+    """A file object that can be read anywhere; a stream's content is read first."""
+    if isinstance(file, io.TextIOBase):
+        raise InputTypeError(f"{name}: the file was opened as text; open it with mode 'rb'")
+    try:
+        if file.seekable() if hasattr(file, "seekable") else hasattr(file, "seek"):
+            file.seek(0)
+            return file
+        content = file.read()
+    except (OSError, ValueError) as error:  # it is closed, say
+        raise InputError(f"{name}: cannot read {describe_source(file)}: {error}") from error
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise InputTypeError(f"{name}: expected a file of bytes, got one of {type(content).__name__}")
+    return io.BytesIO(content)
+
+
 def _from_array(array: np.ndarray, name: str) -> Tensor:
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
-        raise ValueError(f"{name}: expected an array [H, W, 3] or [H, W], got shape {list(array.shape)}")
+    shape = list(array.shape)
+    if array.ndim == 4 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 3 and array.shape[2] not in _CHANNELS and array.shape[0] in _CHANNELS:
+        array = array.transpose(1, 2, 0)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in _CHANNELS):
+        raise InputError(f"{name}: expected an array [H, W, 3], [3, H, W] or [H, W], got shape {shape}")
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise InputTypeError(
             f"{name}: expected an array of uint8 or floating values in 0..255, got {array.dtype}"
         )
-    shape, channels_first = list(array.shape), np.atleast_3d(array).transpose(2, 0, 1)
+    channels_first = np.atleast_3d(array).transpose(2, 0, 1)[:3]  # without alpha
     if array.dtype == np.uint8:
         return _rgb(torch.from_numpy(np.array(channels_first, order="C")), shape, name)
     with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
@@ -134,16 +181,18 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
 
 def _from_tensor(tensor: Tensor, name: str) -> Tensor:
     shape = list(tensor.shape)
-    if len(shape) != 3 or shape[0] not in (1, 3):
+    if tensor.ndim == 4 and shape[0] == 1:
+        tensor = tensor[0]
+    if tensor.ndim != 3 or tensor.shape[0] not in _CHANNELS:
         hint = "; use `permute(2, 0, 1)`" if len(shape) == 3 and shape[2] == 3 else ""
-        raise ValueError(f"{name}: expected a tensor [3, H, W] or [1, H, W], got shape {shape}{hint}")
+        raise InputError(f"{name}: expected a tensor [3, H, W] or [1, H, W], got shape {shape}{hint}")
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise InputTypeError(
             f"{name}: expected a tensor of uint8 or floating values in 0..255, got {str(tensor.dtype)[6:]}"
         )
     if tensor.dtype == torch.uint8:
-        return _rgb(tensor, shape, name)
-    return _validated(tensor.to(torch.float32), shape, name)
+        return _rgb(tensor[:3], shape, name)
+    return _validated(tensor[:3].to(torch.float32), shape, name)
 
 
 def _validated(values: Tensor, shape: list[int], name: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from catseg_fast.backend import choose_backend
 from catseg_fast.engine.schedule import Schedule
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 from catseg_fast.inference.encoding import EncodedImage, encode
 from catseg_fast.inference.readout import (
     READOUT_BYTES,
@@ -36,11 +36,11 @@ def label(
     """Label encoded pictures together; arguments as of `CATSeg.segment`.
 
     Raises:
-        ValueError: if `top_k` is not positive.
-        RuntimeError: if logits are wanted of classes that are shared with other processes.
+        InputError: if `top_k` is not positive.
+        RunError: if logits are wanted of classes that are shared with other processes.
     """
     if top_k is not None and top_k <= 0:
-        raise ValueError(f"top_k: {top_k} is not positive")
+        raise InputError(f"top_k: {top_k} is not positive")
     if keep_logits and model.engine.share is not None:
         raise RunError("class parallel: no rank has all logits; segment with keep_logits=False")
     sizes = [image.readout.size for image in encoded]
@@ -59,7 +59,9 @@ def label(
             for target in targets:
                 share.merge(target, min(top_k or 1, len(model.classes)))
     return [
-        Segmentation.of(target, model.classes, image.readout, None if store is None else store.logits)
+        Segmentation.of(
+            target, model.classes, image.readout, None if store is None else store.logits, image.image
+        )
         for image, target in zip(encoded, targets, strict=True)
     ]
 

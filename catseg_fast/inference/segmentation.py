@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from catseg_fast.errors import InputError, InputTypeError
+from catseg_fast.inference.images import ImageLike, load_bytes
 from catseg_fast.inference.readout import LabelMap, Readout, TopClasses
+from catseg_fast.inference.sources import is_url
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,8 @@ class Segmentation:
         logits: the crops' logits `[B, T, h, w]` on the CPU, where they were asked for: `score_map` reads
             them.
         readout: how the crops make up the picture, with `logits`.
+        image: the picture as it was given, not a copy, or its pixels where it was a stream or a URL:
+            `overlay` and `save` read it. None where the answer is not of `segment` or `segment_batch`.
     """
 
     labels: Tensor
@@ -31,6 +44,7 @@ class Segmentation:
     top_scores: Tensor | None = None
     logits: Tensor | None = None
     readout: Readout | None = None
+    image: ImageLike | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -39,26 +53,136 @@ class Segmentation:
         classes: tuple[str, ...],
         readout: Readout,
         logits: Tensor | None = None,
+        image: ImageLike | None = None,
     ) -> Segmentation:
         """The answer that was read out into a target."""
         labels, scores = target.labels.cpu(), target.scores.cpu()
         kept = None if logits is None else readout
         if isinstance(target, LabelMap):
-            return cls(labels, scores, classes, logits=logits, readout=kept)
-        return cls(labels[0], scores[0], classes, labels, scores, logits, kept)
+            return cls(labels, scores, classes, logits=logits, readout=kept, image=image)
+        return cls(labels[0], scores[0], classes, labels, scores, logits, kept, image)
 
     def score_map(self, label: int | str) -> Tensor:
         """The probability of one class, by index or name, at each pixel: float32 `[H, W]`.
 
         Raises:
-            ValueError: if there is no such class, or the logits were not kept.
+            InputError: if there is no such class, or the logits were not kept.
         """
         if self.logits is None or self.readout is None:
-            raise ValueError("score_map: the logits were not kept; segment with keep_logits=True")
+            raise InputError("score_map: the logits were not kept; segment with keep_logits=True")
+        index = self._index(label)
+        return self.readout(self.logits[:, index : index + 1])[0]
+
+    def mask(self, label: int | str) -> Tensor:
+        """The pixels of one class, by index or name: bool `[H, W]`.
+
+        Raises:
+            InputError: if there is no such class.
+        """
+        return self.labels == self._index(label)
+
+    def shares(self) -> dict[str, float]:
+        """The share of the pixels of each class that occurs, by name, the largest first."""
+        from catseg_fast.output.overlay import class_shares
+
+        shares = enumerate(class_shares(self.labels, len(self.classes)).tolist())
+        largest = sorted(((share, -index) for index, share in shares if share), reverse=True)
+        return {self.classes[-index]: share for share, index in largest}
+
+    def overlay(
+        self, image: ImageLike | None = None, *, alpha: float = 0.55, legend: bool = True
+    ) -> Image.Image:
+        """Return the picture with the classes' colours over it, and a legend.
+
+        Args:
+            image: the picture; by default the one that was segmented, which a path is read again for.
+            alpha: share of the colours, 0 to 1.
+            legend: whether the largest classes are listed beside it.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: if there is no picture, it cannot be read, or it has
+                another size; or if `alpha` is not in 0..1.
+        """
+        from catseg_fast.output.overlay import overlay
+
+        return overlay(self._pixels(image), self.labels, self.classes, alpha, legend)
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        stem: str | None = None,
+        formats: Sequence[str] = (),
+        alpha: float = 0.55,
+        image: ImageLike | None = None,
+    ) -> list[Path]:
+        """Write what `catseg-fast segment` writes: overlay, label map and JSON file; return their paths.
+
+        Only results of the same picture are replaced, and files of others never.
+
+        Args:
+            folder: where to; it is made if need be.
+            stem: how the files' names start; by default as the picture's file, or "segmentation".
+            formats: what else to write, of `catseg_fast.output.formats.FORMATS`.
+            alpha: share of the colours in the overlay.
+            image: as of `overlay`.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as of `overlay`; or if there is no such format.
+            FileExistsError: if a file is there that is not a result of this picture.
+            ImportError: if a format needs a package that is not installed.
+        """
+        from catseg_fast.identity import content_digest
+        from catseg_fast.output.results import result_paths, save_segmentation
+
+        source = self.image if image is None else image
+        path = file_of(source)
+        digest = None if path is None else content_digest(path)  # first: it may change while it is read
+        stem = stem or ("segmentation" if path is None else path.stem)
+        about = {"image": None if path is None else str(path)}
+        save_segmentation(
+            Path(folder), stem, self._pixels(source), self, about, alpha,
+            picture=path, digest=digest, formats=formats,
+        )  # fmt: skip
+        return result_paths(Path(folder), stem, formats)
+
+    def _pixels(self, image: ImageLike | None) -> Tensor:
+        source = self.image if image is None else image
+        if source is None:
+            raise InputError("image: this answer does not know its picture; pass image=")
+        pixels = load_bytes(source, max_pixels=None).cpu()
+        if pixels.shape[1:] != self.labels.shape:
+            expected = "x".join(map(str, reversed(self.labels.shape)))
+            raise InputError(
+                f"image: expected the picture of {expected} pixels that was segmented, "
+                f"got {pixels.shape[2]}x{pixels.shape[1]}"
+            )
+        return pixels
+
+    def _index(self, label: int | str) -> int:
         if isinstance(label, str):
             if label not in self.classes:
-                raise ValueError(f"label: {label!r} is not one of the {len(self.classes)} classes")
-            label = self.classes.index(label)
+                raise InputError(f"label: {label!r} is not one of the {len(self.classes)} classes")
+            return self.classes.index(label)
+        if not isinstance(label, int):
+            raise InputTypeError(f"label: expected a class's index or name, got {type(label).__name__}")
         if not 0 <= label < len(self.classes):
-            raise ValueError(f"label: {label} is not in 0..{len(self.classes) - 1}")
-        return self.readout(self.logits[:, label : label + 1])[0]
+            raise InputError(f"label: {label} is not in 0..{len(self.classes) - 1}")
+        return label
+
+
+def file_of(image: ImageLike | None) -> Path | None:
+    """The path of a picture that was given as one."""
+    if isinstance(image, os.PathLike) or (isinstance(image, str) and not is_url(image)):
+        return Path(image)
+    return None
+
+
+def kept_image(image: ImageLike, pixels: Tensor) -> ImageLike:
+    """What a `Segmentation` keeps of a picture with pixels `[3, H, W]`: itself, if it can be read again."""
+    again = isinstance(image, os.PathLike | bytes | bytearray | memoryview) or not hasattr(image, "read")
+    if isinstance(image, str):
+        again = not is_url(image)
+    if again:
+        return image
+    return (pixels if pixels.dtype == torch.uint8 else pixels.round().byte()).cpu()  # files hold 8 bits

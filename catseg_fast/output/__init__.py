@@ -1,1 +1,1 @@
-"""Files that users get: overlays, label maps, summaries, statistics. May import inference and text."""
+"""Files that users get: overlays, label maps, summaries, statistics. May import ground modules only."""

@@ -119,6 +119,11 @@ def colours_for(
     return colours
 
 
+def palette(classes: Sequence[str]) -> Colours:
+    """Colours of classes that are the same over every picture, uint8 `[T, 3]`."""
+    return _by_name(classes)[0]
+
+
 def _by_name(classes: Sequence[str]) -> tuple[Colours, dict[int, tuple[int, int, int]]]:
     """Colours that do not depend on a picture, and the colour of each class that names one."""
     colours = class_colours(len(classes))

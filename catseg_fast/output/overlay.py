@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from catseg_fast.errors import InputError
 from catseg_fast.output.colours import Colours, colours_for
 from catseg_fast.output.strips import row_strips
 
@@ -24,11 +25,11 @@ def class_shares(labels: Tensor, count: int) -> Tensor:
     """The share of the pixels of `labels` [H, W] that each of `count` classes has: float64 `[count]`.
 
     Raises:
-        ValueError: if a label is not in 0..count-1.
+        InputError: if a label is not in 0..count-1.
     """
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= count:
-        raise ValueError(f"labels: expected values in 0..{count - 1} for {count} classes, got {low}..{high}")
+        raise InputError(f"labels: expected values in 0..{count - 1} for {count} classes, got {low}..{high}")
     pixels = torch.zeros(count, dtype=torch.int64, device=labels.device)
     for rows in row_strips(*labels.shape):
         pixels += torch.bincount(labels[rows].flatten(), minlength=count)
@@ -56,17 +57,17 @@ def overlay(
         colours: of the classes, uint8 `[T, 3]`; by default those that `colours_for` chooses for this picture.
 
     Raises:
-        ValueError: if the shapes disagree, a label has no class, or `alpha` is not in 0..1.
+        InputError: if the shapes disagree, a label has no class, or `alpha` is not in 0..1.
     """
     if image.ndim != 3 or image.shape[0] != 3 or labels.shape != image.shape[1:]:
-        raise ValueError(
+        raise InputError(
             f"labels: expected [H, W] of an image [3, H, W], got labels {list(labels.shape)} "
             f"and image {list(image.shape)}"
         )
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: expected a number in 0..1, got {alpha}")
+        raise InputError(f"alpha: expected a number in 0..1, got {alpha}")
     if colours is not None and colours.shape != (len(classes), 3):
-        raise ValueError(
+        raise InputError(
             f"colours: expected [T, 3] for {len(classes)} classes, got shape {list(colours.shape)}"
         )
     shares = class_shares(labels, len(classes))
@@ -93,11 +94,11 @@ def label_png(labels: Tensor) -> Image.Image:
     """The label map `[H, W]` as a 16-bit grey image: vocabularies pass 255.
 
     Raises:
-        ValueError: if a label does not fit 16 bits.
+        InputError: if a label does not fit 16 bits.
     """
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high > 65535:
-        raise ValueError(f"labels: a 16-bit PNG holds 0..65535, got {low}..{high}")
+        raise InputError(f"labels: a 16-bit PNG holds 0..65535, got {low}..{high}")
     return Image.fromarray(labels.cpu().numpy().astype(np.uint16))
 
 

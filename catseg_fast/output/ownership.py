@@ -1,7 +1,7 @@
 """Whose a file in an output folder is: a result of this picture, of another picture, or not of this package.
 
-A result's JSON file has an "identity": the picture's place and content, and the content of its two PNGs. The
-PNGs have a mark with the picture's place, so that they are known when a run was killed before the JSON file,
+A result's JSON file has an "identity": the picture's place and content, and the content of its other files.
+These have a mark with the picture's place, so that they are known when a run was killed before the JSON file,
 which is removed first and written last.
 """
 
@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from catseg_fast.files import read_text
-from catseg_fast.identity import content_digest, place_digest, place_of, read_png_mark
+from catseg_fast.identity import content_digest, place_digest, place_of, read_mark, read_png_mark
 
 PNG_SUFFIXES = (".overlay.png", ".labels.png")
+# What is also written if asked for, as of `catseg_fast.output.formats`; the masks are a folder.
+FORMAT_SUFFIXES = (".palette.png", ".masks", ".coco-rle.json", ".coco-polygons.json")
 
 
 class Owner(Enum):
-    """Whose the three files of a stem are."""
+    """Whose the files of a stem are."""
 
     NOBODY = auto()  # there are none
     THIS_PICTURE = auto()
@@ -29,7 +31,7 @@ class Owner(Enum):
 
 
 def owner_of(folder: Path, stem: str, picture: Path | None) -> Owner:
-    """Whose `stem`.json, `stem`.overlay.png and `stem`.labels.png in `folder` are.
+    """Whose `stem`.json, `stem`.overlay.png, `stem`.labels.png and files of other formats in `folder` are.
 
     Args:
         folder: of results.
@@ -39,6 +41,9 @@ def owner_of(folder: Path, stem: str, picture: Path | None) -> Owner:
     result = folder / f"{stem}.json"
     images = [path for suffix in PNG_SUFFIXES if os.path.lexists(path := folder / (stem + suffix))]
     marks = [read_png_mark(path) for path in images]
+    others = [path for suffix in FORMAT_SUFFIXES if os.path.lexists(path := folder / (stem + suffix))]
+    if any(read_mark(path) is None for path in others):
+        return Owner.STRANGER
     if os.path.lexists(result):
         content = read_result(result)
         if content is None:
@@ -49,7 +54,8 @@ def owner_of(folder: Path, stem: str, picture: Path | None) -> Owner:
                     return Owner.STRANGER
         ours = picture is None or is_result_of(content, picture)
         return Owner.THIS_PICTURE if ours else Owner.OTHER_PICTURE
-    if not images:
+    marks += [read_mark(path) for path in others]
+    if not marks:
         return Owner.NOBODY
     if None in marks:
         return Owner.STRANGER
@@ -81,7 +87,9 @@ def is_result_of(content: dict[str, Any], picture: Path) -> bool:
 
 
 def is_result(path: Path) -> bool:
-    """Check whether a file is one of a result's three."""
+    """Check whether a file is one of a result's."""
+    if path.name.endswith(FORMAT_SUFFIXES) or path.parent.suffix == ".masks":
+        return read_mark(path) is not None
     if path.suffix == ".json":
         return read_result(path) is not None
     suffix = next((suffix for suffix in PNG_SUFFIXES if path.name.endswith(suffix)), None)

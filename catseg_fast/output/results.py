@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from catseg_fast.files import temporary_folder
-from catseg_fast.identity import content_digest, place_digest, place_of, png_mark
+from catseg_fast.identity import place_digest, place_of, png_mark, result_digest
+from catseg_fast.output.formats import FORMATS, Labelled, check_formats
 from catseg_fast.output.overlay import class_shares, label_png, overlay
-from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, owner_of
+from catseg_fast.output.ownership import FORMAT_SUFFIXES, PNG_SUFFIXES, Owner, owner_of
 from catseg_fast.output.strips import row_strips
 
 if TYPE_CHECKING:
@@ -75,11 +76,13 @@ def save_segmentation(
     *,
     picture: Path | None = None,
     digest: str | None = None,
+    formats: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Write `stem`.overlay.png, `stem`.labels.png (16 bits) and `stem`.json.
+    """Write `stem`.overlay.png, `stem`.labels.png (16 bits), files in other formats, and `stem`.json.
 
-    The JSON file is removed first and written last. It vouches for the other two by their content, so that a
-    result that was interrupted is never taken for a complete one.
+    The JSON file is removed first and written last. It vouches for the others by their content, so that a
+    result that was interrupted is never taken for a complete one. Files of earlier results in formats that
+    are not written now are removed.
 
     Args:
         folder: where to; it is made if need be.
@@ -90,18 +93,23 @@ def save_segmentation(
         alpha: share of the colours in the overlay.
         picture: the file that `image` was read from; only results of the same file are replaced.
         digest: of its content, as of `catseg_fast.identity.content_digest`.
+        formats: names of other formats, of `catseg_fast.output.formats.FORMATS`.
 
     Returns:
         The summary of the classes in the JSON file, as of `summarise`.
 
     Raises:
         OSError: if writing fails; FileExistsError if a file is there that is not a result of this picture.
-        ValueError: if image and segmentation do not fit together, or a label exceeds 16 bits.
+        InputError: if image and segmentation do not fit together, a label exceeds 16 bits, or a format is
+            unknown or does not hold the classes.
+        ImportError: if a format needs a package that is not installed.
     """
+    check_formats(formats, len(segmentation.classes))
     summary = summarise(segmentation)
     save_labels(
-        folder, stem, image, segmentation.labels, summary, about, alpha, picture=picture, digest=digest
-    )
+        folder, stem, image, segmentation.labels, summary, about, alpha,
+        picture=picture, digest=digest, formats=formats,
+    )  # fmt: skip
     return summary
 
 
@@ -116,6 +124,7 @@ def save_labels(
     *,
     picture: Path | None = None,
     digest: str | None = None,
+    formats: Sequence[str] = (),
 ) -> None:
     """`save_segmentation` of a label map and its `summarise`; scores need not be kept for it.
 
@@ -123,27 +132,43 @@ def save_labels(
         image: or a function that reads it when the label map is written.
         labels: integers `[H, W]`, indices into the classes of `summary`.
     """
+    check_formats(formats, len(summary))
     height, width = labels.shape
+    classes = tuple(entry["name"] for entry in summary)
     folder.mkdir(parents=True, exist_ok=True)
-    mark = png_mark("" if picture is None else place_digest(picture))
+    mark = "" if picture is None else place_digest(picture)
     overlay_name, map_name = names = [stem + suffix for suffix in PNG_SUFFIXES]
     with temporary_folder(folder) as scratch:
-        label_png(labels).save(scratch / map_name, pnginfo=mark)
-        pixels = image() if callable(image) else image
-        painted = overlay(pixels, labels, [entry["name"] for entry in summary], alpha)
-        painted.save(scratch / overlay_name, pnginfo=mark)
+        label_png(labels).save(scratch / map_name, pnginfo=png_mark(mark))
+        file_name = stem if picture is None else picture.name
+        labelled = Labelled(labels.numpy(), classes, file_name, mark)
+        for format in dict.fromkeys(formats):
+            names.append(stem + FORMATS[format].suffix)
+            FORMATS[format].write(scratch / names[-1], labelled)
+        painted = overlay(image() if callable(image) else image, labels, classes, alpha)
+        painted.save(scratch / overlay_name, pnginfo=png_mark(mark))
         identity = {
             "path": None if picture is None else place_of(picture),
             "content": digest,
-            "files": {name: content_digest(scratch / name) for name in names},
+            "files": {name: result_digest(scratch / name) for name in names},
         }
         content = {**about, "identity": identity, "width": width, "height": height, "classes": summary}
         result = folder / f"{stem}.json"
         write_result(scratch / result.name, content)
         _require_ours(folder, stem, picture)
         result.unlink(missing_ok=True)
+        (scratch / "replaced").mkdir()
+        for name in (stem + suffix for suffix in FORMAT_SUFFIXES):
+            if os.path.lexists(folder / name):  # a folder cannot be replaced, only moved away
+                os.replace(folder / name, scratch / "replaced" / name)
         for name in (*names, result.name):
             os.replace(scratch / name, folder / name)
+
+
+def result_paths(folder: Path, stem: str, formats: Sequence[str] = ()) -> list[Path]:
+    """The paths of what `save_segmentation` writes."""
+    suffixes = [*PNG_SUFFIXES, *(FORMATS[name].suffix for name in dict.fromkeys(formats)), ".json"]
+    return [folder / (stem + suffix) for suffix in suffixes]
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:
@@ -158,7 +183,7 @@ def _require_ours(folder: Path, stem: str, picture: Path | None) -> None:
     if owner is Owner.OTHER_PICTURE:
         raise FileExistsError(f"{folder / stem}.*: results of another picture than {picture}")
     if owner is Owner.STRANGER:
-        names = ", ".join(stem + suffix for suffix in (*PNG_SUFFIXES, ".json"))
+        names = ", ".join(stem + suffix for suffix in (*PNG_SUFFIXES, ".json", *FORMAT_SUFFIXES))
         raise FileExistsError(
             f"{folder}: one of {names} is there and is not a result of catseg-fast; it is not replaced"
         )

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from catseg_fast.errors import MissingPackageError
+from catseg_fast.errors import InputError, MissingPackageError
 from catseg_fast.files import open_regular, replacing
 
 COLUMNS = {"image", "width", "height", "index", "class", "pixels", "share", "mean_score"}
@@ -20,12 +20,12 @@ def check_target(path: Path) -> None:
     """Check that statistics can be written to `path`.
 
     Raises:
-        ValueError: if it is neither a .parquet nor a .json file.
+        InputError: if it is neither a .parquet nor a .json file.
         FileExistsError: if a file is there that is not such statistics.
         ImportError: if pyarrow, which writes Parquet, is not installed.
     """
     if path.suffix not in (".parquet", ".json"):
-        raise ValueError(f"{path}: expected a .parquet or a .json file")
+        raise InputError(f"{path}: expected a .parquet or a .json file")
     if path.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401

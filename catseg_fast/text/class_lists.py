@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from catseg_fast.errors import InputError
 from catseg_fast.files import read_text
 
 # fmt: off
@@ -42,11 +43,11 @@ def ready_list(name: str) -> ReadyList:
     """A list by its name, whatever its case.
 
     Raises:
-        ValueError: if it is not one of `READY_LISTS`.
+        InputError: if it is not one of `READY_LISTS`.
     """
     key = name.strip().lower()
     if key not in READY_LISTS:
-        raise ValueError(f"classes: no list is named {name!r}; choose one of {', '.join(READY_LISTS)}")
+        raise InputError(f"classes: no list is named {name!r}; choose one of {', '.join(READY_LISTS)}")
     path = Path(__file__).parent / "lists" / f"{key}.json"
     return ReadyList(**json.loads(path.read_text(encoding="utf-8")))
 
@@ -57,7 +58,7 @@ def parse_classes(text: str) -> list[str]:
     The name of a ready list, such as "ade-150", stands for its classes.
 
     Raises:
-        ValueError: if there is none.
+        InputError: if there is none.
     """
     if text.strip().lower() in READY_LISTS:
         return ready_list(text).classes
@@ -69,27 +70,27 @@ def read_classes(path: Path) -> list[str]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is of another kind, damaged, or empty, or no regular file.
+        InputError: if it is of another kind, damaged, or empty, or no regular file.
     """
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".json"):
-        raise ValueError(f"{path}: expected a .txt or a .json file")
+        raise InputError(f"{path}: expected a .txt or a .json file")
     try:
         text = read_text(path, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
     if suffix == ".txt":
         return _some([line.strip() for line in text.splitlines() if line.strip()], str(path))
     try:
         names = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: expected a JSON list of strings")
+        raise InputError(f"{path}: expected a JSON list of strings")
     return _some(names, str(path))
 
 
 def _some(names: list[str], where: str) -> list[str]:
     if not names:
-        raise ValueError(f"{where} has no class names")
+        raise InputError(f"{where} has no class names")
     return names

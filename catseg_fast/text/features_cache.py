@@ -54,7 +54,7 @@ class FeaturesCache:
         """The cache that a setting asks for: the user's (True), none (False), a folder's, or itself.
 
         Raises:
-            TypeError: if the setting is something else.
+            InputTypeError: if the setting is something else.
         """
         if isinstance(setting, FeaturesCache):
             return setting
@@ -120,7 +120,7 @@ class FeaturesCache:
                 entries = {name: file.get_tensor(name) for name in wanted}
             for name, tensor in entries.items():
                 if checksums.get(name) != _checksum(tensor):
-                    raise ValueError(f"the checksum of entry {name} differs")
+                    raise InputError(f"the checksum of entry {name} differs")
         except FileNotFoundError:  # removed by another process
             return {}
         except (SafetensorError, OSError, ValueError) as error:

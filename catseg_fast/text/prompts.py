@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import open_clip
 
 from catseg_fast.config import Version
-from catseg_fast.errors import InputTypeError
+from catseg_fast.errors import InputError, InputTypeError
 
 SYNONYM_SEPARATOR = ", "
 SCENE_TEMPLATE = "A photo of a {} in the scene"
@@ -37,19 +37,19 @@ def get_templates(prompt_ensemble: str | Sequence[str]) -> tuple[str, ...]:
     """Prompt templates of a named ensemble, or the given ones after a check.
 
     Raises:
-        ValueError: if the name is unknown, there is no template, or one lacks its `{}`.
+        InputError: if the name is unknown, there is no template, or one lacks its `{}`.
     """
     if isinstance(prompt_ensemble, str):
         if prompt_ensemble not in PROMPT_ENSEMBLES:
             names = ", ".join(PROMPT_ENSEMBLES)
-            raise ValueError(f"prompt_ensemble: {prompt_ensemble!r} is not one of {names}")
+            raise InputError(f"prompt_ensemble: {prompt_ensemble!r} is not one of {names}")
         return PROMPT_ENSEMBLES[prompt_ensemble]
     templates = tuple(prompt_ensemble)
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"prompt_ensemble: the template {template!r} has no {{}} for the class name")
+            raise InputError(f"prompt_ensemble: the template {template!r} has no {{}} for the class name")
     if not templates:
-        raise ValueError("prompt_ensemble: there is no template")
+        raise InputError("prompt_ensemble: there is no template")
     return templates
 
 
@@ -57,24 +57,24 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
     """The class names as a tuple, after checks.
 
     Raises:
-        TypeError: if `classes` is one string, or holds something else than strings.
-        ValueError: if there is no class, a name or one of its synonyms is blank, or a name is listed twice.
+        InputTypeError: if `classes` is one string, or holds something else than strings.
+        InputError: if there is no class, a name or one of its synonyms is blank, or a name is listed twice.
     """
     if isinstance(classes, str):
         raise InputTypeError(f"{name}: a list of names is wanted, not the string {classes!r}")
     classes = tuple(classes)
     if not classes:
-        raise ValueError(f"{name}: the list is empty; at least one class is needed")
+        raise InputError(f"{name}: the list is empty; at least one class is needed")
     seen: dict[str, int] = {}
     for index, label in enumerate(classes):
         if not isinstance(label, str):
             raise InputTypeError(f"{name}: entry {index} is {label!r}, not a string")
         if not label.strip():
-            raise ValueError(f"{name}: entry {index} is blank")
+            raise InputError(f"{name}: entry {index} is blank")
         if not all(synonym.strip() for synonym in label.split(SYNONYM_SEPARATOR)):
-            raise ValueError(f"{name}: entry {index}, {label!r}, has a blank synonym")
+            raise InputError(f"{name}: entry {index}, {label!r}, has a blank synonym")
         if label in seen:
-            raise ValueError(f"{name}: {label!r} is listed twice (entries {seen[label]} and {index})")
+            raise InputError(f"{name}: {label!r} is listed twice (entries {seen[label]} and {index})")
         seen[label] = index
     return classes
 

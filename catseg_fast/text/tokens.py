@@ -17,6 +17,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from catseg_fast.config import Version
+from catseg_fast.errors import InputError
 from catseg_fast.text.prompts import class_prompts
 
 KEPT_WORDS = 2**16
@@ -26,14 +27,14 @@ def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
     """CLIP token ids `[len(texts), context_length]`, zero after the end of the text.
 
     Raises:
-        ValueError: if a text has more tokens than `context_length` (CLIP would silently truncate it).
+        InputError: if a text has more tokens than `context_length` (CLIP would silently truncate it).
     """
     tokenizer = _tokenizer()
     tokens = np.zeros((len(texts), context_length), dtype=np.int64)
     for row, text in zip(tokens, texts, strict=True):
         ids = [tokenizer.sot_token_id, *_encode(text), tokenizer.eot_token_id]
         if len(ids) > context_length:
-            raise ValueError(f"the text {text!r} has {len(ids)} tokens, more than CLIP's {context_length}")
+            raise InputError(f"the text {text!r} has {len(ids)} tokens, more than CLIP's {context_length}")
         row[: len(ids)] = ids
     return torch.from_numpy(tokens)
 
@@ -44,14 +45,14 @@ def tokenize_classes(
     """Token ids of each class's prompts, `[P * synonyms, context_length]` each.
 
     Raises:
-        ValueError: if a prompt is too long; the error names the class.
+        InputError: if a prompt is too long; the error names the class.
     """
     tokens = []
     for label in classes:
         try:
             tokens.append(tokenize(class_prompts(label, templates, version), context_length))
         except ValueError as error:
-            raise ValueError(f"classes: {label!r} does not fit: {error}") from error
+            raise InputError(f"classes: {label!r} does not fit: {error}") from error
     return tokens
 
 

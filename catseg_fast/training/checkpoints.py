@@ -14,6 +14,7 @@ from torch import Tensor
 from catseg_fast._version import __version__
 from catseg_fast.checkpoints.torch_file import read_torch_file
 from catseg_fast.checkpoints.write import write_torch_file, write_weights
+from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 
 KEPT = 2
@@ -53,7 +54,7 @@ class Checkpoints:
         """The last checkpoint that can be read, on the CPU; None if there is none.
 
         Raises:
-            ValueError: if there are some, but all are damaged.
+            InputError: if there are some, but all are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -62,12 +63,12 @@ class Checkpoints:
                 with open_regular(path) as file:
                     content = read_torch_file(file, path, mapped=False, verify=True)
                 if type(content) is not dict:
-                    raise ValueError(f"expected a dictionary, got a {type(content).__name__}")
+                    raise InputError(f"expected a dictionary, got a {type(content).__name__}")
                 return content
             except (OSError, ValueError) as error:
                 warnings.warn(f"{path} is damaged: {error}", RuntimeWarning, stacklevel=2)
         if steps:
-            raise ValueError(f"{self.folder}: every checkpoint is damaged")
+            raise InputError(f"{self.folder}: every checkpoint is damaged")
         return None
 
     def clear(self) -> None:

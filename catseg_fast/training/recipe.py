@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from catseg_fast.config import CROP_SIZE
+from catseg_fast.errors import InputError
 from catseg_fast.reference.finetune import CLIP_FINETUNE
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -39,7 +40,7 @@ class Recipe:
         seed: of everything random.
 
     Raises:
-        ValueError: if a value makes no sense; the message names it.
+        InputError: if a value makes no sense; the message names it.
     """
 
     steps: int = 80_000
@@ -65,23 +66,23 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "lr", "pooling", "crop_size", "category_max_ratio"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: {getattr(self, name)} is not positive")
+                raise InputError(f"{name}: {getattr(self, name)} is not positive")
         for name in ("warmup", "clip_multiplier", "backbone_multiplier", "weight_decay", "clip_grad", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: {getattr(self, name)} is negative or not finite")
+                raise InputError(f"{name}: {getattr(self, name)} is negative or not finite")
         if self.warmup >= self.steps:
-            raise ValueError(f"warmup: {self.warmup} is not below the number of steps, {self.steps}")
+            raise InputError(f"warmup: {self.warmup} is not below the number of steps, {self.steps}")
         if self.batch_size % self.accumulate:
-            raise ValueError(
+            raise InputError(
                 f"accumulate: {self.accumulate} does not divide the batch size, {self.batch_size}"
             )
         if any(size <= 0 for size in self.min_sizes):
-            raise ValueError(f"min_sizes: {self.min_sizes} are not all positive")
+            raise InputError(f"min_sizes: {self.min_sizes} are not all positive")
         if self.classes_per_step is not None and self.classes_per_step <= 0:
-            raise ValueError(f"classes_per_step: {self.classes_per_step} is not positive")
+            raise InputError(f"classes_per_step: {self.classes_per_step} is not positive")
         for name, known in (("precision", PRECISIONS), ("clip_finetune", CLIP_FINETUNE)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
+                raise InputError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: half a cosine, under a linear warm-up."""

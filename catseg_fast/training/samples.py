@@ -50,7 +50,7 @@ class Crops(Dataset[dict[str, Any]]):
         """{"image" uint8 [3, S, S], "sem_seg" int64 [S, S], "name"} of a position.
 
         Raises:
-            ValueError: if a label is neither a class index nor the ignore label; the message names the file.
+            InputError: if a label is neither a class index nor the ignore label; the message names the file.
         """
         epoch, place = divmod(position, len(self.pictures))
         if self._order is None or self._order[0] != epoch:

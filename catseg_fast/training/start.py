@@ -22,7 +22,7 @@ def load_start(model: CATSeg, state_dict: Mapping[str, Tensor], source: str) -> 
         source: what to call it in an error.
 
     Raises:
-        ValueError: if it does not fit; the model is as before.
+        InputError: if it does not fit; the model is as before.
     """
     clip = clip_alone(state_dict)
     if clip is None:

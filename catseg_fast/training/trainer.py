@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from catseg_fast.distributed.torchrun import Processes
-from catseg_fast.errors import RunError
+from catseg_fast.errors import InputError, RunError
 from catseg_fast.model import CATSeg
 from catseg_fast.text.prompts import synonyms
 from catseg_fast.training.checkpoints import Checkpoints, export
@@ -73,7 +73,7 @@ class Trainer:
         step: the next step.
 
     Raises:
-        ValueError: if there are no pictures, the recipe does not fit them, the model or the processes.
+        InputError: if there are no pictures, the recipe does not fit them, the model or the processes.
     """
 
     def __init__(
@@ -111,13 +111,13 @@ class Trainer:
         """Go on from the last checkpoint in the output folder; whether there is one.
 
         Raises:
-            ValueError: if it is damaged, or of another recipe or data set; the message says what differs.
+            InputError: if it is damaged, or of another recipe or data set; the message says what differs.
         """
         content = self.checkpoints.load()
         if content is None:
             return False
         if absent := [key for key in ("model", "optimiser", "scaler", "step", "run") if key not in content]:
-            raise ValueError(f"{self.output}: the last checkpoint has no {', '.join(absent)}")
+            raise InputError(f"{self.output}: the last checkpoint has no {', '.join(absent)}")
         theirs, ours = content["run"], self._run()
         different = [
             f"{key}: {theirs.get(key)} there, {ours.get(key)} here"
@@ -125,7 +125,7 @@ class Trainer:
             if theirs.get(key) != ours.get(key)
         ]
         if different:
-            raise ValueError("\n  ".join([f"{self.output} holds another run:", *different]))
+            raise InputError("\n  ".join([f"{self.output} holds another run:", *different]))
         self.model.load_state_dict(content["model"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.scaler.load_state_dict(content["scaler"])
@@ -144,7 +144,7 @@ class Trainer:
             report: called after each step.
 
         Raises:
-            RuntimeError: if the loss or the gradient is not finite; the message names step and pictures. The
+            RunError: if the loss or the gradient is not finite; the message names step and pictures. The
                 last checkpoint is from before.
             OSError: if a checkpoint cannot be written; the one before it is untouched.
         """
@@ -297,14 +297,14 @@ def _finite(value: float) -> bool:
 
 def _check(model: CATSeg, pictures: Pictures, recipe: Recipe, processes: Processes) -> None:
     if len(pictures) == 0:
-        raise ValueError("pictures: there are none")
+        raise InputError("pictures: there are none")
     parts = processes.count * recipe.accumulate
     if recipe.batch_size % parts:
-        raise ValueError(
+        raise InputError(
             f"batch_size: {recipe.batch_size} pictures do not go into {processes.count} processes "
             f"times {recipe.accumulate} parts"
         )
     if recipe.random_synonyms and model.variant.version == "v1":
-        raise ValueError("random_synonyms: v1 takes the mean over all synonyms, and draws none")
+        raise InputError("random_synonyms: v1 takes the mean over all synonyms, and draws none")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("model: nothing in it is trained")
+        raise InputError("model: nothing in it is trained")

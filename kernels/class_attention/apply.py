@@ -204,9 +204,11 @@ def default_config(capability: int, problem: Problem) -> ApplyConfig:
         return ApplyConfig(rows=16, hidden=16, num_warps=8, num_stages=num_stages, maxnreg=255)
     if problem.size("channels") > 128:
         return ApplyConfig(rows=32, hidden=32, num_warps=4, num_stages=2)
-    if capability in (86, 89):
+    if capability < 90:
         return ApplyConfig(rows=64, hidden=32, num_warps=4, num_stages=2)
-    return ApplyConfig(rows=64, hidden=64, num_warps=4, num_stages=2, tma=capability >= 90)
+    # On capability 100, Triton 3.6 aims at three programs by itself, and spills.
+    maxnreg = 255 if capability >= 100 else None
+    return ApplyConfig(rows=64, hidden=64, num_warps=4, num_stages=2, maxnreg=maxnreg, tma=True)
 
 
 def candidates(capability: int, problem: Problem) -> tuple[ApplyConfig, ...]:

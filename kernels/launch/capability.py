@@ -12,6 +12,9 @@ import torch
 # Compute capabilities for which default configs are shipped.
 CAPABILITIES = (80, 86, 89, 90, 100)
 
+# GPUs for workstations, from this capability on: they have 8.9's shared memory and matrix instructions.
+WORKSTATION, LIKE_WORKSTATION = 120, 89
+
 
 class _Assumed(threading.local):
     capability: int = 90
@@ -23,8 +26,8 @@ _assumed = _Assumed()
 def capability_of(device: torch.device) -> int:
     """Return the capability whose default configs and kernels run on a device.
 
-    For a GPU that is none of `CAPABILITIES`, the next lower one; in the interpreter and on the meta device,
-    H100's or what `assume` says.
+    For a GPU that is none of `CAPABILITIES`, the next lower one, and 8.9 for those of 12.0 and above, which
+    have as little shared memory. In the interpreter and on the meta device, H100's or what `assume` says.
     """
     return of_gpu(device) if device.type == "cuda" else _assumed.capability
 
@@ -33,7 +36,10 @@ def capability_of(device: torch.device) -> int:
 def of_gpu(device: torch.device) -> int:
     """`capability_of` a GPU."""
     major, minor = torch.cuda.get_device_capability(device)
-    return max((known for known in CAPABILITIES if known <= 10 * major + minor), default=CAPABILITIES[0])
+    own = 10 * major + minor
+    if own >= WORKSTATION:
+        return LIKE_WORKSTATION
+    return max((known for known in CAPABILITIES if known <= own), default=CAPABILITIES[0])
 
 
 @contextmanager

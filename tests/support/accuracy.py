@@ -51,3 +51,11 @@ def assert_classes_are_apart(op: Callable[[Tensor], Tensor], x: Tensor) -> None:
         after, others = op(changed), torch.arange(x.shape[1], device=x.device) != index
         assert not torch.equal(after[:, index], out[:, index]), f"class {index} does not depend on its input"
         assert torch.equal(after[:, others], out[:, others]), f"class {index} changes other classes"
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise unless two state dicts have the same tensors, of the same types."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key

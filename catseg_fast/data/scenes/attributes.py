@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from catseg_fast.data.scenes.dataset import Thing
+from catseg_fast.errors import InputError
 
 ATTRIBUTES = ("pattern", "colour", "shape")
 
@@ -49,14 +50,14 @@ class AttributeCounts:
         """Count the pixels of a label map and of the true one, both `[H, W]`.
 
         Raises:
-            ValueError: if their shapes differ, or a label is not a class index.
+            InputError: if their shapes differ, or a label is not a class index.
         """
         count = len(self.confusion)
         if found.shape != truth.shape:
-            raise ValueError(f"found: expected the shape of truth, {truth.shape}, got {found.shape}")
+            raise InputError(f"found: expected the shape of truth, {truth.shape}, got {found.shape}")
         for name, labels in (("found", found), ("truth", truth)):
             if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < count:
-                raise ValueError(
+                raise InputError(
                     f"{name}: expected labels in 0..{count - 1}, got {labels.min()}..{labels.max()}"
                 )
         pairs = truth.astype(np.int64).ravel() * count + found.astype(np.int64).ravel()

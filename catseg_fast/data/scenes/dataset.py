@@ -21,6 +21,7 @@ from catseg_fast.data.scenes.words import (
     Composition,
     choose_held_out,
 )
+from catseg_fast.errors import InputError
 from catseg_fast.files import replacing
 
 Thing = str | Composition
@@ -100,13 +101,13 @@ def write_dataset(
         advance: called after each scene.
 
     Raises:
-        ValueError: if there is no such split, a number is out of range, or the folder has other scenes.
+        InputError: if there is no such split, a number is out of range, or the folder has other scenes.
         OSError: if writing fails; FileExistsError if the folder has files of something else.
     """
     if split not in SPLITS:
-        raise ValueError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
+        raise InputError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
     if count < 1:
-        raise ValueError(f"count: {count} is not positive")
+        raise InputError(f"count: {count} is not positive")
     for name in ("images", "annotations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     if not (folder / "scenes.json").exists():
@@ -142,8 +143,12 @@ def _write_scene(folder: Path, split: str, seed: int, size: tuple[int, int], num
 def _write_once(path: Path, content: object) -> None:
     """Write JSON, or check that the file has it already."""
     if path.exists():
-        if (found := json.loads(path.read_text(encoding="utf-8"))) != content:
-            raise ValueError(f"folder: {path} is of other scenes: {found!s:.60}, not {content!s:.60}")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"folder: {path} is damaged: {error}") from error
+        if found != content:
+            raise InputError(f"folder: {path} is of other scenes: {found!s:.60}, not {content!s:.60}")
         return
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from catseg_fast.data.scenes.shapes import DISTANCES, pattern
 from catseg_fast.data.scenes.textures import TEXTURES, Image32, Random, noise
 from catseg_fast.data.scenes.words import COLOURS, GROUNDS, Composition
+from catseg_fast.errors import InputError
 
 Box = tuple[slice, slice]
 LEAST_SHARE = 0.4  # of a thing that must stay in sight
@@ -48,12 +49,12 @@ def draw_scene(
         size: (H, W) in pixels, at least 96 each.
 
     Raises:
-        ValueError: if there is nothing to choose from, or the scene is too small.
+        InputError: if there is nothing to choose from, or the scene is too small.
     """
     if not things or not grounds:
-        raise ValueError("things, grounds: a scene needs at least one of each to choose from")
+        raise InputError("things, grounds: a scene needs at least one of each to choose from")
     if min(size) < 96:
-        raise ValueError(f"size: {size[0]}x{size[1]} is below 96x96")
+        raise InputError(f"size: {size[0]}x{size[1]} is below 96x96")
     picture, labels, found = _ground(random, grounds, size)
     names: list[str | Composition] = list(found)
     owners = np.full(size, -1)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from catseg_fast.errors import InputError
+
 # RGB of each colour's middle, in 0..255.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (205, 35, 40),
@@ -100,10 +102,10 @@ def choose_held_out(count: int, seed: int = 0) -> tuple[Composition, ...]:
     """Some held-out compositions, in which patterns, colours and shapes are as evenly spread as can be.
 
     Raises:
-        ValueError: if there are fewer.
+        InputError: if there are fewer.
     """
     if not 0 < count <= len(HELD_OUT):
-        raise ValueError(f"count: {count} is not in 1..{len(HELD_OUT)}, the number of held-out compositions")
+        raise InputError(f"count: {count} is not in 1..{len(HELD_OUT)}, the number of held-out compositions")
     rest = [HELD_OUT[i] for i in np.random.default_rng(seed).permutation(len(HELD_OUT))]
     chosen: list[Composition] = []
 
