@@ -160,7 +160,7 @@ def test_names_and_lists(model: CATSeg) -> None:
 def test_errors_are_messages(model: CATSeg, photo: Path, path: str | None, text: str, message: str) -> None:
     path = str(photo) if path == "PHOTO" else path
     with pytest.raises(gradio.Error) as caught:
-        Page(model).segment(None, path, text, "auto", "all", "whole")
+        Page(model).segment(path, text, "auto", "all", "whole", gradio.Request(session_hash="a"))
     assert message in caught.value.message
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components.image import ImageData
+from starlette.middleware import Middleware
 
 from catseg_fast._version import __version__
+from catseg_fast.app.guard import Guard, others_wait
+from catseg_fast.app.jobs import Jobs, Stopped
+from catseg_fast.app.limits import Limits
 from catseg_fast.app.viewer import heat_data, report_html, viewer_data
-from catseg_fast.app.workbench import Loaded, Workbench, read_names
+from catseg_fast.app.visitors import Kept, Visitors
+from catseg_fast.app.workbench import Workbench, read_names
 from catseg_fast.console import stdout
-from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.errors import InputError
 from catseg_fast.model import CATSeg
 from catseg_fast.text.class_lists import EVERYDAY_CLASSES, READY_LISTS, ready_list
 
@@ -24,15 +31,39 @@ _FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans
 _MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monospace"]
 
 
+class Picture(gr.Image):
+    """A picture that the visitor chooses. It is the file as it was uploaded: Gradio's own component decodes
+    it, and writes it again in 8 bits.
+    """
+
+    is_template = True  # for the browser, it is an Image
+
+    def preprocess(self, payload: ImageData | None) -> str | None:  # type: ignore[override]
+        return payload.path if payload else None
+
+
 class Page:
     """What the page's events call.
 
-    A visitor's state is the picture as encoded and the last segmentation; vocabulary, back end and
+    Of each visitor the picture is kept as encoded, and the last segmentation; vocabulary, back end and
     max_classes may change without encoding the picture again.
+
+    Args:
+        model: of any classes.
+        limits: of what visitors may take.
+        others_wait: tells whether calls wait in the queue.
     """
 
-    def __init__(self, model: CATSeg) -> None:
-        self.bench = Workbench(model)
+    def __init__(
+        self,
+        model: CATSeg,
+        limits: Limits | None = None,
+        others_wait: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.bench = Workbench(model, self.limits.kept // 4)
+        self.visitors = Visitors(self.limits.visitors, self.limits.kept, HOUR)
+        self.jobs = Jobs(self.limits.seconds, self.limits.seconds_shared, others_wait)
 
     def pick(self, name: str) -> tuple[Any, str]:
         """The class names of a ready list, for the text box, and where they come from."""
@@ -44,68 +75,90 @@ class Page:
 
     def segment(
         self,
-        state: tuple[Loaded, Segmentation] | None,
         path: str | None,
         text: str,
         backend: str,
         limit: str,
         sliding: str,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
-        """The new state, the viewer's value, the classes to choose from, no score map, and the report."""
+        """The viewer's value, the classes to choose from, no score map, and the report."""
+        session = _session(request)
         if path is None:
             raise gr.Error("Drop a picture first.", print_exception=False)
         try:
             names = read_names(text)
+            if len(names) > self.limits.names:
+                raise InputError(f"classes: {len(names):,} names; this page takes {self.limits.names:,}")
             if len(names) == 1 and "," in names[0]:
                 gr.Info("This is one class with several names; semicolons separate classes.")
             progress(0, desc="Segmenting")
-            loaded, segmentation, report = self.bench.segment(
-                path,
-                names,
-                state and state[0],
-                backend=backend,
-                max_classes=None if limit == "all" else int(limit),
-                sliding_window=sliding == "crops",
-                progress=lambda done, total: progress((done, total), desc="Class names"),
-            )
-        except VISITOR_ERRORS as error:
+            kept = self.visitors.get(session)
+            with self.jobs.running(session):
+                loaded, segmentation, report = self.bench.segment(
+                    path,
+                    names,
+                    kept and kept.loaded,
+                    backend=backend,
+                    max_classes=None if limit == "all" else int(limit),
+                    sliding_window=sliding == "crops",
+                    progress=lambda done, total: progress((done, total), desc="Class names"),
+                )
+        except (*VISITOR_ERRORS, Stopped) as error:
             raise gr.Error(escape(str(error)), print_exception=False) from error
+        kept = self.visitors.put(session, Kept(loaded, segmentation))
         view = viewer_data(loaded.photo, segmentation)
         found = [entry["index"] for entry in view["classes"]]
         rest = sorted(set(range(len(names))) - set(found))
         choices = [(names[index], index) for index in (*found, *rest)]
-        picker = gr.Dropdown(choices=choices, value=None, visible=True)
-        return (loaded, segmentation), view, picker, None, report_html(report)
+        has_scores = kept is not None and kept.segmentation.logits is not None
+        picker = gr.Dropdown(choices=choices, value=None, visible=has_scores)
+        return view, picker, None, report_html(report)
 
-    def score_map(self, state: tuple[Loaded, Segmentation] | None, index: int | None) -> Any:
+    def score_map(self, index: int | None, request: gr.Request) -> Any:
         """The value of the score map's viewer for a class."""
-        if state is None or index is None:
+        if index is None:
             return None
-        loaded, segmentation = state
-        return heat_data(loaded.photo, segmentation, int(index))
+        kept = self.visitors.get(_session(request))
+        if kept is None:
+            raise gr.Error("Your last answer is no longer kept: segment again.", print_exception=False)
+        if kept.segmentation.logits is None:
+            raise gr.Error("Scores of so many classes are not kept.", print_exception=False)
+        return heat_data(kept.loaded.photo, kept.segmentation, int(index))
+
+    def leave(self, request: gr.Request) -> None:
+        """A visitor has closed the page: stop the call, and drop what is kept."""
+        self.jobs.stop(_session(request))
+        self.visitors.forget(_session(request))
 
     def pick_class(self, event: gr.EventData) -> int:
         """The class whose entry in the legend was clicked."""
         return int(event._data["index"])
 
 
-def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
+class PageBlocks(gr.Blocks):
+    """The page's components, and what their events call."""
+
+    handlers: Page
+
+
+def build_page(model: CATSeg, untrained: bool = False, limits: Limits | None = None) -> PageBlocks:
     """The page for a model; nothing in it is fetched from elsewhere.
 
     Args:
         model: with any classes, back end and `max_classes`; the last two are the page's defaults.
         untrained: warn that the labels mean nothing.
+        limits: of what visitors may take.
     """
-    page = Page(model)
-    with gr.Blocks(
+    with PageBlocks(
         title="catseg-fast", analytics_enabled=False, fill_width=True, delete_cache=(HOUR, HOUR)
     ) as blocks:
+        page = blocks.handlers = Page(model, limits, lambda: others_wait(blocks))
         gr.HTML(_head(model, untrained), elem_id="cf-head")
-        state = gr.State(None, time_to_live=HOUR)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
-                image = gr.Image(
+                image = Picture(
                     type="filepath", label="Picture", sources=["upload", "clipboard"], height=260,
                     elem_id="cf-image", buttons=[],
                 )  # fmt: skip
@@ -118,7 +171,9 @@ def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
                     value=OWN, label="Or a data set's classes", elem_id="cf-list",
                 )  # fmt: skip
                 note = gr.HTML("", elem_id="cf-note")
-                go = gr.Button("Segment", variant="primary", elem_id="cf-go", size="lg")
+                with gr.Row():
+                    go = gr.Button("Segment", variant="primary", elem_id="cf-go", size="lg", scale=3)
+                    stop = gr.Button("Stop", elem_id="cf-stop", size="lg", scale=1, min_width=80)
                 with gr.Accordion("Settings", open=False):
                     backend = gr.Radio(page.bench.backends(), value=model.backend, label="Back end")
                     limit = gr.Radio(
@@ -146,33 +201,39 @@ def build_page(model: CATSeg, untrained: bool = False) -> gr.Blocks:
                 )  # fmt: skip
         names.input(page.pick, names, [text, note], api_visibility="private", show_progress="hidden")
         text.input(lambda: (OWN, ""), None, [names, note], api_visibility="private", show_progress="hidden")
-        go.click(
-            page.segment, [state, image, text, backend, limit, sliding],
-            [state, viewer, picker, heat, report],
+        call = go.click(
+            page.segment, [image, text, backend, limit, sliding], [viewer, picker, heat, report],
             concurrency_limit=1, api_visibility="private", show_progress="full", show_progress_on=[viewer],
         )  # fmt: skip
-        picker.change(
-            page.score_map, [state, picker], heat, api_visibility="private", show_progress="minimal"
-        )
+        stop.click(None, None, None, cancels=[call], api_visibility="private")
+        picker.change(page.score_map, picker, heat, api_visibility="private", show_progress="minimal")
         viewer.select(page.pick_class, None, picker, api_visibility="private", show_progress="hidden")
+        blocks.unload(page.leave)
     return blocks
 
 
-def serve(page: gr.Blocks, host: str, port: int, browser: bool = False, wait: bool = True) -> str:
+def serve(page: PageBlocks, host: str, port: int, browser: bool = False, wait: bool = True) -> str:
     """Serve the page, until interrupted if it is to `wait`. Returns its address."""
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONOSPACE).set(
         block_title_background_fill="transparent", block_title_text_color="*body_text_color",
         block_title_padding="0", block_title_text_weight="600",
     )  # fmt: skip
-    _, url, _ = page.queue().launch(
+    limits = page.handlers.limits
+    guard = Middleware(Guard, limits=limits, blocks=lambda: page, leave=page.handlers.jobs.stop)
+    _, url, _ = page.queue(max_size=limits.waiting).launch(
         server_name=host, server_port=port, share=False, inbrowser=browser, prevent_thread_lock=True,
         quiet=True, theme=theme, css=_read("page.css"), footer_links=[], ssr_mode=False,
-        enable_monitoring=False,
+        enable_monitoring=False, max_file_size=limits.upload, app_kwargs={"middleware": [guard]},
+        state_session_capacity=10 * limits.visitors,
     )  # fmt: skip
     if wait:
         stdout.print(f"The page is on {url} (Ctrl+C ends it)", soft_wrap=True, highlight=False)
         page.block_thread()
     return str(url)
+
+
+def _session(request: gr.Request) -> str:
+    return request.session_hash or ""
 
 
 def _head(model: CATSeg, untrained: bool) -> str:

@@ -65,10 +65,15 @@ class Report:
 
 
 class Workbench:
-    """One model for all who look at the page; one at a time may call `segment`."""
+    """One model for all who look at the page; one at a time may call `segment`.
 
-    def __init__(self, model: CATSeg) -> None:
-        self.model = model
+    Args:
+        model: of any classes.
+        most_logits: bytes of logits that an answer may have; above them, it has none.
+    """
+
+    def __init__(self, model: CATSeg, most_logits: int = 2**29) -> None:
+        self.model, self.most_logits = model, most_logits
         self._text_ready: tuple[str, ...] = ()
 
     def backends(self) -> list[str]:
@@ -112,10 +117,16 @@ class Workbench:
             if self._text_ready != model.classes:
                 text, self._text_ready = self._since(start), model.classes
             start = time.perf_counter()
-            segmentation = model.segment(loaded.encoded, keep_logits=True)
+            logits = len(loaded.encoded.features) * len(model.classes) * self._class_bytes()
+            segmentation = model.segment(loaded.encoded, keep_logits=logits <= self.most_logits)
             aggregation = self._since(start)
         plan = model.explain(len(loaded.encoded.features))
         return loaded, segmentation, Report(encoding, text, aggregation, meter.taken, meter.peak, plan)
+
+    def _class_bytes(self) -> int:
+        """Bytes of a class's logits in a crop."""
+        height, width = self.model.variant.feature_resolution
+        return 4 * (4 * height) * (4 * width)
 
     def _since(self, start: float) -> float:
         if self.model.device.type == "cuda":

@@ -59,7 +59,7 @@ def opened(path: Path, name: str, max_pixels: int | None) -> Iterator[Image.Imag
     except IsADirectoryError:
         raise InputError(f"{name}: {str(path)!r} is a folder, not an image") from None
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
-        if isinstance(error, InputError) and str(error).startswith(f"{name}: "):
+        if names(error, name):
             raise
         raise InputError(f"{name}: cannot read {str(path)!r}: {error}") from error
 
@@ -72,7 +72,7 @@ def opened_content(file: BinaryIO, source: str, name: str, max_pixels: int | Non
             check_pixels(image.size, max_pixels, f"{name}: {source}")
             yield image
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
-        if isinstance(error, InputError) and str(error).startswith(f"{name}: "):
+        if names(error, name):
             raise
         reason = "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"{name}: cannot read {source}: {reason}") from error
@@ -86,6 +86,11 @@ def _open(file: BinaryIO) -> Image.Image:
             return Image.open(file)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+
+
+def names(error: Exception, name: str) -> bool:
+    """Check whether an error already says which argument it is about."""
+    return isinstance(error, InputError) and str(error).startswith(f"{name}: ")
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int | None, name: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from catseg_fast.config import MAX_PIXELS
 from catseg_fast.errors import InputError, InputTypeError
-from catseg_fast.inference.decoding import Upright, check_pixels, opened, opened_content, upright_size
+from catseg_fast.inference.decoding import Upright, check_pixels, names, opened, opened_content, upright_size
 from catseg_fast.inference.sources import describe_source, fetch, is_url, local_path
 
 ImageLike: TypeAlias = (
@@ -79,9 +79,9 @@ def load_pixels(image: ImageLike, name: str = "image", max_pixels: int | None = 
         check_pixels(image.size, max_pixels, f"{name}: the image")
         try:
             return _from_picture(image, name)
-        except InputError:
-            raise
         except Exception as error:  # an opened file is decoded only now
+            if names(error, name):
+                raise
             raise InputError(f"{name}: cannot decode the image: {error}") from error
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
