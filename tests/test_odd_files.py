@@ -208,7 +208,7 @@ def by_page(spy: Spy, path: Path) -> Tensor:
     from catseg_fast.app.workbench import Workbench
 
     blocks = build_page(spy.model).blocks.values()
-    (component,) = (block for block in blocks if type(block).__name__ == "Picture")
+    (component,) = (block for block in blocks if type(block).__name__ == "Image")
     shown = component.preprocess(ImageData(path=str(path), orig_name=path.name))
     with pytest.raises(Seen):
         Workbench(spy.model).segment(shown, CLASSES, sliding_window=False)

@@ -24,10 +24,12 @@ from support.tiny import CLASSES, picture, tiny_model
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'catseg-fast[app]'")
 
+from catseg_fast.app import page as page_module  # noqa: E402
 from catseg_fast.app.guard import Guard, calls_of, take_turns  # noqa: E402
 from catseg_fast.app.jobs import Job, Jobs, Stopped  # noqa: E402
 from catseg_fast.app.limits import Limits  # noqa: E402
-from catseg_fast.app.page import PageBlocks, Picture, build_page, serve  # noqa: E402
+from catseg_fast.app.page import PageBlocks, build_page, serve  # noqa: E402
+from catseg_fast.app.page import picture as choice  # noqa: E402
 from catseg_fast.app.visitors import Kept, Visitors  # noqa: E402
 from catseg_fast.app.workbench import Workbench, load_photo  # noqa: E402
 
@@ -414,8 +416,9 @@ def test_the_component_does_not_decode(tmp_path: Path) -> None:
     path = tmp_path / "ramp.png"
     ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (64, 1))
     Image.fromarray(ramp).save(path)
-    shown = Picture().preprocess(ImageData(path=str(path), orig_name=path.name))
+    shown = choice().preprocess(ImageData(path=str(path), orig_name=path.name))
     assert shown == str(path)
     expected = np.round(ramp / 257).astype(np.uint8)
     assert np.array_equal(load_photo(shown)[0].numpy(), expected)
-    assert Picture().preprocess(None) is None
+    assert choice().preprocess(None) is None
+    assert not list(Path(page_module.__file__).parent.glob("*.pyi"))  # Gradio writes them for subclasses

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components.image import ImageData
 from starlette.middleware import Middleware
 
 from catseg_fast._version import __version__
@@ -31,15 +30,18 @@ _FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans
 _MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monospace"]
 
 
-class Picture(gr.Image):
-    """A picture that the visitor chooses. It is the file as it was uploaded: Gradio's own component decodes
-    it, and writes it again in 8 bits.
+def picture(**options: Any) -> gr.Image:
+    """Return a component for a picture that the visitor chooses; its value is the file as it was uploaded.
+
+    Gradio's component decodes the file, and writes it again in 8 bits. A subclass is no way out: Gradio
+    writes a stub file beside the module of each.
+
+    Args:
+        **options: of `gradio.Image`.
     """
-
-    is_template = True  # for the browser, it is an Image
-
-    def preprocess(self, payload: ImageData | None) -> str | None:  # type: ignore[override]
-        return payload.path if payload else None
+    component = gr.Image(type="filepath", **options)
+    component.preprocess = lambda payload: payload.path if payload else None
+    return component
 
 
 class Page:
@@ -94,12 +96,12 @@ class Page:
             if len(names) == 1 and "," in names[0]:
                 gr.Info("This is one class with several names; semicolons separate classes.")
             progress(0, desc="Segmenting")
-            kept = self.visitors.get(session)
+            before = self.visitors.get(session)
             with self.jobs.running(session):
                 loaded, segmentation, report = self.bench.segment(
                     path,
                     names,
-                    kept and kept.loaded,
+                    before.loaded if before else None,
                     backend=backend,
                     max_classes=None if limit == "all" else int(limit),
                     sliding_window=sliding == "crops",
@@ -158,8 +160,8 @@ def build_page(model: CATSeg, untrained: bool = False, limits: Limits | None = N
         gr.HTML(_head(model, untrained), elem_id="cf-head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
-                image = Picture(
-                    type="filepath", label="Picture", sources=["upload", "clipboard"], height=260,
+                image = picture(
+                    label="Picture", sources=["upload", "clipboard"], height=260,
                     elem_id="cf-image", buttons=[],
                 )  # fmt: skip
                 text = gr.Textbox(
