@@ -76,7 +76,7 @@ class Call:
 def make_call(case: Case, device: torch.device | str = "cpu") -> Call:
     """Weights and inputs of a case in fp32, made on the device; the same every time."""
     variant = VARIANTS[case.variant]
-    prompts = len(PROMPT_ENSEMBLES[variant.prompt_ensemble])
+    prompts = PROMPT_ENSEMBLES[variant.prompt_ensemble]
     torch.manual_seed(0)
     with torch.device(device):
         aggregator = Aggregator(**variant.aggregator_arguments(prompts)).eval()

@@ -10,7 +10,7 @@ from torch import Tensor
 from catseg_fast import reference
 from catseg_fast.backend import check_backend
 from catseg_fast.engine.engine import Engine, constant_backend
-from catseg_fast.reference.aggregator import check_shapes
+from catseg_fast.reference.shapes import check_shapes
 
 
 class Aggregator(reference.Aggregator):
@@ -43,5 +43,5 @@ class Aggregator(reference.Aggregator):
     ) -> Tensor:
         if constant_backend(self.backend, img_feats.device) == "reference":
             return super().forward(img_feats, text_feats, appearance_guidance)
-        check_shapes(self, img_feats, text_feats)
+        check_shapes(self, img_feats, text_feats, appearance_guidance)
         return self.engine.logits(img_feats, text_feats, appearance_guidance, self.max_classes)

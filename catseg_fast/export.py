@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,9 @@ from catseg_fast.engine.folding import Plan, build_plan, map_tensors
 from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
-from catseg_fast.errors import InputError, MissingPackageError
+from catseg_fast.errors import InputError
 from catseg_fast.files import temporary_folder
+from catseg_fast.onnx_target import check_target
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
 if TYPE_CHECKING:
@@ -109,7 +112,13 @@ def export_program(
     )
 
 
-def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) -> list[Path]:
+def export_onnx(
+    model: CATSeg,
+    path: str | os.PathLike[str],
+    *,
+    crops: int = 1,
+    begin: Callable[[str], object] = lambda stage: None,
+) -> list[Path]:
     """Write the model as ONNX, with what is needed to use it beside it; all of it, or nothing.
 
     Args:
@@ -118,6 +127,7 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
             NAME.classes.npz with the classes' names and text features; where weights near 2 GB,
             NAME.onnx.data.
         crops: images B of a call.
+        begin: called with the name of each stage at its start.
 
     Returns:
         The files, the .onnx first.
@@ -130,41 +140,41 @@ def export_onnx(model: CATSeg, path: str | os.PathLike[str], *, crops: int = 1) 
     path = check_target(path)
     if model.dtype != torch.float32:
         raise InputError(f"model: is in {model.dtype}; ONNX is written in torch.float32")
+    begin("Encoding the class names")
     text = model.text_features().cpu().numpy()  # fails first where there are no classes
+    begin("Tracing the model")
     program = export_program(model, crops=crops)
-    written = torch.onnx.export(
-        program, dynamo=True, input_names=INPUTS, output_names=(OUTPUT,), opset_version=OPSET, verbose=False,
-        dynamic_shapes={"images": None, "text_features": {0: "classes"}},
-    )  # fmt: skip
+    begin("Translating it to ONNX")
+    with _quiet():
+        written = torch.onnx.export(
+            program, dynamo=True, input_names=INPUTS, output_names=(OUTPUT,), opset_version=OPSET,
+            verbose=False, dynamic_shapes={"images": None, "text_features": {0: "classes"}},
+        )  # fmt: skip
     assert written is not None
+    begin("Writing")
     with temporary_folder(path.parent) as folder:
         written.save(folder / path.name, external_data=_weight_bytes(program) > 1.8e9)
         np.savez(folder / f"{path.stem}.classes.npz", classes=np.array(model.classes), text_features=text)
         card = json.dumps(describe(model, path, crops), indent=2, ensure_ascii=False) + "\n"
-        (folder / f"{path.stem}.json").write_text(card, encoding="utf-8")
+        (folder / f"{path.stem}.json").write_text(card, encoding="utf-8", errors="backslashreplace")
         names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == path.name)
         for name in names:  # the model itself last
             os.replace(folder / name, path.with_name(name))
     return [path.with_name(name) for name in reversed(names)]
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """The path of an .onnx file that can be written.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `export_onnx`.
-    """
-    path = Path(path).expanduser()
-    if path.suffix != ".onnx":
-        raise InputError(f"path: {path} must end in .onnx")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: there is no folder {path.parent}")
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let the exporter's libraries log errors only, not each optimisation that they leave out."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError(f'export: {error}; pip install "catseg-fast[export]" brings it') from error
-    return path
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _weight_bytes(program: torch.export.ExportedProgram) -> int:

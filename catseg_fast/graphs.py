@@ -18,7 +18,7 @@ from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
 from catseg_fast.inference.segment import read_out
 from catseg_fast.inference.segmentation import Segmentation
-from catseg_fast.weights import weights_state
+from catseg_fast.weights import module_tensors, weights_state
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -96,9 +96,10 @@ class ModelGraphs:
             if not maps[0].isnan().any():
                 return maps
             return self._read_out(pixels.to(self.model.device)).maps
-        segmentation = Segmentation.of(answer, self.model.classes, self._readout(size))
+        model = self.model
+        segmentation = Segmentation.of(answer, model.classes, self._readout(size), fold=model.fold)
         if segmentation.scores.isnan().any():
-            return self.model.segment(image, sliding_window=self.sliding_window)
+            return model.segment(image, sliding_window=self.sliding_window)
         return segmentation
 
     def _record(self, size: Size, record: Callable[[Callable[[], Any]], Callable[[], Any]]) -> Any:
@@ -116,18 +117,19 @@ class ModelGraphs:
                 f"cuda_graph: {schedule.reason}, and copies to the host are not recorded; set "
                 "model.engine.policy = 'recompute'"
             )
-        return buffer, record(lambda: self._read_out(buffer, schedule))
+        return buffer, record(lambda: self._read_out(buffer, schedule, checked=False))
 
     def _readout(self, size: Size) -> Readout:
         return Readout(size, self.model.window if self.sliding_window else None)
 
-    def _read_out(self, pixels: Tensor, schedule: Schedule | None = None) -> Any:
+    def _read_out(self, pixels: Tensor, schedule: Schedule | None = None, checked: bool = True) -> Any:
         """The target that the picture's logits were read out into."""
         model, size = self.model, (pixels.shape[1], pixels.shape[2])
         target: Probabilities | LabelMap = LabelMap(size, model.device)
         if self.probabilities:
             target = Probabilities(len(model.classes), size, model.device)
-        read_out(model, encode(model, [pixels], [self._readout(size)]), [target], schedule=schedule)
+        encoded = encode(model, [pixels], [self._readout(size)], checked)
+        read_out(model, encoded, [target], schedule=schedule)
         return target
 
 
@@ -135,8 +137,8 @@ def _settings(model: CATSeg) -> dict[str, Any]:
     """By name, all that a recording holds as a constant."""
     engine = model.engine
     return {
-        "classes": model.classes,
-        "weights": weights_state(model.parameters()),
+        "classes": (model.classes, model.fold),
+        "weights": weights_state(module_tensors(model, buffers=True)),
         "device": model.device,
         "precision": (engine.precision, engine.input_precision, engine.plan().embed.dtype),
         "backend": model.backend,

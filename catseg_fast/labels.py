@@ -7,6 +7,11 @@ from torch import Tensor
 
 from catseg_fast.errors import InputError, InputTypeError
 
+# Of pixels whose best probability is below `min_score`. A stored label map has its type's largest value there
+# (65535 in 16 bits, 255 in 8 bits), as annotations have where no class is right.
+NONE = -1
+NONE_NAME = "none of these"
+
 
 def class_indices(
     labels: Tensor, classes: int, ignore_label: int | None = None, name: str = "labels"
@@ -40,3 +45,17 @@ def class_indices(
             expected += f" or the ignore label {ignore_label}"
         raise InputError(f"{name}: {int(indices[wrong][0])} is not {expected}")
     return indices
+
+
+def check_min_score(value: float, name: str = "min_score") -> float:
+    """Return a threshold of probabilities after a check.
+
+    Raises:
+        InputTypeError: if it is not a number.
+        InputError: if it is not in 0..1.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputTypeError(f"{name}: expected a number in 0..1, got {value!r}")
+    if not 0 <= value <= 1:
+        raise InputError(f"{name}: expected a probability in 0..1, got {value}; 0 labels every pixel")
+    return float(value)

@@ -34,17 +34,20 @@ from catseg_fast.errors import InputError, RunError
 from catseg_fast.graphs import ModelGraphs
 from catseg_fast.inference.encoding import LARGE_PIXELS, EncodedImage, encode
 from catseg_fast.inference.explain import explain
-from catseg_fast.inference.images import ImageLike, check_max_pixels, load_pixels
+from catseg_fast.inference.images import ImageLike, as_floats, check_max_pixels, load_image, load_pixels
 from catseg_fast.inference.readout import (
     Probabilities,
     Readout,
 )
 from catseg_fast.inference.segment import label, label_pixels, read_out
 from catseg_fast.inference.segmentation import Segmentation, kept_image
+from catseg_fast.inference.tiles import segment_tiles
+from catseg_fast.labels import check_min_score
 from catseg_fast.reference import model as reference_model
 from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, TextEncoder
 from catseg_fast.text.features_cache import FeaturesCache
+from catseg_fast.text.fold import ClassNames, Fold, split_fold
 from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
@@ -56,7 +59,7 @@ class CATSeg(reference_model.CATSeg):
 
     Args:
         variant: name of a published variant (`catseg_fast.config.VARIANTS`), or a `Variant`.
-        classes: class names; `set_classes` changes them.
+        classes: class names, or each class's several names; `set_classes` changes them.
         backend: "auto", "triton", "torch" or "reference"; may be set later, too.
         max_classes: above this number of classes only the best of each crop are aggregated; None aggregates
             all. By default as upstream has it: 256 in v2, None in v1.
@@ -69,11 +72,12 @@ class CATSeg(reference_model.CATSeg):
     """
 
     aggregator_type = Aggregator
+    _fold: Fold | None = None
 
     def __init__(
         self,
         variant: str | Variant = "v2-vitl",
-        classes: Sequence[str] | None = None,
+        classes: ClassNames | None = None,
         *,
         backend: str = "auto",
         max_classes: int | Literal["upstream"] | None = "upstream",
@@ -82,7 +86,9 @@ class CATSeg(reference_model.CATSeg):
         max_pixels: int | None = MAX_PIXELS,
         **kwargs: Any,
     ) -> None:
-        super().__init__(variant, classes, **kwargs)
+        names, fold = (None, None) if classes is None else split_fold(classes)
+        super().__init__(variant, names, **kwargs)
+        self._fold = fold
         self.text_encoder = TextEncoder(FeaturesCache.of(text_cache))
         self.backend, self.max_pixels = backend, check_max_pixels(max_pixels)
         if max_classes != "upstream":
@@ -121,7 +127,7 @@ class CATSeg(reference_model.CATSeg):
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
-        classes: Sequence[str] | None = None,
+        classes: ClassNames | None = None,
         *,
         variant: str | Variant | None = None,
         device: str | torch.device | None = None,
@@ -179,23 +185,43 @@ class CATSeg(reference_model.CATSeg):
             raise InputError(SOFTMAX)
         self._share_out(ClassShare(self.classes, group))
 
-    def set_classes(self, classes: Sequence[str], training: bool = False) -> None:
+    def set_classes(self, classes: ClassNames, training: bool = False) -> None:
         """Name the classes, or with `training` those of training mode; counts from the next call on.
 
         Classes that are split over ranks are split anew.
 
+        Args:
+            classes: their names; or a mapping from each class to its names, such as `{"sky": "sky",
+                "background": ["wall", "floor"]}`. The names then compete separately, and `classes` are all
+                names; what `segment` and `label_map` return is of the classes: see `label_classes`.
+            training: whether these are the classes of training mode, which have one name each.
+
         Raises:
             TypeError, ValueError: if the list is empty, a name is blank or listed twice, or is too long for
-                CLIP. The present classes then stay.
+                CLIP, or a class has no names. The present classes then stay.
             RunError: if classes for training are to be split over ranks.
         """
-        share = self.engine.share
+        share, (names, fold) = self.engine.share, split_fold(classes)
+        if training and fold is not None:
+            raise InputError("classes: in training each class has one name; give a list of names")
         if share is None:
-            super().set_classes(classes, training)
+            super().set_classes(names, training)
         elif training:
             raise RunError("class parallel: a model whose classes are split cannot be trained")
         else:
-            self._share_out(ClassShare(check_classes(classes), share.group))
+            self._share_out(ClassShare(check_classes(names), share.group))
+        if not training:
+            self._fold = fold
+
+    @property
+    def fold(self) -> Fold | None:
+        """How the present names are folded into classes; None where each is a class of its own."""
+        return None if self._class_mode() else self._fold
+
+    @property
+    def label_classes(self) -> tuple[str, ...]:
+        """What labels are indices into: `classes`, or the classes that these names are folded into."""
+        return self.classes if self.fold is None else self.fold.classes
 
     def _text_state(self) -> object:
         return super()._text_state(), self._text_dtype()
@@ -222,6 +248,8 @@ class CATSeg(reference_model.CATSeg):
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
         """As `catseg_fast.reference.model.CATSeg`; in evaluation mode without gradients.
 
+        Of classes with several names, "sem_seg" has a map of each name.
+
         Raises:
             RunError: if the classes are split over ranks.
         """
@@ -242,18 +270,26 @@ class CATSeg(reference_model.CATSeg):
         return segmentation_loss(logits, labels, self.ignore_label)
 
     def label_map(
-        self, batched_inputs: Sequence[dict[str, Any]], *, top_k: int | None = None
+        self,
+        batched_inputs: Sequence[dict[str, Any]],
+        *,
+        top_k: int | None = None,
+        min_score: float | None = None,
     ) -> list[Segmentation]:
         """The argmax of the "sem_seg" of a call with the same input, without holding a map for each class.
 
         Args:
             batched_inputs: as in the call.
             top_k: also return so many classes per pixel.
+            min_score: as in `segment`.
 
         Raises:
-            TypeError, ValueError: as the call; or if `top_k` is not positive.
+            TypeError, ValueError: as the call; or if `top_k` is not positive, or `min_score` not in 0..1.
         """
-        return [self._label(image, readout, top_k) for image, readout in self._requests(batched_inputs)]
+        _check_min_score(min_score)
+        requests = self._requests(batched_inputs)
+        answers = (self._label(image, readout, top_k) for image, readout in requests)
+        return [answer.with_min_score(min_score) for answer in answers]
 
     def encode(self, image: ImageLike, *, sliding_window: bool | None = None) -> EncodedImage:
         """Run all that does not depend on the classes; `segment` takes the answer in place of the picture.
@@ -269,7 +305,10 @@ class CATSeg(reference_model.CATSeg):
         *,
         sliding_window: bool | None = None,
         top_k: int | None = None,
+        min_score: float | None = None,
         keep_logits: bool = False,
+        tiles: int | None = None,
+        overlap: int | None = None,
     ) -> Segmentation: ...
 
     @overload
@@ -279,7 +318,10 @@ class CATSeg(reference_model.CATSeg):
         *,
         sliding_window: bool | None = None,
         top_k: int | None = None,
+        min_score: float | None = None,
         keep_logits: bool = False,
+        tiles: int | None = None,
+        overlap: int | None = None,
     ) -> list[Segmentation]: ...
 
     def segment(
@@ -291,7 +333,10 @@ class CATSeg(reference_model.CATSeg):
         *,
         sliding_window: bool | None = None,
         top_k: int | None = None,
+        min_score: float | None = None,
         keep_logits: bool = False,
+        tiles: int | None = None,
+        overlap: int | None = None,
     ) -> Segmentation | list[Segmentation]:
         """Label every pixel of a picture with one of the classes.
 
@@ -304,28 +349,50 @@ class CATSeg(reference_model.CATSeg):
                 `encode` made of one. A list or tuple of these is segmented one after the other, into a list.
             sliding_window: whether to look at overlapping crops; by default the model's own setting.
             top_k: also return so many classes per pixel.
+            min_score: label pixels -1, "none of these", whose best class has a smaller probability. Each
+                class's probability is a sigmoid of its own, so that this is exact; `scores` stay.
             keep_logits: let the answer have a `score_map` of every class; 37 KB per class and crop in fp32.
+            tiles: side in pixels of square tiles, each of which is segmented as a picture, for pictures that
+                are much larger than what the model looks at; seams are averaged as those of crops are.
+            overlap: pixels that a tile shares with the next one; by default an eighth.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: if the image cannot be read, has more than `max_pixels`,
-                is none, or was encoded otherwise; if no classes are set, or `top_k` is not positive.
+                is none, or was encoded otherwise; if no classes are set, `top_k` is not positive, or
+                `min_score` is not in 0..1; or if tiles are smaller than the model's window, overlap by more
+                than half, or come with an encoded picture, `top_k` or `keep_logits`.
         """
+        _check_min_score(min_score)
+        if tiles is None and overlap is not None:
+            raise InputError(f"overlap: {overlap} without tiles; pass tiles=SIZE, too")
         if isinstance(image, list | tuple):
             return [
-                self.segment(each, sliding_window=sliding_window, top_k=top_k, keep_logits=keep_logits)
+                self.segment(
+                    each, sliding_window=sliding_window, top_k=top_k, min_score=min_score,
+                    keep_logits=keep_logits, tiles=tiles, overlap=overlap,
+                )
                 for each in image
-            ]
+            ]  # fmt: skip
+        if tiles is not None:
+            if isinstance(image, EncodedImage) or keep_logits or top_k is not None:
+                raise InputError("tiles: not with an encoded picture, top_k or keep_logits")
+            pixels = load_image(image, max_pixels=self.max_pixels)
+            tiled = segment_tiles(
+                self, pixels, tiles, overlap, sliding_window=sliding_window, min_score=min_score
+            )  # fmt: skip
+            return replace(tiled, image=kept_image(image, pixels))
         if isinstance(image, EncodedImage) or keep_logits:
-            return label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
+            answer = label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
+            return answer.with_min_score(min_score)
         sliding = self.sliding_window if sliding_window is None else sliding_window
-        pixels = load_pixels(image, max_pixels=self.max_pixels).to(self.device)
+        pixels = self._load(image)
         readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
-        if pixels[0].numel() <= LARGE_PIXELS:
-            return replace(self._label(pixels, readout, top_k), image=kept_image(image, pixels))
-        (encoded,) = self._encode([pixels], [readout])
-        encoded = replace(encoded, image=kept_image(image, pixels))
-        del pixels  # before the labels take as much memory
-        return label(self, [encoded], top_k)[0]
+        if pixels.dtype != torch.uint8:
+            answer = replace(self._label(pixels, readout, top_k), image=kept_image(image, pixels))
+            return answer.with_min_score(min_score)
+        encoded = replace(self._encode([pixels], [readout])[0], image=kept_image(image, pixels))
+        del pixels  # a large picture's, before the labels take as much memory
+        return label(self, [encoded], top_k)[0].with_min_score(min_score)
 
     def segment_batch(
         self,
@@ -333,12 +400,15 @@ class CATSeg(reference_model.CATSeg):
         *,
         sliding_window: bool | None = None,
         top_k: int | None = None,
+        min_score: float | None = None,
     ) -> list[Segmentation]:
         """`segment` of several pictures with all crops in one call; equal to one by one but for rounding.
 
         It pays where few classes leave a GPU idle. Memory grows with the number of pictures.
         """
-        return label(self, self._encode_all(images, sliding_window), top_k) if images else []
+        _check_min_score(min_score)
+        answers = label(self, self._encode_all(images, sliding_window), top_k) if images else []
+        return [answer.with_min_score(min_score) for answer in answers]
 
     def warmup(self, sizes: Sequence[tuple[int, int]], *, sliding_window: bool | None = None) -> None:
         """Do now what the first calls would wait for, with the present classes, weights and settings.
@@ -408,6 +478,13 @@ class CATSeg(reference_model.CATSeg):
             else:
                 yield image, Readout(size, None, (height, width))
 
+    def _load(self, image: ImageLike) -> Tensor:
+        """A picture's pixels `[3, H, W]` on the device: floats, or bytes of a large one."""
+        pixels = load_pixels(image, max_pixels=self.max_pixels)
+        if pixels.dtype == torch.uint8 and pixels[0].numel() > LARGE_PIXELS:
+            return pixels.to(self.device)
+        return as_floats(pixels, self.device)
+
     def _encode_all(
         self, images: Sequence[ImageLike | EncodedImage], sliding_window: bool | None
     ) -> list[EncodedImage]:
@@ -418,7 +495,7 @@ class CATSeg(reference_model.CATSeg):
             if isinstance(image, EncodedImage):
                 image.check(self.aggregator.conv1.weight, sliding_window)
                 continue
-            pixels.append(load_pixels(image, max_pixels=self.max_pixels).to(self.device))
+            pixels.append(self._load(image))
             sources.append(kept_image(image, pixels[-1]))
             height, width = pixels[-1].shape[-2:]
             readouts.append(Readout((height, width), self.window if sliding else None))
@@ -451,3 +528,9 @@ class CATSeg(reference_model.CATSeg):
 def _sum(image: Tensor) -> int:
     """The sum of an image's values, without a copy of all of them."""
     return sum(int(part.long().sum()) for part in image.flatten().split(2**24))
+
+
+def _check_min_score(min_score: float | None) -> None:
+    """Raise before anything is computed."""
+    if min_score is not None:
+        check_min_score(min_score)

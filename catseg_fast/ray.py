@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 from catseg_fast.errors import InputError, InputTypeError, MissingPackageError
 from catseg_fast.inference.images import load_pixels
+from catseg_fast.labels import check_min_score
 from catseg_fast.model import CATSeg
 from catseg_fast.output.overlay import label_png
 from catseg_fast.output.results import summarise
+from catseg_fast.text.fold import ClassNames
 
 try:
     import ray
@@ -30,12 +32,13 @@ ON_ERROR = ("raise", "record")
 def segment_dataset(
     ds: Dataset,
     source: Source,
-    classes: Sequence[str] | None = None,
+    classes: ClassNames | None = None,
     *,
     column: str | None = None,
     labels: Literal["png", "array"] = "png",
     on_error: Literal["raise", "record"] = "raise",
     sliding_window: bool | None = None,
+    min_score: float | None = None,
     actors: int = 1,
     num_cpus: float | None = None,
     num_gpus: float | None = None,
@@ -52,6 +55,8 @@ def segment_dataset(
         labels: "png", a file's content with 16 bits a pixel; or "array", int32 `[H, W]`.
         on_error: what to do about a picture that cannot be read: "raise", or "record" it and go on.
         sliding_window: as in `CATSeg.segment`.
+        min_score: as in `CATSeg.segment`; pixels of no class are 65535 in PNGs, and an entry of "classes" of
+            the index -1.
         actors: models at a time.
         num_cpus: CPUs of each; on a CPU a model uses as many threads.
         num_gpus: GPUs of each; by default 1 where the cluster has any.
@@ -70,6 +75,8 @@ def segment_dataset(
             raise InputError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
     if actors <= 0:
         raise InputError(f"actors: {actors} is not positive")
+    if min_score is not None:
+        check_min_score(min_score)
     if callable(source) and options:
         raise InputTypeError(
             f"{min(options)}: is for from_pretrained; the function builds the model by itself"
@@ -78,7 +85,7 @@ def segment_dataset(
         num_gpus = min(1, ray.cluster_resources().get("GPU", 0))
     return ds.map(
         _Segmenter,
-        fn_constructor_args=(source, classes, options, column, labels, on_error, sliding_window),
+        fn_constructor_args=(source, classes, options, column, labels, on_error, sliding_window, min_score),
         compute=ActorPoolStrategy(size=actors),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
@@ -91,12 +98,13 @@ class _Segmenter:
     def __init__(
         self,
         source: Source,
-        classes: Sequence[str] | None,
+        classes: ClassNames | None,
         options: dict[str, Any],
         column: str | None,
         labels: str,
         on_error: str,
         sliding_window: bool | None,
+        min_score: float | None = None,
     ) -> None:
         if callable(source):
             self.model = source()
@@ -105,7 +113,7 @@ class _Segmenter:
         else:
             self.model = CATSeg.from_pretrained(source, classes, **options)
         self.column, self.labels, self.on_error = column, labels, on_error
-        self.sliding_window = sliding_window
+        self.sliding_window, self.min_score = sliding_window, min_score
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         column = self.column or next((name for name in COLUMNS if name in row), None)
@@ -118,7 +126,7 @@ class _Segmenter:
             if self.on_error == "raise":
                 raise
             return {**kept, "labels": None, "mean_score": None, "classes": None, "error": str(error)}
-        segmentation = self.model.segment(image, sliding_window=self.sliding_window)
+        segmentation = self.model.segment(image, sliding_window=self.sliding_window, min_score=self.min_score)
         kept["labels"] = segmentation.labels.numpy()
         if self.labels == "png":
             file = io.BytesIO()

@@ -6,7 +6,27 @@ import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def module_tensors(module: nn.Module, buffers: bool = False) -> list[Tensor]:
+    """Return a module's parameters, and its buffers if asked for, inside of children, too.
+
+    `nn.Module.parameters` makes each one's name on the way, which takes longer than all else that a call does
+    before it launches its first kernel. What several modules share is listed for each.
+    """
+    found: list[Tensor | None] = []
+    _collect(module, buffers, found)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _collect(module: nn.Module, buffers: bool, found: list[Tensor | None]) -> None:
+    found += module._parameters.values()
+    if buffers:
+        found += module._buffers.values()
+    for child in module._modules.values():
+        if child is not None:
+            _collect(child, buffers, found)
 
 
 def weights_state(tensors: Iterable[Tensor]) -> tuple[object, ...]:

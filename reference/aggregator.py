@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from catseg_fast.errors import InputError
 from catseg_fast.reference.class_attention import ClassTransformerLayer
+from catseg_fast.reference.shapes import check_pooling, check_shapes, check_sizes
 from catseg_fast.reference.upsample import Up
 from catseg_fast.reference.window_attention import SwinTransformerBlockWrapper
 
@@ -120,7 +121,9 @@ class Aggregator(nn.Module):
         pad_len: int = 256,
     ) -> None:
         super().__init__()
+        check_sizes(hidden_dim, nheads, decoder_dims, pooling_size, feature_resolution, window_size)
         self.num_layers = num_layers
+        self.pooling_size = pooling_size
         self.hidden_dim = hidden_dim
         self.pad_len = pad_len
         self.max_classes = pad_len or None
@@ -196,7 +199,8 @@ class Aggregator(nn.Module):
         Raises:
             InputError: if there is no class, or the shapes do not fit each other or the weights.
         """
-        check_shapes(self, img_feats, text_feats)
+        check_shapes(self, img_feats, text_feats, appearance_guidance)
+        check_pooling(self.pooling_size, img_feats.shape[-2:])
         total, selected = text_feats.shape[1], None
         if self.max_classes is not None and total > self.max_classes:
             selected = select_classes(img_feats, text_feats, self.max_classes)
@@ -227,23 +231,3 @@ def restore_dropped(logits: Tensor, selected: Tensor, total: int) -> Tensor:
     B, _, H, W = logits.shape
     out = logits.new_full((B, total, H, W), DROPPED_LOGIT)
     return out.scatter(1, selected[..., None, None].expand(-1, -1, H, W), logits)
-
-
-def check_shapes(aggregator: Aggregator, img_feats: Tensor, text_feats: Tensor) -> None:
-    """Raise a ValueError that names the argument and both shapes where the features do not fit."""
-    if img_feats.ndim != 4:
-        raise InputError(f"img_feats: shape {tuple(img_feats.shape)} is not [B, C, H, W]")
-    if text_feats.ndim != 4:
-        raise InputError(f"text_feats: shape {tuple(text_feats.shape)} is not [B, T, P, C]")
-    shapes = f"img_feats {tuple(img_feats.shape)}, text_feats {tuple(text_feats.shape)}"
-    if text_feats.shape[1] == 0:
-        raise InputError(f"text_feats: no class ({shapes})")
-    if img_feats.shape[0] != text_feats.shape[0]:
-        raise InputError(f"text_feats: its batch size is not that of img_feats ({shapes})")
-    if img_feats.shape[1] != text_feats.shape[3]:
-        raise InputError(f"text_feats: its channels are not those of img_feats ({shapes})")
-    if text_feats.shape[2] != aggregator.conv1.in_channels:
-        prompts = aggregator.conv1.in_channels
-        raise InputError(
-            f"text_feats: {text_feats.shape[2]} prompts where the weights have {prompts} ({shapes})"
-        )

@@ -17,6 +17,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from catseg_fast.config import CLIPConfig, Version
+from catseg_fast.weights import module_tensors
 
 
 class SplitAttention(nn.Module):
@@ -124,10 +125,10 @@ class DenseCLIP(CLIP):
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end_of_text]) @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
 
-    def text_parameters(self) -> list[nn.Parameter]:
+    def text_parameters(self) -> list[Tensor]:
         """The parameters on which `encode_text` depends."""
         modules = (self.token_embedding, self.transformer, self.ln_final)
-        inside = [parameter for module in modules for parameter in module.parameters()]
+        inside = [parameter for module in modules for parameter in module_tensors(module)]
         return [*inside, self.positional_embedding, self.text_projection]
 
     def position_embedding(self, height: int, width: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,17 @@ from catseg_fast.config import (
 from catseg_fast.errors import InputError
 from catseg_fast.labels import class_indices
 from catseg_fast.reference.aggregator import Aggregator
-from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.finetune import freeze, segmentation_loss
-from catseg_fast.reference.guidance import build_guidance
 from catseg_fast.reference.inference import SlidingWindow, pad_to_multiple, resize
 from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, encode_classes
 from catseg_fast.text.prompts import check_classes, get_templates
+from catseg_fast.text.same_prompts import warn_of_same_prompts
 from catseg_fast.text.tokens import tokenize_classes
 from catseg_fast.weights import weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.reference.clip import DenseCLIP
 
 
 class CATSegPredictor(nn.Module):
@@ -95,9 +97,16 @@ class CATSeg(nn.Module):
         self.size_divisibility = size_divisibility
         self.templates = get_templates(prompt_ensemble or self.variant.prompt_ensemble)
 
+        # open_clip and timm, which takes as long to import as torch: only where a model is built.
+        from catseg_fast.reference.clip import DenseCLIP
+
         clip_model = DenseCLIP(self.variant.clip, self.variant.version)
         transformer = self.aggregator_type(**self.variant.aggregator_arguments(len(self.templates)))
-        self.backbone = build_guidance(self.variant.backbone) if self.variant.backbone else None
+        self.backbone = None
+        if self.variant.backbone:
+            from catseg_fast.reference.guidance import build_guidance
+
+            self.backbone = build_guidance(self.variant.backbone)
         self.sem_seg_head = CATSegHead(CATSegPredictor(clip_model, transformer))
         if self.variant.version == "v2":
             width, dims = self.variant.clip.vision_width, self.variant.decoder_guidance_dims
@@ -152,6 +161,7 @@ class CATSeg(nn.Module):
         """Replace the class names and, as a part of them, those whose text features are to be had here."""
         length = self.variant.clip.context_length
         tokens = tokenize_classes(encoded, self.templates, self.variant.version, length)
+        warn_of_same_prompts(classes, self.templates, self.variant.version, length)
         self._classes[training], self._tokens[training] = classes, tokens
         self._text_cache.pop(training, None)
 
@@ -188,23 +198,28 @@ class CATSeg(nn.Module):
             raise InputError("classes: none are set; call set_classes([...]) first")
         return self.training if self.training in self._classes else not self.training
 
-    def encode_images(self, clip_images: Tensor, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def encode_images(
+        self, clip_images: Tensor, images: Tensor, clip: DenseCLIP | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """CLIP features and guidance maps.
 
         Args:
             clip_images: `[B, 3, H, W]`, normalised for CLIP, any size.
             images: the same pixels normalised for v1's backbone (v2 does not look at them).
+            clip: CLIP in another type; by default the model's own.
 
         Returns:
             Features `[B, 1 + h*w, C]`, the class token first, and guidance maps from coarse to fine.
         """
+        clip = self.clip_model if clip is None else clip
         size = self.variant.clip.input_size
-        clip_images = resize(clip_images, (size, size)).to(self.dtype)
+        clip_images = resize(clip_images, (size, size)).to(clip.visual.proj.dtype)
         if self.backbone is not None:
-            features, _ = self.clip_model.encode_dense(clip_images)
+            features, _ = clip.encode_dense(clip_images)
             maps = self.backbone(resize(images, (CROP_SIZE, CROP_SIZE)).to(self.dtype))
             return features, (maps["res4"], maps["res3"], maps["res2"])
-        features, (shallow, deep) = self.clip_model.encode_dense(clip_images, self.variant.guidance_layers)
+        features, maps = clip.encode_dense(clip_images, self.variant.guidance_layers)
+        shallow, deep = (x.to(self.dtype) for x in maps)
         return features, (as_map(features), self.upsample1(shallow), self.upsample2(deep))
 
     def logits(self, clip_images: Tensor, images: Tensor) -> Tensor:
@@ -275,13 +290,13 @@ class CATSeg(nn.Module):
 
 def normalise(images: Tensor) -> tuple[Tensor, Tensor]:
     """RGB `[…, 3, H, W]` in 0..255, once as CLIP wants it and once as v1's backbones do."""
-    clip_mean, clip_std = _channels(CLIP_PIXEL_MEAN, images), _channels(CLIP_PIXEL_STD, images)
-    mean, std = _channels(PIXEL_MEAN, images), _channels(PIXEL_STD, images)
+    clip_mean, clip_std = channels(CLIP_PIXEL_MEAN, images), channels(CLIP_PIXEL_STD, images)
+    mean, std = channels(PIXEL_MEAN, images), channels(PIXEL_STD, images)
     return (images - clip_mean) / clip_std, (images - mean) / std
 
 
-def _channels(values: Sequence[float], like: Tensor) -> Tensor:
-    """`[3, 1, 1]` in fp32 on a device, by filling: a CUDA graph records no copy from the host."""
+def channels(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return `[3, 1, 1]` in fp32 on a device, by filling: a CUDA graph records no copy from the host."""
     return torch.stack([like.new_full((1, 1), value, dtype=torch.float32) for value in values])
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from catseg_fast.errors import InputError, InputTypeError
 
+HINT = "; segment() takes a single picture"
+
 
 def check_requests(batched_inputs: Sequence[dict[str, Any]], divisor: int | None = None) -> None:
     """Check the argument of a call.
@@ -25,19 +27,20 @@ def check_requests(batched_inputs: Sequence[dict[str, Any]], divisor: int | None
     """
     if isinstance(batched_inputs, dict | str | Tensor) or not isinstance(batched_inputs, Sequence):
         kind = type(batched_inputs).__name__
-        hint = "" if isinstance(batched_inputs, dict) else "; segment() takes a single picture"
+        hint = "" if isinstance(batched_inputs, dict) else HINT
         raise InputTypeError(f"batched_inputs: expected a list of dicts, got {kind}{hint}")
     for index, entry in enumerate(batched_inputs):
         name = f"batched_inputs[{index}]"
         if not isinstance(entry, dict):
-            raise InputTypeError(f"{name}: expected a dict with an 'image', got {type(entry).__name__}")
+            raise InputTypeError(f"{name}: expected a dict with an 'image', got {type(entry).__name__}{HINT}")
         for key in ("image",) if divisor is None else ("image", "sem_seg"):
             if key not in entry:
                 raise InputError(f"{name}[{key!r}]: is missing; the entry has {sorted(map(str, entry))}")
             if not isinstance(entry[key], Tensor):
                 shape = "[3, H, W]" if key == "image" else "[H, W]"
                 kind = type(entry[key]).__name__
-                raise InputTypeError(f"{name}[{key!r}]: expected a tensor {shape}, got {kind}")
+                hint = HINT if key == "image" else ""
+                raise InputTypeError(f"{name}[{key!r}]: expected a tensor {shape}, got {kind}{hint}")
         image = entry["image"]
         if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise InputError(f"{name}['image']: shape {tuple(image.shape)} is not [3, H, W]")

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 from einops import rearrange, repeat
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from catseg_fast.errors import InputError
@@ -111,6 +110,31 @@ class WindowAttention(nn.Module):
         return self.proj_drop(self.proj(rearrange(attention @ v, "W h N d -> W N (h d)")))
 
 
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them, as in timm."""
+
+    def __init__(
+        self, in_features: int, hidden_features: int, act_layer: Callable[..., nn.Module], drop: float
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+def stochastic_depth(rate: float) -> nn.Module:
+    """Return the module that drops whole samples at a rate in training."""
+    if rate <= 0:
+        return nn.Identity()
+    from timm.layers import DropPath  # no published model has it, and importing timm takes seconds
+
+    return DropPath(rate)
+
+
 class SwinTransformerBlock(nn.Module):
     """Window attention and MLP, each with pre-norm and residual.
 
@@ -155,7 +179,7 @@ class SwinTransformerBlock(nn.Module):
         self.attn = WindowAttention(
             dim, appearance_guidance_dim, num_heads, head_dim, self.window_size, qkv_bias, attn_drop, drop
         )
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.drop_path = stochastic_depth(drop_path)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(in_features=dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
         mask = None

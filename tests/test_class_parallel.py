@@ -41,6 +41,7 @@ WINDOW = SlidingWindow(96, 0.25, (96, 140))  # two crops, and the whole image
 POLICIES = ("resident", "offload", "recompute")
 TOP_CLASSES = (
     "2 classes, padded to 8",
+    "11 names of 3 classes, the best 2",
     "the best 4 of 11 classes in each crop",
     "v1",
 )  # answers that have them
@@ -79,6 +80,10 @@ def answers(split: Callable[[CATSeg], None], every: bool = False) -> dict[str, S
     for policy in POLICIES:
         model.engine.policy, model.engine.chunk = policy, 3
         found[f"11 classes, {policy}"] = model.segment(IMAGE, top_k=top(None))
+    model.set_classes({"sea": "sea", "background": NAMES[:9], "lamp": "lamp"})  # on all ranks
+    found["11 names of 3 classes"] = model.segment(IMAGE, top_k=top(None))
+    found["11 names of 3 classes, the best 2"] = model.segment(IMAGE, top_k=top(2))
+    model.set_classes(NAMES)
     model.engine.policy, model.sliding_window, model.window = None, True, WINDOW
     model.max_classes = 4
     found["the best 4 of 11 classes in each crop"] = model.segment(IMAGE, top_k=top(3))
@@ -148,7 +153,7 @@ def segment_for_ever(group: ProcessGroup | None, mark: Path) -> None:
         if conductor is not None and dist.get_rank() > 0:
             conductor.follow()
         while True:
-            (conductor or model).segment(IMAGE.byte())
+            (conductor or model).segment(IMAGE.byte(), top_k=2)
             mark.with_suffix(".ready").touch()
     except RankError as error:
         mark.with_suffix(".part").write_text(str(error))
@@ -307,7 +312,7 @@ def test_ranks_are_merged_as_one_map_with_ties_and_nan(monkeypatch: pytest.Monke
             for start, stop in bounds:
                 target, seen = new(), iter(range(count))
                 if start < stop:
-                    target.update(0, maps[start:stop])
+                    target.update(start, maps[start:stop])
 
                 def reduce(
                     _: ClassShare, keys: Tensor, operation: Any, seen: Any = seen, asked: Any = asked

@@ -16,7 +16,8 @@ from catseg_fast import CATSeg, __version__
 from catseg_fast.config import VARIANTS
 from catseg_fast.inference.images import load_image
 from catseg_fast.model import Segmentation
-from catseg_fast.output.results import save_segmentation, summarise, unique_stems
+from catseg_fast.output.ownership import unique_stems
+from catseg_fast.output.results import save_segmentation, summarise
 from catseg_fast.text.class_lists import EVERYDAY_CLASSES, parse_classes, read_classes
 from support.command_line import TINY, draw_photo, lines_of, outputs, run, save_tiny_checkpoint, written
 
@@ -61,7 +62,7 @@ def test_segment_writes_what_the_model_says(workplace, weights, path):
         "catseg_fast": __version__,
         "width": 40,
         "height": 30,
-        "classes": summarise(expected),
+        "classes": [entry for entry in summarise(expected) if entry["share"]],
     }
     largest = max(content["classes"], key=lambda entry: entry["share"])
     assert f"{largest['name'].partition(',')[0]} {largest['share']:.0%}" in result.stdout
@@ -150,7 +151,8 @@ def test_a_variant_without_weights_is_untrained(workplace, monkeypatch):
 def test_default_classes(workplace, weights):
     assert run("segment", "photo.png", "--weights", weights, "--whole").exit_code == 0
     content = json.loads((workplace / "segmented" / "photo.json").read_text())
-    assert tuple(entry["name"] for entry in content["classes"]) == EVERYDAY_CLASSES
+    assert all(EVERYDAY_CLASSES[entry["index"]] == entry["name"] for entry in content["classes"])
+    assert 0 < len(content["classes"]) < len(EVERYDAY_CLASSES)  # those that occur
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -299,13 +301,22 @@ def test_class_files(tmp_path, name, content):
     assert read_classes(path) == ["sky", "straße, road", "tree"]
 
 
+def test_a_class_file_with_several_names_of_a_class(tmp_path):
+    path = tmp_path / "names.json"
+    path.write_text('{"sky": "sky", "background": ["wall", "floor, ground"]}')
+    assert read_classes(path) == {"sky": ["sky"], "background": ["wall", "floor, ground"]}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("names.txt", b"\n \n", "has no class names"),
         ("names.json", b"[]", "has no class names"),
         ("names.json", b'["sky", 3]', "expected a JSON list of strings"),
-        ("names.json", b'{"sky": 0}', "expected a JSON list of strings"),
+        ("names.json", b"3", "expected a JSON list of strings, or an object with lists of them"),
+        ("names.json", b'{"sky": 0}', "'sky' has 0; expected its name or a list of its names"),
+        ("names.json", b'{"sky": []}', "'sky' has no names"),
+        ("names.json", b'{"sky": ["air"], "tree": ["oak", "air"]}', "'air' is a name of 'sky' and of 'tree'"),
         ("names.json", b"[" * 100_000, "is not JSON"),
         ("names.json", b"sky\n", "is not JSON"),
         ("names.txt", b"stra\xdfe", "is not UTF-8 text"),

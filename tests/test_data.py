@@ -144,7 +144,8 @@ def test_missing_parts(tmp_path: Path, missing: str) -> None:
     ("content", "message"),
     [
         ("[]", "no class names"),
-        ('{"a": 1}', "list of strings"),
+        ('{"a": 1}', "'a' has 1; expected its name or a list of its names"),
+        ('{"a": []}', "'a' has no names"),
         ("[", "not JSON"),
         ("65536", "65536 classes"),
     ],
@@ -231,6 +232,24 @@ def test_import_of_maps_that_count_from_one(tmp_path: Path) -> None:
     assert data[0]["sem_seg"].tolist() == [[255, 0], [1, 2]]
     assert (tmp_path / "out" / "images" / "a.jpg").is_symlink()
     assert data[0]["image"].unique().tolist() == [1]
+
+
+def test_import_of_pascal_voc_with_background(tmp_path: Path) -> None:
+    """As upstream's script prepares it; the class list comes with the package."""
+    root = published(tmp_path / "voc", {"a": np.array([[20, 0], [19, 255]], dtype=np.uint8)})
+    result = run("dataset", root / "pictures", root / "maps", "PAS-20b", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "1 images, 21 classes" in result.stdout
+    data = FolderDataset(tmp_path / "out")
+    assert (data.classes[0], data.classes[20], len(data.classes)) == ("aeroplane", "background", 21)
+    assert data.fold is not None
+    assert data.fold.owners[-39:] == (20,) * 39
+    assert data[0]["sem_seg"].tolist() == [[20, 0], [19, 255]]
+    listed = run("dataset", root / "pictures", root / "maps", "pas-20", tmp_path / "other")
+    assert "the annotation has value 20 in 1 pixels, but 20 classes are 0..19" in listed.stderr
+    train = run("train", "--data", tmp_path / "out", "--variant", "demo", "--output", tmp_path / "run")
+    assert train.exit_code == 1
+    assert "have several names each, and training takes one" in train.stderr
 
 
 @pytest.mark.parametrize("classes", [3, 300])

@@ -16,6 +16,7 @@ from contextlib import redirect_stdout, suppress
 from importlib.metadata import metadata
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -51,6 +52,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_checkout(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "_download", lambda *_: tmp_path / "model_base.pth")
+    monkeypatch.setitem(hub.BUNDLED, "demo", tmp_path / "model_base.pth")
     for name in ("v2-vitl", "v2-vitb"):
         monkeypatch.setitem(VARIANTS, name, TINY)
     return tmp_path
@@ -130,6 +132,18 @@ def test_code_runs(document: Path, checkout: Path) -> None:
         for program, *words in calls(code):
             if program not in NOT_HERE:
                 PROGRAMS[Path(program).name](words)
+
+
+@pytest.mark.slow
+def test_readmes_python_runs_as_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a checkout, with nothing but what is in it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names: dict[str, Any] = {}
+    for language, code in blocks(ROOT / "README.md"):
+        if language == "python":
+            exec(compile(code, "README.md", "exec"), names)
+    assert names["segmentation"].top_labels.shape == (3, 480, 640)
 
 
 def test_one_rank_of_a_class_parallel_job(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

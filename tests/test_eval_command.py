@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from PIL import Image
 from catseg_fast import CATSeg
 from catseg_fast.cli.eval import combine
 from catseg_fast.data.folder import FolderDataset
+from catseg_fast.evaluation.metrics import ClassCounts
 from support.command_line import lines_of, run, save_tiny_checkpoint
 from support.data_sets import write_data
-from support.scores import slow_scores
+from support.scores import IGNORE, slow_scores
 
 
 def test_combinations() -> None:
@@ -95,6 +97,7 @@ def test_more_classes_than_the_data_set_s(small: Path, tmp_path: Path) -> None:
 def test_bad_input_gets_a_line(small: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "few.txt").write_text("sky\n")
+    (tmp_path / "fold.json").write_text('{"tree": ["oak"], "plant": ["fern", "oak"]}')
     damaged = write_data(tmp_path / "damaged", 1).root
     Image.fromarray(np.full((20, 24), 9, dtype=np.uint8)).save(damaged / "annotations" / "a.png")
     weights = ["--weights", small / "tiny.pth", "--whole"]
@@ -103,6 +106,9 @@ def test_bad_input_gets_a_line(small: Path, tmp_path: Path) -> None:
         (["--data", small / "data", "--output", tmp_path / "file"], 2, "is not a folder"),
         (["--data", small / "data", "--output", tmp_path / "file" / "out", *weights], 1, "Not a directory"),
         (["--data", small / "data", "--classes-file", tmp_path / "few.txt"], 1, "1 classes are fewer than"),
+        (["--data", small / "data", "--ignore-unlabelled"], 2, "needs --min-score"),
+        (["--data", small / "data", "--min-score", 1.5], 2, "Invalid value for '--min-score'"),
+        (["--data", small / "data", "--classes-file", tmp_path / "fold.json"], 1, "'oak' is a name of"),
         (["--data", small / "data", "--backend", "fast"], 2, "'fast' is not one of"),
         (["--data", small / "data", "--weights", tmp_path / "w.pth"], 1, "w.pth"),
         (["--data", damaged, "--output", tmp_path / "out", *weights], 1, "a.png: the annotation has index 9"),
@@ -116,3 +122,43 @@ def test_bad_input_gets_a_line(small: Path, tmp_path: Path) -> None:
         assert "Traceback" not in result.output
         if code == 1:
             assert lines_of(result.stderr)[-1].startswith("error:")
+
+
+def test_several_names_of_a_class_and_pixels_of_none(small: Path, tmp_path: Path) -> None:
+    """In the data set's own class list, and in the options'."""
+    classes = {"sky": ["sky"], "tree": ["oak", "fir"], "house, home": ["hut", "castle", "home"]}
+    shutil.copytree(small / "data", tmp_path / "data")
+    (tmp_path / "data" / "classes.json").write_text(json.dumps(classes))
+    (tmp_path / "names.json").write_text(json.dumps(classes))
+    model = CATSeg.from_pretrained(small / "tiny.pth", classes, device="cpu")
+    entries = list(FolderDataset(small / "data"))
+    threshold = model.segment(entries[0]["image"], sliding_window=False).scores.median().item()
+    options = ["--weights", small / "tiny.pth", "--whole", "--min-score", threshold]
+    own = ["--data", tmp_path / "data", "--output", tmp_path / "own"]
+    given = ["--data", small / "data", "--classes-file", tmp_path / "names.json"]
+    given += ["--output", tmp_path / "given"]
+    found = []
+    for arguments in (own, given):
+        result = run("eval", *options, *arguments)
+        assert result.exit_code == 0, result.output
+        found.append(json.loads((tmp_path / arguments[-1] / "results.json").read_text()))
+    assert [row["classes"] for row in found[0]["results"]] == [row["classes"] for row in found[1]["results"]]
+    assert found[0]["fold"] == classes
+    (row,) = found[0]["results"]
+    assert [entry["name"] for entry in row["classes"]] == list(classes)
+    assert 0 < row["unlabelled"] < 1
+
+    pairs = []
+    for entry in entries:
+        labels = model.segment(entry["image"], sliding_window=False, min_score=threshold).labels
+        saved = np.array(Image.open(tmp_path / "own" / "auto-float32.labels" / f"{entry['name']}.png"))
+        assert np.array_equal(labels.numpy().astype(np.uint16), saved)
+        pairs.append(ClassCounts.of(labels, entry["sem_seg"], 3, IGNORE))
+    assert row["mIoU"] == sum(pairs, ClassCounts.none(3)).scores()["mIoU"]
+    other = run("eval", *options, *own, "--ignore-unlabelled")
+    assert "is of another evaluation: ignore_unlabelled was False and is True" in other.stderr
+    again = run("eval", *options, *own, "--ignore-unlabelled", "--restart")
+    assert again.exit_code == 0, again.output
+    (ignoring,) = json.loads((tmp_path / "own" / "results.json").read_text())["results"]
+    assert ignoring["unlabelled"] == row["unlabelled"]
+    assert ignoring["pACC"] > row["pACC"]

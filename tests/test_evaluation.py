@@ -22,8 +22,10 @@ from catseg_fast.engine.activations import record_activations
 from catseg_fast.evaluation.ledger import Ledger
 from catseg_fast.evaluation.report import check_target
 from catseg_fast.evaluation.run import evaluate, model_segmenter, resize_shortest, summarise
+from catseg_fast.text.class_lists import ready_list
+from catseg_fast.text.fold import Fold
 from support.data_sets import write_data
-from support.scores import slow_scores
+from support.scores import IGNORE, slow_scores
 from support.tiny import picture, tiny_model
 
 
@@ -207,7 +209,9 @@ def test_two_processes_equal_one(data: FolderDataset, tmp_path: Path) -> None:
 def test_a_model_is_evaluated_as_upstream_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model, image = tiny_model(), picture(20, 31).byte()
     taken: list[dict[str, Any]] = []
-    monkeypatch.setattr(model, "label_map", lambda entries: taken.extend(entries) or model_answer(entries[0]))
+    monkeypatch.setattr(
+        model, "label_map", lambda entries, **_: taken.extend(entries) or model_answer(entries[0])
+    )
     model.sliding_window = True
     model_segmenter(model)(image)
     assert (taken[0]["height"], taken[0]["width"]) == (20, 31)
@@ -263,3 +267,54 @@ def test_largest_values_of_the_stages() -> None:
     assert largest["layer 1, block 2"] == before["layer 1, block 2"]
     assert largest["layer 2, block 1"] == pytest.approx(1e6, rel=1e-3)
     assert "stages" not in vars(model.engine)
+
+
+def test_unlabelled_pixels_in_a_data_set(data: FolderDataset, tmp_path: Path) -> None:
+    def cautious(image: Tensor) -> Tensor:
+        labels = by_brightness(image)
+        return labels.where(torch.arange(labels.shape[1]) >= 4, -1)
+
+    pairs = [(cautious(entry["image"]), entry["sem_seg"]) for entry in data]
+    counted = [(labels[truth != IGNORE], truth[truth != IGNORE]) for labels, truth in pairs]
+    none = sum(int((labels == -1).sum()) for labels, _ in counted)
+    every = sum(len(labels) for labels, _ in counted)
+    found = summarise(evaluate(data, cautious, 5, save_labels=tmp_path), 5)
+    right = sum(int((labels == truth).sum()) for labels, truth in counted)
+    assert found.unlabelled == none / every
+    assert found.counts.scores()["pACC"] == right / every
+    saved = np.array(Image.open(tmp_path / f"{data.names[0]}.png"))
+    assert np.array_equal(saved, pairs[0][0].numpy().astype(np.uint16))  # 65535
+    again = evaluate(data, cautious, 5, ignore_unlabelled=True, compare_labels=tmp_path)
+    found = summarise(again, 5, ignore_unlabelled=True)
+    assert found.unlabelled == none / every
+    assert found.counts.scores()["pACC"] == right / (every - none)
+    assert found.agreement == 1
+
+
+def test_many_labels_of_one_class_as_upstreams_pascal_voc_with_background() -> None:
+    """Upstream's VOCbEvaluator: predictions of index 20 and above are the background, class 20."""
+    generator = torch.Generator().manual_seed(0)
+    labels, truth = torch.randint(0, 59, (40, 50), generator=generator), torch.full((40, 50), 20)
+    truth[:20] = torch.randint(0, 21, (20, 50), generator=generator)
+    truth[:, :3] = IGNORE
+    folded = labels.where(labels < 20, 20)
+    expected = slow_scores([(folded, truth)], 21)
+    names = ready_list("pas-20b").classes
+    assert isinstance(names, dict)
+    fold = Fold.of(names)
+    assert (len(fold.classes), len(fold.names)) == (21, 59)
+
+    class Data:
+        classes, ignore_label, names = fold.classes, IGNORE, ("a",)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"name": "a", "image": torch.zeros(3, 40, 50), "sem_seg": truth}
+
+    records = evaluate(Data(), lambda image: labels, fold=fold.owners)
+    assert summarise(records, 21).counts.scores() == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="fold: label 20 goes to class 21, and there are 21 classes"):
+        evaluate(Data(), lambda image: labels, fold=[*range(20), 21])
+    with pytest.raises(ValueError, match="fold: it is empty; give the class of each label"):
+        evaluate(Data(), lambda image: labels, fold=[])
+    with pytest.raises(ValueError, match="labels: 58 is not one of 58 classes"):
+        evaluate(Data(), lambda image: labels.clamp(min=58), fold=fold.owners[:-1])

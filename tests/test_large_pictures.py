@@ -34,6 +34,7 @@ from catseg_fast.inference.readout import Readout
 from catseg_fast.output import strips
 from catseg_fast.output.overlay import overlay
 from catseg_fast.output.results import summarise
+from catseg_fast.reference.inference import resize
 from support.tiny import CLASSES, picture, tiny_model
 
 LIMIT = r"has 30x20 = 600 pixels; the limit is 599 \(max_pixels\)"
@@ -260,11 +261,15 @@ def test_uint8_pictures_are_encoded_as_floats_are(model: CATSeg, monkeypatch: py
     image = picture(70, 50)
     for window in (None, model.window):
         readout = Readout((70, 50), window)
-        expected = encoding._crops(model, image, readout)
-        for limit in (1, 2**24):
-            monkeypatch.setattr(encoding, "LARGE_PIXELS", limit)
-            for actual, truth in zip(encoding._crops(model, image.byte(), readout), expected, strict=True):
-                torch.testing.assert_close(actual, truth, rtol=0, atol=1e-5)
+        expected = encoding._crops(image, readout, model)
+        size = (model.variant.clip.input_size, model.variant.clip.input_size)
+        for actual, truth in zip(encoding._crops(image.byte(), readout, model), expected, strict=True):
+            torch.testing.assert_close(actual, resize(truth, size), rtol=0, atol=1e-5)
+    whole = model.segment(image)
+    monkeypatch.setattr("catseg_fast.model.LARGE_PIXELS", 1)
+    large = model.segment(image.byte())
+    torch.testing.assert_close(large.scores, whole.scores, rtol=0, atol=1e-5)
+    assert (large.labels == whole.labels).float().mean() > 0.99
 
 
 def test_strips_do_not_show(model: CATSeg, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,3 +81,22 @@ def test_nothing_to_count() -> None:
 def test_maps_that_do_not_fit(labels: Tensor, truth: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClassCounts.of(labels, truth, 3, IGNORE)
+
+
+def test_a_pixel_without_a_label_is_wrong_or_left_out() -> None:
+    truth = torch.tensor([[0, 0, 1, 1], [2, 2, IGNORE, IGNORE]])
+    labels = torch.tensor([[0, -1, 1, 0], [-1, 2, -1, 0]], dtype=torch.int32)
+    wrong = ClassCounts.of(labels, truth, 3, IGNORE)
+    assert [x.tolist() for x in (wrong.intersection, wrong.truth, wrong.predicted)] == [
+        [1, 1, 1], [2, 2, 2], [2, 1, 1],
+    ]  # fmt: skip
+    assert wrong.unlabelled == 2
+    assert wrong.scores()["pACC"] == 0.5
+    left_out = ClassCounts.of(labels, truth, 3, IGNORE, ignore_unlabelled=True)
+    assert [x.tolist() for x in (left_out.intersection, left_out.truth, left_out.predicted)] == [
+        [1, 1, 1], [1, 2, 1], [2, 1, 1],
+    ]  # fmt: skip
+    assert left_out.unlabelled == 2
+    assert (wrong + left_out).unlabelled == 4
+    with pytest.raises(ValueError, match="labels: -2 is not one of 3 classes"):
+        ClassCounts.of(labels - 1, truth, 3, IGNORE)

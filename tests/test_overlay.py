@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from catseg_fast.output.colours import class_colours
+from catseg_fast.output.colours import class_colours, colours_for
 from catseg_fast.output.overlay import class_shares, label_png, overlay
 
 CLASSES = ["sky", "grass", "tree"]
@@ -25,7 +25,7 @@ def test_shares():
     assert class_shares(labels, 3).tolist() == [0.5, 0, 0.5]
 
 
-@pytest.mark.parametrize("bad", [-1, 3])
+@pytest.mark.parametrize("bad", [-2, 3])
 def test_a_label_without_a_class_is_refused(bad):
     image, labels = halves(4, 6)
     labels[0, 0] = bad
@@ -131,16 +131,54 @@ def test_a_white_swatch_is_outlined():
 
 
 def test_label_png_keeps_sixteen_bits():
-    labels = torch.tensor([[0, 1, 255], [256, 1000, 65535]], dtype=torch.int32)
+    labels = torch.tensor([[0, 1, 255], [256, 65534, -1]], dtype=torch.int32)
     image = label_png(labels)
     assert image.mode == "I;16"
     file = io.BytesIO()
     image.save(file, "PNG")
     with Image.open(file) as back:
-        assert np.array(back).tolist() == labels.tolist()
+        assert np.array(back).tolist() == [[0, 1, 255], [256, 65534, 65535]]
 
 
-@pytest.mark.parametrize("bad", [-1, 65536])
+@pytest.mark.parametrize("bad", [-2, 65535])
 def test_label_png_refuses_what_does_not_fit(bad):
-    with pytest.raises(ValueError, match=rf"labels: a 16-bit PNG holds 0\.\.65535, got .*{bad}"):
+    with pytest.raises(ValueError, match=rf"labels: a 16-bit PNG holds 0\.\.65534 and -1, got .*{bad}"):
         label_png(torch.tensor([[5, bad]]))
+
+
+def test_where_no_class_fits_the_picture_stays_and_the_legend_says_so():
+    image, labels = halves(60, 90)
+    image = torch.linspace(0, 255, 60 * 90).view(1, 60, 90).expand(3, -1, -1)
+    labels[20:40, 60:80] = -1
+    plain = np.asarray(overlay(image, labels, CLASSES, 0.7, legend=False))
+    inside = (slice(22, 39), slice(62, 79))
+    expected = image.round().byte().permute(1, 2, 0).numpy()
+    apart = np.abs(plain[inside].astype(int) - expected[inside])
+    assert apart.max() <= 1  # blending rounds
+    assert np.abs(plain[45:, 62:79].astype(int) - expected[45:, 62:79]).max() > 30
+    alone = overlay(image, torch.full_like(labels, -1), CLASSES)
+    assert alone.width > 4 * 90  # there is a legend
+    with_none = np.asarray(overlay(image, labels, CLASSES))
+    filled = np.asarray(overlay(image, labels.clamp(min=0), CLASSES))
+    assert with_none.shape[1] > filled.shape[1]  # "none of these" is wider than the names
+
+
+@pytest.mark.parametrize("alpha", [0.55, 1.0])
+def test_no_class_changes_no_colour(alpha):
+    """The label -1 is no class that others are to look different from."""
+    photo = np.full((40, 60, 3), 128, np.uint8)
+    labels = np.zeros((40, 60), np.int32)
+    labels[:, 20:] = 1
+    expected = colours_for(["red car", "wall"], labels, photo, alpha)
+    labels[:5] = -1
+    assert np.array_equal(colours_for(["red car", "wall"], labels, photo, alpha), expected)
+
+
+def test_only_large_classes_are_in_the_legend():
+    labels = torch.zeros(100, 100, dtype=torch.int32)
+    labels[:10], labels[10:11] = 1, 2
+    large = overlay(torch.zeros(3, 100, 100), labels, ["sky", "oak", "ant"], present=0.05)
+    few = overlay(torch.zeros(3, 100, 100), labels, ["sky", "oak", "ant"], max_legend=2)
+    assert few.tobytes() == large.tobytes()  # "… and 1 more"
+    with pytest.raises(ValueError, match=r"present: expected a share of the pixels in 0\.\.1, got 2"):
+        overlay(torch.zeros(3, 100, 100), labels, ["sky", "oak", "ant"], present=2)

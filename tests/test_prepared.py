@@ -191,3 +191,23 @@ def test_every_op_on_other_tensors(name: str, dtype: torch.dtype) -> None:
             strict=True,
         ):
             assert torch.equal(ours, expected)
+
+
+def test_a_comparison_for_which_there_is_no_memory_is_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state may have been written to: what is out of memory then must not look as if it had not."""
+    calls, state = PreparedCalls(), torch.zeros(16)
+
+    def call(value: float) -> Tensor:
+        return calls("key", add_into, torch.full((16,), value), state.clone(), state)
+
+    def run_out(*_: Any) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    call(1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("catseg_fast.kernels.launch.prepared._same_bits", run_out)
+        assert call(2.0).tolist() == [3.0] * 16
+    assert call(3.0).tolist() == [6.0] * 16
+    assert calls.repeated == 0
+    assert call(4.0).tolist() == [10.0] * 16
+    assert calls.repeated == 1

@@ -127,6 +127,11 @@ def test_an_actor_takes_bytes_and_columns_of_other_names(photos: list[Path]) -> 
     for column, row in ((None, {"bytes": path.read_bytes()}), ("photo", {"photo": path.read_bytes()})):
         actor = _Segmenter(lambda: model, CLASSES, {}, column, "array", "raise", False)
         assert np.array_equal(actor(row)["labels"], expected)
+    threshold = model.segment(path, sliding_window=False).scores.median().item()
+    least = _Segmenter(lambda: model, CLASSES, {}, None, "array", "raise", False, threshold)
+    row = least({"path": str(path)})
+    assert 0 < (row["labels"] == -1).sum() < expected.size
+    assert row["classes"][-1]["index"] == -1
     with pytest.raises(ValueError, match="column: a row has id, not image or bytes or path"):
         _Segmenter(lambda: model, None, {}, None, "png", "record", False)({"id": 1})
     with pytest.raises(ValueError, match="photo: cannot read the 10 bytes: not a picture"):
@@ -140,6 +145,7 @@ def test_an_actor_takes_bytes_and_columns_of_other_names(photos: list[Path]) -> 
         ({"labels": "jpeg"}, "labels: 'jpeg' is not one of png, array"),
         ({"on_error": "ignore"}, "on_error: 'ignore' is not one of raise, record"),
         ({"actors": 0}, "actors: 0 is not positive"),
+        ({"min_score": 2}, "min_score: expected a probability in 0..1, got 2"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -283,9 +283,21 @@ def test_what_overflows_is_computed_again(model: CATSeg) -> None:
 
 @torch.no_grad()
 def test_explain_says_what_recordings_hold(model: CATSeg) -> None:
+    assert "graphs     auto; no call yet, 0 in all; 0 of at most 4 recordings hold 0 B\n" in model.explain()
     for _ in range(4):
         model.segment(picture(*SIZE))
-    assert "graphs     auto; 2 calls replayed, 1 recordings hold 0 B" in model.explain()
+    held = "1 of at most 4 recordings hold 0 B of at most 1.0 GiB"
+    assert f"graphs     auto; the last call was replayed, 2 in all; {held}\n" in model.explain()
+    model.segment(picture(SIZE[0] + 1, SIZE[1]))
+    assert "the last call was not replayed, 2 in all" in model.explain()
+
+
+@torch.no_grad()
+def test_explain_says_how_many_steps_there_are_and_who_chose_them(model: CATSeg) -> None:
+    model.engine.chunk = 2
+    assert "steps      3 for 5 classes, asked for\n" in model.explain()
+    model.engine.chunk = None
+    assert "steps      5 for 5 classes, chosen\n" in model.explain()
 
 
 def test_copies_and_pickles_have_settings_and_no_recordings(model: CATSeg) -> None:

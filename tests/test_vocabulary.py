@@ -16,8 +16,9 @@ from torch import Tensor
 from catseg_fast.config import Version
 from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.text import tokens as tokens_module
-from catseg_fast.text.class_lists import READY_LISTS, ready_list
+from catseg_fast.text.class_lists import DATA_SET_LISTS, ready_list
 from catseg_fast.text.features import encode_classes
+from catseg_fast.text.fold import split_fold
 from catseg_fast.text.prompts import (
     PROMPT_ENSEMBLES,
     check_classes,
@@ -64,11 +65,10 @@ def test_prompts_are_ordered_by_template() -> None:
 
 
 def test_ensembles() -> None:
-    assert {name: len(get_templates(name)) for name in PROMPT_ENSEMBLES} == {
-        "imagenet": 80, "imagenet_select": 8, "single": 1,
-    }  # fmt: skip
+    assert {name: len(get_templates(name)) for name in PROMPT_ENSEMBLES} == PROMPT_ENSEMBLES
+    assert PROMPT_ENSEMBLES == {"imagenet": 80, "imagenet_select": 8, "single": 1}
     assert get_templates("single") == ("A photo of a {} in the scene",)
-    for templates in PROMPT_ENSEMBLES.values():
+    for templates in map(get_templates, PROMPT_ENSEMBLES):
         assert len(set(templates)) == len(templates)
         assert all(template.count("{}") == 1 for template in templates)
     assert get_templates(["x {}", "{} y"]) == ("x {}", "{} y")
@@ -98,7 +98,7 @@ def test_bad_ensembles(ensemble: Any, message: str) -> None:
         (["sky", " \t"], ValueError, "classes: entry 1 is blank"),
         (["sky", 7], TypeError, "classes: entry 1 is 7, not a string"),
         (["sky", None], TypeError, "classes: entry 1 is None, not a string"),
-        ("sky", TypeError, "classes: a list of names is wanted, not the string 'sky'"),
+        ("sky", TypeError, "classes: expected a list of names, got the string 'sky'"),
         (["sky", ", tree"], ValueError, "classes: entry 1, .*, has a blank synonym"),
         (["sky", "tree, "], ValueError, "classes: entry 1, .*, has a blank synonym"),
     ],
@@ -146,10 +146,10 @@ def test_tokens_are_open_clips_whatever_the_text(texts: list[str]) -> None:
     assert torch.equal(tokenize(texts), open_clip.tokenize(texts))
 
 
-@pytest.mark.parametrize("name", READY_LISTS)
+@pytest.mark.parametrize("name", DATA_SET_LISTS)
 def test_tokens_of_the_ready_lists_are_open_clips(name: str) -> None:
     """Every name in three templates, and some names in all templates."""
-    templates, names = get_templates("imagenet"), ready_list(name).classes
+    templates, names = get_templates("imagenet"), split_fold(ready_list(name).classes)[0]
     for labels, chosen in ((names, (templates[0], templates[7], "{}")), (names[::97], templates)):
         ours = tokenize_classes(labels, chosen, "v1")
         for label, tokens in zip(labels, ours, strict=True):

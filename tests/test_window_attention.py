@@ -15,7 +15,7 @@ from torch import Tensor
 
 from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.folding import WindowBlock
-from catseg_fast.engine.terms import BlockGuidance, _block_guidance
+from catseg_fast.engine.terms import BlockGuidance, block_guidance
 from catseg_fast.engine.triton_stages import window_block
 from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.window_attention import mlp
@@ -53,7 +53,7 @@ def make_inputs(
     """Guidance of one or of B crops, or none at all (but a bias), and a chunk."""
     HW, dtype = resolution[0] * resolution[1], block.qkv.dtype
     tokens = None if crops is None else torch.randn(crops, HW, G).to(dtype)
-    guidance = _block_guidance(block, tokens, resolution, torch.get_default_device())
+    guidance = block_guidance(block, tokens, resolution, torch.get_default_device())
     return guidance, torch.randn(B, t, HW, block.qkv.shape[1]).to(dtype)
 
 
@@ -180,7 +180,7 @@ def test_order_and_regions_are_those_of_the_plain_block(
 ) -> None:
     (H, W), N = resolution, window**2
     block = make_block(torch.float32, 16, 1, window, shift, 16)
-    guidance = _block_guidance(block, None, resolution, torch.get_default_device())
+    guidance = block_guidance(block, None, resolution, torch.get_default_device())
     position, region = torch.full((2, H * W), -1, dtype=torch.int32)
     size = triton.next_power_of_2(H * W)
     _order_kernel[(1,)](position, region, H=H, W=W, WINDOW=window, SHIFT=shift, HW=H * W, BLOCK=size)

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from PIL import Image
 from starlette.middleware import Middleware
+from torch import Tensor
 
 from catseg_fast._version import __version__
 from catseg_fast.app.guard import Guard, others_wait
@@ -18,13 +21,21 @@ from catseg_fast.app.viewer import heat_data, report_html, viewer_data
 from catseg_fast.app.visitors import Kept, Visitors
 from catseg_fast.app.workbench import Workbench, read_names
 from catseg_fast.console import stdout
+from catseg_fast.data.scenes import draw_scene
+from catseg_fast.data.scenes.words import HELD_OUT
 from catseg_fast.errors import InputError
+from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
-from catseg_fast.text.class_lists import EVERYDAY_CLASSES, READY_LISTS, ready_list
+from catseg_fast.text.class_lists import DATA_SET_LISTS, ready_list, separator_notes
 
 OWN = "own names"
 VISITOR_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # shown; others are bugs, and logged
 HOUR = 3600  # seconds that a visitor's picture is kept
+_EXAMPLE = (7, 10)  # what the generator of the first picture starts from
+_BUNDLED = (
+    "The weights in this package know generated scenes only, such as the one below. For your own pictures, "
+    "start the page with --weights v2-vitl."
+)
 _FOLDER = Path(__file__).parent / "static"
 _FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monospace"]
@@ -68,12 +79,14 @@ class Page:
         self.jobs = Jobs(self.limits.seconds, self.limits.seconds_shared, others_wait)
 
     def pick(self, name: str) -> tuple[Any, str]:
-        """The class names of a ready list, for the text box, and where they come from."""
+        """A ready list for the text box, its names or its own name, and where it comes from."""
         if name == OWN:
             return gr.skip(), ""
         entry = ready_list(name)
         about = f"{escape(entry.about)}. {escape(entry.licence)}. <a href='{escape(entry.source)}' "
-        return "; ".join(entry.classes), about + "target='_blank' rel='noopener'>Source</a>"
+        # Classes with several names each are named by their list only.
+        text = name if isinstance(entry.classes, dict) else "; ".join(entry.classes)
+        return text, about + "target='_blank' rel='noopener'>Source</a>"
 
     def segment(
         self,
@@ -82,6 +95,7 @@ class Page:
         backend: str,
         limit: str,
         sliding: str,
+        min_score: float,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
@@ -93,8 +107,8 @@ class Page:
             names = read_names(text)
             if len(names) > self.limits.names:
                 raise InputError(f"classes: {len(names):,} names; this page takes {self.limits.names:,}")
-            if len(names) == 1 and "," in names[0]:
-                gr.Info("This is one class with several names; semicolons separate classes.")
+            for note in separator_notes(names):
+                gr.Info(escape(note))
             progress(0, desc="Segmenting")
             before = self.visitors.get(session)
             with self.jobs.running(session):
@@ -110,13 +124,18 @@ class Page:
         except (*VISITOR_ERRORS, Stopped) as error:
             raise gr.Error(escape(str(error)), print_exception=False) from error
         kept = self.visitors.put(session, Kept(loaded, segmentation))
-        view = viewer_data(loaded.photo, segmentation)
-        found = [entry["index"] for entry in view["classes"]]
-        rest = sorted(set(range(len(names))) - set(found))
-        choices = [(names[index], index) for index in (*found, *rest)]
+        classes, view = segmentation.classes, _view(loaded.photo, segmentation, min_score)
+        found = [entry["index"] for entry in view["classes"] if entry["colour"]]
+        rest = sorted(set(range(len(classes))) - set(found))
+        choices = [(classes[index], index) for index in (*found, *rest)]
         has_scores = kept is not None and kept.segmentation.logits is not None
         picker = gr.Dropdown(choices=choices, value=None, visible=has_scores)
         return view, picker, None, report_html(report)
+
+    def view(self, min_score: float, request: gr.Request) -> Any:
+        """The viewer's value: pixels whose best class has a lower score have none."""
+        kept = self.visitors.get(_session(request))
+        return _view(kept.loaded.photo, kept.segmentation, min_score) if kept else gr.skip()
 
     def score_map(self, index: int | None, request: gr.Request) -> Any:
         """The value of the score map's viewer for a class."""
@@ -145,31 +164,35 @@ class PageBlocks(gr.Blocks):
     handlers: Page
 
 
-def build_page(model: CATSeg, untrained: bool = False, limits: Limits | None = None) -> PageBlocks:
+def build_page(
+    model: CATSeg, untrained: bool = False, bundled: bool = False, limits: Limits | None = None
+) -> PageBlocks:
     """The page for a model; nothing in it is fetched from elsewhere.
 
     Args:
         model: with any classes, back end and `max_classes`; the last two are the page's defaults.
         untrained: warn that the labels mean nothing.
+        bundled: say that the weights know generated scenes only.
         limits: of what visitors may take.
     """
+    scene, scene_names = example_scene()
     with PageBlocks(
         title="catseg-fast", analytics_enabled=False, fill_width=True, delete_cache=(HOUR, HOUR)
     ) as blocks:
         page = blocks.handlers = Page(model, limits, lambda: others_wait(blocks))
-        gr.HTML(_head(model, untrained), elem_id="cf-head")
+        gr.HTML(_head(model, untrained, bundled), elem_id="cf-head")
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 image = picture(
-                    label="Picture", sources=["upload", "clipboard"], height=260,
+                    value=scene, label="Picture", sources=["upload", "clipboard"], height=260,
                     elem_id="cf-image", buttons=[],
                 )  # fmt: skip
                 text = gr.Textbox(
-                    "; ".join(EVERYDAY_CLASSES), label="Classes", lines=3, max_lines=8, elem_id="cf-classes",
+                    "; ".join(scene_names), label="Classes", lines=3, max_lines=8, elem_id="cf-classes",
                     info="Semicolons or lines separate classes, commas the synonyms of one.",
                 )  # fmt: skip
                 names = gr.Dropdown(
-                    [(OWN, OWN), *((ready_list(name).title, name) for name in READY_LISTS)],
+                    [(OWN, OWN), *((ready_list(name).title, name) for name in DATA_SET_LISTS)],
                     value=OWN, label="Or a data set's classes", elem_id="cf-list",
                 )  # fmt: skip
                 note = gr.HTML("", elem_id="cf-note")
@@ -187,6 +210,10 @@ def build_page(model: CATSeg, untrained: bool = False, limits: Limits | None = N
                         [("crops and whole picture", "crops"), ("whole picture: faster, coarser", "whole")],
                         value="crops" if model.sliding_window else "whole", label="Looks",
                     )  # fmt: skip
+                least = gr.Slider(
+                    0, 1, value=0, step=0.01, label="Least score", elem_id="cf-least",
+                    info="Pixels whose best class has a lower score are shown as none of these.",
+                )  # fmt: skip
             with gr.Column(scale=9, min_width=320):
                 viewer = gr.HTML(
                     None, html_template='<div class="cf-viewer"></div>', js_on_load=_read("viewer.js"),
@@ -204,11 +231,12 @@ def build_page(model: CATSeg, untrained: bool = False, limits: Limits | None = N
         names.input(page.pick, names, [text, note], api_visibility="private", show_progress="hidden")
         text.input(lambda: (OWN, ""), None, [names, note], api_visibility="private", show_progress="hidden")
         call = go.click(
-            page.segment, [image, text, backend, limit, sliding], [viewer, picker, heat, report],
+            page.segment, [image, text, backend, limit, sliding, least], [viewer, picker, heat, report],
             concurrency_limit=1, api_visibility="private", show_progress="full", show_progress_on=[viewer],
         )  # fmt: skip
         stop.click(None, None, None, cancels=[call], api_visibility="private")
         picker.change(page.score_map, picker, heat, api_visibility="private", show_progress="minimal")
+        least.release(page.view, least, viewer, api_visibility="private", show_progress="hidden")
         viewer.select(page.pick_class, None, picker, api_visibility="private", show_progress="hidden")
         blocks.unload(page.leave)
     return blocks
@@ -229,7 +257,7 @@ def serve(page: PageBlocks, host: str, port: int, browser: bool = False, wait: b
         state_session_capacity=10 * limits.visitors,
     )  # fmt: skip
     if wait:
-        stdout.print(f"The page is on {url} (Ctrl+C ends it)", soft_wrap=True, highlight=False)
+        stdout.print(f"The page is on {url} (Ctrl+C ends it)")
         page.block_thread()
     return str(url)
 
@@ -238,14 +266,27 @@ def _session(request: gr.Request) -> str:
     return request.session_hash or ""
 
 
-def _head(model: CATSeg, untrained: bool) -> str:
+def _view(photo: Tensor, segmentation: Segmentation, min_score: float) -> dict[str, Any]:
+    return viewer_data(photo, segmentation.with_min_score(min_score or None))
+
+
+def example_scene() -> tuple[Image.Image, list[str]]:
+    """The picture that the page starts with, a generated scene, and the names of what is in it."""
+    scene = draw_scene(np.random.default_rng(_EXAMPLE), HELD_OUT, size=(480, 640))
+    return Image.fromarray(scene.image), [
+        thing if isinstance(thing, str) else thing.name for thing in scene.things
+    ]
+
+
+def _head(model: CATSeg, untrained: bool, bundled: bool) -> str:
     chips = [model.variant.name, str(model.device), str(model.dtype).removeprefix("torch."), __version__]
     body = "".join(f'<span class="cf-chip">{escape(chip)}</span>' for chip in chips)
     if untrained:
         body += '<span class="cf-chip cf-warn">untrained: random weights, the labels mean nothing</span>'
+    banner = f'<p class="cf-banner">{escape(_BUNDLED)}</p>' if bundled else ""
     return (
         "<h1>catseg-fast</h1><p>Open-vocabulary segmentation: every pixel gets one of the classes that you "
-        f'name.</p><div class="cf-chips">{body}</div>'
+        f'name.</p><div class="cf-chips">{body}</div>{banner}'
     )
 
 

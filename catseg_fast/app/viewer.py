@@ -14,6 +14,7 @@ from torch import Tensor
 from catseg_fast.app.workbench import Report
 from catseg_fast.engine.schedule import format_bytes
 from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.labels import NONE, NONE_NAME
 from catseg_fast.output.colours import colours_for
 from catseg_fast.output.overlay import class_shares
 
@@ -25,18 +26,21 @@ def viewer_data(photo: Tensor, segmentation: Segmentation) -> dict[str, Any]:
     """The viewer's picture and legend.
 
     "labels" is a PNG of the photo's size whose red and green are the low and the high byte of an index into
-    "classes", the classes that occur, the largest first; its blue is the score, 0..255.
+    "classes", the classes that occur, the largest first; its blue is the score, 0..255. Where no class fits,
+    the index is that of the last entry, without a colour.
     """
     labels, count = segmentation.labels, len(segmentation.classes)
     shares = class_shares(labels, count)
     order = [index for index in shares.argsort(descending=True, stable=True).tolist() if shares[index] > 0]
-    rank = np.zeros(count, np.int64)
+    rank = np.full(count + 1, len(order))  # the last one is of the label -1
     rank[order] = np.arange(len(order))
     ranks = rank[labels.numpy()]
     scores = (segmentation.scores.clamp(0, 1) * 255).round().numpy()
     packed = np.stack([ranks & 255, ranks >> 8, scores], axis=-1).astype(np.uint8)
     pixels = photo.permute(1, 2, 0).numpy()
     colours = colours_for(segmentation.classes, labels.numpy(), pixels)
+    share = (labels == NONE).double().mean().item()
+    none = [{"index": NONE, "name": NONE_NAME, "colour": None, "share": share}] if share else []
     return {
         "photo": _uri(Image.fromarray(pixels), "JPEG"),
         "labels": _uri(Image.fromarray(packed), "PNG"),
@@ -51,7 +55,8 @@ def viewer_data(photo: Tensor, segmentation: Segmentation) -> dict[str, Any]:
                 "share": shares[index].item(),
             }
             for index in order
-        ],
+        ]
+        + none,
     }
 
 

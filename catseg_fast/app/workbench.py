@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,9 @@ from catseg_fast.inference.encoding import EncodedImage
 from catseg_fast.inference.images import load_bytes
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
-from catseg_fast.text.class_lists import parse_classes
+from catseg_fast.text.class_lists import Names, parse_classes
 from catseg_fast.text.features import Progress
+from catseg_fast.text.fold import split_fold
 
 MAX_SIDE = 1600  # larger pictures are reduced: the model looks at 640 pixels in any case
 REFERENCE_BYTES = 2**23  # a class and crop in the plain model: 7.2 MB were measured
@@ -83,7 +83,7 @@ class Workbench:
     def segment(
         self,
         path: str | Path,
-        classes: Sequence[str],
+        classes: Names,
         loaded: Loaded | None = None,
         *,
         backend: str = "auto",
@@ -99,7 +99,8 @@ class Workbench:
         """
         model = self.model
         model.backend, model.max_classes = backend, max_classes
-        if tuple(classes) != model.classes:
+        names, fold = split_fold(classes)
+        if (tuple(names), fold) != (model.classes, model.fold):
             model.set_classes(classes)
         self._check_memory(sliding_window)
         with open_regular(path) as file:
@@ -158,7 +159,7 @@ class Workbench:
             )
 
 
-def read_names(text: str) -> list[str]:
+def read_names(text: str) -> Names:
     """Class names as typed: separated by semicolons or lines; or the name of a ready list.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import huggingface_hub
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
 from catseg_fast.errors import InputError, RunError
 from catseg_fast.files import file_digest, open_regular
@@ -35,6 +36,8 @@ BUNDLED = {"demo": Path(__file__).parent / "demo.safetensors"}
 SPACES = {repository for kind, repository, _ in PUBLISHED.values() if kind == "space"}
 
 _ABSENT = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError)
+
+PROBE_SECONDS = 5
 
 WEIGHTS = (".safetensors", ".pth", ".pt")
 PREFERRED = "model.safetensors"
@@ -141,23 +144,46 @@ def _pick(names: Iterable[str], where: str) -> str:
 
 def _download(kind: str, repository: str, filename: str | None, revision: str | None) -> Path:
     """The file in the hub's cache; `filename` None picks the only checkpoint of the repository."""
+    problem = None if constants.HF_HUB_OFFLINE else _connection_problem()
     if filename is None:
-        with _clear_errors(kind, repository, "<file>", revision):
+        with _clear_errors(kind, repository, "<file>", revision, problem):
             files = huggingface_hub.HfApi().list_repo_files(repository, repo_type=kind, revision=revision)
         filename = _pick(files, f"the hub's {kind} {repository}")
-    with _clear_errors(kind, repository, filename, revision):
+    with _clear_errors(kind, repository, filename, revision, problem):
         path = huggingface_hub.hf_hub_download(repository, filename, repo_type=kind, revision=revision)
     return Path(path)
 
 
+def _connection_problem() -> Exception | None:
+    """Why the hub cannot be reached; None if it can. The library itself tries again for half a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception as error:  # requests' or httpx's, by version
+        return error
+    return None
+
+
 @contextmanager
-def _clear_errors(kind: str, repository: str, filename: str, revision: str | None) -> Iterator[None]:
-    """Say what to do about a failed request to the hub."""
-    label = f"{repository}/{filename}" + (f" at revision {revision!r}" if revision else "")
+def _offline() -> Iterator[None]:
+    """Let the library look in its cache only."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _clear_errors(
+    kind: str, repository: str, filename: str, revision: str | None, problem: Exception | None
+) -> Iterator[None]:
+    """Say what to do about a failed request to the hub; make none if there is a `problem` with it."""
+    label = f"{repository}/{filename}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        with nullcontext() if problem is None else _offline():
+            yield
     except Exception as error:  # the hub's own, requests' or httpx's, by version
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = (str(problem or error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         absent = isinstance(error, _ABSENT)
         if absent and not isinstance(error, LocalEntryNotFoundError):
             raise FileNotFoundError(

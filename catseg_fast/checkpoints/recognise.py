@@ -23,7 +23,7 @@ from catseg_fast.text.prompts import PROMPT_ENSEMBLES
 
 CLIP = "sem_seg_head.predictor.clip_model."
 AGGREGATOR = "sem_seg_head.predictor.transformer."
-ENSEMBLES = {len(templates): name for name, templates in PROMPT_ENSEMBLES.items()}
+ENSEMBLES = {count: name for name, count in PROMPT_ENSEMBLES.items()}
 RESNET_DEPTHS = {(3, 4, 6): 50, (3, 4, 23): 101}
 PAD_LEN = 256
 

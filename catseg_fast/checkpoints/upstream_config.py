@@ -30,7 +30,7 @@ from catseg_fast.config import (
 )
 from catseg_fast.errors import InputError
 from catseg_fast.reference.finetune import CLIP_FINETUNE
-from catseg_fast.text.class_lists import read_classes
+from catseg_fast.text.class_lists import read_flat_classes
 from catseg_fast.text.prompts import PROMPT_ENSEMBLES, check_classes
 
 HEAD = "MODEL.SEM_SEG_HEAD."
@@ -211,7 +211,7 @@ def _class_names(cfg: Any, key: str) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"{key}: there is no file {path}")
     try:
-        return check_classes(read_classes(path), key)
+        return check_classes(read_flat_classes(path, key), key)
     except ValueError as error:
         message = str(error)
         raise InputError(message if message.startswith(key) else f"{key}: {message}") from error

@@ -10,6 +10,8 @@ import typer
 
 from catseg_fast.backend import choose_backend, default_device
 from catseg_fast.cli.options import (
+    BUNDLED_NOTE,
+    BUNDLED_WEIGHTS,
     Backend,
     Device,
     Dtype,
@@ -21,7 +23,7 @@ from catseg_fast.cli.options import (
     default_classes,
     weights_or_bundled,
 )
-from catseg_fast.console import Debug, plain_errors, stderr
+from catseg_fast.console import Debug, plain_errors, say_note, stderr
 from catseg_fast.errors import MissingPackageError, RunError
 
 EXAMPLES = (
@@ -57,21 +59,28 @@ def app(
     nothing from elsewhere.
     """
     with plain_errors(debug):
+        # What can fail without torch comes first: importing that takes seconds.
+        from catseg_fast.checkpoints.hub import resolve
+
+        check_free(host, port)
+        weights = weights_or_bundled(weights, variant)
+        file = None if weights is None else resolve(weights)
+        bundled = weights == BUNDLED_WEIGHTS
+        if bundled:
+            say_note(BUNDLED_NOTE)
         try:
             from catseg_fast.app.page import build_page, serve
         except ImportError as error:
             raise MissingPackageError(
                 f"app: needs Gradio ({error}): pip install 'catseg-fast[app]'"
             ) from error
-        check_free(host, port)
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
-            weights = weights_or_bundled(weights, variant)
             model = build_model(
-                weights, variant, default_classes(weights), seed, device=device, dtype=dtype,
+                file, variant, default_classes(weights), seed, device=device, dtype=dtype,
                 backend=backend, text_cache=text_cache,
             )  # fmt: skip
-        serve(build_page(model, untrained=weights is None), host, port, browser)
+        serve(build_page(model, untrained=weights is None, bundled=bundled), host, port, browser)
 
 
 def check_free(host: str, port: int) -> None:

@@ -10,21 +10,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from catseg_fast.ahead import Room
 from catseg_fast.cli.inputs import Picture
 from catseg_fast.cli.resume import finished
 from catseg_fast.config import MAX_PIXELS
 from catseg_fast.engine.class_parallel import RankError
 from catseg_fast.identity import content_digest
-from catseg_fast.inference.encoding import EncodedImage
 from catseg_fast.inference.images import image_size, load_bytes
+from catseg_fast.output.formats import FORMATS
 from catseg_fast.output.overlay import compact_labels
-from catseg_fast.output.results import save_labels, save_segmentation, summarise
+from catseg_fast.output.ownership import PNG_SUFFIXES
+from catseg_fast.output.results import save_segmentation, summarise
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from catseg_fast.distributed.conductor import Conductor
+    from catseg_fast.cli.labelling import Labelling
     from catseg_fast.inference.segmentation import Segmentation
     from catseg_fast.model import CATSeg
 
@@ -42,6 +45,7 @@ class Outcome:
         summary: the classes that occur, as of `catseg_fast.output.results.summarise`; None where it failed.
         seconds: its share of the model's time; None where its results were up to date.
         error: why it failed.
+        overlay: what the name of its overlay ends in, after the stem.
     """
 
     index: int
@@ -49,6 +53,7 @@ class Outcome:
     summary: Classes | None = None
     seconds: float | None = None
     error: Exception | None = None
+    overlay: str = "overlay.png"
 
 
 @dataclass(frozen=True)
@@ -75,20 +80,21 @@ class Batch:
     """Segments pictures and saves the results.
 
     Args:
-        model: has its classes; or a conductor of the ranks that have them, on rank 0.
+        model: has its classes; or it with what is asked for.
         about: further entries of the JSON files; its "fingerprint" tells which results are up to date.
         alpha: share of the colours in the overlay.
         formats: what else to write, of `catseg_fast.output.formats.FORMATS`.
         size: pictures in one call of the model.
         overwrite: also do pictures whose results are up to date.
         threads: for decoding, and as many for writing.
+        present: as in `save_segmentation`.
         max_pixels: most pixels of a picture, looked up before it is decoded; None for no limit.
         room: pixels of all pictures in memory together; one with more of them comes when there is no other.
     """
 
     def __init__(
         self,
-        model: CATSeg | Conductor,
+        model: CATSeg | Labelling,
         about: Mapping[str, Any],
         *,
         alpha: float = 0.55,
@@ -96,11 +102,14 @@ class Batch:
         size: int = 1,
         overwrite: bool = False,
         threads: int | None = None,
+        present: float | None = None,
         max_pixels: int | None = MAX_PIXELS,
         room: int = ROOM,
     ) -> None:
         self.model, self.about, self.alpha, self.size, self.overwrite = model, about, alpha, size, overwrite
         self.formats = formats
+        self.suffixes = (*PNG_SUFFIXES, *(FORMATS[name].suffix for name in formats))
+        self.present = present
         self.threads = threads or min(4, os.cpu_count() or 1)
         self.max_pixels, self.room = max_pixels, Room(room)
 
@@ -175,9 +184,9 @@ class Batch:
         """A picture's pixels; or its classes, if its results are up to date."""
         path = job.picture.path
         if not self.overwrite:
-            content = finished(job.picture, self.about["fingerprint"], self.formats)
+            content = finished(job.picture, self.about["fingerprint"], self.suffixes)
             if content:
-                return _occurring(content["classes"])
+                return occurring(content["classes"])
         # The digest comes first: if the file changes in between, the results count as another content's.
         digest = content_digest(path) if path.is_file() else None
         if job.pixels > self.room.size:
@@ -212,19 +221,16 @@ class Batch:
         def read() -> Tensor:
             return load_bytes(picture.path, max_pixels=self.max_pixels)
 
-        encoded: Any = self.model.encode(read())
-        if isinstance(encoded, EncodedImage):
-            encoded = replace(encoded, image=None)  # which keeps the pixels
-        answer = self.model.segment(encoded)
+        answer = self.model.segment(picture.path)
         seconds = time.perf_counter() - start
         summary, labels = summarise(answer), compact_labels(answer.labels, len(answer.classes))
-        del answer, encoded
+        answer = replace(answer, labels=labels, scores=torch.empty(0))
         about = {"image": str(picture.path), **self.about}
-        save_labels(
-            picture.folder, picture.stem, read, labels, summary, about, self.alpha,
-            picture=picture.path, digest=decoded.digest, formats=self.formats,
+        classes = save_segmentation(
+            picture.folder, picture.stem, read, answer, about, self.alpha, picture=picture.path,
+            digest=decoded.digest, formats=self.formats, present=self.present, summary=summary,
         )  # fmt: skip
-        return Outcome(job.index, picture, _occurring(summary), seconds)
+        return Outcome(job.index, picture, occurring(classes), seconds)
 
     def _segment(self, images: list[Tensor]) -> Sequence[Segmentation | Exception]:
         if len(images) > 1:
@@ -249,10 +255,11 @@ class Batch:
         about = {"image": str(picture.path), **self.about}
         classes = save_segmentation(
             picture.folder, picture.stem, decoded.image, answer, about, self.alpha,
-            picture=picture.path, digest=decoded.digest, formats=self.formats,
+            picture=picture.path, digest=decoded.digest, formats=self.formats, present=self.present,
         )  # fmt: skip
-        return _occurring(classes)
+        return occurring(classes)
 
 
-def _occurring(classes: Classes) -> Classes:
+def occurring(classes: Classes) -> Classes:
+    """The classes of a summary that have pixels."""
     return [entry for entry in classes if entry["share"]]

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from catseg_fast.console import Debug, image_progress, plain_errors, stderr
-from catseg_fast.text.class_lists import read_classes
+from catseg_fast.console import Debug, image_progress, plain_errors, stderr, stdout
+from catseg_fast.text.class_lists import READY_LISTS, read_classes, ready_list
 
 EXAMPLES = (
     "catseg-fast dataset ADEChallengeData2016/images/validation ADEChallengeData2016/annotations/validation "
     "CAT-Seg/datasets/ade150.json ade150 --first 1",
     "catseg-fast dataset VOC2010/JPEGImages VOC2010/annotations_detectron2/pc59_val "
     "CAT-Seg/datasets/pc59.json pc59",
+    "catseg-fast dataset VOC2012/JPEGImages VOC2012/annotations_detectron2_bg/val pas-20b pas20b",
     "catseg-fast dataset leftImg8bit/val gtFine/val cityscapes.json cityscapes",
 )
 
@@ -27,7 +27,12 @@ def dataset(
         typer.Argument(metavar="ANNOTATIONS", help="Folder of index maps, PNG or TIFF of 8 or 16 bits."),
     ],
     classes: Annotated[
-        Path, typer.Argument(metavar="CLASSES", help="Class names: .json, or .txt with one a line.")
+        Path,
+        typer.Argument(
+            metavar="CLASSES",
+            help="Class names: a .json file, a .txt file with one per line, or the name of a list, as of "
+            "`segment --classes-list`.",
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
     first: Annotated[
@@ -47,10 +52,11 @@ def dataset(
     with plain_errors(debug):
         from catseg_fast.data.published import import_dataset
 
-        names = read_classes(classes)
+        listed = str(classes).lower() in READY_LISTS and not classes.exists()
+        names = ready_list(str(classes)).classes if listed else read_classes(classes)
         with image_progress("Converting") as advance:
             count = import_dataset(
                 images, annotations, names, target, first=first, copy=copy, advance=advance,
-                notice=lambda text: stderr.print(Text(text), soft_wrap=True),
+                notice=lambda text: stderr.print(text),
             )  # fmt: skip
-        typer.echo(f"{target}: {count} images, {len(names)} classes")
+        stdout.print(f"{target}: {count} images, {len(names)} classes")

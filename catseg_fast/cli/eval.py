@@ -13,14 +13,19 @@ import typer
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import BACKENDS, choose_backend, default_device
+from catseg_fast.cli.labelling import AllClasses, MinScore
 from catseg_fast.cli.options import (
+    BUNDLED_WEIGHTS,
     DTYPES,
+    ClassesList,
     Device,
     MaxPixels,
     Seed,
     TextCache,
     VariantName,
     build_model,
+    note_on_bundled,
+    note_separators,
     weights_or_bundled,
 )
 from catseg_fast.config import MAX_PIXELS
@@ -33,9 +38,12 @@ from catseg_fast.console import (
     stderr,
     stdout,
 )
+from catseg_fast.data.class_list import read_class_list
 from catseg_fast.distributed.torchrun import join, own_device
 from catseg_fast.errors import InputError
-from catseg_fast.text.class_lists import read_classes
+from catseg_fast.text.class_lists import Names, read_classes, ready_list
+from catseg_fast.text.fold import split_fold
+from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from catseg_fast.data.folder import FolderDataset
@@ -47,6 +55,7 @@ EXAMPLES = (
     "catseg-fast eval --data ade150 --weights v2-vitl",
     "catseg-fast eval --data scenes --weights my.safetensors --backend reference --backend torch --limit 50",
     "catseg-fast eval --data scenes --backend torch --precision float32 --precision float16 --activations",
+    "catseg-fast eval --data pas20b --weights v2-vitl --min-score 0.3",
     "torchrun --nproc-per-node 2 -m catseg_fast eval --data ade847 --weights v2-vitl --all-classes",
 )
 
@@ -80,9 +89,19 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE", exists=True, dir_okay=False,
-            help="Other names for the data set's classes, in its order, and further classes behind them.",
+            help="Other names for the data set's classes, in its order, and further classes behind them; an "
+            "object in a .json file can have several names of a class.",
         ),
     ] = None,
+    classes_list: ClassesList = None,
+    min_score: MinScore = None,
+    ignore_unlabelled: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-unlabelled",
+            help="Leave pixels out that --min-score leaves without a class; else they are wrong answers.",
+        ),
+    ] = False,
     backend: Annotated[
         list[str], choice("--backend", BACKENDS, "Implementation of the aggregator, repeatable")
     ] = ["auto"],  # noqa: B006
@@ -106,10 +125,7 @@ def evaluate(
             "--sliding-window/--whole", help="Overlapping crops and the whole picture, or the latter alone."
         ),
     ] = True,
-    all_classes: Annotated[
-        bool,
-        typer.Option("--all-classes", help="Aggregate every class; upstream's v2 keeps 256 per crop."),
-    ] = False,
+    all_classes: AllClasses = False,
     activations: Annotated[
         bool,
         typer.Option("--activations", help="Also find the largest value in each of the engine's stages."),
@@ -136,8 +152,23 @@ def evaluate(
     which an interrupted evaluation goes on. Under torchrun the processes share the images.
     """
     combinations = combine(backend, dtype, precision)
+    if ignore_unlabelled and min_score is None:
+        raise typer.BadParameter(
+            "needs --min-score: without it every pixel has a class", param_hint="--ignore-unlabelled"
+        )
+    if classes_file is not None and classes_list is not None:
+        raise typer.BadParameter("give --classes-file or this, not both", param_hint="--classes-list")
     weights = weights_or_bundled(weights, variant)
     with plain_errors(debug):
+        # What can fail without torch comes first: importing that takes seconds.
+        from catseg_fast.checkpoints.hub import resolve
+
+        names = _class_names(data, classes_file, classes_list)
+        check_classes(split_fold(names)[0])
+        file = None if weights is None else resolve(weights)
+        if weights == BUNDLED_WEIGHTS:
+            note_on_bundled(sorted((data / "images").glob("*"))[:1])
+
         import torch
 
         from catseg_fast.data.folder import FolderDataset
@@ -154,7 +185,7 @@ def evaluate(
         for name in backend:
             choose_backend(name, target)  # fail before anything is loaded
         dataset = FolderDataset(data, max_pixels)
-        classes = _class_names(dataset, classes_file)
+        classes = tuple(names)
         written = output / "results.json"
         check_target(written)
         output.mkdir(parents=True, exist_ok=True)
@@ -163,12 +194,16 @@ def evaluate(
             "sliding_window": sliding_window, "all_classes": all_classes, "activations": activations,
             "device": target.partition(":")[0],
         }  # fmt: skip
+        if isinstance(names, dict):
+            about["fold"] = names
+        if min_score is not None:
+            about |= {"min_score": min_score, "ignore_unlabelled": ignore_unlabelled}
         rows: list[tuple[dict[str, Any], Evaluation]] = []
         with join(target, objects=True) as processes:
             for combination in combinations:
                 with stderr.status("Loading the model …"):
                     model = build_model(
-                        weights, variant, list(classes), seed, device=target, dtype=combination.dtype,
+                        file, variant, names, seed, device=target, dtype=combination.dtype,
                         sliding_window=sliding_window, backend=combination.backend, text_cache=text_cache,
                     )  # fmt: skip
                 if combination.precision is not None:
@@ -189,13 +224,13 @@ def evaluate(
         given = {"data": str(data), "weights": weights, "seed": seed, "limit": limit}
         write_results(written, {**given, **about}, classes, rows)
     named = [(combination.name, found) for combination, (_, found) in zip(combinations, rows, strict=True)]
-    stdout.print(results_table(named))
+    stdout.print_table(results_table(named), names=(0,))
     for name, found in named:
         if found.activations:
-            stdout.print(activations_table(name, found.activations))
+            stdout.print_table(activations_table(name, found.activations), names=(0,))
     if top:
-        stdout.print(classes_table(classes, rows[0][1], top))
-    stdout.print(f"{rows[0][1].images} images; wrote {written}", soft_wrap=True, highlight=False)
+        stdout.print_table(classes_table(classes, rows[0][1], top), names=(0,))
+    stdout.print(f"{rows[0][1].images} images; wrote {written}")
 
 
 def combine(
@@ -211,15 +246,19 @@ def combine(
     )
 
 
-def _class_names(dataset: FolderDataset, classes_file: Path | None) -> tuple[str, ...]:
-    if classes_file is None:
-        return dataset.classes
-    classes = read_classes(classes_file)
-    if len(classes) < len(dataset.classes):
+def _class_names(data: Path, classes_file: Path | None, classes_list: str | None) -> Names:
+    """The data set's class names, or the options' ones for them."""
+    own, fold = read_class_list(data)
+    if classes_file is None and classes_list is None:
+        return list(own) if fold is None else fold.by_class
+    classes = read_classes(classes_file) if classes_file else ready_list(classes_list or "").classes
+    if len(classes) < len(own):
         raise InputError(
-            f"{classes_file}: {len(classes)} classes are fewer than the data set's {len(dataset.classes)}"
+            f"{classes_file or classes_list}: {len(classes)} classes are fewer than the data set's {len(own)}"
         )
-    return tuple(classes)
+    if classes_file is not None:
+        note_separators(classes, file=True)
+    return classes
 
 
 def _run(
@@ -235,14 +274,16 @@ def _run(
     ledger = Ledger(output, combination.name, {**about, "compared_with": None if leading else first.name})
     if restart:
         processes.from_first(ledger.clear)
+    ignoring = about.get("ignore_unlabelled", False)
     watched = about["activations"] and combination.backend != "reference"
     recording: AbstractContextManager[dict[str, float] | None] = nullcontext()
     if watched:
         recording = record_activations(model.engine)
     with image_progress(combination.name) as advance, recording as activations:
         records = evaluate(
-            dataset, model_segmenter(model), len(model.classes), limit=limit, ledger=ledger,
+            dataset, model_segmenter(model, about.get("min_score")), len(model.label_classes),
+            ignore_unlabelled=ignoring, limit=limit, ledger=ledger,
             save_labels=labels if leading else None, compare_labels=None if leading else labels,
             activations=activations, processes=processes, advance=advance,
         )  # fmt: skip
-    return summarise(records, len(model.classes))
+    return summarise(records, len(model.label_classes), ignoring)

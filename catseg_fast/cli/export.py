@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from catseg_fast.cli.options import (
+    BUNDLED_NOTE,
+    BUNDLED_WEIGHTS,
     Classes,
     ClassesFile,
     ClassesList,
@@ -19,11 +21,14 @@ from catseg_fast.cli.options import (
     class_names,
     weights_or_bundled,
 )
-from catseg_fast.console import Debug, plain_errors, stderr, stdout
+from catseg_fast.console import Debug, plain_errors, say_note, stages, stderr, stdout
+from catseg_fast.onnx_target import check_target
+from catseg_fast.text.fold import split_fold
+from catseg_fast.text.prompts import check_classes
 
 EXAMPLES = (
-    "catseg-fast export model.onnx",
     'catseg-fast export model.onnx --classes "sky; tree; person, man" --weights model_base.pth',
+    "catseg-fast export model.onnx --classes-list ade-150 --weights v2-vitl",
     "catseg-fast export model.onnx --classes-file classes.txt --weights v2-vitl --crops 5",
 )
 
@@ -42,23 +47,27 @@ def export(
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Write a model as ONNX, from pixels and text features to logits; any number of classes.
+    r"""Write a model as ONNX, from pixels and text features to logits; any number of classes.
 
     Beside DST come NAME.classes.npz, the classes' names and text features, and NAME.json, which tells inputs,
     outputs and what comes before and behind them. Another vocabulary needs another .npz alone. The command
-    takes some minutes, and needs `pip install "catseg-fast[export]"`.
+    takes some minutes, and needs `pip install "catseg-fast\[export]"`.
     """
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
     with plain_errors(debug):
-        from catseg_fast.export import check_target, export_onnx
-
-        check_target(target)  # fail before the model is loaded
+        # What can fail without torch comes first: importing that takes seconds.
+        check_classes(split_fold(names)[0])
+        check_target(target)
+        if weights == BUNDLED_WEIGHTS:
+            say_note(BUNDLED_NOTE)
         with stderr.status("Loading the model …"):
             model = build_model(
                 weights, variant, names, seed, device="cpu", dtype="float32", text_cache=text_cache
             )
-        with stderr.status("Exporting …"):
-            written = export_onnx(model, target, crops=crops)
+        from catseg_fast.export import export_onnx
+
+        with stages() as begin:
+            written = export_onnx(model, target, crops=crops, begin=begin)
     for path in written:
-        stdout.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True, highlight=False)
+        stdout.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from catseg_fast.errors import InputError
-from catseg_fast.inference.images import picture_suffixes
-from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, is_result, owner_of
-from catseg_fast.output.results import unique_stems
+from catseg_fast.inference.suffixes import picture_suffixes
+from catseg_fast.output.ownership import PNG_SUFFIXES, Owner, is_result, owner_of, unique_stems
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,11 @@ class _Search:
 
 
 def find_pictures(
-    arguments: Sequence[Path], output: Path, notice: Callable[[str], object] = lambda text: None
+    arguments: Sequence[Path],
+    output: Path,
+    notice: Callable[[str], object] = lambda text: None,
+    *,
+    whole_folders: bool = False,
 ) -> list[Picture]:
     """Return the pictures that the arguments name, in their order; folders and globs in alphabetical order.
 
@@ -90,6 +93,7 @@ def find_pictures(
         output: where the results go.
         notice: called with a line for what is left out, and for each stem that is numbered due to a file of
             others.
+        whole_folders: take each folder for one picture, which it is if it holds a video's frames.
 
     Raises:
         InputError: if a folder holds no pictures, or there are only results.
@@ -99,7 +103,7 @@ def find_pictures(
     explicit_results = 0
     for argument in arguments:
         search = _Search(resolved)
-        if argument.is_dir():
+        if argument.is_dir() and not whole_folders:
             inside = sorted(path for path in _walk(argument, search) if search.takes(path, argument))
             if not inside and not search.results:
                 left_out = search.summary()
@@ -119,6 +123,17 @@ def find_pictures(
     if arguments and not found:
         raise InputError(f"{arguments[0]}: there are only results of catseg-fast and no pictures")
     return _with_stems(found, notice)
+
+
+def require_one(pictures: Sequence[Picture]) -> None:
+    """Check that one of some pictures exists; those that do not are reported one by one later.
+
+    Raises:
+        FileNotFoundError: if there are pictures and none exists.
+    """
+    if pictures and not any(picture.path.exists() for picture in pictures):
+        more = f", nor one of the other {len(pictures) - 1}" if len(pictures) > 1 else ""
+        raise FileNotFoundError(f"image: no such file: {str(pictures[0].path)!r}{more}")
 
 
 def _with_stems(found: Sequence[tuple[Path, Path]], notice: Callable[[str], object]) -> list[Picture]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from typer.core import TyperGroup
 
 from catseg_fast._version import __version__
 from catseg_fast.cli import app as app_command
@@ -19,9 +24,48 @@ from catseg_fast.cli import train as train_command
 from catseg_fast.cli import tune as tune_command
 from catseg_fast.cli import warmup as warmup_command
 from catseg_fast.config import VARIANTS
-from catseg_fast.console import Debug, examples, plain_errors, stderr, stdout
+from catseg_fast.console import (
+    USAGE_ERROR,
+    Debug,
+    examples,
+    plain_errors,
+    say_error,
+    show_warning,
+    stderr,
+    stdout,
+)
+
+
+class Commands(TyperGroup):
+    """Says what is wrong with the arguments in plain lines: a box breaks the paths in a message."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        run = partial(super().main, *arguments, **{**options, "standalone_mode": False})
+        if not options.get("standalone_mode", True):
+            return run()
+        code: Any
+        try:
+            code = run()
+        except USAGE_ERROR as error:
+            _say_usage_error(error)
+            code = getattr(error, "exit_code", 2)
+        except typer.Abort:
+            say_error("aborted")
+            code = 1
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_usage_error(error: Any) -> None:
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help was printed
+        return
+    if context := getattr(error, "ctx", None):
+        stderr.print(context.get_usage())
+        stderr.print(f"Try '{context.command_path} --help' for help.")
+    say_error(error.format_message())
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -32,6 +76,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a replacement of another type
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    warnings.showwarning = show_warning
     app()
 
 
@@ -43,7 +91,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback(
     epilog=examples(
-        'catseg-fast segment photo.jpg --classes "sky; tree; person, man"',
+        'catseg-fast segment photo.jpg --classes "sky; tree; person, man" --weights v2-vitl',
         "catseg-fast variants",
         "catseg-fast segment --help",
     )
@@ -72,12 +120,17 @@ def convert(
 ) -> None:
     """Rewrite a checkpoint in another format; safetensors load faster and hold no code."""
     with plain_errors(debug):
+        from catseg_fast.checkpoints.hub import resolve
+
+        file = resolve(source)  # fail before torch is imported
         from catseg_fast.checkpoints import checkpoint
 
         with stderr.status("Converting …"):
-            written = checkpoint.convert(source, target)
+            written = checkpoint.convert(file, target)
             recognised = checkpoint.recognise_variant(checkpoint.read_checkpoint(written))
-        typer.echo(f"{source} is {recognised.name}; wrote {written} ({written.stat().st_size / 1e6:.0f} MB)")
+        stdout.print(
+            f"{source} is {recognised.name}; wrote {written} ({written.stat().st_size / 1e6:.0f} MB)"
+        )
 
 
 @app.command(epilog=examples("catseg-fast variants"))
@@ -98,7 +151,7 @@ def variants() -> None:
             variant.prompt_ensemble,
             "in this package" if name in BUNDLED else PUBLISHED[name][2],
         )
-    stdout.print(table)
+    stdout.print_table(table, names=(0,))
 
 
 @app.command(epilog=examples("catseg-fast env"))
@@ -109,7 +162,7 @@ def env() -> None:
     report = describe_environment()
     width = max(map(len, report))
     for name, value in report.items():
-        typer.echo(f"{name:<{width}}  {value}")
+        stdout.print(f"{name:<{width}}  {value}")
 
 
 for name, command, lines in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,15 +10,18 @@ import typer
 
 from catseg_fast.backend import BACKENDS, default_device
 from catseg_fast.config import VARIANTS
-from catseg_fast.console import choice, stderr
+from catseg_fast.console import choice, say_note, say_warning
 from catseg_fast.errors import InputError, RunError
+from catseg_fast.identity import is_scene
 from catseg_fast.text.class_lists import (
     EVERYDAY_CLASSES,
     READY_LISTS,
     SCENE_CLASSES,
+    Names,
     parse_classes,
     read_classes,
     ready_list,
+    separator_notes,
 )
 
 if TYPE_CHECKING:
@@ -25,6 +29,10 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 BUNDLED_WEIGHTS = "demo"
+BUNDLED_NOTE = (
+    "the weights in this package know generated scenes only; for other pictures use --weights v2-vitl, which "
+    "fetches upstream's"
+)
 
 # fmt: off
 Classes = Annotated[
@@ -40,10 +48,14 @@ ClassesFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE", exists=True, dir_okay=False,
-        help="Class names from a .txt file, one a line, or a .json file, a list of strings.",
+        help="Class names from a file in UTF-8: a .txt, one per line (# starts a comment), or a .json, a "
+        "list of strings, Hugging Face's id2label, or an object with the several names of each class, "
+        '{"background": ["wall", "floor"]}.',
     ),
 ]
-ClassesList = Annotated[str | None, choice("--classes-list", READY_LISTS, "Class names of a data set")]
+ClassesList = Annotated[
+    str | None, choice("--classes-list", READY_LISTS, "Class names of a data set, or nouns")
+]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -99,31 +111,42 @@ def default_classes(weights: str | None) -> list[str]:
 
 def class_names(
     classes: str | None, classes_file: Path | None, classes_list: str | None, weights: str | None
-) -> list[str]:
-    """The class names that the options ask for; what is wrong with a name itself the model says."""
+) -> Names:
+    """The class names that the options ask for; what is wrong with a name itself the command says."""
     if sum(option is not None for option in (classes, classes_file, classes_list)) > 1:
         raise typer.BadParameter(
             "give --classes, --classes-file or --classes-list, not both", param_hint="--classes"
         )
     try:
         if classes_file is not None:
-            return read_classes(classes_file)
-        if classes_list is not None:
+            names = read_classes(classes_file)
+        elif classes_list is not None:
             return ready_list(classes_list).classes
-        names = parse_classes(classes) if classes is not None else default_classes(weights)
+        else:
+            names = parse_classes(classes) if classes is not None else default_classes(weights)
     except (OSError, ValueError) as error:
         hint = "--classes" if classes_file is None else "--classes-file"
         raise typer.BadParameter(str(error), param_hint=hint) from None
-    if len(names) == 1 and "," in names[0]:
-        count = names[0].count(",") + 1
-        stderr.print(f"[yellow]note:[/] this is one class with {count} synonyms; semicolons separate classes")
+    note_separators(names, file=classes_file is not None)
     return names
 
 
+def note_separators(names: Names, file: bool) -> None:
+    """Say which names may be several classes with separators that are none."""
+    for note in separator_notes(names, file):
+        say_note(note)
+
+
+def note_on_bundled(pictures: Iterable[Path]) -> None:
+    """Say that the bundled weights know generated scenes only, if one of the pictures is something else."""
+    if not all(is_scene(path) for path in pictures if path.exists()):
+        say_note(BUNDLED_NOTE)
+
+
 def build_model(
-    weights: str | None,
+    weights: str | Path | None,
     variant: str | None,
-    classes: list[str],
+    classes: Names,
     seed: int,
     *,
     device: str | None,
@@ -135,6 +158,10 @@ def build_model(
     Raises:
         InputError: if neither is named.
     """
+    from catseg_fast.checkpoints.hub import resolve
+
+    path = None if weights is None else resolve(weights)  # fail before torch is imported
+
     import torch
 
     from catseg_fast.model import CATSeg
@@ -146,16 +173,12 @@ def build_model(
             reason = str(error).partition("\n")[0]
             raise RunError(f"--device: {device!r} is not available: {reason}") from error
     target, precision = device or default_device(), getattr(torch, dtype)
-    if weights is not None:
+    if path is not None:
         return CATSeg.from_pretrained(
-            weights, classes, variant=variant, device=target, dtype=precision, **options
+            path, classes, variant=variant, device=target, dtype=precision, **options
         )
     if variant is None:
         raise InputError("weights, variant: neither is given")
-    stderr.print(
-        "[bold yellow]warning:[/] no --weights: the model's weights are untrained (random), "
-        "and the labels mean nothing",
-        highlight=False,
-    )
+    say_warning("no --weights: the model's weights are untrained (random), and the labels mean nothing")
     torch.manual_seed(seed)
     return CATSeg(variant, classes, **options).to(target, precision).eval()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from catseg_fast.cli.inputs import Picture
 from catseg_fast.files import replacing
 from catseg_fast.identity import content_digest, place_of, result_digest, settings_digest
-from catseg_fast.output.formats import FORMATS
 from catseg_fast.output.ownership import PNG_SUFFIXES, is_result_of, read_result
 from catseg_fast.output.results import write_result
 
@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
 
 
-def fingerprint(model: CATSeg, weights: Path | None, seed: int, alpha: float) -> str:
-    """A value for all that decides what is written, but for the picture.
+def fingerprint(
+    model: CATSeg,
+    weights: Path | None,
+    seed: int,
+    alpha: float,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """A value for all that decides what is written, but for the picture; `settings` are further options.
 
     That is the content of the weights' file (or the seed of untrained ones), the classes and the options;
     not the device and the back end, which change rounding alone.
@@ -32,15 +38,19 @@ def fingerprint(model: CATSeg, weights: Path | None, seed: int, alpha: float) ->
         "max_classes": model.max_classes,
         "alpha": alpha,
     }
-    return settings_digest(facts)
+    if model.fold is not None:
+        facts["fold"] = model.fold.by_class
+    return settings_digest({**facts, **settings})
 
 
-def finished(picture: Picture, expected: str, formats: Sequence[str] = ()) -> dict[str, Any] | None:
+def finished(
+    picture: Picture, expected: str, suffixes: Sequence[str] = PNG_SUFFIXES
+) -> dict[str, Any] | None:
     """The content of a picture's JSON file, if it vouches for what is there; else None.
 
     It does if it is of this picture with the content that it has now, of the fingerprint `expected`, and of
-    the files beside it, those in the other `formats` included. Where the picture has moved since, the JSON
-    file is given its path.
+    the files beside it, which include those with `suffixes`. Where the picture has moved since, the JSON file
+    is given its path.
     """
     path = picture.result("json")
     content = read_result(path)
@@ -48,9 +58,8 @@ def finished(picture: Picture, expected: str, formats: Sequence[str] = ()) -> di
         return None
     identity = content["identity"]
     try:
-        if not is_result_of(content, picture.path) or identity["content"] != content_digest(picture.path):
+        if not is_result_of(content, picture.path) or identity["content"] != result_digest(picture.path):
             return None
-        suffixes = (*PNG_SUFFIXES, *(FORMATS[name].suffix for name in formats))
         for name in identity["files"].keys() | {picture.stem + suffix for suffix in suffixes}:
             if identity["files"].get(name) != result_digest(picture.folder / name):
                 return None

@@ -52,4 +52,4 @@ def scenes(
             write_dataset(
                 folder, split, count, seed=seed, size=(size, size), advance=lambda: progress.advance(task)
             )
-    stdout.print(f"{count} scenes of the split {split!r} are in {folder}", soft_wrap=True, highlight=False)
+    stdout.print(f"{count} scenes of the split {split!r} are in {folder}")

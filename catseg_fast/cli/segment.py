@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import choose_backend, default_device
+from catseg_fast.cli.labelling import (
+    AllClasses,
+    Best,
+    Explain,
+    Labelling,
+    Memory,
+    MinScore,
+    Present,
+    TopK,
+    check_limit,
+    check_memory,
+    limit_classes,
+)
 from catseg_fast.cli.options import (
+    BUNDLED_WEIGHTS,
     Backend,
     Classes,
     ClassesFile,
@@ -29,6 +44,7 @@ from catseg_fast.cli.options import (
     Weights,
     build_model,
     class_names,
+    note_on_bundled,
     weights_or_bundled,
 )
 from catseg_fast.config import MAX_PIXELS
@@ -44,8 +60,11 @@ from catseg_fast.console import (
     stdout,
 )
 from catseg_fast.distributed.torchrun import Processes, join, own_device
+from catseg_fast.errors import InputError
 from catseg_fast.output.formats import FORMATS, check_formats
 from catseg_fast.output.statistics import check_target, write_statistics
+from catseg_fast.text.fold import split_fold
+from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from catseg_fast.cli.batch import Batch, Outcome
@@ -55,7 +74,11 @@ EXAMPLES = (
     'catseg-fast segment photo.jpg --classes "sky; tree; person, man" --weights model_base.pth',
     "catseg-fast segment photos/*.jpg --classes-file classes.txt --weights v2-vitl --output results",
     "catseg-fast segment photos --classes-list ade-150 --weights v2-vitl --stats classes.parquet",
+    "catseg-fast segment photo.jpg --classes-list imagenet-12k --all-classes --memory 2GiB --present 0.01",
+    'catseg-fast segment photo.jpg --classes "cat; dog" --weights v2-vitl --min-score 0.3',
     "catseg-fast segment photo.jpg --device cuda --dtype float16 --whole",
+    "catseg-fast segment clip.mp4 --classes-file classes.txt --weights v2-vitb --every 5",
+    "catseg-fast segment aerial.tif --classes-file classes.txt --weights v2-vitl --tiles 1280 --whole",
     "torchrun --nproc-per-node 8 -m catseg_fast segment photo.jpg --classes-file c.txt --class-parallel",
 )
 LISTED = 20  # a line for each picture up to so many; beyond, a line for each of the largest classes
@@ -65,7 +88,8 @@ def segment(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGE...", help="Pictures, folders of pictures, or globs in quotes ('photos/**/*.jpg')."
+            metavar="IMAGE",
+            help="Pictures, folders of pictures, globs in quotes ('photos/**/*.jpg'), or videos (clip.mp4).",
         ),
     ],
     classes: Classes = None,
@@ -98,6 +122,32 @@ def segment(
     formats: Annotated[
         list[str] | None, choice("--format", tuple(FORMATS), "Also write, several times if need be")
     ] = None,
+    min_score: MinScore = None,
+    present: Present = None,
+    top_k: TopK = None,
+    all_classes: AllClasses = False,
+    best: Best = None,
+    memory: Memory = None,
+    say_how: Explain = False,
+    tiles: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SIZE", min=1,
+            help="Segment large pictures at their own resolution, in tiles of SIZE pixels; memory does not "
+            "grow with them.",
+        ),
+    ] = None,
+    overlap: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Pixels that tiles share; by default an eighth of SIZE."),
+    ] = None,
+    video: Annotated[
+        bool, typer.Option("--video", help="Each folder holds the frames of a video, in their names' order.")
+    ] = False,
+    every: Annotated[int, typer.Option(metavar="N", min=1, help="Only each Nth frame of a video.")] = 1,
+    fps: Annotated[
+        float, typer.Option(metavar="F", min=0.01, max=1000, help="Frames per second of --video's folders.")
+    ] = 25,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     text_cache: TextCache = True,
     max_pixels: MaxPixels = MAX_PIXELS,
@@ -115,10 +165,13 @@ def segment(
     """Label every pixel of pictures with one of the classes.
 
     Writes for each picture NAME.overlay.png (colours and legend), NAME.labels.png (each pixel's class index,
-    16 bits) and NAME.json (each class's index, share of the pixels and mean score). Results of the same
+    16 bits; 65535 is none of these) and NAME.json (each class's index, share of the pixels and mean score).
+    For each video, NAME.overlay.mp4 and a label map per frame in NAME.labels/. With --tiles, the label map is
+    NAME.labels.tif, with the georeference of the picture, and the overlay is reduced. Results of the same
     picture content, weights, classes and options are kept: a run that was interrupted goes on. Other files
     are never replaced: the results' names are then numbered.
     """
+    check_limit(all_classes, best)
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
     try:
@@ -127,62 +180,114 @@ def segment(
     except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
     formats = formats or []
+    if overlap is not None and tiles is None:
+        raise typer.BadParameter("give --tiles SIZE, too", param_hint="--overlap")
+    if tiles is not None and (formats or batch > 1 or class_parallel):
+        raise typer.BadParameter("not with --format, --batch or --class-parallel", param_hint="--tiles")
     try:
         check_formats(formats, len(names))
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error).removeprefix("formats: "), param_hint="--format") from None
     with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
+        # What can fail without torch comes first: importing that takes seconds.
         from catseg_fast.checkpoints.hub import resolve
-        from catseg_fast.cli.inputs import find_pictures
-        from catseg_fast.cli.resume import fingerprint
+        from catseg_fast.cli.inputs import find_pictures, require_one
+        from catseg_fast.data.frames import is_video, require_pyav
+        from catseg_fast.data.raster import require_rasterio
 
-        pictures = find_pictures(images, output, _notice) if processes.first else []
+        check_classes(split_fold(names)[0])
+        found: list[Picture] = []
+        if processes.first:
+            found = find_pictures(images, output, _notice, whole_folders=video)
+        clips = [picture for picture in found if is_video(picture.path) or picture.path.is_dir()]
+        pictures = [picture for picture in found if picture not in clips]
+        require_one(pictures)
+        if tiles is not None:
+            require_rasterio()
+        if clips:
+            require_pyav()
+        elif processes.first and (video or every > 1):
+            raise InputError(
+                f"{'--video' if video else '--every'}: there is no video and no folder of frames"
+            )
+        if weights == BUNDLED_WEIGHTS:
+            note_on_bundled(picture.path for picture in found)
+        file = None if weights is None else resolve(weights)
+        check_memory(memory)
         choose_backend(backend, device or default_device())  # fail before the model is loaded
         with stderr.status("Loading the model …"):
             model = build_model(
-                weights, variant, names, seed, device=device, dtype=dtype,
+                file, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend, text_cache=text_cache,
+                memory_budget=memory,
             )  # fmt: skip
-            file = None if weights is None else resolve(weights)
+            from catseg_fast.cli.resume import fingerprint
+
+            note = limit_classes(model, all_classes, best)
+            labelling = Labelling(model, top_k, min_score, present)
             about = {
                 "variant": model.variant.name,
                 "weights": weights,
                 "catseg_fast": __version__,
-                "fingerprint": fingerprint(model, file, seed, alpha),
+                "fingerprint": fingerprint(model, file, seed, alpha, labelling.settings),
             }
+        if note is not None and processes.first:
+            _notice(f"note: {note}")
         conductor = None
         if class_parallel:
             from catseg_fast.distributed.conductor import Conductor
 
             model.split_classes()
             conductor = Conductor(model)
+            labelling = replace(labelling, model=conductor)
             if not processes.first:
                 conductor.follow()
                 return
         from catseg_fast.cli.batch import Batch
 
+        if say_how:
+            stdout.print(model.explain(), soft_wrap=True)
         start = time.perf_counter()
         work = Batch(
-            conductor or model, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite,
+            labelling, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite, present=present,
             max_pixels=max_pixels,
         )  # fmt: skip
-        outcomes = _segment_all(work, pictures, debug)
+        if tiles is None:
+            outcomes = _segment_all(work, pictures, debug)
+        else:
+            from catseg_fast.cli.tiles import Tiles
+            from catseg_fast.inference.tiles import check_tiles, default_overlap
+
+            check_tiles(model, tiles)
+            shared = default_overlap(tiles) if overlap is None else overlap
+            tiled = Tiles(model, about, tiles, shared, alpha=alpha, overwrite=overwrite, min_score=min_score)
+            outcomes = _segment_long(tiled.run, pictures, 0, debug)
+        if clips:
+            from catseg_fast.cli.video import Clips
+
+            rate = Fraction(fps).limit_denominator(1000)
+            frames = replace(labelling, top_k=None)
+            jobs = Clips(frames, model.label_classes, about, alpha, every, rate, overwrite)
+            outcomes += _segment_long(jobs.run, clips, len(pictures), debug)
         seconds = time.perf_counter() - start
         if conductor is not None:
             conductor.end()
         if stats is not None:
             write_statistics(stats, [outcome.picture.result("json") for outcome in outcomes])
     if outcomes:
-        stdout.print(_results_table(outcomes) if len(pictures) <= LISTED else _classes_table(outcomes))
-    if len(pictures) > 1:
-        stdout.print(_summary(outcomes, len(pictures), seconds), highlight=False)
-    if len(outcomes) < len(pictures):
-        stderr.print(f"{len(pictures) - len(outcomes)} of {len(pictures)} images failed", highlight=False)
+        if len(found) <= LISTED:
+            stdout.print_table(_results_table(outcomes), paths=(0, 3))
+        else:
+            stdout.print_table(_classes_table(outcomes), names=(0,))
+    if len(found) > 1:
+        stdout.print(_summary(outcomes, len(found), seconds))
+    if len(outcomes) < len(found):
+        stderr.print(f"{len(found) - len(outcomes)} of {len(found)} images failed")
         raise typer.Exit(1)
 
 
 def _notice(text: str) -> None:
-    stderr.print(Text(text), soft_wrap=True)
+    stderr.print(text)
 
 
 @contextmanager
@@ -203,15 +308,37 @@ def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[
         advance(0, len(pictures))
         for done, outcome in enumerate(work.run(pictures), 1):
             advance(done, len(pictures))
-            error, path = outcome.error, str(outcome.picture.path)
-            if error is None:
+            if _succeeded(outcome, debug):
                 outcomes.append(outcome)
-            elif debug:
-                raise error
-            else:
-                message = describe(error)
-                say_error(message if path in message else f"{path}: {message}")
     return sorted(outcomes, key=lambda outcome: outcome.index)
+
+
+def _segment_long(
+    run: Callable[[int, Picture, Callable[[int, int], None]], Outcome],
+    pictures: Sequence[Picture],
+    first: int,
+    debug: bool,
+) -> list[Outcome]:
+    """Run videos, or large pictures, each with a bar of its own; report those that fail."""
+    outcomes = []
+    for index, picture in enumerate(pictures, first):
+        with image_progress(f"Segmenting {picture.path.name}") as advance:
+            outcome = run(index, picture, advance)
+        if _succeeded(outcome, debug):
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _succeeded(outcome: Outcome, debug: bool) -> bool:
+    """Report the error of a picture that failed; raise it for debugging."""
+    error, path = outcome.error, str(outcome.picture.path)
+    if error is None:
+        return True
+    if debug:
+        raise error
+    message = describe(error)
+    say_error(message if path in message else f"{path}: {message}")
+    return False
 
 
 def _top_classes(summary: list[dict[str, Any]], count: int = 3) -> str:
@@ -222,15 +349,13 @@ def _top_classes(summary: list[dict[str, Any]], count: int = 3) -> str:
 def _results_table(outcomes: Sequence[Outcome]) -> Table:
     """A line for each picture."""
     table = Table("image", "largest classes", "time", "overlay")
-    for column in table.columns:
-        column.overflow = "fold"
     for outcome in outcomes:
         seconds = "there already" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
         cells = (
             str(outcome.picture.path), _top_classes(outcome.summary or []), seconds,
-            str(outcome.picture.result("overlay.png")),
+            str(outcome.picture.result(outcome.overlay)),
         )  # fmt: skip
-        table.add_row(*map(Text, cells))
+        table.add_row(*cells)
     return table
 
 
@@ -242,7 +367,7 @@ def _classes_table(outcomes: Sequence[Outcome]) -> Table:
             shares.setdefault(entry["name"], []).append(entry["share"])
     table = Table("class", "pictures", "mean share", title=f"{len(shares)} classes occur; the largest are")
     for name, found in sorted(shares.items(), key=lambda item: -sum(item[1]))[:LISTED]:
-        table.add_row(Text(name.partition(",")[0]), str(len(found)), f"{sum(found) / len(outcomes):.1%}")
+        table.add_row(name, str(len(found)), f"{sum(found) / len(outcomes):.1%}")
     return table
 
 

@@ -14,8 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from catseg_fast.backend import default_device
 from catseg_fast.cli.options import Device, MaxPixels
 from catseg_fast.config import MAX_PIXELS, VARIANTS
-from catseg_fast.console import Debug, choice, output_folder, plain_errors, stderr, stdout
+from catseg_fast.console import Debug, choice, output_folder, plain_errors, say_note, stderr, stdout
+from catseg_fast.data.class_list import read_class_list
 from catseg_fast.distributed.torchrun import join, own_device
+from catseg_fast.errors import InputError
+from catseg_fast.text.prompts import check_classes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from catseg_fast.training import Recipe
     from catseg_fast.training.trainer import Step
 
+DEFAULT_VARIANT = "v2-vitb"
 CLIP_RULES = ("attention", "full", "prompt", "none")
 PRECISIONS = ("fp32", "fp16", "bf16")
 WEIGHT_TYPES = {"fp32": "float32", "fp16": "float16"}
@@ -45,7 +49,13 @@ def train(
         ),
     ],
     output: Annotated[Path, output_folder("Where checkpoints, log and weights go.")] = Path("trained"),
-    variant: Annotated[str, choice("--variant", tuple(VARIANTS), "What is trained")] = "v2-vitb",
+    variant: Annotated[
+        str | None,
+        choice(
+            "--variant", tuple(VARIANTS),
+            f"What is trained; by default what --init is, or {DEFAULT_VARIANT}. One of",
+        ),
+    ] = None,
     init: Annotated[
         str | None,
         typer.Option(
@@ -143,6 +153,18 @@ def train(
     was written, to the same result. Under torchrun each process takes its share of every batch.
     """
     with plain_errors(debug):
+        # What can fail without torch comes first: importing that takes seconds.
+        from catseg_fast.checkpoints.hub import resolve
+
+        classes, fold = read_class_list(data)
+        check_classes(classes)
+        if fold is not None:
+            raise InputError(
+                f"--data: classes of {data} have several names each, and training takes one; "
+                "make the data set with a list of names"
+            )
+        start = None if init is None else resolve(init)
+
         import torch
 
         from catseg_fast.data.folder import FolderDataset
@@ -159,45 +181,56 @@ def train(
         pictures = FolderDataset(data, max_pixels)
         device = own_device(device or str(default_device()))
         with join(device) as processes:
-            model = build_model(variant, pictures.classes, recipe, init).to(device)
+            model = build_model(variant, pictures.classes, recipe, start).to(device)
+            if processes.first and variant is None and init is not None:
+                say_note(f"training {model.variant.name}, which {init} is for")
             trainer = Trainer(
                 model, pictures, recipe, output, processes=processes, workers=workers, save_every=save_every
             )
             if not resume:
                 trainer.start_over()
             elif trainer.resume():
-                stderr.print(f"going on behind step {trainer.step} of {steps}", highlight=False)
+                stderr.print(f"going on behind step {trainer.step} of {steps}")
             with progress(trainer.step, steps) as report:
                 trainer.run(report)
             if processes.first:
                 written = trainer.export(getattr(torch, WEIGHT_TYPES[weights_type]))
-                stdout.print(f"{steps} steps done; wrote {written}", soft_wrap=True, highlight=False)
+                stdout.print(f"{steps} steps done; wrote {written}")
 
 
-def build_model(variant: str, classes: tuple[str, ...], recipe: Recipe, init: str | None) -> CATSeg:
-    """The model to train, on the CPU, with random weights or those of `init`.
+def build_model(variant: str | None, classes: tuple[str, ...], recipe: Recipe, init: Path | None) -> CATSeg:
+    """The model to train, on the CPU, with random weights or those of the file `init`.
+
+    Args:
+        variant: its name; by default what `init` is for.
+        classes: class names.
+        recipe: of the training.
+        init: a checkpoint of CAT-Seg or of CLIP.
 
     Raises:
-        FileNotFoundError, ValueError: if `init` is not there, or does not fit the variant.
+        FileNotFoundError, ValueError: if `init` is missing, or does not fit the variant.
     """
     from dataclasses import replace
 
     import torch
 
-    from catseg_fast.checkpoints.checkpoint import read_checkpoint, resolve
+    from catseg_fast.checkpoints.checkpoint import read_checkpoint
     from catseg_fast.config import get_variant
     from catseg_fast.model import CATSeg
-    from catseg_fast.training.start import load_start
+    from catseg_fast.training.start import load_start, variant_of
 
+    state_dict = None if init is None else read_checkpoint(init)
+    if variant is None and state_dict is not None:
+        trained = variant_of(state_dict, str(init))
+    else:
+        trained = get_variant(variant or DEFAULT_VARIANT)
     torch.manual_seed(recipe.seed)
-    published = get_variant(variant)
     model = CATSeg(
-        replace(published, pooling_size=(recipe.pooling, recipe.pooling)), classes,
+        replace(trained, pooling_size=(recipe.pooling, recipe.pooling)), classes,
         clip_finetune=recipe.clip_finetune, train_backbone=recipe.backbone_multiplier > 0,
     )  # fmt: skip
-    if init is not None:
-        path = resolve(init)
-        load_start(model, read_checkpoint(path), str(path))
+    if state_dict is not None:
+        load_start(model, state_dict, str(init))
     return model
 
 
@@ -230,7 +263,7 @@ class _Lines:
         self.last = now
         left = (now - self.start) / (done - self.first) * (self.steps - done)
         clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
-        stderr.print(f"{done}/{self.steps}  {_describe(step)}  {clock} left", highlight=False)
+        stderr.print(f"{done}/{self.steps}  {_describe(step)}  {clock} left")
 
 
 def _describe(step: Step) -> str:

@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from catseg_fast.console import Debug, check_folder, choice, plain_errors, say_error, stderr, stdout
+from catseg_fast.console import Debug, check_folder, choice, plain_errors, say_error, say_note, stderr, stdout
 from catseg_fast.errors import RunError
 from catseg_fast.kernels import TUNABLE_OPS
 
@@ -85,13 +85,11 @@ def tune(
             ):  # fmt: skip
                 _report_faults(outcome)
                 outcomes.append(outcome)
-    stdout.print(results_table(outcomes))
+    stdout.print_table(results_table(outcomes))
     if any(outcome.reason is None and outcome.unsaved is None for outcome in outcomes):
-        stdout.print(f"{gpu}: written to {folder}", soft_wrap=True, highlight=False)
+        stdout.print(f"{gpu}: written to {folder}")
     if len(outcomes) < len(tunables):
-        stderr.print(
-            f"time is up: {len(outcomes)} of {len(tunables)} kernels and shapes are done", highlight=False
-        )
+        stderr.print(f"time is up: {len(outcomes)} of {len(tunables)} kernels and shapes are done")
     if any(outcome.reason or outcome.unsaved for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -137,11 +135,10 @@ def _report_faults(outcome: Outcome) -> None:
     if outcome.unsaved is not None:
         say_error(f"{problem.op}, {problem.kernel} {_shape(problem)}: {outcome.unsaved}")
     for config in outcome.wrong:
-        stderr.print(
-            f"[yellow]note:[/] {problem.op}, {problem.kernel} {_shape(problem)}: discarded, as its result is "
-            f"not the default's: {config}",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
+        say_note(
+            f"{problem.op}, {problem.kernel} {_shape(problem)}: discarded, as its result is not the "
+            f"default's: {config}"
+        )
 
 
 def results_table(outcomes: list[Outcome]) -> Table:

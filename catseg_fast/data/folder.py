@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from catseg_fast.config import MAX_PIXELS
+from catseg_fast.data.class_list import read_class_list
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 from catseg_fast.identity import content_digest
 from catseg_fast.inference.images import check_max_pixels, image_size, load_bytes
-from catseg_fast.text.class_lists import read_classes
 
 READERS = 4  # threads that read files for the fingerprint
 # Tags of TIFF and their values.
@@ -40,7 +41,6 @@ _LOSSLESS = (
     34925,
     50000,
 )  # none, CCITT, LZW, Deflate, PackBits, LZMA, Zstd
-MOST_CLASSES = 65535  # the last of 16 bits' values is where no class is right
 
 
 class FolderDataset:
@@ -51,7 +51,8 @@ class FolderDataset:
     - `images/NAME.*`: pictures, in any format that `load_image` reads;
     - `annotations/NAME.png`: each pixel's class index, as an 8- or 16-bit grey PNG, or as one with a palette,
       whose colours do not matter;
-    - `classes.json`: the class names, a list of strings.
+    - `classes.json`: the class names, a list of strings; or, for evaluation, an object with the names of each
+      class, which are told apart and count as the class.
 
     A pixel where no class is right holds its PNG's largest value, 255 or 65535. With more than 255 classes,
     255 is a class's index, and only a 16-bit PNG can leave pixels out.
@@ -62,6 +63,7 @@ class FolderDataset:
 
     Attributes:
         classes: the class names.
+        fold: the names of each class, where `classes.json` has several of them.
         ignore_label: what stands for "no class is right" in "sem_seg": 255 for up to 255 classes, else 65535.
         names: the pictures' names without suffix, sorted.
 
@@ -73,7 +75,7 @@ class FolderDataset:
 
     def __init__(self, root: str | os.PathLike[str], max_pixels: int | None = MAX_PIXELS) -> None:
         self.root, self.max_pixels = Path(root), check_max_pixels(max_pixels)
-        self.classes = _read_class_list(self.root / "classes.json")
+        self.classes, self.fold = read_class_list(self.root)
         self.ignore_label = ignore_label_of(len(self.classes))
         images, annotations = files_by_name(self.root / "images"), files_by_name(self.root / "annotations")
         for name, path in annotations.items():
@@ -126,7 +128,10 @@ class FolderDataset:
         """A hash of the classes, and of the names and contents of all files, each of which is read."""
         with ThreadPoolExecutor(READERS) as readers:
             contents = list(readers.map(content_digest, (*self._images, *self._annotations)))
-        return hashlib.sha256(json.dumps([self.classes, self.names, contents]).encode()).hexdigest()
+        facts: list[Any] = [self.classes, self.names, contents]
+        if self.fold is not None:
+            facts.append(asdict(self.fold))
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def ignore_label_of(classes: int) -> int:
@@ -205,15 +210,6 @@ def _why_no_index_tiff(image: TiffImageFile) -> str | None:
         kind = "WhiteIsZero, whose values are inverted" if photometric == 0 else photometric
         return f"a TIFF of photometric interpretation {kind}"
     return None
-
-
-def _read_class_list(path: Path) -> tuple[str, ...]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
-    classes = read_classes(path)
-    if len(classes) > MOST_CLASSES:
-        raise InputError(f"{path}: {len(classes)} classes; indices of 16 bits count {MOST_CLASSES}")
-    return tuple(classes)
 
 
 def _unsearched(folder: Path) -> str:

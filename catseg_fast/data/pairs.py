@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from catseg_fast.errors import InputError
-from catseg_fast.inference.images import picture_suffixes
+from catseg_fast.inference.suffixes import picture_suffixes
 
 # Cityscapes: CITY_0_1_leftImg8bit.png has several files CITY_0_1_gtFine_*.png.
 _CITYSCAPES_IMAGE = "_leftImg8bit"

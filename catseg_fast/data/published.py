@@ -6,24 +6,26 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from catseg_fast.data.folder import MOST_CLASSES, ignore_label_of, read_index_map
+from catseg_fast.data.class_list import MOST_CLASSES
+from catseg_fast.data.folder import ignore_label_of, read_index_map
 from catseg_fast.data.pairs import Pair, find_pairs
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular, read_text, replacing
 from catseg_fast.identity import content_digest, png_mark, read_png_mark
 from catseg_fast.inference.images import image_size
+from catseg_fast.text.fold import ClassNames
 
 
 def import_dataset(
     images: Path,
     annotations: Path,
-    classes: Sequence[str],
+    classes: ClassNames,
     target: Path,
     *,
     first: int = 0,
@@ -43,7 +45,7 @@ def import_dataset(
     Args:
         images: folder of pictures.
         annotations: folder of index maps of the same names, PNG or TIFF, of 8 or 16 bits.
-        classes: the class names.
+        classes: the class names, or the several names of each class.
         target: where to.
         first: the first class's value.
         copy: copy the images, rather than link them.
@@ -144,8 +146,9 @@ def _indices(path: Path, classes: int, first: int) -> np.ndarray:
     return indices.astype(np.uint8 if classes <= 255 else np.uint16)
 
 
-def _write_classes(path: Path, classes: Sequence[str]) -> None:
-    text = json.dumps(list(classes), indent=0, ensure_ascii=False) + "\n"
+def _write_classes(path: Path, classes: ClassNames) -> None:
+    names = classes if isinstance(classes, Mapping) else list(classes)
+    text = json.dumps(names, indent=0, ensure_ascii=False) + "\n"
     if path.exists():
         if read_text(path) != text:
             raise InputError(f"{path}: the folder has other classes; choose another")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from catseg_fast.engine.class_parallel import waiting
+from catseg_fast.inference.images import ImageLike, load_bytes
 
 if TYPE_CHECKING:
     from catseg_fast.inference.segmentation import Segmentation
@@ -30,20 +31,17 @@ class Conductor:
         self.model = model
         self._group: Any = dist.new_group(backend="gloo", timeout=REST)
 
-    def encode(self, image: Tensor) -> Tensor:
-        """The picture as it is: the ranks encode it together when it is segmented."""
-        return image
+    def segment(self, image: ImageLike, *, top_k: int | None = None) -> Segmentation:
+        """On rank 0: `CATSeg.segment` of a picture on the CPU, rounded to 8 bits, on all ranks."""
+        pixels = load_bytes(image, max_pixels=self.model.max_pixels)
+        return self.segment_batch([pixels], top_k=top_k)[0]
 
-    def segment(self, image: Tensor) -> Segmentation:
-        """On rank 0: `CATSeg.segment` of `[3, H, W]`, uint8, on the CPU, on all ranks."""
-        return self.segment_batch([image])[0]
-
-    def segment_batch(self, images: Sequence[Tensor]) -> list[Segmentation]:
+    def segment_batch(self, images: Sequence[Tensor], *, top_k: int | None = None) -> list[Segmentation]:
         """On rank 0: `CATSeg.segment_batch` of such pictures on all ranks."""
-        self._agree([tuple(image.shape) for image in images])
+        self._agree([tuple(image.shape) for image in images], top_k)
         for image in images:
             self._broadcast(image.contiguous())
-        return self.model.segment_batch(images)
+        return self.model.segment_batch(images, top_k=top_k)
 
     def end(self) -> None:
         """On rank 0: let the others return from `follow`."""
@@ -55,21 +53,25 @@ class Conductor:
         Raises:
             RankError: if a rank is gone, or cannot go on.
         """
-        while shapes := self._agree([]):
+        while (asked := self._agree([]))[0]:
+            shapes, top_k = asked
             images = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
             for image in images:
                 self._broadcast(image)
-            self.model.segment_batch(images)
+            self.model.segment_batch(images, top_k=top_k)
 
-    def _agree(self, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The shapes of the next pictures, on every rank, as rank 0 has them; none at the end."""
-        count = torch.tensor(len(shapes))
-        self._broadcast(count)
+    def _agree(
+        self, shapes: list[tuple[int, ...]], top_k: int | None = None
+    ) -> tuple[list[tuple[int, ...]], int | None]:
+        """The shapes of the next pictures, none at the end, and `top_k`, as rank 0 has them."""
+        asked = torch.tensor([len(shapes), 0 if top_k is None else top_k])
+        self._broadcast(asked)
+        count, best = asked.tolist()
         if not count:
-            return []
-        sizes = torch.tensor(shapes) if shapes else torch.empty(int(count), 3, dtype=torch.long)
+            return [], None
+        sizes = torch.tensor(shapes) if shapes else torch.empty(count, 3, dtype=torch.long)
         self._broadcast(sizes)
-        return [tuple(size) for size in sizes.tolist()]
+        return [tuple(size) for size in sizes.tolist()], best or None
 
     def _broadcast(self, tensor: Tensor) -> None:
         with waiting(self._group):

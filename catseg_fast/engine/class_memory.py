@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from catseg_fast.engine.folding import ClassLayer, wide
 from catseg_fast.engine.kept import kept
 from catseg_fast.errors import InputError
+from catseg_fast.kernels.attention import attend
 from catseg_fast.kernels.class_attention import plain
 
 
@@ -101,6 +101,8 @@ class LinearMemory:
 
     def of(self, crops: slice) -> LinearMemory:
         means, key_sum = self.closed()
+        if crops == slice(0, len(means)):
+            return self
         return replace(self, key_sum=key_sum[crops], means=means[crops])
 
     def attend(self, queries: Tensor) -> Tensor:
@@ -165,5 +167,5 @@ class FullMemory:
             x.unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
             for x in (queries, keys, values)
         )  # B*hw, heads, t or T, d
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=scores)
+        attended = attend(q, k, v, scores, many=False)
         return attended.unflatten(0, (len(queries), -1)).permute(0, 3, 1, 2, 4).flatten(-2)

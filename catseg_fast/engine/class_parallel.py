@@ -155,18 +155,19 @@ class ClassShare:
         class. The best of all ranks is the maximum, the next one that of what is then left, and so on.
 
         Args:
-            target: of this rank's classes, counted from 0.
+            target: of this rank's classes, counted over all ranks. A class with several names can be on two
+                ranks.
             count: classes per pixel: at most T, and 1 for a `LabelMap`.
         """
-        keys = _pack(target.scores, target.labels + self.own.start).view(-1, *target.scores.shape[-2:])
+        keys = _pack(target.scores, target.labels).view(-1, *target.scores.shape[-2:])
         none = keys.new_full((1, *keys.shape[1:]), torch.iinfo(keys.dtype).min)
+        keys = torch.cat([keys, none])  # so that there is a largest one
         best = []
         for _ in range(count):
-            keys = torch.cat([keys, none])  # so that there is a first one
-            largest = keys[0].clone()
+            largest = keys.amax(dim=0)
             self._reduce(largest, dist.ReduceOp.MAX)
             best.append(largest)
-            keys = torch.where(keys[0] == largest, keys[1:], keys[:-1])
+            keys = torch.where(keys % _LABELS == largest % _LABELS, none, keys)
         target.scores, target.labels = _unpack(torch.stack(best).view(-1, *target.scores.shape[1:]))
 
     def _check_same(self, device: torch.device, facts: str) -> None:

@@ -33,7 +33,7 @@ from catseg_fast.engine.selection import best_classes, class_scores
 from catseg_fast.engine.streaming import Consumer, Stages, Stream, run_streams
 from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
 from catseg_fast.errors import RunError
-from catseg_fast.weights import weights_state
+from catseg_fast.weights import module_tensors, weights_state
 
 if TYPE_CHECKING:
     from catseg_fast.engine.triton_stages import TritonStages
@@ -57,7 +57,8 @@ class Engine:
             classes at a time, to keep little of them; None: where they would not fit.
         precision: type in which the stages compute. None: autocast's (on a CPU, where that type is the faster
             one, see `catseg_fast.engine.precision`); without autocast the weights' own, but fp16 in place of
-            fp32 on a GPU where no gradients are recorded.
+            fp32 on a GPU where no gradients are recorded. On a GPU CLIP's image tower follows, if its weights
+            are in fp32 and this type has 16 bits.
         input_precision: of products of fp32 numbers in Triton: "ieee", or "tf32x3" on tensor cores.
         share: where other processes hold the rest of the classes, this one's share; all must call together.
     """
@@ -73,9 +74,9 @@ class Engine:
         self._policy: str | None = None
         self._memory_budget: int | None = None
         self._graphs = "auto"
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Start without anything that follows from weights, calls or settings."""
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
@@ -90,7 +91,7 @@ class Engine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._forget()
+        self.forget()
 
     @property
     def backend(self) -> str:
@@ -164,7 +165,7 @@ class Engine:
         if self._differentiable() or torch.compiler.is_compiling():
             with self._without_autocast():
                 return build_plan(self.aggregator, dtype)
-        state = weights_state(self.aggregator.parameters())
+        state = weights_state(module_tensors(self.aggregator))
         if dtype not in self._plans or self._plans[dtype][0] != state:
             # Whatever mode the call is in, what is kept must serve every later one.
             with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
@@ -483,8 +484,10 @@ class _Answer:
             place[:] = part
 
 
-# For `torch.compile` a constant: what it reads of the machine cannot be traced.
-constant_backend = torch.compiler.assume_constant_result(choose_backend)
+# For `torch.compile` a constant: what it reads of the machine cannot be traced. All that
+# torch.compiler.assume_constant_result does is to set this, but it imports the whole compiler first.
+constant_backend = choose_backend
+constant_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _nbytes(x: Tensor) -> int:

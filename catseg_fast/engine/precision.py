@@ -73,6 +73,25 @@ def text_dtype(asked: torch.dtype | None, weight: torch.Tensor, selects: bool) -
     return dtype if dtype in (torch.float16, torch.bfloat16) else weight.dtype
 
 
+def image_dtype(asked: torch.dtype | None, weight: torch.Tensor) -> torch.dtype:
+    """Type of CLIP's image tower where no gradients are recorded.
+
+    On a GPU it is that of the aggregator's stages if this has 16 bits and the weights are in fp32, which then
+    stay as they are. Autocast chooses its own types.
+
+    Args:
+        asked: `Engine.precision`.
+        weight: a weight of the image tower.
+    """
+    device = weight.device.type
+    if device != "cuda" or weight.dtype != torch.float32 or torch.is_grad_enabled():
+        return weight.dtype
+    if torch.is_autocast_enabled(device):
+        return weight.dtype
+    dtype = compute_dtype(asked, weight)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else weight.dtype
+
+
 @functools.cache
 def pays_off_on_cpu(dtype: torch.dtype) -> bool:
     """Whether a matrix product of the stages' size, measured once, is faster on this CPU than in fp32.

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from catseg_fast.engine.schedule import format_bytes
 from catseg_fast.errors import InputError, RunError
 
 Answer = TypeVar("Answer")
@@ -119,6 +120,7 @@ class GraphCache:
 
     Attributes:
         replays: how many calls were answered by a recording.
+        replayed: whether the last call was; None before the first one.
     """
 
     def __init__(
@@ -130,7 +132,10 @@ class GraphCache:
         self._counts: OrderedDict[object, int] = OrderedDict()
         self._recordings: OrderedDict[object, _Recording] = OrderedDict()
         self._lock = threading.Lock()
+        self._state: object = None
+        self._states = 0
         self.replays = 0
+        self.replayed: bool | None = None
 
     def __call__(
         self,
@@ -155,7 +160,9 @@ class GraphCache:
                 for buffer, x in zip(recording.buffers, inputs, strict=True):
                     buffer.copy_(x)
                 self.replays += 1
+                self.replayed = True
                 return finish(recording.replay())
+            self.replayed = False
         return finish(run(*inputs))
 
     def serves(self, device: torch.device) -> bool:
@@ -163,6 +170,26 @@ class GraphCache:
         if device.type != self.device_type or torch.compiler.is_compiling():
             return False
         return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+    def number(self, state: object) -> int:
+        """Return a number that stands for a state in keys; another one after each change.
+
+        The state of all weights takes longer to look up than a recording.
+        """
+        with self._lock:
+            if state != self._state:
+                self._state, self._states = state, self._states + 1
+            return self._states
+
+    def describe(self) -> str:
+        """Return whether the last call was replayed, and what the recordings hold."""
+        last = "no call yet"
+        if self.replayed is not None:
+            last = f"the last call was {'' if self.replayed else 'not '}replayed"
+        held = f"{len(self.kept)} of at most {MOST} recordings hold {format_bytes(sum(self.kept))}"
+        if self._recorder is not None:
+            held += f" of at most {format_bytes(self._recorder.limit)}"
+        return f"{last}, {self.replays} in all; {held}"
 
     @property
     def kept(self) -> list[int]:

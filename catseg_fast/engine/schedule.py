@@ -206,6 +206,7 @@ def plan_schedule(
         "offload": always + (0 if device.type == "cuda" else state),
         "recompute": always,
     }
+    chunk = chunk and min(chunk, classes)
     wanted = chunk or usual_chunk(classes, sizes.crops, device)
     if policy is not None:
         chosen, reason = policy, "asked for"
@@ -249,6 +250,7 @@ def plan_gradients(
     if budget is None and torch.compiler.is_compiling():
         chosen = "checkpoint" if checkpoint else "keep"
         return Schedule(chosen, chunk or classes, "a graph is made", 0, 0, sys.maxsize)
+    chunk = chunk and min(chunk, classes)
     per_class = sizes.gradient_bytes
     free = budget if budget is not None else int(free_bytes(sizes.device) * GRADIENT_SHARE)
     wanted = chunk or usual_chunk(classes, sizes.crops, sizes.device)

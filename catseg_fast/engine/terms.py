@@ -14,6 +14,7 @@ from catseg_fast.engine.folding import DecoderStage, Plan, WindowBlock, wide
 from catseg_fast.engine.kept import kept
 from catseg_fast.errors import InputError
 from catseg_fast.kernels.window_attention.plain import window_masks, window_order
+from catseg_fast.reference.shapes import check_pooling
 from catseg_fast.reference.window_attention import fit_window
 
 Geometry = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
@@ -56,6 +57,8 @@ class ImageTerms:
 
     def of(self, crops: slice) -> ImageTerms:
         """The terms of some crops."""
+        if crops == slice(0, self.crops):
+            return self
         return ImageTerms(
             self.resolution,
             self.features[crops],
@@ -109,13 +112,15 @@ def image_terms(
     for layer in plan.layers:
         normalised = by_eps[layer.guidance_eps]
         first, second = (
-            _block_guidance(block, normalised, resolution, img_feats.device) for block in layer.blocks
+            block_guidance(block, normalised, resolution, img_feats.device) for block in layer.blocks
         )
         blocks.append((first, second))
+    for layer in plan.layers:
+        check_pooling(layer.classes.pooling, resolution)
     H, W = resolution
     decoder = (
-        _decoder_guidance(plan.decoder[0], decoder_guidance[0], (2 * H, 2 * W)),
-        _decoder_guidance(plan.decoder[1], decoder_guidance[1], (4 * H, 4 * W)),
+        decoder_guidance_maps(plan.decoder[0], decoder_guidance[0], (2 * H, 2 * W)),
+        decoder_guidance_maps(plan.decoder[1], decoder_guidance[1], (4 * H, 4 * W)),
     )
     return ImageTerms(resolution, features.to(dtype), tuple(blocks), decoder)
 
@@ -152,9 +157,10 @@ def vocabulary_terms(
     return VocabularyTerms(text_feats, inverse_norm, unit, tuple(queries), tuple(keys))
 
 
-def _block_guidance(
+def block_guidance(
     block: WindowBlock, tokens: Tensor | None, resolution: tuple[int, int], device: torch.device
 ) -> BlockGuidance:
+    """Return a block's share of guidance tokens `[B or 1, HW, G]`, normalised without affine part."""
     H, W = resolution
     window, shift = fit_window(resolution, block.window, block.shift)
     if H % window or W % window:
@@ -185,7 +191,7 @@ def _geometry(
     return kept(_SIZES, (resolution, window, shift, dtype, device), device, make)
 
 
-def _decoder_guidance(stage: DecoderStage, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
+def decoder_guidance_maps(stage: DecoderStage, guidance: Tensor | None, size: tuple[int, int]) -> Tensor:
     """Return the part of a stage's first convolution that is the same for every class."""
     fixed = kept(stage, size, stage.bias.device, lambda: _spread(stage.bias, size))
     if stage.guidance is not None and guidance is not None:

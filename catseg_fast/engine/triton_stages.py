@@ -60,7 +60,7 @@ class TritonStages:
         }
         self.fallbacks = {stage: next(filter(None, why)) for stage, why in reasons.items() if any(why)}
         self._embedding, self._decoding = kernel_embedding(plan), kernel_decoding(plan)
-        self._calls = None if plan.embed.device.type == "cpu" else PreparedCalls()
+        self._calls = None if INTERPRETED else PreparedCalls()
         self.ready: set[object] = set()
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from catseg_fast.errors import InputError
-from catseg_fast.labels import class_indices
+from catseg_fast.labels import NONE, class_indices
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,13 @@ class ClassCounts:
         intersection: labelled as the class, rightly.
         truth: of the class.
         predicted: labelled as the class.
+        unlabelled: pixels that count, of all classes, whose label is -1: none of the classes.
     """
 
     intersection: Tensor
     truth: Tensor
     predicted: Tensor
+    unlabelled: int = field(default=0, kw_only=True)
 
     @classmethod
     def none(cls, classes: int) -> ClassCounts:
@@ -31,12 +33,26 @@ class ClassCounts:
         return cls(*(torch.zeros(classes, dtype=torch.int64) for _ in range(3)))
 
     @classmethod
-    def of(cls, labels: Tensor, truth: Tensor, classes: int, ignore_label: int) -> ClassCounts:
+    def of(
+        cls,
+        labels: Tensor,
+        truth: Tensor,
+        classes: int,
+        ignore_label: int,
+        ignore_unlabelled: bool = False,
+    ) -> ClassCounts:
         """Count a label map's pixels against the truth, both `[H, W]` of any integer type.
+
+        Args:
+            labels: class indices; -1 where none of the classes fits, which is a wrong answer.
+            truth: class indices, or `ignore_label`.
+            classes: number of classes.
+            ignore_label: where no class is right.
+            ignore_unlabelled: whether pixels with the label -1 are left out instead.
 
         Raises:
             InputTypeError: if one of them is not of integers.
-            InputError: if the sizes differ, or a label of a pixel that counts is not in 0..classes - 1.
+            InputError: if the sizes differ, or a label of a pixel that counts is not in -1..classes - 1.
         """
         if labels.shape != truth.shape:
             raise InputError(
@@ -44,15 +60,20 @@ class ClassCounts:
             )
         truth = class_indices(truth, classes, ignore_label, "truth")
         counted = truth != ignore_label
-        labels, truth = class_indices(labels[counted], classes), truth[counted]
-        right = labels[labels == truth]
-        return cls(*(torch.bincount(values, minlength=classes) for values in (right, truth, labels)))
+        labels, truth = class_indices(labels[counted], classes, NONE), truth[counted]
+        right, labelled = labels[labels == truth], labels != NONE
+        if ignore_unlabelled:
+            truth = truth[labelled]
+        parts = (right, truth, labels[labelled])
+        intersection, truth, predicted = (torch.bincount(values, minlength=classes) for values in parts)
+        return cls(intersection, truth, predicted, unlabelled=len(labels) - len(parts[2]))
 
     def __add__(self, other: ClassCounts) -> ClassCounts:
         return ClassCounts(
             self.intersection + other.intersection,
             self.truth + other.truth,
             self.predicted + other.predicted,
+            unlabelled=self.unlabelled + other.unlabelled,
         )
 
     @property

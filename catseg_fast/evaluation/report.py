@@ -59,13 +59,14 @@ def write_results(
         values = zip(classes, *(column.tolist() for column in columns), strict=True)
         results.append({
             **own, "images": found.images, **counts.scores(), "label_agreement": found.agreement,
-            "seconds_median": found.seconds, "activations": found.activations,
+            "unlabelled": found.unlabelled, "seconds_median": found.seconds, "activations": found.activations,
             "classes": [dict(zip(keys, row, strict=True)) for row in values],
         })  # fmt: skip
     content = _finite({**about, "environment": describe_environment(), "results": results})
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        # A path can hold bytes that are not UTF-8: lone surrogates, which JSON has escapes for.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _finite(value: Any) -> Any:
@@ -82,14 +83,17 @@ def results_table(rows: Sequence[tuple[str, Evaluation]]) -> Table:
     table = Table(
         "", "mIoU", "mIoU, all met", "fwIoU", "pACC", "mACC", "same labels", "mIoU - first", "s/image"
     )
+    unlabelled = any(found.unlabelled for _, found in rows)
+    if unlabelled:
+        table.add_column("unlabelled")
     reference = rows[0][1].counts.scores()["mIoU"]
     for name, found in rows:
         scores = found.counts.scores()
         same = "-" if found.agreement is None else f"{found.agreement:.4%}"
         change = "-" if found is rows[0][1] else f"{scores['mIoU'] - reference:+.5f}"
-        table.add_row(
-            name, *(f"{value:.4f}" for value in scores.values()), same, change, f"{found.seconds:.3f}"
-        )
+        cells = [f"{value:.4f}" for value in scores.values()]
+        cells += [same, change, f"{found.seconds:.3f}"] + [f"{found.unlabelled:.4%}"] * unlabelled
+        table.add_row(name, *cells)
     return table
 
 

@@ -29,7 +29,8 @@ from catseg_fast.evaluation.ledger import Ledger, Record
 from catseg_fast.evaluation.metrics import ClassCounts
 from catseg_fast.files import replacing
 from catseg_fast.identity import content_digest
-from catseg_fast.output.overlay import label_png
+from catseg_fast.labels import NONE, class_indices
+from catseg_fast.output.overlay import UNLABELLED_VALUE, label_png
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -57,8 +58,8 @@ class Data(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
-def model_segmenter(model: CATSeg) -> Segmenter:
-    """A model's label maps as upstream evaluates it.
+def model_segmenter(model: CATSeg, min_score: float | None = None) -> Segmenter:
+    """A model's label maps as upstream evaluates it; with -1 where the best probability is below `min_score`.
 
     With a sliding window, the picture is first resized as upstream's loader does, with 640 pixels on its
     shorter side and at most 2560 on the longer. The whole-image path takes it as it is; see `CATSeg.segment`.
@@ -66,10 +67,10 @@ def model_segmenter(model: CATSeg) -> Segmenter:
 
     def segment(image: Tensor) -> Tensor:
         if not model.sliding_window:
-            return model.segment(image).labels
+            return model.segment(image, min_score=min_score).labels
         height, width = image.shape[1:]
         entry = {"image": resize_shortest(image), "height": height, "width": width}
-        return model.label_map([entry])[0].labels
+        return model.label_map([entry], min_score=min_score)[0].labels
 
     return segment
 
@@ -87,6 +88,8 @@ def evaluate(
     segmenter: Segmenter,
     classes: int | None = None,
     *,
+    fold: Sequence[int] | None = None,
+    ignore_unlabelled: bool = False,
     limit: int | None = None,
     ledger: Ledger | None = None,
     save_labels: Path | None = None,
@@ -99,9 +102,13 @@ def evaluate(
 
     Args:
         data: images and their labels.
-        segmenter: what is evaluated: uint8 `[3, H, W]` to class indices `[H, W]`.
-        classes: number of classes that `segmenter` tells apart; by default the data set's. The data set's are
-            the first of them.
+        segmenter: what is evaluated: uint8 `[3, H, W]` to class indices `[H, W]`; -1 where no class fits.
+        classes: number of classes that are told apart; by default the data set's. The data set's are the
+            first of them.
+        fold: the class of each label of `segmenter`, where classes have several: `[0, 1, 1]` if labels 1 and
+            2 are of class 1. By default labels are classes. A model that was given the names of each class
+            folds by itself.
+        ignore_unlabelled: whether pixels with the label -1 are left out; otherwise they are wrong answers.
         limit: evaluate the first so many images alone.
         ledger: keeps each record; images that it has are not done again, if the label maps that were written
             and compared with are still the same.
@@ -115,13 +122,15 @@ def evaluate(
         The records of all images, in the order of their names; `summarise` adds them up.
 
     Raises:
-        InputError: if `classes` is fewer than the data set's, a label map is not of its image's size, the
-            ledger is of another evaluation, or an image or annotation cannot be read.
+        InputError: if `classes` is fewer than the data set's, `fold` names a class that is not there, a label
+            map is not of its image's size, the ledger is of another evaluation, or an image or annotation
+            cannot be read.
         OSError: if a file cannot be written.
     """
     count = len(data.classes) if classes is None else classes
     if count < len(data.classes):
         raise InputError(f"classes: {count} are fewer than the data set's {len(data.classes)}")
+    table = None if fold is None else _fold_table(fold, count)
     processes = processes or Processes()
     names = data.names[:limit]
     known: dict[str, Record] = {}
@@ -143,9 +152,13 @@ def evaluate(
             start = time.perf_counter()
             labels = segmenter(entry["image"]).cpu()
             seconds = time.perf_counter() - start
+            if table is not None:
+                labels = table[class_indices(labels, len(table) - 1, NONE)]
             name = entry["name"]
-            counts = ClassCounts.of(labels, entry["sem_seg"], count, data.ignore_label)
+            counts = ClassCounts.of(labels, entry["sem_seg"], count, data.ignore_label, ignore_unlabelled)
             record = {"name": name, "seconds": seconds, "counts": _sparse(counts), "pixels": labels.numel()}
+            if counts.unlabelled:
+                record["unlabelled"] = counts.unlabelled
             if compare_labels is not None:
                 record["compared_with"] = content_digest(compare_labels / f"{name}.png")
                 record["agreeing"] = _agreeing(labels, compare_labels / f"{name}.png")
@@ -177,6 +190,7 @@ class Evaluation:
         seconds: median time an image, as the segmenter took it.
         agreement: share of all pixels, ignored ones too, that are labelled as in what was compared with.
         activations: largest value by stage.
+        unlabelled: share of the pixels that have a class in the truth and the label -1.
     """
 
     counts: ClassCounts
@@ -184,10 +198,16 @@ class Evaluation:
     seconds: float
     agreement: float | None
     activations: dict[str, float]
+    unlabelled: float = 0.0
 
 
-def summarise(records: Sequence[Record], classes: int) -> Evaluation:
+def summarise(records: Sequence[Record], classes: int, ignore_unlabelled: bool = False) -> Evaluation:
     """Add up the records of `evaluate` over a list of `classes`.
+
+    Args:
+        records: of the images.
+        classes: number of classes.
+        ignore_unlabelled: as in `evaluate`.
 
     Raises:
         InputError: if there are none.
@@ -206,13 +226,26 @@ def summarise(records: Sequence[Record], classes: int) -> Evaluation:
         agreement = sum(record["agreeing"] for record in records) / sum(
             record["pixels"] for record in records
         )
+    unlabelled = sum(record.get("unlabelled", 0) for record in records)
+    pixels = int(table[1].sum()) + unlabelled * ignore_unlabelled
     return Evaluation(
-        ClassCounts(*map(torch.from_numpy, table)),
+        ClassCounts(*map(torch.from_numpy, table), unlabelled=unlabelled),
         len(records),
         statistics.median(record["seconds"] for record in records),
         agreement,
         activations,
+        unlabelled / pixels if pixels else 0.0,
     )
+
+
+def _fold_table(fold: Sequence[int], classes: int) -> Tensor:
+    """The class of each label, and of -1 behind them, which a negative index finds."""
+    if not len(fold):
+        raise InputError("fold: it is empty; give the class of each label")
+    for label, index in enumerate(fold):
+        if not 0 <= index < classes:
+            raise InputError(f"fold: label {label} goes to class {index}, and there are {classes} classes")
+    return torch.tensor([*fold, NONE], dtype=torch.int64)
 
 
 def _sparse(counts: ClassCounts) -> list[list[int]]:
@@ -228,7 +261,9 @@ def _agreeing(labels: Tensor, path: Path) -> int:
         raise InputError(
             f"{path}: a label map {list(other.shape)} to compare with one of {list(labels.shape)}"
         )
-    return int((labels.numpy() == other).sum())
+    stored = labels.long()
+    stored = stored.masked_fill(stored == NONE, UNLABELLED_VALUE)  # as `label_png` has it
+    return int((stored.numpy() == other).sum())
 
 
 def _save_labels(labels: Tensor, folder: Path, name: str) -> str:

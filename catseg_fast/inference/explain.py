@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from catseg_fast.backend import choose_backend
 from catseg_fast.engine.schedule import format_bytes
+from catseg_fast.inference.encoding import image_type
 from catseg_fast.inference.readout import READOUT_BYTES
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
         )
         plan = model.engine.plan()
         lines["precision"] = str(plan.embed.dtype).removeprefix("torch.")
+        if (dtype := image_type(model)) != plan.embed.dtype:
+            lines["precision"] += f"; CLIP {str(dtype).removeprefix('torch.')}"
         for stage, reason in getattr(model.engine.stages(plan), "fallbacks", {}).items():
             lines["in torch"] = "; ".join(filter(None, [lines.get("in torch"), f"{stage} ({reason})"]))
         if backend == "triton" and model.device.type == "cuda":
@@ -40,13 +43,11 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
 
             lines["configs"] = describe(map(load, TUNABLE_OPS), model.device, plan.embed.dtype)
             lines["compiler"] = describe_compiler(model.device)
-        kept_bytes = model.engine.recordings.kept
-        lines["graphs"] = (
-            f"{model.engine.graphs}; {model.engine.recordings.replays} calls replayed, "
-            f"{len(kept_bytes)} recordings hold {format_bytes(sum(kept_bytes))}"
-        )
+        lines["graphs"] = f"{model.engine.graphs}; {model.engine.recordings.describe()}"
         lines["policy"] = f"{schedule.policy}: {schedule.reason}"
+        steps, origin = -(-kept // schedule.chunk), "asked for" if model.engine.chunk else "chosen"
         lines["step"] = f"{schedule.chunk} classes of {crops} crops"
+        lines["steps"] = f"{steps} for {kept} classes, {origin}"
         lines["memory"] = (
             f"{format_bytes(schedule.total_bytes)} above weights, inputs and answer "
             f"({format_bytes(schedule.fixed_bytes)} + {format_bytes(schedule.class_bytes)} a class in a "

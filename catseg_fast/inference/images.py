@@ -16,8 +16,17 @@ from torch import Tensor
 
 from catseg_fast.config import MAX_PIXELS
 from catseg_fast.errors import InputError, InputTypeError
-from catseg_fast.inference.decoding import Upright, check_pixels, names, opened, opened_content, upright_size
+from catseg_fast.inference.decoding import (
+    Upright,
+    check_pixels,
+    names,
+    opened,
+    opened_content,
+    orientation_of,
+    upright_size,
+)
 from catseg_fast.inference.sources import describe_source, fetch, is_url, local_path
+from catseg_fast.inference.transfer import to_device
 
 ImageLike: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
@@ -34,7 +43,12 @@ _EXPECTED = (
 )
 
 
-def load_image(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
+def load_image(
+    image: ImageLike,
+    name: str = "image",
+    max_pixels: int | None = MAX_PIXELS,
+    device: torch.device | None = None,
+) -> Tensor:
     """Turn any accepted image into a float32 tensor [3, H, W] of RGB values in 0..255.
 
     Files and PIL images are turned upright by their EXIF orientation and converted to 8-bit RGB from any
@@ -50,6 +64,7 @@ def load_image(image: ImageLike, name: str = "image", max_pixels: int | None = M
         image: what to read.
         name: the argument's name in error messages.
         max_pixels: most pixels of a file or PIL image, looked up before it is decoded; None for no limit.
+        device: where the values go; 8-bit ones become floats there. By default they stay where they are.
 
     Raises:
         FileNotFoundError: if the path does not exist.
@@ -57,11 +72,23 @@ def load_image(image: ImageLike, name: str = "image", max_pixels: int | None = M
         InputTypeError: if the object or its dtype is not supported.
         RunError: if a URL cannot be fetched.
     """
-    return load_pixels(image, name, max_pixels).to(torch.float32)
+    return as_floats(load_pixels(image, name, max_pixels), device)
+
+
+def as_floats(pixels: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return what `load_pixels` gives as contiguous float32, on a device; bytes go there as they are."""
+    if device is not None:
+        pixels = to_device(pixels, device)
+    if pixels.dtype == torch.float32:
+        return pixels
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def load_pixels(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
-    """`load_image`, but what holds 8 bits stays uint8, a quarter of the memory."""
+    """`load_image`, but what holds 8 bits stays uint8, a quarter of the memory.
+
+    Pixels that come as bytes are not copied, and need not be contiguous.
+    """
     check_max_pixels(max_pixels)
     if isinstance(image, str) and is_url(image):
         path = local_path(image, name)
@@ -102,6 +129,21 @@ def image_size(path: Path, name: str = "image", max_pixels: int | None = MAX_PIX
     """Return the (H, W) that `load_image` gives for a file, from its header; errors as of `load_image`."""
     with opened(path, name, max_pixels) as image:
         return upright_size(image)
+
+
+def check_upright(path: Path) -> None:
+    """Check that a picture is stored as it is to be shown.
+
+    Raises:
+        InputError: if its EXIF orientation turns it.
+    """
+    try:
+        with opened(path, "image", None) as image:
+            orientation = orientation_of(image)
+    except Exception:  # of a size or a kind that Pillow does not read
+        return
+    if orientation != 1:
+        raise InputError(f"{path}: EXIF orientation {orientation} turns it; store it upright to use tiles")
 
 
 def check_max_pixels(max_pixels: int | None) -> int | None:
@@ -173,7 +215,8 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
         )
     channels_first = np.atleast_3d(array).transpose(2, 0, 1)[:3]  # without alpha
     if array.dtype == np.uint8:
-        return _rgb(torch.from_numpy(np.array(channels_first, order="C")), shape, name)
+        values = torch.from_numpy(np.require(np.atleast_3d(array), requirements=["C", "W"]))
+        return _rgb(values.permute(2, 0, 1)[:3], shape, name)
     with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
         values = torch.from_numpy(np.array(channels_first, dtype=np.float32, order="C"))
     return _validated(values, shape, name)
@@ -197,7 +240,7 @@ def _from_tensor(tensor: Tensor, name: str) -> Tensor:
 
 def _validated(values: Tensor, shape: list[int], name: str) -> Tensor:
     """Check float32 `values` [1 or 3, H, W] that came as an input of `shape`; return them as RGB."""
-    rgb = _rgb(values, shape, name)
+    rgb = _rgb(values, shape, name).contiguous()
     low, high = (bound.item() for bound in values.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = values.numel() - int(values.isfinite().sum())
@@ -223,4 +266,4 @@ def _rgb(values: Tensor, shape: list[int], name: str) -> Tensor:
     """Return `values` [1 or 3, H, W] that came as an input of `shape` as [3, H, W]."""
     if values.numel() == 0:
         raise InputError(f"{name}: the image is empty, got shape {shape}")
-    return values.expand(3, -1, -1).contiguous()
+    return values.expand(3, -1, -1)

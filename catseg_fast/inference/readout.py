@@ -128,13 +128,15 @@ def reader(readout: Readout, target: Target, backend: str = "torch") -> Callable
     if backend == "triton" and isinstance(target, LabelMap):
         return partial(_update_by_kernel, readout, target)
     step = max(1, READOUT_BYTES // readout.class_bytes)
-    taken = [0] * len(readout.rows)  # classes, by strip
+    whole = isinstance(target, TopClasses)  # it takes all rows at once
+    taken = [0] * (1 if whole else len(readout.rows))  # classes, by strip
 
     def consume(classes: slice, logits: Tensor) -> None:
         for start in range(max(min(taken), classes.start), classes.stop, step):
             stop = min(start + step, classes.stop)
             part = slice(start - classes.start, stop - classes.start)
-            for index, (rows, probabilities) in enumerate(readout.strips(logits[:, part])):
+            strips = [(ALL, readout(logits[:, part]))] if whole else readout.strips(logits[:, part])
+            for index, (rows, probabilities) in enumerate(strips):
                 first = max(start, taken[index])
                 if first < stop:
                     target.update(first, probabilities[first - start :], rows)
@@ -227,27 +229,45 @@ class LabelMap:
 class TopClasses:
     """The k best classes of each pixel and their probabilities, best first; of equal ones, the first.
 
+    Args:
+        count: k.
+        size: (height, width) of the map.
+        device: where it is.
+        owners: the class of each name that is taken in, ascending, where classes have several names or not
+            all are taken in; by default each name is a class.
+
     Attributes:
         scores: float32 `[k, H, W]`.
         labels: int32 `[k, H, W]`.
     """
 
-    def __init__(self, count: int, size: Size, device: torch.device) -> None:
-        self.count = count
-        self._scores = torch.empty(count, *size, device=device)
-        self._labels = torch.empty(count, *size, dtype=torch.int32, device=device)
+    def __init__(
+        self, count: int, size: Size, device: torch.device, owners: Sequence[int] | None = None
+    ) -> None:
+        self.count, self.owners = count, owners
+        self.scores = torch.empty(0, *size, device=device)
+        self.labels = torch.empty(0, *size, dtype=torch.int32, device=device)
         self.reset()
 
     def reset(self) -> None:
-        self.scores, self.labels = self._scores[:0], self._labels[:0]
+        self.scores, self.labels = self.scores[:0], self.labels[:0]
+        self._seen, self._last = 0, -1  # number of classes so far, and the last of them
 
     def update(self, first: int, probabilities: Tensor, rows: slice = ALL) -> None:
-        held, total = min(first, self.count), first + len(probabilities)
-        kept = min(total, self.count)
-        indices = torch.arange(first, total, dtype=torch.int32, device=self._labels.device)
-        known = [x[:held, rows] for x in (self._scores, self._labels)]
-        labels = torch.cat([known[1], indices[:, None, None].expand(-1, *known[1].shape[1:])])
-        scores, order = torch.cat([known[0], probabilities]).sort(dim=0, descending=True, stable=True)
-        self._labels[:kept, rows] = labels.gather(0, order[:kept])
-        self._scores[:kept, rows] = scores[:kept]
-        self.scores, self.labels = self._scores[:kept], self._labels[:kept]
+        names = range(first, first + len(probabilities))
+        owners = list(names) if self.owners is None else [self.owners[name] for name in names]
+        classes = list(dict.fromkeys(owners))
+        if len(classes) < len(owners):
+            parts = probabilities.split([owners.count(label) for label in classes])
+            probabilities = torch.stack([part.amax(dim=0) for part in parts])
+        scores, seen = self.scores, self._seen + len(classes)
+        if classes[0] == self._last:  # further names of a class that is among the best, or was
+            entry, seen = self.labels == self._last, seen - 1
+            before = scores.masked_fill(~entry, -torch.inf).amax(dim=0)
+            probabilities = torch.cat([probabilities[:1].maximum(before), probabilities[1:]])
+            scores = scores.masked_fill(entry, -torch.inf)  # comes last, and is cut off
+        indices = self.labels.new_tensor(classes)[:, None, None].expand_as(probabilities)
+        scores, order = torch.cat([scores, probabilities]).sort(dim=0, descending=True, stable=True)
+        count = min(self.count, seen)
+        labels = torch.cat([self.labels, indices]).gather(0, order[:count])
+        self.scores, self.labels, self._seen, self._last = scores[:count].clone(), labels, seen, classes[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from catseg_fast.backend import choose_backend
 from catseg_fast.engine.schedule import Schedule
 from catseg_fast.errors import InputError, RunError
-from catseg_fast.inference.encoding import EncodedImage, encode
+from catseg_fast.inference.encoding import EncodedImage, encode, image_type, join
 from catseg_fast.inference.readout import (
     READOUT_BYTES,
     LabelMap,
@@ -24,7 +23,7 @@ from catseg_fast.inference.readout import (
 )
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.reference.model import as_map
-from catseg_fast.weights import weights_state
+from catseg_fast.weights import module_tensors, weights_state
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -41,27 +40,32 @@ def label(
     """
     if top_k is not None and top_k <= 0:
         raise InputError(f"top_k: {top_k} is not positive")
+    fold = model.fold
     if keep_logits and model.engine.share is not None:
         raise RunError("class parallel: no rank has all logits; segment with keep_logits=False")
     sizes = [image.readout.size for image in encoded]
     targets: list[LabelMap | TopClasses] = [LabelMap(size, model.device) for size in sizes]
     if top_k is not None:
-        count = min(top_k, len(model.classes))
-        targets = [TopClasses(count, size, model.device) for size in sizes]
+        owners: Sequence[int] | None = None if fold is None else fold.owners
+        if model.engine.share is not None:
+            owners = (owners or range(len(model.classes)))[model.engine.share.own]
+        count = min(top_k, len(model.label_classes))
+        targets = [TopClasses(count, size, model.device, owners) for size in sizes]
     target_bytes = sum(8 * (top_k or 1) * height * width for height, width in sizes)
     share, store = model.engine.share, LogitStore(len(model.classes)) if keep_logits else None
     if share is None:
         read_out(model, encoded, targets, target_bytes, store)
     else:
         dtype, readouts = model.engine.plan().embed.dtype, [image.readout for image in encoded]
-        with share.together(model.device, dtype, top_k, model.max_classes, readouts):
+        with share.together(model.device, dtype, top_k, model.max_classes, readouts, fold):
             read_out(model, encoded, targets, target_bytes)
             for target in targets:
-                share.merge(target, min(top_k or 1, len(model.classes)))
+                if isinstance(target, LabelMap):
+                    target.labels = target.labels + share.own.start
+                share.merge(target, min(top_k or 1, len(model.label_classes)))
+    logits = None if store is None else store.logits
     return [
-        Segmentation.of(
-            target, model.classes, image.readout, None if store is None else store.logits, image.image
-        )
+        Segmentation.of(target, model.classes, image.readout, logits, image.image, fold)
         for image, target in zip(encoded, targets, strict=True)
     ]
 
@@ -81,21 +85,22 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
     kept = total if limit is None else min(total, limit)
     schedule = engine.schedule(crops, (H, W), kept, held, kept < total)
 
-    def run(pixels: Tensor) -> LabelMap:
+    def run(pixels: Tensor, checked: bool = False) -> LabelMap:
         target = LabelMap(readout.size, model.device)
-        read_out(model, encode(model, [pixels], [readout]), [target], schedule=schedule)
+        read_out(model, encode(model, [pixels], [readout], checked), [target], schedule=schedule)
         return target
 
     def finish(target: LabelMap) -> Segmentation:
-        return Segmentation.of(target, model.classes, readout)
+        return Segmentation.of(target, model.classes, readout, fold=model.fold)
 
     if not engine.records(device, schedule):
-        return finish(run(pixels))
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    key = ("label", readout, weights_state(tensors), limit, engine.recording_key(plan, vocabulary, schedule))
+        answer, certain = finish(run(pixels)), image_type(model) == model.dtype
+        return answer if certain or not answer.scores.isnan().any() else finish(run(pixels, checked=True))
+    weights = engine.recordings.number(weights_state(module_tensors(model, buffers=True)))
+    key = ("label", readout, weights, limit, engine.recording_key(plan, vocabulary, schedule))
     answer = engine.recordings(key, [pixels], run, finish)
     # What overflows fp16 is computed again, which a recording cannot decide.
-    return finish(run(pixels)) if answer.scores.isnan().any() else answer
+    return finish(run(pixels, checked=True)) if answer.scores.isnan().any() else answer
 
 
 @torch.no_grad()
@@ -116,8 +121,8 @@ def read_out(
     """
     crops = [len(image.features) for image in encoded]
     readouts = [image.readout for image in encoded]
-    features = _join([image.features for image in encoded])
-    guidance = [_join(maps) for maps in zip(*(image.guidance for image in encoded), strict=True)]
+    features = join([image.features for image in encoded])
+    guidance = [join(maps) for maps in zip(*(image.guidance for image in encoded), strict=True)]
     backend = choose_backend(model.backend, model.device)
     if backend == "reference":
         if model.engine.share is not None:
@@ -135,7 +140,3 @@ def read_out(
         img_feats, vocabulary, guidance, model.max_classes,
         lambda: read_all(readouts, targets, crops, backend, store), plan, schedule,
     )  # fmt: skip
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,9 @@ from catseg_fast.errors import InputError, InputTypeError
 from catseg_fast.inference.images import ImageLike, load_bytes
 from catseg_fast.inference.readout import LabelMap, Readout, TopClasses
 from catseg_fast.inference.sources import is_url
+from catseg_fast.inference.transfer import to_host
+from catseg_fast.labels import NONE, check_min_score
+from catseg_fast.text.fold import Fold
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,9 +28,10 @@ class Segmentation:
     """The answer for one picture.
 
     Attributes:
-        labels: index into `classes` of each pixel's best class, int32 `[H, W]`, on the CPU.
-        scores: that class's probability, float32 `[H, W]`, on the CPU.
-        classes: the class names.
+        labels: index into `classes` of each pixel's best class, int32 `[H, W]`, on the CPU; -1 where that
+            class's probability is below `min_score`.
+        scores: the best class's probability, float32 `[H, W]`, on the CPU, whatever `min_score`.
+        classes: the class names; of a fold, those of its classes.
         top_labels, top_scores: the best k classes and their probabilities, best first, `[k, H, W]`, where
             they were asked for.
         logits: the crops' logits `[B, T, h, w]` on the CPU, where they were asked for: `score_map` reads
@@ -35,6 +39,8 @@ class Segmentation:
         readout: how the crops make up the picture, with `logits`.
         image: the picture as it was given, not a copy, or its pixels where it was a stream or a URL:
             `overlay` and `save` read it. None where the answer is not of `segment` or `segment_batch`.
+        fold: the classes' names, where a class has several.
+        min_score: the probability below which a pixel, or an entry of `top_labels`, has the label -1.
     """
 
     labels: Tensor
@@ -45,25 +51,60 @@ class Segmentation:
     logits: Tensor | None = None
     readout: Readout | None = None
     image: ImageLike | None = field(default=None, repr=False, compare=False)
+    fold: Fold | None = None
+    min_score: float | None = None
 
     @classmethod
     def of(
         cls,
         target: LabelMap | TopClasses,
-        classes: tuple[str, ...],
+        names: tuple[str, ...],
         readout: Readout,
         logits: Tensor | None = None,
         image: ImageLike | None = None,
+        fold: Fold | None = None,
     ) -> Segmentation:
-        """The answer that was read out into a target."""
-        labels, scores = target.labels.cpu(), target.scores.cpu()
-        kept = None if logits is None else readout
-        if isinstance(target, LabelMap):
-            return cls(labels, scores, classes, logits=logits, readout=kept, image=image)
-        return cls(labels[0], scores[0], classes, labels, scores, logits, kept, image)
+        """The answer that was read out into a target.
+
+        Args:
+            target: a label map of names, or the best classes.
+            names: what the model has told apart.
+            readout: how the crops make up the picture.
+            logits: of the names.
+            image: the picture, as of `kept_image`.
+            fold: of the names into classes.
+        """
+        labels, scores = to_host(target.labels, target.scores)
+        kept, classes = None if logits is None else readout, names if fold is None else fold.classes
+        if isinstance(target, TopClasses):
+            return cls(labels[0], scores[0], classes, labels, scores, logits, kept, image, fold)
+        if fold is not None:
+            labels = torch.tensor(fold.owners, dtype=torch.int32)[labels]
+        return cls(labels, scores, classes, logits=logits, readout=kept, image=image, fold=fold)
+
+    def with_min_score(self, min_score: float | None) -> Segmentation:
+        """Return the same with the label -1 where the probability is below `min_score`; itself for None.
+
+        Raises:
+            InputError: if it is not in 0..1, or below the one by which labels were dropped before.
+        """
+        if min_score is None:
+            return self
+        if check_min_score(min_score) < (self.min_score or 0):
+            raise InputError(
+                f"min_score: {min_score} is below {self.min_score}, by which labels were dropped before; "
+                "segment with the lowest one first"
+            )
+        labels = self.labels.masked_fill(self.scores < min_score, NONE)
+        top = self.top_labels
+        if top is not None and self.top_scores is not None:
+            top = top.masked_fill(self.top_scores < min_score, NONE)
+        return replace(self, labels=labels, top_labels=top, min_score=min_score)
 
     def score_map(self, label: int | str) -> Tensor:
         """The probability of one class, by index or name, at each pixel: float32 `[H, W]`.
+
+        Of a class with several names, it is the largest of theirs.
 
         Raises:
             InputError: if there is no such class, or the logits were not kept.
@@ -71,7 +112,8 @@ class Segmentation:
         if self.logits is None or self.readout is None:
             raise InputError("score_map: the logits were not kept; segment with keep_logits=True")
         index = self._index(label)
-        return self.readout(self.logits[:, index : index + 1])[0]
+        names = slice(index, index + 1) if self.fold is None else self.fold.names_of(index)
+        return self.readout(self.logits[:, names]).amax(dim=0)
 
     def mask(self, label: int | str) -> Tensor:
         """The pixels of one class, by index or name: bool `[H, W]`.
@@ -82,7 +124,10 @@ class Segmentation:
         return self.labels == self._index(label)
 
     def shares(self) -> dict[str, float]:
-        """The share of the pixels of each class that occurs, by name, the largest first."""
+        """The share of the pixels of each class that occurs, by name, the largest first.
+
+        The rest of 1 has no class: see `min_score`.
+        """
         from catseg_fast.output.overlay import class_shares
 
         shares = enumerate(class_shares(self.labels, len(self.classes)).tolist())
@@ -118,6 +163,8 @@ class Segmentation:
     ) -> list[Path]:
         """Write what `catseg-fast segment` writes: overlay, label map and JSON file; return their paths.
 
+        The best classes per pixel, where there are several, go to a file of their own.
+
         Only results of the same picture are replaced, and files of others never.
 
         Args:
@@ -144,7 +191,7 @@ class Segmentation:
             Path(folder), stem, self._pixels(source), self, about, alpha,
             picture=path, digest=digest, formats=formats,
         )  # fmt: skip
-        return result_paths(Path(folder), stem, formats)
+        return result_paths(Path(folder), stem, formats, self.top_labels is not None)
 
     def _pixels(self, image: ImageLike | None) -> Tensor:
         source = self.image if image is None else image

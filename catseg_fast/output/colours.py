@@ -91,7 +91,7 @@ def colours_for(
 
     Args:
         classes: the class names.
-        labels: indices into `classes` `[H, W]`.
+        labels: indices into `classes` `[H, W]`; -1 where no class fits.
         photo: the picture, RGB `[H, W, 3]`.
         alpha: share of the colours when they are laid over the picture.
     """
@@ -148,19 +148,20 @@ def _areas(
     strips = row_strips(*labels.shape)
     pixels = np.zeros(count, np.int64)
     for rows in strips:
-        pixels += np.bincount(labels[rows].ravel(), minlength=count)
+        pixels += np.bincount(labels[rows].ravel().astype(np.int64) + 1, minlength=count + 1)[1:]
     present = pixels.nonzero()[0]
-    place = np.searchsorted(present, np.arange(count))
-    sums = np.zeros((len(present), 3))
-    beside = np.zeros((len(present), len(present)), bool)
+    last = len(present)  # where no class fits
+    place = np.append(np.searchsorted(present, np.arange(count)), last)
+    sums = np.zeros((last + 1, 3))
+    beside = np.zeros((last + 1, last + 1), bool)
     for rows in strips:
         index = place[labels[rows]].ravel()
         for channel in range(3):
-            sums[:, channel] += np.bincount(index, photo[rows, :, channel].ravel(), len(present))
+            sums[:, channel] += np.bincount(index, photo[rows, :, channel].ravel(), last + 1)
         edge = labels[max(0, rows.start - 1) : rows.stop]  # with the row above
-        beside |= _touching(place[edge], len(present))
+        beside |= _touching(place[edge], last + 1)
     pixels = pixels[present]
-    return pixels, present, sums / pixels[:, None], beside
+    return pixels, present, sums[:-1] / pixels[:, None], beside
 
 
 def _touching(index: NDArray[np.integer], count: int) -> NDArray[np.bool_]:

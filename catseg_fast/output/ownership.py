@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from catseg_fast.identity import content_digest, place_digest, place_of, read_ma
 
 PNG_SUFFIXES = (".overlay.png", ".labels.png")
 # What is also written if asked for, as of `catseg_fast.output.formats`; the masks are a folder.
-FORMAT_SUFFIXES = (".palette.png", ".masks", ".coco-rle.json", ".coco-polygons.json")
+FORMAT_SUFFIXES = (".palette.png", ".masks", ".coco-rle.json", ".coco-polygons.json", ".top.npz")
+VIDEO_SUFFIXES = (".overlay.mp4", ".labels")  # the labels are a folder of frames
+TILED_SUFFIXES = (".overlay.png", ".labels.tif")  # of a picture that was segmented in tiles
+OTHER_SUFFIXES = (*FORMAT_SUFFIXES, *VIDEO_SUFFIXES, ".labels.tif")  # what not every result has
 
 
 class Owner(Enum):
@@ -41,8 +45,9 @@ def owner_of(folder: Path, stem: str, picture: Path | None) -> Owner:
     result = folder / f"{stem}.json"
     images = [path for suffix in PNG_SUFFIXES if os.path.lexists(path := folder / (stem + suffix))]
     marks = [read_png_mark(path) for path in images]
-    others = [path for suffix in FORMAT_SUFFIXES if os.path.lexists(path := folder / (stem + suffix))]
-    if any(read_mark(path) is None for path in others):
+    others = [folder / (stem + suffix) for suffix in OTHER_SUFFIXES]
+    other_marks = [read_mark(path) for path in others if os.path.lexists(path) and not _is_empty(path)]
+    if None in other_marks:
         return Owner.STRANGER
     if os.path.lexists(result):
         content = read_result(result)
@@ -54,7 +59,7 @@ def owner_of(folder: Path, stem: str, picture: Path | None) -> Owner:
                     return Owner.STRANGER
         ours = picture is None or is_result_of(content, picture)
         return Owner.THIS_PICTURE if ours else Owner.OTHER_PICTURE
-    marks += [read_mark(path) for path in others]
+    marks += other_marks
     if not marks:
         return Owner.NOBODY
     if None in marks:
@@ -88,7 +93,7 @@ def is_result_of(content: dict[str, Any], picture: Path) -> bool:
 
 def is_result(path: Path) -> bool:
     """Check whether a file is one of a result's."""
-    if path.name.endswith(FORMAT_SUFFIXES) or path.parent.suffix == ".masks":
+    if path.name.endswith(OTHER_SUFFIXES) or path.parent.suffix in (".masks", ".labels"):
         return read_mark(path) is not None
     if path.suffix == ".json":
         return read_result(path) is not None
@@ -107,7 +112,9 @@ def is_result(path: Path) -> bool:
 
 
 def _is_empty(path: Path) -> bool:
-    """Files can be left empty when the power fails."""
+    """Files can be left empty when the power fails, and folders when a run is killed."""
+    if path.is_dir():
+        return not any(path.iterdir())
     return path.is_file() and path.stat().st_size == 0
 
 
@@ -120,3 +127,31 @@ def _is_damaged(path: Path) -> bool:
     except (OSError, RecursionError):
         return False
     return False
+
+
+def unique_stems(
+    paths: Iterable[Path], is_free: Callable[[Path, str], bool] = lambda path, stem: True
+) -> list[str]:
+    """Return a stem for each path's outputs: its own, numbered where two would meet ("photo", "photo-2").
+
+    Args:
+        paths: of pictures whose results go into one folder.
+        is_free: tells whether a path's outputs can have a stem.
+    """
+    paths = list(paths)
+    stems = [path.stem for path in paths]
+    reserved = {stem.casefold() for stem in stems}  # some file systems ignore case
+    taken: set[str] = set()
+    unique = []
+    for path, stem in zip(paths, stems, strict=True):
+        candidate, number = stem, 1
+        while (
+            candidate.casefold() in taken
+            or (number > 1 and candidate.casefold() in reserved)
+            or not is_free(path, candidate)
+        ):
+            number += 1
+            candidate = f"{stem}-{number}"
+        taken.add(candidate.casefold())
+        unique.append(candidate)
+    return unique

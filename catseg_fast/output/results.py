@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,63 +13,46 @@ from torch import Tensor
 
 from catseg_fast.files import temporary_folder
 from catseg_fast.identity import place_digest, place_of, png_mark, result_digest
+from catseg_fast.labels import NONE, NONE_NAME
 from catseg_fast.output.formats import FORMATS, Labelled, check_formats
-from catseg_fast.output.overlay import class_shares, label_png, overlay
-from catseg_fast.output.ownership import FORMAT_SUFFIXES, PNG_SUFFIXES, Owner, owner_of
+from catseg_fast.output.overlay import UNLABELLED_VALUE, class_shares, count_pixels, label_png, overlay
+from catseg_fast.output.ownership import OTHER_SUFFIXES, PNG_SUFFIXES, Owner, owner_of
 from catseg_fast.output.strips import row_strips
+from catseg_fast.output.top_classes import TOP_SUFFIX, write_top_classes
 
 if TYPE_CHECKING:
     from catseg_fast.inference.segmentation import Segmentation
 
 
-def unique_stems(
-    paths: Iterable[Path], is_free: Callable[[Path, str], bool] = lambda path, stem: True
-) -> list[str]:
-    """Return a stem for each path's outputs: its own, numbered where two would meet ("photo", "photo-2").
-
-    Args:
-        paths: of pictures whose results go into one folder.
-        is_free: tells whether a path's outputs can have a stem.
-    """
-    paths = list(paths)
-    stems = [path.stem for path in paths]
-    reserved = {stem.casefold() for stem in stems}  # some file systems ignore case
-    taken: set[str] = set()
-    unique = []
-    for path, stem in zip(paths, stems, strict=True):
-        candidate, number = stem, 1
-        while (
-            candidate.casefold() in taken
-            or (number > 1 and candidate.casefold() in reserved)
-            or not is_free(path, candidate)
-        ):
-            number += 1
-            candidate = f"{stem}-{number}"
-        taken.add(candidate.casefold())
-        unique.append(candidate)
-    return unique
-
-
 def summarise(segmentation: Segmentation) -> list[dict[str, Any]]:
-    """Each class's index, name, share of the pixels and mean score there (None without pixels)."""
+    """Each class's index, name, share of the pixels and mean score there (None without pixels).
+
+    With `min_score`, the last entry has the index -1 and is of the pixels that no class fits; its mean score
+    is that of their best classes.
+    """
     classes, labels, scores = segmentation.classes, segmentation.labels, segmentation.scores
     shares = class_shares(labels, len(classes))
-    sums = torch.zeros(len(classes), dtype=torch.float64)
+    pixels = count_pixels(labels, len(classes))
+    sums = torch.zeros(len(classes) + 1, dtype=torch.float64)
     for part in row_strips(*labels.shape):
-        weights = scores[part].double().flatten()
-        sums += torch.bincount(labels[part].flatten(), weights=weights, minlength=len(classes))
-    means = sums / (shares * labels.numel())
-    rows = zip(classes, shares.tolist(), means.tolist(), strict=True)
-    return [
+        indices, weights = labels[part].flatten().long() + 1, scores[part].double().flatten()
+        sums += torch.bincount(indices, weights, len(classes) + 1)
+    rows = zip(classes, shares.tolist(), (sums / pixels)[1:].tolist(), strict=True)
+    summary = [
         {"index": index, "name": name, "share": share, "mean_score": mean if share else None}
         for index, (name, share, mean) in enumerate(rows)
     ]
+    if segmentation.min_score is not None:
+        share = pixels[0].item() / labels.numel()
+        mean = (sums[0] / pixels[0]).item() if share else None
+        summary.append({"index": NONE, "name": NONE_NAME, "share": share, "mean_score": mean})
+    return summary
 
 
 def save_segmentation(
     folder: Path,
     stem: str,
-    image: Tensor,
+    image: Tensor | Callable[[], Tensor],
     segmentation: Segmentation,
     about: Mapping[str, Any],
     alpha: float = 0.55,
@@ -77,8 +60,12 @@ def save_segmentation(
     picture: Path | None = None,
     digest: str | None = None,
     formats: Sequence[str] = (),
+    present: float | None = None,
+    summary: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Write `stem`.overlay.png, `stem`.labels.png (16 bits), files in other formats, and `stem`.json.
+
+    With `top_labels`, `stem`.top.npz is also written.
 
     The JSON file is removed first and written last. It vouches for the others by their content, so that a
     result that was interrupted is never taken for a complete one. Files of earlier results in formats that
@@ -87,16 +74,19 @@ def save_segmentation(
     Args:
         folder: where to; it is made if need be.
         stem: how the files' names start.
-        image: `[3, H, W]`, RGB in 0..255.
+        image: `[3, H, W]`, RGB in 0..255; or a function that reads it when its turn comes.
         segmentation: the image's.
         about: further entries at the head of the JSON file.
         alpha: share of the colours in the overlay.
         picture: the file that `image` was read from; only results of the same file are replaced.
         digest: of its content, as of `catseg_fast.identity.content_digest`.
         formats: names of other formats, of `catseg_fast.output.formats.FORMATS`.
+        present: least share of the pixels of a class in the legend and the JSON file; by default, all
+            classes that occur.
+        summary: what `summarise` says of the segmentation, whose scores are then not looked at.
 
     Returns:
-        The summary of the classes in the JSON file, as of `summarise`.
+        The classes in the JSON file, as of `summarise`.
 
     Raises:
         OSError: if writing fails; FileExistsError if a file is there that is not a result of this picture.
@@ -105,69 +95,75 @@ def save_segmentation(
         ImportError: if a format needs a package that is not installed.
     """
     check_formats(formats, len(segmentation.classes))
-    summary = summarise(segmentation)
-    save_labels(
-        folder, stem, image, segmentation.labels, summary, about, alpha,
-        picture=picture, digest=digest, formats=formats,
-    )  # fmt: skip
-    return summary
-
-
-def save_labels(
-    folder: Path,
-    stem: str,
-    image: Tensor | Callable[[], Tensor],
-    labels: Tensor,
-    summary: list[dict[str, Any]],
-    about: Mapping[str, Any],
-    alpha: float = 0.55,
-    *,
-    picture: Path | None = None,
-    digest: str | None = None,
-    formats: Sequence[str] = (),
-) -> None:
-    """`save_segmentation` of a label map and its `summarise`; scores need not be kept for it.
-
-    Args:
-        image: or a function that reads it when the label map is written.
-        labels: integers `[H, W]`, indices into the classes of `summary`.
-    """
-    check_formats(formats, len(summary))
-    height, width = labels.shape
-    classes = tuple(entry["name"] for entry in summary)
+    classes = [entry for entry in summary or summarise(segmentation) if entry["share"]]
+    if present is not None:
+        classes = [entry for entry in classes if entry["share"] >= present or entry["index"] == NONE]
+    height, width = segmentation.labels.shape
     folder.mkdir(parents=True, exist_ok=True)
     mark = "" if picture is None else place_digest(picture)
     overlay_name, map_name = names = [stem + suffix for suffix in PNG_SUFFIXES]
     with temporary_folder(folder) as scratch:
-        label_png(labels).save(scratch / map_name, pnginfo=png_mark(mark))
+        label_png(segmentation.labels).save(scratch / map_name, pnginfo=png_mark(mark))
+        pixels = image() if callable(image) else image
+        painted = overlay(pixels, segmentation.labels, segmentation.classes, alpha, present=present or 0.0)
+        painted.save(scratch / overlay_name, pnginfo=png_mark(mark))
+        del pixels, painted
         file_name = stem if picture is None else picture.name
-        labelled = Labelled(labels.numpy(), classes, file_name, mark)
+        labelled = Labelled(segmentation.labels.numpy(), segmentation.classes, file_name, mark)
         for format in dict.fromkeys(formats):
             names.append(stem + FORMATS[format].suffix)
             FORMATS[format].write(scratch / names[-1], labelled)
-        painted = overlay(image() if callable(image) else image, labels, classes, alpha)
-        painted.save(scratch / overlay_name, pnginfo=png_mark(mark))
+        if segmentation.top_labels is not None:
+            names.append(stem + TOP_SUFFIX)
+            write_top_classes(scratch / names[-1], segmentation, mark)
         identity = {
             "path": None if picture is None else place_of(picture),
             "content": digest,
-            "files": {name: result_digest(scratch / name) for name in names},
+            **vouched(scratch, names),
         }
-        content = {**about, "identity": identity, "width": width, "height": height, "classes": summary}
-        result = folder / f"{stem}.json"
-        write_result(scratch / result.name, content)
-        _require_ours(folder, stem, picture)
-        result.unlink(missing_ok=True)
-        (scratch / "replaced").mkdir()
-        for name in (stem + suffix for suffix in FORMAT_SUFFIXES):
-            if os.path.lexists(folder / name):  # a folder cannot be replaced, only moved away
-                os.replace(folder / name, scratch / "replaced" / name)
-        for name in (*names, result.name):
-            os.replace(scratch / name, folder / name)
+        content = {**about, "identity": identity, "width": width, "height": height}
+        if segmentation.min_score is not None:
+            content |= {"min_score": segmentation.min_score, "unlabelled_value": UNLABELLED_VALUE}
+        if present is not None:
+            content["present"] = present
+        content["classes"] = classes
+        require_ours(folder, stem, picture)
+        put_in_place(scratch, folder, stem, names, content)
+    return classes
 
 
-def result_paths(folder: Path, stem: str, formats: Sequence[str] = ()) -> list[Path]:
-    """The paths of what `save_segmentation` writes."""
-    suffixes = [*PNG_SUFFIXES, *(FORMATS[name].suffix for name in dict.fromkeys(formats)), ".json"]
+def vouched(folder: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The entry of a result's "identity" that vouches for files, or folders of files, by their content."""
+    return {"files": {name: result_digest(folder / name) for name in names}}
+
+
+def put_in_place(
+    scratch: Path, folder: Path, stem: str, names: Sequence[str], content: Mapping[str, Any]
+) -> None:
+    """Move a result's files from `scratch` to `folder`; the JSON file is removed first and written last.
+
+    What else is there of the stem shows an earlier answer, and is removed.
+    """
+    result = folder / f"{stem}.json"
+    write_result(scratch / result.name, content)
+    result.unlink(missing_ok=True)
+    (scratch / "replaced").mkdir()
+    for name in (stem + suffix for suffix in (*PNG_SUFFIXES, *OTHER_SUFFIXES)):
+        place = folder / name
+        if name in names and not place.is_dir():
+            continue
+        if os.path.lexists(place):  # a folder cannot be replaced, only moved away
+            os.replace(place, scratch / "replaced" / name)
+    for name in (*names, result.name):
+        os.replace(scratch / name, folder / name)
+
+
+def result_paths(
+    folder: Path, stem: str, formats: Sequence[str] = (), top_classes: bool = False
+) -> list[Path]:
+    """The paths of what `save_segmentation` writes; with `top_classes`, of an answer that has them."""
+    suffixes = [*PNG_SUFFIXES, *(FORMATS[name].suffix for name in dict.fromkeys(formats))]
+    suffixes += [*[TOP_SUFFIX] * top_classes, ".json"]
     return [folder / (stem + suffix) for suffix in suffixes]
 
 
@@ -178,12 +174,18 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
-def _require_ours(folder: Path, stem: str, picture: Path | None) -> None:
+def require_ours(folder: Path, stem: str, picture: Path | None) -> None:
+    """Check that results of a picture may go into the files of a stem, as of `owner_of`.
+
+    Raises:
+        FileExistsError: if one of these is not a result of this picture.
+    """
     owner = owner_of(folder, stem, picture)
     if owner is Owner.OTHER_PICTURE:
         raise FileExistsError(f"{folder / stem}.*: results of another picture than {picture}")
     if owner is Owner.STRANGER:
-        names = ", ".join(stem + suffix for suffix in (*PNG_SUFFIXES, ".json", *FORMAT_SUFFIXES))
+        suffixes = (*PNG_SUFFIXES, ".json", *OTHER_SUFFIXES)
+        names = ", ".join(stem + suffix for suffix in suffixes)
         raise FileExistsError(
             f"{folder}: one of {names} is there and is not a result of catseg-fast; it is not replaced"
         )

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from catseg_fast.console import printable
 from catseg_fast.errors import InputError, MissingPackageError
 from catseg_fast.files import open_regular, replacing
 
@@ -81,7 +82,8 @@ def _rows(results: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 def _write_json(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     count = 0
-    with path.open("w", encoding="utf-8") as file:
+    # A file's name can hold bytes that are not UTF-8: lone surrogates, which JSON has escapes for.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write("[")
         for count, row in enumerate(rows, 1):
             file.write(("\n " if count == 1 else ",\n ") + json.dumps(row, ensure_ascii=False))
@@ -102,7 +104,7 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     )  # fmt: skip
     count = 0
     with pq.ParquetWriter(path, schema) as writer:
-        while group := list(islice(rows, GROUP)):
+        while group := [{**row, "image": printable(row["image"])} for row in islice(rows, GROUP)]:
             writer.write_table(pa.Table.from_pylist(group, schema))
             count += len(group)
     return count

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from catseg_fast.errors import InputError
-from catseg_fast.files import read_text
+from catseg_fast.errors import InputError, InputTypeError
+from catseg_fast.files import open_regular
+from catseg_fast.text.fold import Fold, split_fold
 
 # fmt: off
 EVERYDAY_CLASSES = (
@@ -24,7 +28,32 @@ SCENE_CLASSES = (
 # fmt: on
 
 # Files in lists/; each names its source and licence.
-READY_LISTS = ("ade-150", "ade-847", "pc-459", "lvis-1203")
+DATA_SET_LISTS = ("ade-150", "ade-847", "pc-459", "lvis-1203", "pas-20", "pas-20b")
+NOUNS = "imagenet-12k"
+READY_LISTS = (*DATA_SET_LISTS, NOUNS)
+
+# One name per class, or each class's names, as `CATSeg.set_classes` takes them.
+Names = list[str] | dict[str, list[str]]
+
+# Characters that look like a separator, or separate elsewhere, but are a part of the name here.
+_LOOKALIKES = {
+    "\uff1b": "a full-width semicolon",
+    "\ufe54": "a small semicolon",
+    "\u061b": "an Arabic semicolon",
+    "\u037e": "a Greek question mark",
+    "\uff0c": "a full-width comma",
+    "\u3001": "an ideographic comma",
+    "\u060c": "an Arabic comma",
+    "|": "a vertical bar",
+    "\t": "a tab",
+}
+_BYTE_ORDER_MARKS = {  # the longer ones first: that of UTF-32 starts with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_COMMENT = re.compile(r"(^|\s)#.*")
 
 
 @dataclass(frozen=True)
@@ -36,11 +65,11 @@ class ReadyList:
     source: str
     licence: str
     note: str
-    classes: list[str]
+    classes: Names
 
 
 def ready_list(name: str) -> ReadyList:
-    """A list by its name, whatever its case.
+    """Return a list by its name, whatever its case.
 
     Raises:
         InputError: if it is not one of `READY_LISTS`.
@@ -48,11 +77,15 @@ def ready_list(name: str) -> ReadyList:
     key = name.strip().lower()
     if key not in READY_LISTS:
         raise InputError(f"classes: no list is named {name!r}; choose one of {', '.join(READY_LISTS)}")
+    if key == NOUNS:
+        from catseg_fast.text.nouns import nouns
+
+        return ReadyList(**nouns())
     path = Path(__file__).parent / "lists" / f"{key}.json"
     return ReadyList(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def parse_classes(text: str) -> list[str]:
+def parse_classes(text: str) -> Names:
     """The names of "sky; tree; person, man": semicolons separate classes, commas a class's synonyms.
 
     The name of a ready list, such as "ade-150", stands for its classes.
@@ -65,8 +98,13 @@ def parse_classes(text: str) -> list[str]:
     return _some([name.strip() for name in text.split(";") if name.strip()], "the class list")
 
 
-def read_classes(path: Path) -> list[str]:
-    """The class names in a .txt file, one a line, or in a .json file, a list of strings; both in UTF-8.
+def read_classes(path: Path) -> Names:
+    """The class names in a text file in UTF-8.
+
+    A .txt file has one class per line; blank lines are skipped, and a "#" at a line's start or after white
+    space starts a comment. A .json file has a list of strings; or an object with the names of each class,
+    `{"background": ["wall", "floor"]}`; or Hugging Face's id2label, an object from indices to names such as
+    `{"0": "wall", "1": "sky"}`, which may be in a whole config.json.
 
     Raises:
         OSError: if the file cannot be read.
@@ -75,19 +113,117 @@ def read_classes(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".json"):
         raise InputError(f"{path}: expected a .txt or a .json file")
-    try:
-        text = read_text(path, encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+    text = _read_utf8(path)
     if suffix == ".txt":
-        return _some([line.strip() for line in text.splitlines() if line.strip()], str(path))
+        lines = (_COMMENT.sub("", line).strip() for line in re.split(r"\r\n|\r|\n", text))
+        return _some([line for line in lines if line], str(path))
     try:
-        names = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_repetition)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
+    names = _from_object(content, path) if isinstance(content, dict) else content
+    if isinstance(names, dict):
+        return names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: expected a JSON list of strings")
+        raise InputError(f"{path}: expected a JSON list of strings, or an object with lists of them")
     return _some(names, str(path))
+
+
+def read_flat_classes(path: Path, purpose: str) -> list[str]:
+    """`read_classes`, where each class has one name.
+
+    Raises:
+        InputError: if a class has several; the message begins with the path and says what for they are not.
+    """
+    names = read_classes(path)
+    if isinstance(names, dict):
+        raise InputError(f"{path}: {purpose} takes one name per class; give a list of strings")
+    return names
+
+
+def separator_notes(names: Names, file: bool = False) -> list[str]:
+    """Remarks on names that may be several classes, written with separators that are none.
+
+    Args:
+        names: as read.
+        file: whether they are from a file rather than a line of text.
+    """
+    rule = "lines (.txt) or strings (.json) separate classes" if file else "semicolons separate classes"
+    notes = []
+    flat, fold = split_fold(names)
+    if fold is None and len(flat) == 1 and "," in flat[0]:
+        count = flat[0].count(", ") + 1
+        kind = f"one class with {count} synonyms" if count > 1 else "one class"
+        notes.append(f"this is {kind}; {rule}: {_short(flat[0])}")
+    suspects = dict(_LOOKALIKES)
+    if file:
+        suspects[";"] = "a semicolon"
+    for character, title in suspects.items():
+        found = [name for name in flat if character in name.strip()]
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            notes.append(f"{_short(found[0])}{more} is one class with {title} in its name; {rule}")
+    lists = [name for name in flat if name.strip().lower() in READY_LISTS]
+    if lists:
+        notes.append(f"{lists[0]!r} is a class of that name here; to use the list, name nothing else")
+    return notes
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 60 else name[:59] + "…")
+
+
+def _read_utf8(path: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        OSError: if it cannot be read.
+        InputError: if it is not UTF-8.
+    """
+    with open_regular(path) as file:
+        content = file.read()
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark)), None)
+    if encoding is None and b"\0" in content:
+        encoding = "UTF-16 or binary"
+    if encoding is not None:
+        raise InputError(f"{path} is {encoding}, not UTF-8: save it as UTF-8 (`iconv -f UTF-16 -t UTF-8`)")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python would keep the last of two equal keys."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InputError(f"the key {twice!r} is listed twice")
+    return content
+
+
+def _from_object(content: dict[str, Any], path: Path) -> Names:
+    """The names in a JSON object: by class, or by index."""
+    labels = content.get("id2label")
+    if not isinstance(labels, dict):
+        labels = content
+    if labels and all(key.isdecimal() and isinstance(name, str) for key, name in labels.items()):
+        expected = [str(index) for index in range(len(labels))]
+        if labels.keys() != set(expected):
+            odd = next(iter(key for key in labels if key not in expected))
+            raise InputError(
+                f"{path}: expected the keys 0..{len(labels) - 1} for {len(labels)} names, as Hugging Face's "
+                f"id2label has them; found the key {odd!r}"
+            )
+        return [labels[key] for key in expected]
+    try:
+        Fold.of(content, str(path))
+    except InputTypeError as error:  # of what is in a file
+        raise InputError(str(error)) from error
+    return {label: [some] if isinstance(some, str) else some for label, some in content.items()}
 
 
 def _some(names: list[str], where: str) -> list[str]:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from catseg_fast.config import Version
 from catseg_fast.errors import InputError
 from catseg_fast.text.prompts import class_prompts
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
 
 KEPT_WORDS = 2**16
 
@@ -69,4 +72,6 @@ def _encode_word(word: str) -> tuple[int, ...]:
 
 @cache
 def _tokenizer() -> SimpleTokenizer:
+    from open_clip.tokenizer import SimpleTokenizer  # takes seconds
+
     return SimpleTokenizer()

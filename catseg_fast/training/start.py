@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from catseg_fast.checkpoints.checkpoint import load_into
-from catseg_fast.checkpoints.recognise import CLIP
+from catseg_fast.checkpoints.recognise import CLIP, recognise_variant
+from catseg_fast.config import VARIANTS, Variant
+from catseg_fast.errors import InputError
 from catseg_fast.model import CATSeg
 
 JOINT, SPLIT = "attn.in_proj_weight", tuple(f"attn.{part}_proj_weight" for part in "qkv")
@@ -29,6 +31,37 @@ def load_start(model: CATSeg, state_dict: Mapping[str, Tensor], source: str) -> 
         load_into(model, state_dict, source)
     else:
         load_into(model.clip_model, split_attention(clip) if model.variant.version == "v2" else clip, source)
+
+
+def variant_of(state_dict: Mapping[str, Tensor], source: str) -> Variant:
+    """Return the variant that a checkpoint is of; for CLIP only, one that has it, v2 where there is one.
+
+    Args:
+        state_dict: as for `load_start`.
+        source: what to call it in an error.
+
+    Raises:
+        InputError: if it is neither, or no variant has this CLIP.
+    """
+    clip = clip_alone(state_dict)
+    try:
+        if clip is None:
+            return recognise_variant(state_dict)
+        for variant in sorted(VARIANTS.values(), key=lambda variant: variant.version, reverse=True):
+            if clip_tower(clip) == (variant.clip.vision_width, variant.clip.vision_layers):
+                return variant
+    except ValueError as error:
+        raise InputError(f"{source}: {error}") from error
+    width, layers = clip_tower(clip)
+    raise InputError(
+        f"{source}: no variant has a CLIP whose image tower has {layers} layers of {width} channels"
+    )
+
+
+def clip_tower(clip: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The channels and the number of layers of a CLIP's image tower."""
+    blocks = {key.split(".")[3] for key in clip if key.startswith("visual.transformer.resblocks.")}
+    return len(clip["visual.conv1.weight"]), len(blocks)
 
 
 def clip_alone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -99,7 +99,8 @@ def _launch(
     step = max(1, SCRATCH_BYTES // (4 * window[0] * window[1]))
     for start in range(0, logits.shape[1], step):
         maps = merge.launch(logits[:, start : start + step], window, merging)
-        scores, labels = update.launch(maps, scores, labels, first + start, False, updating)
+        own = (scores, labels) if start else None
+        scores, labels = update.launch(maps, scores, labels, first + start, False, updating, own)
     return scores, labels
 
 

@@ -77,11 +77,22 @@ def default_config(device: torch.device) -> UpdateConfig:
 
 
 def launch(
-    maps: Tensor, scores: Tensor, labels: Tensor, first: int, are_logits: bool, config: UpdateConfig
+    maps: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    first: int,
+    are_logits: bool,
+    config: UpdateConfig,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """New scores and labels `[H, W]` from `maps [t, rows, columns]`, whose columns are contiguous."""
+    """Return new scores and labels `[H, W]` from `maps [t, rows, columns]`, whose columns are contiguous.
+
+    They are written to `out`, which may be the old ones, or to new tensors.
+    """
     (t, rows, columns), (height, width) = maps.shape, scores.shape
-    new_scores, new_labels = scores.new_empty((height, width)), labels.new_empty((height, width))
+    if out is None:
+        out = scores.new_empty((height, width)), labels.new_empty((height, width))
+    new_scores, new_labels = out
     launcher.run(
         update_kernel, (triton.cdiv(height * width, config.pixels),),
         maps, scores, labels, new_scores, new_labels, t, first, height, width, rows, columns,

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from catseg_fast.kernels.attention import VECTOR, attend
+
 MASKED = -100.0  # added to the score of a token of another region, as upstream does
 
 
@@ -113,5 +115,5 @@ def _in_windows(x: Tensor, window: int) -> Tensor:
 def _attend(qkv: Tensor, mask: Tensor | None) -> Tensor:
     """Attention inside windows `qkv [n, N, 3, heads, d]`, the scale already in the queries: `[n, N, C]`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    attended = attend(q, k, v, mask, scale=1.0, many=q.shape[-2] >= VECTOR)
     return attended.transpose(1, 2).flatten(2)

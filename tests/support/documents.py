@@ -6,8 +6,10 @@ import re
 import shlex
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -15,11 +17,15 @@ from safetensors.torch import save_file
 from catseg_fast import VARIANTS, CATSeg
 from catseg_fast.config import CLIPConfig
 from catseg_fast.data.scenes import write_dataset
+from catseg_fast.output.video import VideoWriter
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCUMENTS = (README, *sorted((ROOT / "docs").rglob("*.md")))
 STREET = ROOT / "examples" / "street.png"
+PICTURES = (
+    "photo.jpg", "photos/a.jpg", "photos/b.jpg", "frames/1.jpg", "aerial.tif", "examples/street.png",
+)  # fmt: skip
 SMALL = (320, 224)  # pixels of its copies, width and height
 SCENE = ROOT / "examples" / "scene.jpg"
 TINY = replace(
@@ -58,9 +64,20 @@ def make_checkout(folder: Path) -> None:
     (folder / "classes.txt").write_text("sky\ntree\n")
     with Image.open(STREET) as street:
         small = street.convert("RGB").resize(SMALL)
-    for name in ("photo.jpg", "photos/a.jpg", "photos/b.jpg", "examples/street.png"):
+    for name in (
+        "photo.jpg",
+        "photos/a.jpg",
+        "photos/b.jpg",
+        "frames/1.jpg",
+        "aerial.tif",
+        "examples/street.png",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         small.save(folder / name)
+    writer = VideoWriter(folder / "clip.mp4", SMALL[::-1], Fraction(25), "")
+    for index in range(3):
+        writer.add(np.asarray(small), Fraction(index, 25))
+    writer.close()
     shutil.copy(SCENE, folder / "examples")
     for name in ("ade150", "coco-stuff"):
         write_dataset(folder / name, "held-out", 2, size=(96, 96))

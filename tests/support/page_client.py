@@ -47,7 +47,7 @@ class Client:
     def __init__(self, address: str, session: str | None = None) -> None:
         self.address, self.session = address.rstrip("/"), session or uuid.uuid4().hex
         self.config = json.loads(self.request("/config")[1])
-        (self.segment_index,) = (d["id"] for d in self.config["dependencies"] if len(d["inputs"]) == 5)
+        (self.segment_index,) = (d["id"] for d in self.config["dependencies"] if len(d["inputs"]) == 6)
         self.score_index = next(
             d["id"] for d in self.config["dependencies"] if len(d["inputs"]) == 1 and len(d["outputs"]) == 1
         )
@@ -86,7 +86,7 @@ class Client:
     def join_segment(self, path: str | None, text: str, sliding: str = "whole") -> tuple[int, Any]:
         """Press "Segment"."""
         picture = path and {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "x.png"}
-        return self.join(self.segment_index, [picture, text, "auto", "all", sliding])
+        return self.join(self.segment_index, [picture, text, "auto", "all", sliding, 0])
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """What the server says about the session's calls."""

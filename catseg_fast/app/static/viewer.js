@@ -44,7 +44,9 @@ const paint = (canvas, view, only) => {
   const context = canvas.getContext("2d");
   const picture = context.createImageData(width, height);
   const pixels = new Uint32Array(picture.data.buffer); // little-endian: ABGR
-  const colours = classes.map(({ colour: [red, green, blue] }, rank) => {
+  const colours = classes.map(({ colour }, rank) => {
+    if (!colour) return 0; // no class fits: the photo as it is
+    const [red, green, blue] = colour;
     const alpha = only === null || only === rank ? 255 : 30;
     return ((alpha << 24) | (blue << 16) | (green << 8) | red) >>> 0;
   });
@@ -64,7 +66,7 @@ const paint = (canvas, view, only) => {
 
 const legend = (data, highlight) => {
   const box = make("div", "cf-legend");
-  const found = data.classes.length;
+  const found = data.classes.filter((entry) => entry.colour).length;
   const head = make("div", "cf-legend-head");
   head.append(
     make("b", "", `${found} of ${data.total} ${data.total === 1 ? "class" : "classes"}`),
@@ -76,15 +78,19 @@ const legend = (data, highlight) => {
     const item = make("button", "cf-item");
     item.type = "button";
     item.dataset.rank = rank;
-    item.title = `${entry.name}: show its score map`;
     const swatch = make("span", "cf-swatch");
-    swatch.style.background = `rgb(${entry.colour.join(" ")})`;
+    if (entry.colour) {
+      item.title = `${entry.name}: show its score map`;
+      swatch.style.background = `rgb(${entry.colour.join(" ")})`;
+    } else {
+      item.title = "Pixels whose best class has a lower score than asked for";
+    }
     item.append(swatch, make("span", "cf-name", entry.name), make("span", "cf-share", percent(entry.share)));
     item.onpointerenter = () => highlight(rank);
     item.onpointerleave = () => highlight(null);
     item.onfocus = () => highlight(rank);
     item.onblur = () => highlight(null);
-    item.onclick = () => trigger("select", { index: entry.index });
+    if (entry.colour) item.onclick = () => trigger("select", { index: entry.index });
     list.append(item);
   });
   box.append(head, list);
@@ -127,7 +133,7 @@ const hover = (stage, canvas, view, root) => {
     if (x < 0 || y < 0 || x >= data.width || y >= data.height) return leave();
     const rank = ranks[y * data.width + x];
     const entry = data.classes[rank];
-    swatch.style.background = `rgb(${entry.colour.join(" ")})`;
+    swatch.style.background = entry.colour ? `rgb(${entry.colour.join(" ")})` : "none";
     name.textContent = entry.name;
     score.textContent = (scores[y * data.width + x] / 255).toFixed(2);
     tip.hidden = false;

@@ -23,6 +23,7 @@ from catseg_fast.data.scenes.words import (
 )
 from catseg_fast.errors import InputError
 from catseg_fast.files import replacing
+from catseg_fast.identity import SCENE_COMMENT
 
 Thing = str | Composition
 NAMED_HELD_OUT, NAMED_GROUNDS = 16, 4  # in the class list of held-out scenes
@@ -133,7 +134,11 @@ def _write_scene(folder: Path, split: str, seed: int, size: tuple[int, int], num
     annotation = indices.astype(np.uint16 if len(recipe.classes) > 255 else np.uint8)[scene.labels]
     stem = f"{number:06}"
     for path, array, options in (
-        (folder / "images" / f"{stem}.jpg", scene.image, {"format": "JPEG", "quality": 92}),
+        (
+            folder / "images" / f"{stem}.jpg",
+            scene.image,
+            {"format": "JPEG", "quality": 92, "comment": SCENE_COMMENT},
+        ),
         (folder / "annotations" / f"{stem}.png", annotation, {"format": "PNG"}),
     ):
         with replacing(path) as temporary:

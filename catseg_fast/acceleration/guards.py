@@ -1,0 +1,202 @@
+"""Noticing that modules have changed since they were looked at, in a few microseconds per call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from catseg_fast.acceleration.reading import WEIGHT_HOOKS
+
+TENSORS = ("_parameters", "_buffers")
+TABLES = ("_modules", "_forward_pre_hooks", "_forward_hooks")
+
+PART = "_catseg_fast_part"  # the attribute that acceleration itself adds
+
+# What every module has and is not watched, or is watched by other means.
+UNWATCHED = frozenset(vars(nn.Module())) | {PART}
+
+# What computes the same in training and in evaluation.
+STEADY = frozenset(
+    {
+        nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.GroupNorm, nn.AvgPool2d, nn.GELU, nn.ReLU,
+        nn.Softmax, nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict,
+    }
+)  # fmt: skip
+
+_version = attrgetter("_version")
+_training = itemgetter("training")
+
+
+class Guard:
+    """A picture of modules: their classes, attributes, hooks and children, and the tensors that they hold.
+
+    What is compared at each call is whole lists, at the speed of C. Values written through `.data` leave no
+    trace: on a CPU, one number of each tensor is compared for that.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = dict(modules)
+        every = list(modules.values())
+        self._dicts = [vars(module) for module in every]
+        self._lengths = list(map(len, self._dicts))
+        self._types = list(map(type, every))
+        self._classes = [
+            kind for kind in dict.fromkeys(k for t in self._types for k in t.__mro__) if _is_own(kind)
+        ]
+        self._class_views = [vars(kind) for kind in self._classes]
+        self._class_dicts = [dict(view) for view in self._class_views]
+        self._keys = list(map(_watched, every))
+        self._getters = [
+            (itemgetter(*keys), values) for keys, values in zip(self._keys, self._dicts, strict=True) if keys
+        ]
+        self._values = [_copied(get(values)) for get, values in self._getters]
+        self._modal = [vars(module) for module in every if type(module) not in STEADY]
+        self._empty, self._filled, self._contents = _pictures(self._dicts, TABLES)
+        self.take_weights()
+
+    def take_weights(self) -> None:
+        """Look at the tensors again."""
+        self._no_tensors, self._tables, self._held = _pictures(self._dicts, TENSORS)
+        self._tensors = [x for table in self._tables for x in table.values() if x is not None]
+        self._tracked = [x for x in self._tensors if not x.is_inference()]
+        self._versions = sum(map(_version, self._tracked))  # none ever falls
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._samples = [view for view in map(_sample, self._tensors) if view is not None]
+        self._sampled = b"".join(self._samples)
+
+    def same_code(self) -> bool:
+        """Check classes, attributes, hooks and children."""
+        try:
+            return (
+                list(map(len, self._dicts)) == self._lengths
+                and list(map(type, self._modules.values())) == self._types
+                and not any(self._empty)
+                and self._filled == self._contents
+                and [get(values) for get, values in self._getters] == self._values
+                and self._class_views == self._class_dicts
+            )
+        except (KeyError, RuntimeError, ValueError, TypeError):  # an attribute is gone, or is another tensor
+            return False
+
+    def same_weights(self) -> bool:
+        """Check that the tensors are the same ones, not written to."""
+        try:
+            return (
+                not any(self._no_tensors)
+                and self._tables == self._held
+                and sum(map(_version, self._tracked)) == self._versions
+                and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+                and b"".join(self._samples) == self._sampled
+            )
+        except (RuntimeError, ValueError):  # a tensor was replaced
+            return False
+
+    def same_names_of_tensors(self) -> bool:
+        """Check that no parameter or buffer was added, removed, or set to None; they may be others."""
+        names = [_names(table) for table in self._tables] == [_names(table) for table in self._held]
+        return names and not any(self._no_tensors)
+
+    def in_training(self) -> str | None:
+        """Return the name of a module that is in training mode, where that may matter."""
+        if not any(map(_training, self._modal)):
+            return None
+        modal = {id(values) for values in self._modal}
+        return next(name for name, m in self._modules.items() if m.training and id(vars(m)) in modal)
+
+    def difference(self) -> str:
+        """Return what has changed; slow, for messages."""
+        fresh = Guard(self._modules)
+        for name, before, now in zip(self._modules, self._types, fresh._types, strict=True):
+            if before is not now:
+                return f"{_called(name)} is now a {now.__name__}"
+        for name, before, now in zip(self._modules, self._rows(), fresh._rows(), strict=True):
+            for key in {**before, **now}:
+                if key not in before or key not in now or not _equal(before[key], now[key]):
+                    return _change(name, key, before.get(key), now.get(key))
+        for kind, view, before in zip(self._classes, self._class_views, self._class_dicts, strict=True):
+            if view != before:
+                return f"the class {kind.__name__} has changed"
+        return "the weights have changed"
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """For each module what it had when it was looked at."""
+        copies = {id(table): copy for table, copy in zip(self._filled, self._contents, strict=True)}
+        copies |= {id(table): copy for table, copy in zip(self._tables, self._held, strict=True)}
+        values = {id(owner): value for (_, owner), value in zip(self._getters, self._values, strict=True)}
+        for keys, owner in zip(self._keys, self._dicts, strict=True):
+            found = values.get(id(owner), ())
+            row = dict(zip(keys, found if len(keys) > 1 else (found,), strict=False)) if keys else {}
+            yield row | {key: copies.get(id(owner[key]), {}) for key in (*TABLES, *TENSORS)}
+
+
+def _watched(module: nn.Module) -> list[str]:
+    """Names of the attributes that a module's class, or the user, gave it."""
+    computed = {
+        getattr(hook, "name", getattr(hook, "_tensor_name", None))
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, WEIGHT_HOOKS)
+    }
+    return [key for key in vars(module) if key not in UNWATCHED and key not in computed]
+
+
+def _pictures(dicts: list[dict[str, Any]], names: tuple[str, ...]) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return tables that are empty, those that are not, and copies of these."""
+    tables = [values[name] for values in dicts for name in names]
+    filled = [table for table in tables if table]
+    return [table for table in tables if not table], filled, [table.copy() for table in filled]
+
+
+def _is_own(kind: type) -> bool:
+    return kind is not object and not kind.__module__.startswith("torch.")
+
+
+def _copied(values: Any) -> Any:
+    """The values, with copies in place of containers that may be written to."""
+    if not isinstance(values, tuple):
+        return values.copy() if isinstance(values, (list, dict, set)) else values
+    return tuple(value.copy() if isinstance(value, (list, dict, set)) else value for value in values)
+
+
+def _names(table: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    return [(name, value is None) for name, value in table.items()]
+
+
+def _equal(before: Any, now: Any) -> bool:
+    try:
+        return bool(before is now or before == now)
+    except (RuntimeError, ValueError, TypeError):
+        return False
+
+
+def _change(name: str, key: str, before: Any, now: Any) -> str:
+    if key in (*TABLES, *TENSORS):
+        table = now or {}
+        what = next((k for k in {**before, **table} if before.get(k) is not table.get(k)), "")
+        verb = "replaced" if what in before and what in table else "added" if what in table else "removed"
+        if "hooks" not in key:
+            return f"{'.'.join(filter(None, (name, str(what))))} was {verb}"
+        kind = "forward pre-hook" if "pre" in key else "forward hook"
+        return f"a {kind} of {_called(name)} was {verb}"
+    where = f"{name}.{key}" if name else key
+    if all(isinstance(value, (int, float, str, tuple, type(None))) for value in (before, now)):
+        return f"{where} is now {now!r}, was {before!r}"
+    return f"{where} was changed"
+
+
+def _called(name: str) -> str:
+    return name or "the module itself"
+
+
+def _sample(tensor: Tensor) -> memoryview | None:
+    """The bytes of one number in the middle of a tensor; None where reading them takes long."""
+    if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
+        return None
+    values = tensor.detach()
+    if not values.is_contiguous():
+        return None
+    raw = values.view(-1)[values.numel() // 2 :][:1].view(torch.uint8)
+    return memoryview(raw.numpy())

@@ -1,0 +1,77 @@
+"""Classes with several names each, which compete separately and are folded afterwards.
+
+The probability of a class is the largest of its names'. Names are in the order of their classes, so that the
+class of a pixel's best name, of equal ones the first, is its best class, of equal ones the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from catseg_fast.errors import InputError, InputTypeError
+from catseg_fast.text.prompts import check_classes
+
+# One name per class; or the names of each class, by its own name.
+ClassNames: TypeAlias = Sequence[str] | Mapping[str, str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Which class each name belongs to.
+
+    Attributes:
+        classes: what labels are indices into.
+        names: what the model tells apart, those of the first class first.
+        owners: the index of each name's class, ascending.
+    """
+
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    owners: tuple[int, ...]
+
+    @classmethod
+    def of(cls, classes: Mapping[str, str | Sequence[str]], argument: str = "classes") -> Fold:
+        """Return the fold of the names of each class.
+
+        Raises:
+            InputTypeError: if a class's names are neither a string nor a list of strings.
+            InputError: if there is no class, a class has no names, or a name belongs to two classes; the
+                message begins with `argument`.
+        """
+        check_classes(tuple(classes), argument)
+        owners: dict[str, int] = {}
+        for index, (label, names) in enumerate(classes.items()):
+            names = [names] if isinstance(names, str) else names
+            if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+                raise InputTypeError(
+                    f"{argument}: {label!r} has {names!r}; expected its name or a list of its names"
+                )
+            if not names:
+                raise InputError(f"{argument}: {label!r} has no names; list at least one, as [{label!r}]")
+            check_classes(names, f"{argument}: {label!r}")
+            for name in names:
+                if name in owners:
+                    other = tuple(classes)[owners[name]]
+                    raise InputError(f"{argument}: {name!r} is a name of {other!r} and of {label!r}")
+                owners[name] = index
+        return cls(tuple(classes), tuple(owners), tuple(owners.values()))
+
+    @property
+    def by_class(self) -> dict[str, list[str]]:
+        """The names of each class."""
+        return {label: list(self.names[self.names_of(index)]) for index, label in enumerate(self.classes)}
+
+    def names_of(self, index: int) -> slice:
+        """The indices of a class's names."""
+        first = self.owners.index(index)
+        return slice(first, first + self.owners.count(index))
+
+
+def split_fold(classes: ClassNames) -> tuple[Sequence[str], Fold | None]:
+    """Return the names that compete, and how they are folded; None where each is a class of its own."""
+    if not isinstance(classes, Mapping):
+        return classes, None
+    fold = Fold.of(classes)
+    return fold.names, fold

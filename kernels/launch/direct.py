@@ -1,0 +1,104 @@
+"""A compiled kernel's launch without Triton's dispatch: the one place that knows how Triton's versions do it.
+
+`JITFunction.run` calls the compiled kernel's `run`, Triton's launcher in Python, which looks for scratch
+memory and calls the launcher in C. In versions that are known, and for kernels that take no scratch memory,
+the one in C is called at once; else the one in Python is. Hooks are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from catseg_fast.kernels.launch.checks import TRITON
+
+# Versions by how the launcher in C takes the kernel's arguments: one by one, or in a list.
+SPREADING = ((3, 6),)
+PACKING = ((3, 7), (3, 8))
+
+
+class DirectLaunch:
+    """A launch whose arguments are made once, except for addresses and the stream.
+
+    Args:
+        compiled: Triton's compiled kernel.
+        grid: programs along each axis.
+        values: its arguments in order; what addresses replace is None.
+        pointers: (argument, buffer, byte): the address of a byte of a buffer takes an argument's place.
+        descriptors: (argument, descriptor, buffer, byte): the same for a tensor descriptor's base.
+    """
+
+    def __init__(
+        self,
+        compiled: Any,
+        grid: Sequence[int],
+        values: Sequence[Any],
+        pointers: Sequence[tuple[int, int, int]],
+        descriptors: Sequence[tuple[int, Any, int, int]],
+    ) -> None:
+        self._alive = list(values)  # weights, of which only the addresses are passed
+        self._values = [x.data_ptr() if isinstance(x, Tensor) else x for x in values]
+        self._pointers, self._descriptors = pointers, descriptors
+        x, y, z = (*grid, *(1,) * (3 - len(grid)))
+        self._grid = (x, y, z)
+        launcher = _Launcher.of(compiled)
+        self._start, self._settings, self._packed = launcher.start, launcher.settings, launcher.packed
+
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        """Launch the kernel on buffers at `addresses`."""
+        values = self._values.copy()
+        for index, buffer, offset in self._pointers:
+            values[index] = addresses[buffer] + offset
+        for index, descriptor, buffer, offset in self._descriptors:
+            values[index] = with_base(descriptor, _Address(addresses[buffer] + offset))
+        if self._packed:
+            self._start(*self._grid, stream, *self._settings, values)
+        else:
+            self._start(*self._grid, stream, *self._settings, *values)
+
+
+@dataclass(frozen=True)
+class _Launcher:
+    """A function that launches a kernel.
+
+    Attributes:
+        start: takes the grid, the stream, `settings`, and the kernel's arguments.
+        packed: whether these are one list.
+    """
+
+    start: Callable[..., Any]
+    settings: tuple[Any, ...]
+    packed: bool
+
+    @classmethod
+    def of(cls, compiled: Any) -> _Launcher:
+        """The shortest known way to launch a compiled kernel."""
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        scratch = (getattr(run, name, 1) for name in ("global_scratch_size", "profile_scratch_size"))
+        if TRITON not in SPREADING + PACKING or any(scratch) or getattr(run, "gsan_enabled", False):
+            return cls(run, (function, metadata, None, None, None), packed=False)
+        kind = (function, run.launch_cooperative_grid, run.launch_pdl)
+        if TRITON in SPREADING:
+            return cls(run.launch, (*kind, None, None, metadata, None, None, None), packed=False)
+        annotated = (run.arg_annotations, run.kernel_signature)
+        return cls(run.launch, (*kind, metadata, *(None,) * 5, *annotated), packed=True)
+
+
+@dataclass(frozen=True)
+class _Address:
+    """Stands in for a tensor of which only the address counts."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def with_base(descriptor: Any, base: Any) -> Any:
+    """Return a copy of a tensor descriptor on another base, which is not checked again."""
+    copy = object.__new__(type(descriptor))
+    copy.__dict__.update(descriptor.__dict__, base=base)
+    return copy
