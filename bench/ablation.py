@@ -27,7 +27,7 @@ STEPS = (
 
 
 def prepare(call: Call, step: str) -> Callable[[], Tensor]:
-    """What computes a call's logits `[B, T, 4H, 4W]` with all steps up to `step`.
+    """Return the function that computes a call's logits `[B, T, 4H, 4W]` with all steps up to `step`.
 
     The steps with kernels are the Triton back end with the later stages in torch.
     """

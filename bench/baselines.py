@@ -1,4 +1,4 @@
-"""What runs against each other on the same weights and inputs: from upstream's way of computing to ours."""
+"""Implementations that are compared on the same weights and inputs, from upstream's to ours."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class Baseline:
 
     @property
     def is_graph(self) -> bool:
-        """Whether it replays a graph, whose memory was taken before."""
+        """True if it replays a graph, whose memory was allocated before."""
         return self.prepare is _graphed
 
     @property
     def compiles(self) -> bool:
-        """Whether its first call compiles, which takes memory of its own."""
+        """True if its first call compiles, which takes memory of its own."""
         return self.prepare in (_compiled, _autotuned)
 
     def unavailable(self, case: Case, device: torch.device) -> str | None:
-        """Why it does not run a case on a device; None if it does."""
+        """Return why it does not run a case on a device; None if it does."""
         if case.dtype not in self.dtypes:
             return f"has no answer in {case.dtype}"
         if self.gpu_only and device.type != "cuda":
@@ -69,7 +69,7 @@ class Baseline:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether fp32 products and convolutions may be rounded to TF32."""
+    """Set whether fp32 products and convolutions may be rounded to TF32."""
     flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:
@@ -85,7 +85,7 @@ class FusedWindowAttention(WindowAttention):
     """The reference's window attention by `scaled_dot_product_attention`."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """As the reference's: `x [B * windows, N, dim + guidance]` to `[B * windows, N, dim]`."""
+        """Map `x [B * windows, N, dim + guidance]` to `[B * windows, N, dim]`, like the reference."""
         q, k, v = (
             rearrange(tensor, "W N (h d) -> W h N d", h=self.num_heads)
             for tensor in (self.q(x), self.k(x), self.v(x[..., : self.dim]))

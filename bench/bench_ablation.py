@@ -1,4 +1,4 @@
-"""What each step from the reference to the kernels saves."""
+"""Savings of each step from the reference to the kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the host does in a call: GPU operations counted, and its time, with only the driver's launch stubbed.
+"""The host's work in a call: GPU operations and time, with only the driver's launch replaced.
 
     python -m bench.bench_host [--record FILE]
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from bench.cases import Case, make_call
 from bench.fake_driver import fake_launches
 from bench.measure import device_name, versions
+from bench.meter import commit
 from catseg_fast import VARIANTS, CATSeg, SlidingWindow
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.recording import GraphCache
@@ -113,7 +114,7 @@ def aggregator_call(classes: int) -> Callable[[], Tensor]:
     return partial(call.aggregator, image, call.text_feats, maps)
 
 
-def measure_call(classes: int, library: ctypes.CDLL) -> dict[str, float]:
+def measure_call(classes: int, library: ctypes.CDLL, rounds: int = ROUNDS) -> dict[str, float]:
     """Return the launches and the host's time of an aggregator's call."""
     call = aggregator_call(classes)
     for _ in range(3):
@@ -121,7 +122,7 @@ def measure_call(classes: int, library: ctypes.CDLL) -> dict[str, float]:
     before = library.fake_launches()
     call()
     launches = library.fake_launches() - before
-    return {"launches": launches, "milliseconds": 1e3 * least_seconds(call)}
+    return {"launches": launches, "milliseconds": 1e3 * least_seconds(call, rounds)}
 
 
 def measure_launch(classes: int, library: ctypes.CDLL, owner: type, *methods: str) -> float:
@@ -250,7 +251,8 @@ def main() -> None:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not launched")
-    found = {**measure(), "device": device_name(torch.device("cpu")), "versions": versions()}
+    ran = {"device": device_name(torch.device("cpu")), "versions": versions(), "commit": commit()}
+    found = {**measure(), **ran}
     text = json.dumps(found, indent=1)
     print(text)
     if options.record is not None:

@@ -1,4 +1,4 @@
-"""From logits to a label map: chunk by chunk, against the probabilities of all classes and their argmax."""
+"""Label maps from logits: chunk by chunk, or as the argmax of all probabilities."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def prepare(readout: Readout, classes: int, run: str) -> Callable[[], Tensor]:
 
 
 def make_read(readout: Readout, logits: Tensor, run: str) -> Callable[[], Tensor]:
-    """What reads `logits [B, T, h, w]` out into labels `[H, W]`."""
+    """Return the function that turns `logits [B, T, h, w]` into labels `[H, W]`."""
     (B, T), device = logits.shape[:2], logits.device
     target: Probabilities | LabelMap = LabelMap(readout.size, device)
     if run == RUNS[0]:

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: aggregators of published variants with random weights, and random features."""
+"""Inputs of the benchmarks: published variants' aggregators with random weights, and random features."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def selects(self) -> bool:
-        """Whether classes are dropped."""
+        """True if classes are dropped."""
         return self.aggregated < self.classes
 
     def __str__(self) -> str:

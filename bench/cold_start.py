@@ -31,7 +31,7 @@ from catseg_fast.kernels.launch.launcher import record
 
 @torch.no_grad()
 def first_call(variant: str, classes: int, crops: int, limit: int | None) -> tuple[list[Job], list[Job]]:
-    """What a published aggregator's first call launches, and what the check before it does, in fp16."""
+    """List the kernels of a published aggregator's first call and of the check before it, in fp16."""
     with fake_gpu():
         call = make_call(variant, classes, crops, limit)
         with record(execute=False, note=Job.of) as called:
@@ -46,7 +46,7 @@ def first_call(variant: str, classes: int, crops: int, limit: int | None) -> tup
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """Return the CPU time of this process and of those that it has waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 

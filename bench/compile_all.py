@@ -38,7 +38,7 @@ SAID_EVERY = 5.0  # seconds
 
 
 def op_launches(dtype: torch.dtype, device: torch.device) -> Iterator[Launch]:
-    """What each op launches at each of its sizes, on the chunk that most calls have, by default configs."""
+    """List the launches of each op at each of its sizes, for the usual chunk, with default configs."""
     classes, capability = usual_chunk(max(CLASSES), CROPS, device), capability_of(device)
     for op in map(load, OPS):
         for sizes in (*op.sizes.values(), *op.special.values()):
@@ -46,7 +46,7 @@ def op_launches(dtype: torch.dtype, device: torch.device) -> Iterator[Launch]:
 
 
 def candidate_launches(dtype: torch.dtype, device: torch.device) -> Iterator[Launch]:
-    """What the tuner times: each kernel with the config that it has now, its default, then the others."""
+    """List the tuner's launches: each kernel with its present config, its default, then the others."""
     tunables = tuner.list_tunables(TUNABLE_OPS, dtype, CLASSES, CROPS, device)
     by_kernel = [_launches(tunable, device) for tunable in tunables]
     return filter(None, chain.from_iterable(zip_longest(*by_kernel)))
@@ -73,7 +73,7 @@ def all_jobs(device: torch.device) -> list[Job]:
 
 @dataclass
 class Report:
-    """How many kernels were compiled, why some were not, and how many there was no time for."""
+    """Result of a compilation: kernels that were compiled, that failed, and that were not reached."""
 
     compiled: int
     failed: dict[Job, str]

@@ -72,13 +72,13 @@ def _same_conditions() -> Iterator[None]:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the benchmarks run."""
+    """The device of the benchmarks."""
     return DEVICE
 
 
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether cases have their published sizes."""
+    """True if cases have their published sizes."""
     return _full(request.config)
 
 
@@ -90,7 +90,7 @@ def table() -> Callable[..., None]:
 
 @pytest.fixture
 def meter(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Meter:
-    """What measures a call, records it and adds it to the tables."""
+    """A function that measures a call, records it and adds it to the tables."""
     return Meter(request.node.nodeid, benchmark, DEVICE, request.config.getoption("--records"), _add_row)
 
 

@@ -106,7 +106,7 @@ def steps(results: Results) -> str:
 
 
 def profile(results: Results) -> str:
-    """What a plain call's time is spent on, by kernel."""
+    """Table of a plain call's time by kernel."""
     columns = {f"T={T}": results.find(ENGINE, f"v2-vitl, T={T}, B=5, fp16") for T in (150, 1203)}
     parts = {name: profile_parts(record) for name, record in columns.items()}
     rows = [

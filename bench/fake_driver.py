@@ -28,7 +28,7 @@ FOLDER = Path(nvidia.__file__).parent
 
 
 class Function(ctypes.Structure):
-    """What the fake library takes for a kernel."""
+    """A kernel of the fake library."""
 
     _fields_ = [("count", ctypes.c_int32), ("bytes", ctypes.c_int32 * 64)]
 

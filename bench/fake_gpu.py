@@ -43,7 +43,7 @@ IDLE = {
 
 @dataclass
 class Orders:
-    """What a GPU was told to do: by kernel of Triton, and by operation of PyTorch."""
+    """Work that a GPU was given: by kernel of Triton, and by operation of PyTorch."""
 
     kernels: Counter[str] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)

@@ -17,7 +17,7 @@ MOST_CROP_CLASSES = {"cuda": 5 * 256, "cpu": 256}
 
 
 class WrongAnswer(AssertionError):
-    """What was to be timed is further from the truth than the gate lets pass."""
+    """A result to be timed has a larger error than the gate accepts."""
 
 
 def check(ours: Tensor, eager: Tensor, truth: Tensor, factor: float = FACTOR) -> float:

@@ -61,7 +61,7 @@ def time_call(call: Callable[[], Any], device: torch.device, rounds: int | None 
 
 
 def rounds_of(seconds: float, device: torch.device) -> int:
-    """How often a call that takes so long is timed."""
+    """Return how often a call of some duration is timed."""
     least, most = GPU_ROUNDS if device.type == "cuda" else CPU_ROUNDS
     return max(least, min(most, int(SECONDS / seconds)))
 
@@ -110,7 +110,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """Return a description of the device of the figures."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = open_lines("/proc/cpuinfo")

@@ -116,7 +116,7 @@ class Meter:
         return None if peak is None else peak.bytes
 
     def _time(self, call: Callable[[], Any]) -> Timing:
-        """On a GPU pytest-benchmark has a few calls as the host sees them, the record the time of the GPU."""
+        """Run pytest-benchmark, which times a few calls on the host; the record has the GPU's time."""
         once = clock(call, self.device)
         rounds = rounds_of(once, self.device)
         if self.device.type != "cuda":

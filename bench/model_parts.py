@@ -87,7 +87,7 @@ def checked_model(variant: str, classes: int, device: torch.device, dtype: torch
 
 @torch.no_grad()
 def make_parts(model: CATSeg, picture: Picture) -> dict[str, Callable[[], Any]]:
-    """What runs all (`WHOLE`), and each part alone (`SPLIT`) on what the parts before it gave."""
+    """Return the calls of the whole (`WHOLE`) and of each part (`SPLIT`) on the parts before it."""
     side, layers = model.variant.clip.input_size, model.variant.guidance_layers
     clip_images = resize(picture.clip_images, (side, side)).to(model.dtype)
     encode = functools.partial(model.clip_model.encode_dense, clip_images)

@@ -1,4 +1,4 @@
-"""Which tensors of the reference the Triton kernels never write to memory, with their sizes.
+"""Tensors of the reference that the Triton kernels never write to memory, with their sizes.
 
 `python -m bench.never_materialised` runs the reference on the meta device, where tensors have shapes and no
 memory, and the Triton back end with kernels that are allocated for but not launched: both at full size. It
@@ -64,7 +64,7 @@ class Recorder(TorchDispatchMode):
 
 
 def of_the_reference(variant: str, classes: int) -> list[tuple[str, str, Shape]]:
-    """What the reference writes, in order."""
+    """List the tensors that the reference writes, in order."""
     case = make_call(Case(variant, 1, 1))
     model = case.aggregator.to("meta")
     model.max_classes = None
@@ -76,7 +76,7 @@ def of_the_reference(variant: str, classes: int) -> list[tuple[str, str, Shape]]
 
 
 def of_the_kernels(variant: str) -> dict[str, set[Shape]]:
-    """What the Triton stages allocate for a chunk, by stage."""
+    """List the allocations of the Triton stages for a chunk, by stage."""
     call = make_call(Case(variant, 2 * CHUNK, CROPS))
     engine = call.aggregator.engine
     engine.backend, engine.policy, engine.chunk = "triton", "recompute", CHUNK

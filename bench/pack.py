@@ -48,7 +48,7 @@ exit $code
 
 @dataclass(frozen=True)
 class Wheels:
-    """What a machine lacks.
+    """Packages that a machine lacks.
 
     Attributes:
         names: of packages, which are taken in the versions that are installed here.

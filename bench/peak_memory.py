@@ -28,7 +28,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
 
 @dataclass(frozen=True)
 class Peak:
-    """What one call took."""
+    """Time and memory of one call."""
 
     bytes: int
     seconds: float

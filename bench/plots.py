@@ -250,7 +250,7 @@ def _by_run(records: Sequence[Record]) -> list[tuple[dict[str, Any], tuple[str, 
 
 
 def _case(records: Sequence[Record]) -> str:
-    """What the cases have in common."""
+    """Return the part that is common to the cases' names."""
     common = [part for part in _parts(records[0]) if all(part in _parts(record) for record in records)]
     return ", ".join(common)
 

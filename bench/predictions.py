@@ -1,4 +1,4 @@
-"""What the aggregator should take on a GPU that the present kernels have not run on yet.
+"""Predicted time of the aggregator on a GPU on which the present kernels have not run yet.
 
 Two kinds: bounds from below, which were computed, and sums of kernels that were timed alone on an H200 before
 they were rewritten for this package. Each comes from a file in `bench/results/`.

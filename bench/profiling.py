@@ -1,4 +1,4 @@
-"""What a GPU runs in one call: its kernels, how long they take together, and how many there are."""
+"""The kernels that a GPU runs in one call: their total time and their number."""
 
 from __future__ import annotations
 

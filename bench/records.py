@@ -13,7 +13,7 @@ SLOWER = 0.05  # what passes for noise
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured of one benchmark.
+    """Measurements of one benchmark.
 
     Attributes:
         id: pytest's name of the benchmark.
@@ -89,10 +89,10 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """Records of pytest-benchmark's files (`.json`) and of files of lines (`.jsonl`); the last of each id on
-    each device.
+    """Read records from pytest-benchmark's files (`.json`) and from files of lines (`.jsonl`).
 
-    What holds no records is passed over, as is a last line that was cut short.
+    The last record of each id and device is returned. Files without records, and a last line that was cut
+    short, are skipped.
     """
     found: dict[tuple[str, str], Record] = {}
     for path in paths:
@@ -128,7 +128,7 @@ class Change:
 
     @property
     def slower(self) -> bool:
-        """Whether it is slower by more than passes for noise."""
+        """True if it is slower by more than noise."""
         return self.relative > SLOWER
 
 

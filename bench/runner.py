@@ -43,7 +43,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a step: "done", "failed", "cut short", "no time left" or "not here".
+    """Outcome of a step: "done", "failed", "cut short", "no time left" or "not here".
 
     What is "not here" cannot run on this machine, and does not count as unfinished.
     """
@@ -55,7 +55,7 @@ class Outcome:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """True if there is nothing left to do."""
         return self.state in ("done", "not here")
 
 
@@ -130,7 +130,7 @@ def _run_step(step: Step, folder: Path, deadline: float) -> Outcome:
 
 
 def _read_done(path: Path, step: Step) -> Outcome | None:
-    """What came of a step in an earlier run, if it is finished; a file that was cut short counts as none."""
+    """Return the outcome of a finished step of an earlier run; None for a file that was cut short."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         machine = found.pop("machine", "")
@@ -140,7 +140,7 @@ def _read_done(path: Path, step: Step) -> Outcome | None:
 
 
 def _machine() -> str:
-    """What changes with the machine and when it is restarted; empty where the system does not tell."""
+    """Return an identity of the machine and its last start; empty if the system does not provide it."""
     try:
         return BOOT.read_text(encoding="ascii").strip()
     except OSError:

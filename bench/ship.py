@@ -34,7 +34,7 @@ def ship(results: Path, package: Path = PACKAGE) -> dict[Path, int]:
 
 
 def describe(shipped: dict[Path, int]) -> str:
-    """In a line."""
+    """Return the outcome in one line."""
     folders = ", ".join(sorted({f"catseg_fast/configs/{path.parent.name}" for path in shipped}))
     return f"{sum(shipped.values())} tuned configs are in {folders}"
 

@@ -59,7 +59,7 @@ def make_stage_call(
 
 
 def _answer(result: Any) -> Tensor:
-    """What is compared: of class_collect, the sums of products."""
+    """Return the result that is compared: for class_collect, the sums of products."""
     answer: Tensor = result[0] if isinstance(result, tuple) else result
     return answer
 

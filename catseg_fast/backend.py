@@ -1,4 +1,4 @@
-"""Which implementation of the aggregator runs, and why."""
+"""Choice of the aggregator's implementation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def default_device() -> torch.device:
 
 
 def why_no_triton(device: str | torch.device) -> str | None:
-    """Why no Triton kernel runs on a device; None if they do (in Triton's interpreter on a CPU, too)."""
+    """Return why Triton kernels cannot run on a device; None if they can (or the interpreter on a CPU)."""
     import torch
 
     try:

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: consoles, options, and errors in one line. Without torch."""
+"""Code shared by all commands, without torch: consoles, options, and errors in one line."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def image_progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the speed and the time left; yields what is called with the images done and of all."""
+    """Show a bar with the speed and the time left; yield a function of the images done and the total."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
@@ -193,8 +193,10 @@ def image_progress(text: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def late_progress(text: str, after: float = 2.0) -> Iterator[Callable[[int, int], None]]:
-    """A bar that appears only if the work takes longer than `after` seconds; yields a function of the number
-    of steps done and of all.
+    """Show a bar if the work takes longer than `after` seconds.
+
+    Yields:
+        A function of the number of steps done and the total.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)

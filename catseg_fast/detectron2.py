@@ -53,7 +53,7 @@ class CATSegFast(CATSeg):
     def forward(
         self, batched_inputs: Sequence[dict[str, Any]]
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
-        """As `CATSeg`.
+        """Run `CATSeg`'s call.
 
         Raises:
             RunError: if weights were not in the checkpoint, or none was loaded.

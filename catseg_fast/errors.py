@@ -19,8 +19,13 @@ class InputTypeError(CATSegError, TypeError):
 
 
 class RunError(CATSegError, RuntimeError):
-    """What was asked for cannot run: on this machine, with the present settings, or any further."""
+    """A call cannot run or continue on this machine or with the present settings."""
 
 
 class MissingPackageError(CATSegError, ImportError):
     """An optional package is not installed; the message has the command that installs it."""
+
+
+def quoted(text: str, most: int = 500) -> str:
+    """Return a text in quotes for a message, cut if it has more characters than `most`."""
+    return repr(text) if len(text) <= most else f"{text[: most // 2]!r}… ({len(text)} characters)"

@@ -182,7 +182,7 @@ def _weight_bytes(program: torch.export.ExportedProgram) -> int:
 
 
 def describe(model: CATSeg, path: Path, crops: int) -> dict[str, Any]:
-    """What a program without this package must know to use the ONNX file."""
+    """Describe the ONNX file for programs without this package."""
     window, side = model.window, 4 * model.variant.feature_resolution[0]
     text = f"[classes, {len(model.templates)}, {model.variant.clip.embed_dim}]"
     return {

@@ -141,8 +141,9 @@ def _sweep(parent: Path) -> None:
 
 
 def _is_stale(folder: Path, host: str, process: int, started: int) -> bool:
-    """Check that nobody writes in a temporary folder any more: its process has ended, or, where that cannot
-    be told, nothing in it has changed for a day.
+    """Check whether a temporary folder is no longer in use.
+
+    Its process has ended or, if that cannot be known, nothing in it has changed for a day.
     """
     if host == _host():
         return _started(process) != started
@@ -158,7 +159,7 @@ def _host() -> str:
 
 
 def _started(process: int) -> int | None:
-    """When a process was started, in whole seconds; None if there is none of this number."""
+    """Return the start time of a process in whole seconds; None if there is no such process."""
     import psutil
 
     try:
@@ -206,7 +207,7 @@ def locked(path: Path, *, seconds: float = 60) -> Iterator[None]:
 
 
 def acquire_lock(path: Path, *, seconds: float = 60) -> filelock.BaseFileLock:
-    """As `locked`, for a lock that is released by its `release`."""
+    """Acquire the lock of `locked`; the caller calls its `release`."""
     import filelock
 
     path.parent.mkdir(parents=True, exist_ok=True)

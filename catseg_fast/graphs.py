@@ -134,7 +134,7 @@ class ModelGraphs:
 
 
 def _settings(model: CATSeg) -> dict[str, Any]:
-    """By name, all that a recording holds as a constant."""
+    """Return everything that is constant in a recording, by name."""
     engine = model.engine
     return {
         "classes": (model.classes, model.fold),

@@ -215,12 +215,12 @@ class CATSeg(reference_model.CATSeg):
 
     @property
     def fold(self) -> Fold | None:
-        """How the present names are folded into classes; None where each is a class of its own."""
+        """The fold of the present names into classes; None if each is a class of its own."""
         return None if self._class_mode() else self._fold
 
     @property
     def label_classes(self) -> tuple[str, ...]:
-        """What labels are indices into: `classes`, or the classes that these names are folded into."""
+        """The classes of label indices: `classes`, or the classes that these names are folded into."""
         return self.classes if self.fold is None else self.fold.classes
 
     def _text_state(self) -> object:
@@ -246,7 +246,7 @@ class CATSeg(reference_model.CATSeg):
     def forward(
         self, batched_inputs: Sequence[dict[str, Any]]
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
-        """As `catseg_fast.reference.model.CATSeg`; in evaluation mode without gradients.
+        """Run `catseg_fast.reference.model.CATSeg`'s call; in evaluation mode without gradients.
 
         Of classes with several names, "sem_seg" has a map of each name.
 
@@ -441,8 +441,9 @@ class CATSeg(reference_model.CATSeg):
         sliding_window: bool | None = None,
         probabilities: bool = False,
     ) -> ModelGraphs:
-        """`segment` for pictures of some sizes (height, width), recorded as CUDA graphs with the present
-        classes, weights and settings; see `catseg_fast.graphs.ModelGraphs`.
+        """Record `segment` for pictures of some sizes (height, width) as CUDA graphs.
+
+        They hold the present classes, weights and settings; see `catseg_fast.graphs.ModelGraphs`.
 
         Raises:
             RunError: if the model is not on a CUDA GPU.
@@ -453,8 +454,10 @@ class CATSeg(reference_model.CATSeg):
 
     @torch.no_grad()
     def explain(self, crops: int | None = None) -> str:
-        """How a call runs with the present classes and settings, and why; for `crops` crops (by default the
-        sliding window's).
+        """Describe how a call runs with the present classes and settings, and why.
+
+        Args:
+            crops: number of crops; by default the sliding window's.
 
         Raises:
             InputError: if no classes are set, or the memory budget is too small.

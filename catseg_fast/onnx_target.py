@@ -1,4 +1,4 @@
-"""Where an exported model goes. Without torch."""
+"""The files of an exported model, without torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A library of ops: functions of tensors and numbers on Triton kernels, each with a plain form in torch.
 
-It imports torch, triton and itself. Each op is a folder, whose `op.py` declares it; `launch/` is shared.
+It imports only torch, triton and itself. Each op is a folder whose `op.py` declares it; `launch/` is shared.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from catseg_fast.kernels.launch.op import Op
 
-# By op, the module and the name of its declaration; importing one needs triton.
+# The module and the name of each op's declaration; importing one needs triton.
 OPS = {
     "embed_cost_volume": "cost_volume.op:OP",
     "window_block": "window_attention.op:OP",
@@ -21,7 +21,7 @@ OPS = {
     "update_label_map": "label_map.op:OP",
 }
 
-# Ops whose launch configs can be tuned; of the others, they are fixed.
+# Ops whose launch configs can be tuned; those of other ops are fixed.
 TUNABLE_OPS = tuple(name for name in OPS if name != "update_label_map")
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def normalise(x, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """LayerNorm without affine part of rows `[rows, BLOCK_C]` that are zero from C on."""
+    """LayerNorm without affine parameters of rows `[rows, BLOCK_C]` that are zero from C on."""
     centred = x - tl.sum(x, 1)[:, None] * (1.0 / C)
     if C < BLOCK_C:
         centred = tl.where((tl.arange(0, BLOCK_C) < C)[None, :], centred, 0.0)

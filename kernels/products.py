@@ -1,4 +1,4 @@
-"""What comes after a matrix product."""
+"""Functions on results of matrix products."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import triton.language as tl
 
 @triton.jit
 def add_after(product, addend, dtype: tl.constexpr):
-    """`product + addend`, where a product in fp32 has been summed up before.
+    """Return `product + addend`; in fp32, the product is summed up before the addend is added.
 
-    Triton compiles `tl.dot(a, b) + addend` to a sum that starts at the addend. In fp32 that rounds each step
-    like a number of the addend's size: an addend that is larger than the product costs precision.
+    Triton compiles `tl.dot(a, b) + addend` to a sum that starts at the addend. In fp32, each step is then
+    rounded like a number of the addend's size: an addend larger than the product costs precision.
     """
     if dtype == tl.float32:
         return tl.fma(product, 1.0, addend)

@@ -1,4 +1,4 @@
-"""The whole of CAT-Seg in plain PyTorch: the truth that every faster path is compared with."""
+"""The whole of CAT-Seg in plain PyTorch: the reference for every faster path."""
 
 from catseg_fast.reference.aggregator import Aggregator, AggregatorLayer, correlation, select_classes
 from catseg_fast.reference.class_attention import (

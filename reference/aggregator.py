@@ -1,4 +1,4 @@
-"""Cost aggregation: from image and text features to one logit map a class.
+"""Cost aggregation: from image and text features to one logit map per class.
 
 CAT-Seg paper, section 3; upstream `cat_seg/modeling/transformer/model.py` (v2 at 6d3a188; v1 at af4fa0b is
 `pad_len=0`). Constructor, forward arguments and state dict are upstream's.
@@ -23,9 +23,9 @@ DROPPED_LOGIT = -100.0
 
 
 def select_classes(img_feats: Tensor, text_feats: Tensor, count: int) -> Tensor:
-    """The `count` classes of each crop with the largest cosine over prompts and positions.
+    """Select the `count` classes of each crop with the largest cosine over prompts and positions.
 
-    The cut is discontinuous, so the cosines are taken in fp32 at least, whatever the features' type.
+    As the selection is not continuous, cosines are computed in fp32 at least.
 
     Args:
         img_feats: `[B, C, H, W]`.
@@ -43,7 +43,7 @@ def select_classes(img_feats: Tensor, text_feats: Tensor, count: int) -> Tensor:
 
 
 def correlation(img_feats: Tensor, text_feats: Tensor) -> Tensor:
-    """Cosine cost volume `[B, P, T, H, W]` of `img_feats [B, C, H, W]` and `text_feats [B, T, P, C]`."""
+    """Return the cosine cost volume `[B, P, T, H, W]` of `[B, C, H, W]` and `[B, T, P, C]`."""
     return torch.einsum("bchw,btpc->bpthw", F.normalize(img_feats, dim=1), F.normalize(text_feats, dim=-1))
 
 
@@ -71,7 +71,7 @@ class AggregatorLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, appearance_guidance: Tensor | None, text_guidance: Tensor | None) -> Tensor:
-        """Map `x [B, C, T, H, W]` to the same shape; guidance `[B, Cg, H, W]` and `[B, T, Ct]`."""
+        """Map `x [B, C, T, H, W]` to the same shape, with guidance `[B, Cg, H, W]` and `[B, T, Ct]`."""
         return self.attention(self.swin_block(x, appearance_guidance), text_guidance)
 
 
@@ -94,11 +94,13 @@ class Aggregator(nn.Module):
         window_size: side of the attention windows.
         attention_type: "linear" or "full" class attention.
         prompt_channel: prompts P.
-        pad_len: classes below this number are filled up with a learned token (upstream v2); 0 (v1) for never.
+        pad_len: number of classes to which fewer are padded with a learned token (upstream v2); 0 (v1) for no
+            padding.
 
     Attributes:
-        max_classes: above this number of classes only the best-scoring ones of each crop are aggregated and
-            the others' logits are -100; None for no limit. Starts as `pad_len`, as upstream has it.
+        max_classes: the most classes that are aggregated. If there are more, only the best-scoring ones of
+            each crop are, and the others' logits are -100; None for no limit. By default `pad_len`, as in
+            upstream.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class Aggregator(nn.Module):
         self._max_classes = count
 
     def correlation(self, img_feats: Tensor, text_feats: Tensor) -> Tensor:
-        """Cosine cost volume `[B, P, T, H, W]` of `[B, C, H, W]` and `[B, T, P, C]`."""
+        """Return the cosine cost volume `[B, P, T, H, W]` of `[B, C, H, W]` and `[B, T, P, C]`."""
         return correlation(img_feats, text_feats)
 
     def corr_embed(self, cost_volume: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ class Aggregator(nn.Module):
         return rearrange(embedding, "(B T) C H W -> B C T H W", B=len(cost_volume))
 
     def project_text(self, text_feats: Tensor) -> Tensor | None:
-        """Text guidance `[B, T, text_guidance_proj_dim]` of `text_feats [B, T, P, C]`."""
+        """Return the text guidance `[B, T, text_guidance_proj_dim]` of `text_feats [B, T, P, C]`."""
         if self.text_guidance_projection is None:
             return None
         mean = text_feats.mean(dim=-2)
@@ -189,7 +191,7 @@ class Aggregator(nn.Module):
     def forward(
         self, img_feats: Tensor, text_feats: Tensor, appearance_guidance: Sequence[Tensor | None]
     ) -> Tensor:
-        """Logits `[B, T, 4H, 4W]` of every class.
+        """Return the logits `[B, T, 4H, 4W]` of every class.
 
         Args:
             img_feats: dense CLIP image features `[B, C, H, W]`.
@@ -197,7 +199,7 @@ class Aggregator(nn.Module):
             appearance_guidance: maps `[B, C0, H, W]`, `[B, C1, 2H, 2W]`, `[B, C2, 4H, 4W]`.
 
         Raises:
-            InputError: if there is no class, or the shapes do not fit each other or the weights.
+            InputError: if there is no class, or the shapes do not match each other or the weights.
         """
         check_shapes(self, img_feats, text_feats, appearance_guidance)
         check_pooling(self.pooling_size, img_feats.shape[-2:])
@@ -222,7 +224,7 @@ class Aggregator(nn.Module):
 
 
 def project_map(in_channels: int, out_channels: int) -> nn.Sequential:
-    """3x3 convolution and ReLU of a guidance map."""
+    """Return the 3x3 convolution and ReLU of a guidance map."""
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1), nn.ReLU())
 
 

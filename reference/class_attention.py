@@ -15,12 +15,12 @@ from catseg_fast.errors import InputError
 
 
 def elu_feature_map(x: Tensor) -> Tensor:
-    """The positive feature map of linear attention, elu(x) + 1."""
+    """Apply the positive feature map of linear attention, elu(x) + 1."""
     return F.elu(x) + 1
 
 
 class LinearAttention(nn.Module):
-    """Attention with softmax replaced by a product of feature maps, so that it costs O(T), not O(T^2)."""
+    """Attention with feature maps instead of a softmax, so that it costs O(T), not O(T^2)."""
 
     def __init__(self, eps: float = 1e-6) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class LinearAttention(nn.Module):
         """Map queries `[N, L, h, d]`, keys and values `[N, S, h, d]` to `[N, L, h, d]`."""
         q, k = elu_feature_map(queries), elu_feature_map(keys)
         length = values.shape[1]
-        # Dividing by the length first keeps the sum over classes within the range of fp16.
+        # Dividing by the length first keeps the sum over classes in the range of fp16.
         key_value = torch.einsum("nshd,nshv->nhdv", k, values / length)
         normaliser = 1 / (torch.einsum("nlhd,nhd->nlh", q, k.sum(dim=1)) + self.eps)
         return torch.einsum("nlhd,nhdv,nlh->nlhv", q, key_value, normaliser) * length
@@ -54,7 +54,7 @@ ATTENTION = {"linear": LinearAttention, "full": FullAttention}
 
 
 class AttentionLayer(nn.Module):
-    """Queries and keys from features and guidance, values from features alone; no output projection."""
+    """Attention with queries and keys from features and guidance, values from features; no projection."""
 
     def __init__(
         self, hidden_dim: int, guidance_dim: int, nheads: int = 8, attention_type: str = "linear"
@@ -89,7 +89,7 @@ class ClassTransformerLayer(nn.Module):
         nheads: attention heads.
         attention_type: "linear" or "full".
         pooling_size: window of the average pooling before the layer; None for none.
-        pad_len: a shorter vocabulary is filled up to this many classes with a learned token; 0 for never.
+        pad_len: number of classes to which fewer are padded with a learned token; 0 for no padding.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 Dense features skip the attention of the last block and keep its value path (CAT-Seg paper, section 3.1, after
 MaskCLIP); upstream `cat_seg/third_party/model_vpt.py`. State-dict keys are upstream's: v1 keeps CLIP's joint
-`in_proj_weight`, v2 splits it, because it fine-tunes queries and values alone.
+`in_proj_weight`, v2 splits it, because it only fine-tunes queries and values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from catseg_fast.weights import module_tensors
 
 
 class SplitAttention(nn.Module):
-    """Multi-head self-attention whose query, key and value weights are parameters of their own."""
+    """Multi-head self-attention with separate parameters for query, key and value weights."""
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -87,11 +87,11 @@ class DenseCLIP(CLIP):
                     block.attn = SplitAttention(tower.transformer.width, heads)
 
     def encode_dense(self, images: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Features of every patch, and the outputs of some blocks.
+        """Return the features of every patch, and the outputs of some blocks.
 
         Args:
             images: `[B, 3, H, W]`, normalised with CLIP's mean and deviation.
-            layers: indices of blocks (not the last one) whose outputs are wanted.
+            layers: indices of blocks (not the last one) whose outputs are returned.
 
         Returns:
             Features `[B, 1 + h*w, embed_dim]`, the class token first, where h and w count patches; and for
@@ -113,7 +113,7 @@ class DenseCLIP(CLIP):
         return self.visual.ln_post(x) @ self.visual.proj, [outputs[index] for index in layers]
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Features `[N, embed_dim]` of token ids `text [N, L]`, L at most the context length.
+        """Return features `[N, embed_dim]` of token ids `text [N, L]`, L at most the context length.
 
         Attention is causal, so tokens after the end-of-text token may be cut off without effect.
         """
@@ -126,13 +126,13 @@ class DenseCLIP(CLIP):
         return F.normalize(x, dim=-1) if normalize else x
 
     def text_parameters(self) -> list[Tensor]:
-        """The parameters on which `encode_text` depends."""
+        """Return the parameters on which `encode_text` depends."""
         modules = (self.token_embedding, self.transformer, self.ln_final)
         inside = [parameter for module in modules for parameter in module_tensors(module)]
         return [*inside, self.positional_embedding, self.text_projection]
 
     def position_embedding(self, height: int, width: int) -> Tensor:
-        """Positional embedding `[1 + height*width, C]`, resized (bicubic) where the grid is another."""
+        """Return the positional embedding `[1 + height*width, C]`, resized (bicubic) for another grid."""
         embedding = self.visual.positional_embedding
         side = self.config.image_size // self.config.patch_size
         if (height, width) == (side, side):
@@ -142,7 +142,7 @@ class DenseCLIP(CLIP):
         return torch.cat([embedding[:1], rearrange(grid, "1 C h w -> (h w) C")])
 
     def _value_path(self, block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-        """The last block without attention: each token passes its own value on."""
+        """Apply the last block without attention: each token only takes its own value."""
         attention, channels = block.attn, x.shape[-1]
         joint = self.version == "v1"
         weight = attention.in_proj_weight[-channels:] if joint else attention.v_proj_weight

@@ -1,4 +1,4 @@
-"""What upstream trains, and its loss; `cat_seg/cat_seg_model.py` of both generations."""
+"""Upstream's trained parameters and loss; `cat_seg/cat_seg_model.py` of both generations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CLIP_FINETUNE = ("attention", "full", "prompt", "none")
 
 
 def is_trained(name: str, clip_finetune: str, version: Version) -> bool:
-    """Whether upstream trains CLIP's parameter `name` under a fine-tuning rule.
+    """Check whether upstream trains CLIP's parameter `name` under a fine-tuning rule.
 
-    v1 trains in the image tower alone, v2 in the blocks of both towers; "attention" is the attention and
+    v1 trains only in the image tower, v2 in the blocks of both towers; "attention" means the attention and
     positional embeddings in v1, and query and value weights in v2.
     """
     tower = "visual" if version == "v1" else "transformer"
@@ -41,8 +41,8 @@ def freeze(
         backbone: v1's guidance backbone, or None.
         clip_finetune: "attention", "full", "prompt" or "none".
         version: upstream's generation.
-        train_backbone: whether the backbone is trained (upstream: BACKBONE_MULTIPLIER > 0); its first norm
-            never is.
+        train_backbone: whether the backbone is trained (upstream: BACKBONE_MULTIPLIER > 0), except its first
+            norm.
 
     Raises:
         InputError: if `clip_finetune` is unknown.
@@ -57,9 +57,9 @@ def freeze(
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE_LABEL) -> Tensor:
-    """Mean binary cross-entropy over pixels and classes.
+    """Return the mean binary cross-entropy over pixels and classes.
 
-    A pixel with the ignore label counts as one that belongs to no class, as in upstream.
+    As in upstream, a pixel with the ignore label counts as belonging to no class.
 
     Args:
         logits: `[B, T, h, w]`, resized to the labels' size.

@@ -30,9 +30,9 @@ STAGES = ("res2", "res3", "res4")
 
 
 class SwinBlock(SwinTransformerBlock):
-    """timm's Swin block, padding as upstream does: first to whole windows, then the cyclic shift.
+    """timm's Swin block with upstream's padding: first to whole windows, then the cyclic shift.
 
-    timm shifts first, which gives other numbers when H or W is not a multiple of the window.
+    timm shifts first, which gives different results if H or W is not a multiple of the window.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, shift_size: int, drop_path: float) -> None:
@@ -46,11 +46,11 @@ class SwinBlock(SwinTransformerBlock):
             dynamic_mask=True,
             drop_path=drop_path,
         )
-        # Upstream stores the index, timm does not: register it again, as persistent.
+        # Upstream stores the index, timm does not: register it again as persistent.
         self.attn.register_buffer("relative_position_index", self.attn.relative_position_index)
 
     def _attn(self, x: Tensor) -> Tensor:
-        """(Shifted) window attention of x [B, H, W, C]."""
+        """Apply (shifted) window attention to x [B, H, W, C]."""
         _, H, W, _ = x.shape
         window_h, window_w = self.window_size
         x = F.pad(x, (0, 0, 0, -W % window_w, 0, -H % window_h))
@@ -73,15 +73,15 @@ class SwinStage(nn.Module):
         self.downsample = PatchMerging(dim) if downsample else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, H, W, C] -> features [B, H, W, C], next stage's input [B, H/2, W/2, 2C] (or the features)."""
+        """Map x [B, H, W, C] to features of that shape and the next stage's input [B, H/2, W/2, 2C]."""
         x = self.blocks(x)
         return x, x if self.downsample is None else self.downsample(x)
 
 
 class SwinGuidance(nn.Module):
-    """The first three stages of a Swin Transformer, each output layer-normalised. Defaults: Swin-B at 384 px.
+    """The first three stages of a Swin Transformer with normalised outputs; by default Swin-B at 384 pixels.
 
-    `drop_path_rate` is the stochastic depth of the last block, rising linearly from 0; training mode only.
+    `drop_path_rate` is the stochastic depth of the last block in training mode; it increases linearly from 0.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class SwinGuidance(nn.Module):
         self.norm0, self.norm1, self.norm2 = (nn.LayerNorm(width) for width in widths)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """x [B, 3, H, W], normalised -> {"res2": [B, C, H/4, W/4], "res3": [B, 2C, ...], ...}."""
+        """Map a normalised x [B, 3, H, W] to {"res2": [B, C, H/4, W/4], "res3": [B, 2C, ...], ...}."""
         x = self.patch_embed(x)  # [B, H/4, W/4, C]
         outputs = {}
         norms = (self.norm0, self.norm1, self.norm2)
@@ -126,7 +126,7 @@ class SwinGuidance(nn.Module):
 
 
 def upstream_resnet_name(name: str) -> str:
-    """detectron2's name of an entry of timm's ResNet: "layer1.0.bn2.bias" -> "res2.0.conv2.norm.bias"."""
+    """Return detectron2's name of an entry of timm's ResNet, such as "res2.0.conv2.norm.bias"."""
     if not name.startswith("layer"):
         name = f"stem.{name}"
     name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
@@ -135,17 +135,17 @@ def upstream_resnet_name(name: str) -> str:
 
 
 def _rename(state_dict: dict[str, Any], prefix: str, names: dict[str, str]) -> None:
-    """Rename, in place and in order, the entries under `prefix`; a name outside the table stays."""
+    """Rename the entries under `prefix` in place and in order; names that are not in the table stay."""
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key.removeprefix(prefix)
         state_dict[prefix + names.get(name, name)] = state_dict.pop(key)
 
 
 class ResNetGuidance(nn.Module):
-    """A bottleneck ResNet without its last stage; batch norms are frozen: four buffers, never updated.
+    """A bottleneck ResNet without its last stage, with frozen batch norms: four buffers, never updated.
 
-    Strides sit in the 3x3 convolutions. The module tree is timm's, the state_dict detectron2's: entries are
-    renamed on saving and on loading.
+    Strides are in the 3x3 convolutions. The module tree is timm's, the state_dict detectron2's: entries are
+    renamed when they are saved and loaded.
     """
 
     def __init__(self, depth: int = 101) -> None:
@@ -169,7 +169,7 @@ class ResNetGuidance(nn.Module):
         self.register_load_state_dict_pre_hook(_to_timm_names)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """x [B, 3, H, W], normalised -> {"res2": [B, 256, H/4, W/4], "res3": [B, 512, ...], ...}."""
+        """Map a normalised x [B, 3, H, W] to {"res2": [B, 256, H/4, W/4], "res3": [B, 512, ...], ...}."""
         resnet = self.resnet
         x = resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(x))))
         outputs = {}
@@ -187,10 +187,10 @@ def _to_timm_names(module: ResNetGuidance, state_dict: dict[str, Any], prefix: s
 
 
 def build_guidance(backbone: str | SwinConfig | ResNetConfig) -> nn.Module:
-    """The untrained guidance backbone of a configuration, or of a name in `config.BACKBONES`.
+    """Build the untrained guidance backbone of a configuration, or of a name in `config.BACKBONES`.
 
     Raises:
-        InputError: no backbone has this name.
+        InputError: if no backbone has this name.
     """
     if isinstance(backbone, str):
         if backbone not in BACKBONES:

@@ -1,4 +1,4 @@
-"""From an image to crops, and from the crops' logit maps to one probability map a class.
+"""Crops of an image, and the probability map of each class from the crops' logit maps.
 
 Upstream `cat_seg/cat_seg_model.py`: `inference_sliding_window`, and the whole-image path of `forward`.
 """
@@ -16,7 +16,7 @@ from catseg_fast.errors import InputError
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize `[N, C, h, w]` to `size`, bilinear, corners not aligned; as everywhere in upstream."""
+    """Resize `[N, C, h, w]` to `size`, bilinear without aligned corners, as everywhere in upstream."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
@@ -26,7 +26,7 @@ class SlidingWindow:
 
     Args:
         crop_size: side of a crop in pixels.
-        overlap: share of a crop that the next one covers again, in [0, 1).
+        overlap: share of a crop that the next one overlaps, in [0, 1).
         resolution: (height, width) to which the image is resized first, whatever its shape.
     """
 
@@ -47,11 +47,11 @@ class SlidingWindow:
 
     @property
     def count(self) -> int:
-        """Crops of an image, the whole one included."""
+        """Number of crops of an image, including the whole image."""
         return len(self.corners()) + 1
 
     def corners(self) -> list[tuple[int, int]]:
-        """Top-left corners of the crops; the last row and column end at the border."""
+        """Return the top-left corners of the crops; the last row and column end at the border."""
         rows, columns = (self._starts(size) for size in self.resolution)
         return [(top, left) for top in rows for left in columns]
 
@@ -61,7 +61,7 @@ class SlidingWindow:
         return starts if starts[-1] == rest else [*starts, rest]
 
     def crops(self, image: Tensor) -> Tensor:
-        """Crops `[N + 1, 3, crop_size, crop_size]` of `image [3, H, W]`; the last one is the whole image."""
+        """Return crops `[N + 1, 3, crop_size, crop_size]` of `image [3, H, W]`, the whole image last."""
         side = self.crop_size
         return self.cut(resize(image[None], self.resolution)[0], resize(image[None], (side, side))[0])
 

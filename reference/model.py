@@ -59,18 +59,18 @@ class CATSeg(nn.Module):
     Args:
         variant: name of a published variant (`catseg_fast.config.VARIANTS`), or a `Variant`.
         classes: class names for inference; `set_classes` changes them.
-        train_classes: class names in training mode; those for inference where None.
-        sliding_window: whether inference looks at overlapping crops and the whole image (upstream's
-            evaluation), or at the whole image once.
+        train_classes: class names in training mode; by default those for inference.
+        sliding_window: whether inference uses overlapping crops and the whole image (upstream's evaluation),
+            or only the whole image.
         window: sizes of the sliding window.
-        prompt_ensemble: name of an ensemble or templates, in place of the variant's own.
+        prompt_ensemble: name of an ensemble or templates, instead of the variant's own.
         size_divisibility: multiple to which the whole image is padded in the call with upstream's contract.
-        clip_finetune: what of CLIP is trained: "attention", "full", "prompt" or "none".
+        clip_finetune: the part of CLIP that is trained: "attention", "full", "prompt" or "none".
         train_backbone: whether v1's guidance backbone is trained.
         ignore_label: label of training pixels that belong to no class; may be set later, too.
 
     Raises:
-        InputError: from a bad name or class list.
+        InputError: if a name or the class list is invalid.
     """
 
     aggregator_type: type[Aggregator] = Aggregator
@@ -178,7 +178,7 @@ class CATSeg(nn.Module):
         state = self._text_state()
         cached = self._text_cache.get(mode)
         if cached is None or cached[0] != state:
-            # Whatever mode the call is in, what is kept must serve every later one.
+            # The cached features must be usable by later calls in any mode.
             device = self.device.type
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
                 features = self._encode_text(tokens, progress)
@@ -193,7 +193,7 @@ class CATSeg(nn.Module):
         return encode_classes(self.clip_model, tokens, len(self.templates), progress=progress)
 
     def _class_mode(self) -> bool:
-        """The mode whose class names count: the present one, or the other where it alone has names."""
+        """The mode whose class names are used: the present one, or the other if only that one has names."""
         if not self._classes:
             raise InputError("classes: none are set; call set_classes([...]) first")
         return self.training if self.training in self._classes else not self.training
@@ -201,11 +201,11 @@ class CATSeg(nn.Module):
     def encode_images(
         self, clip_images: Tensor, images: Tensor, clip: DenseCLIP | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """CLIP features and guidance maps.
+        """Return CLIP features and guidance maps.
 
         Args:
             clip_images: `[B, 3, H, W]`, normalised for CLIP, any size.
-            images: the same pixels normalised for v1's backbone (v2 does not look at them).
+            images: the same pixels normalised for v1's backbone; v2 does not use them.
             clip: CLIP in another type; by default the model's own.
 
         Returns:
@@ -223,7 +223,7 @@ class CATSeg(nn.Module):
         return features, (as_map(features), self.upsample1(shallow), self.upsample2(deep))
 
     def logits(self, clip_images: Tensor, images: Tensor) -> Tensor:
-        """Logits `[B, T, 4h, 4w]` of the present classes; arguments as in `encode_images`."""
+        """Return the logits `[B, T, 4h, 4w]` of the present classes; arguments as in `encode_images`."""
         features, guidance = self.encode_images(clip_images, images)
         text = self.text_features().to(features.dtype)
         return self.aggregator(as_map(features), text.expand(len(features), -1, -1, -1), guidance)
@@ -234,13 +234,13 @@ class CATSeg(nn.Module):
         """Segment images, or compute the loss in training mode.
 
         Args:
-            batched_inputs: one dict an image: "image" `[3, H, W]`, RGB, 0..255, any real type; "height" and
+            batched_inputs: one dict per image: "image" `[3, H, W]`, RGB, 0..255, any real type; "height" and
                 "width" of the answer (by default the image's, or the sliding window's resolution); and
                 "sem_seg" `[H, W]`, class indices, in training.
 
         Returns:
-            One dict an image with "sem_seg", probabilities `[T, height, width]`; each image's answer is as if
-            it were alone. In training mode {"loss_sem_seg": scalar}.
+            One dict per image with "sem_seg", probabilities `[T, height, width]`, which do not depend on the
+            other images. In training mode {"loss_sem_seg": scalar}.
 
         Raises:
             TypeError, ValueError: if an entry is wrong, or no classes are set; see `check_requests`.
@@ -289,7 +289,7 @@ class CATSeg(nn.Module):
 
 
 def normalise(images: Tensor) -> tuple[Tensor, Tensor]:
-    """RGB `[…, 3, H, W]` in 0..255, once as CLIP wants it and once as v1's backbones do."""
+    """Normalise RGB `[…, 3, H, W]` in 0..255 for CLIP and for v1's backbones; return both."""
     clip_mean, clip_std = channels(CLIP_PIXEL_MEAN, images), channels(CLIP_PIXEL_STD, images)
     mean, std = channels(PIXEL_MEAN, images), channels(PIXEL_STD, images)
     return (images - clip_mean) / clip_std, (images - mean) / std
@@ -301,7 +301,7 @@ def channels(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def as_map(features: Tensor) -> Tensor:
-    """Patch features `[B, C, h, w]` of dense CLIP features `[B, 1 + h*w, C]` of square images."""
+    """Return patch features `[B, C, h, w]` from dense CLIP features `[B, 1 + h*w, C]` of square images."""
     side = round((features.shape[1] - 1) ** 0.5)
     return rearrange(features[:, 1:], "B (h w) C -> B C h w", h=side)
 

@@ -20,10 +20,10 @@ def check_requests(batched_inputs: Sequence[dict[str, Any]], divisor: int | None
         batched_inputs: a list of dicts: "image", a tensor `[3, H, W]`; "height" and "width", positive
             integers that may be missing; in training "sem_seg", a tensor of integers `[H, W]`. Images of a
             batch are padded to the largest one; labels may have that size, or its next multiple of `divisor`.
-        divisor: in training, of the padded images' height and width; else None.
+        divisor: divisor of the padded images' height and width in training; else None.
 
     Raises:
-        TypeError, ValueError: if it is anything else; the message names the entry and the key.
+        InputTypeError, InputError: if it is anything else; the message names the entry and the key.
     """
     if isinstance(batched_inputs, dict | str | Tensor) or not isinstance(batched_inputs, Sequence):
         kind = type(batched_inputs).__name__

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class DoubleConv(nn.Module):
-    """Twice: 3x3 convolution without bias, group normalisation in groups of 16 channels, ReLU."""
+    """Two 3x3 convolutions without bias, each with group normalisation (groups of 16 channels) and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, mid_channels: int | None = None) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 CAT-Seg paper, section 3.3 (spatial cost aggregation); upstream `cat_seg/modeling/transformer/model.py`. The
 block is that of the Swin Transformer without relative position bias; queries and keys, but not values, also
-see the appearance guidance.
+depend on the appearance guidance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def merge_windows(windows: Tensor, window: int, height: int, width: int) -> Tens
 
 
 def fit_window(resolution: tuple[int, int], window: int, shift: int) -> tuple[int, int]:
-    """Window and shift at a resolution: one unshifted window where the map is no larger than the window."""
+    """Return window and shift at a resolution: one unshifted window if the map is not larger than it."""
     smallest = min(resolution)
     return (smallest, 0) if smallest <= window else (window, shift)
 
@@ -40,9 +40,10 @@ def fit_window(resolution: tuple[int, int], window: int, shift: int) -> tuple[in
 def shifted_window_mask(
     resolution: tuple[int, int], window: int, shift: int, device: torch.device | None = None
 ) -> Tensor:
-    """Additive mask `[windows, N, N]`, N = window * window: 0 within a region of the image, else -100.
+    """Return the additive mask `[windows, N, N]`, N = window * window: 0 within an image region, else -100.
 
-    After the cyclic shift the last windows hold patches from opposite borders; those must not see each other.
+    After the cyclic shift, the last windows hold patches from opposite borders, which must not attend to each
+    other.
     """
     height, width = resolution
     rows, columns = (
@@ -60,9 +61,9 @@ class WindowAttention(nn.Module):
 
     Args:
         dim: channels of the values and of the output.
-        appearance_guidance_dim: channels of guidance that queries and keys see in addition.
+        appearance_guidance_dim: channels of the guidance, from which queries and keys are also computed.
         num_heads: attention heads.
-        head_dim: channels a head, `dim // num_heads` by default.
+        head_dim: channels per head, `dim // num_heads` by default.
         window_size: side of a window; kept for upstream's signature.
         qkv_bias: whether queries, keys and values have a bias.
         attn_drop, proj_drop: dropout rates of the attention weights and of the output.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -40,7 +38,9 @@ def answers_agree(aggregator: nn.Module, own: nn.Module, resolution: tuple[int, 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("name", "resolution"), [*((name, (8, 8)) for name in EQUAL), ("nothing", (8, 12)), ("pruned", (12, 8))], ids=str
+    ("name", "resolution"),
+    [*((name, (8, 8)) for name in EQUAL), ("nothing", (8, 12)), ("pruned", (12, 8))],
+    ids=str,
 )
 def test_the_same_maths_runs_in_the_engine(name: str, resolution: tuple[int, int]) -> None:
     aggregator = make_aggregator(feature_resolution=resolution)
@@ -48,7 +48,9 @@ def test_the_same_maths_runs_in_the_engine(name: str, resolution: tuple[int, int
     own = copy.deepcopy(aggregator)
     acceleration = accelerate(aggregator)
     answers_agree(aggregator, own, resolution)
-    assert acceleration.explain() == f"the model (aggregator): the engine; {len(CALLS)} kinds of input compared"
+    assert (
+        acceleration.explain() == f"the model (aggregator): the engine; {len(CALLS)} kinds of input compared"
+    )
 
 
 @torch.no_grad()
@@ -65,7 +67,12 @@ def test_other_maths_is_never_answered_for(name: str) -> None:
 
 
 # Of these the copy's few classes show nothing: the first call of a kind does.
-NOT_AT_ONCE = {"many classes attended otherwise", "many classes otherwise", "single class apart", "counts its calls"}
+NOT_AT_ONCE = {
+    "many classes attended otherwise",
+    "many classes otherwise",
+    "single class apart",
+    "counts its calls",
+}
 
 
 @torch.no_grad()

@@ -152,3 +152,19 @@ def test_every_test_asserts_something(path: Path) -> None:
     for name, function in functions.items():
         if name.startswith("test_"):
             assert has_check(function, {**functions, name: ast.Pass()}), f"{path.name}: {name}"
+
+
+CLAUSE = re.compile(r"(What|Whether|How|Which|Where|When|Why|If|As|So that)\b")
+
+
+@pytest.mark.parametrize("folder", ["catseg_fast", "kernels", "reference", "bench", "tests", "examples"])
+def test_docstrings_begin_with_one_sentence(folder: str) -> None:
+    """The first line is a noun phrase or an imperative, on one line, with a full stop."""
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                first = (ast.get_docstring(node) or ".").splitlines()[0]
+                if CLAUSE.match(first) or not first.endswith((".", ":")):
+                    found.append(f"{path.relative_to(ROOT)}: {first}")
+    assert not found, "\n".join(found)

@@ -77,6 +77,11 @@ def test_globs_files_and_names_that_meet(photos: Path) -> None:
     ]
 
 
+def test_urls_are_not_fetched() -> None:
+    with pytest.raises(InputError, match=r"https:/example\.com/a\.jpg: is a URL; download it first"):
+        find_pictures([Path("https://example.com/a.jpg")], Path("out"))
+
+
 def test_results_are_no_pictures(photos: Path) -> None:
     output = Path("photos/out")
     output.mkdir()
@@ -146,9 +151,7 @@ def test_the_fingerprint_tells_weights_classes_and_options(tmp_path: Path, model
 def test_decoding_runs_ahead_of_the_model(
     photos: Path, model: CATSeg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the model has the first picture, the next ones are read; and the first is being written while it
-    has the second.
-    """
+    """The next pictures are read during the model's first one, which is written during its second one."""
     read, writing = threading.Semaphore(0), threading.Event()
     segment, save = CATSeg.segment, Batch._write
     calls: list[object] = []

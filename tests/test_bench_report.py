@@ -147,7 +147,7 @@ def test_report_of_no_results_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("stage", STAGES)
 @torch.no_grad()
 def test_a_deliberately_wrong_kernel_does_not_pass_the_gate(stage: str) -> None:
-    """It drops the last channel, class or pixel."""
+    """A fault: drop the last channel, class or pixel."""
     call = make_stage_call(stage, 1, 2, torch.float32, CPU)
     truth = call.to(torch.float64).plain()
     assert gate.check(call.plain(), call.plain(), truth) == 1

@@ -187,7 +187,7 @@ def test_the_rule_is_that_of_every_capability(
 
 
 def test_what_a_gpu_has_not_measured_is_borrowed(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two kernels, its own of one, another GPU's of the other."""
+    """One kernel has a config of its own, the other borrows one."""
     fake_gpus(monkeypatch, H100)
     put(shipped, "NVIDIA H200", 16, 90, 132)
     path = put(shipped, H100[0], 32, 90, 114)
@@ -220,12 +220,12 @@ def test_a_file_of_another_gpu_in_a_gpus_folder_is_named(
     own = configs.config_path(user, H100[0], "window_block")
     own.parent.mkdir(parents=True)
     own.write_text(other.read_text())
-    with pytest.warns(UserWarning, match="1 of 1 entries: entry 0 is of another GPU, 'NVIDIA H200'"):
+    with pytest.warns(UserWarning, match="1 of 1 entries: entry 0 is for another GPU, 'NVIDIA H200'"):
         assert rows() == 64, "borrowed from the package's"
 
 
 def test_without_a_home_folder_the_call_goes_on(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container whose user is a number."""
+    """A container's user may be only a number."""
     fake_gpus(monkeypatch, H200)
     put(shipped, H200[0], 64, 90)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -1,4 +1,4 @@
-"""What a campaign runs, in which order, and with how much of the time."""
+"""The steps of a campaign, their order, and their shares of the time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_steps_of_a_dry_run(tmp_path: Path) -> None:
 
 
 def test_no_step_takes_the_time_of_all(tmp_path: Path) -> None:
-    """What may hang or be slow has a share; the headline comes whatever the checks do."""
+    """Steps that may hang or be slow have a share of the time; the headline always runs."""
     found = {step.name: step for step in steps.all_steps("cuda", tmp_path, 5)}
     limits = {name: found[name].seconds for name in ("compile", "checks", "headline-compiled", "model")}
     assert limits == {"compile": 75, "checks": 90, "headline-compiled": 75, "model": 75}

@@ -127,11 +127,11 @@ def test_damaged_cat_segs_are_named(tiny: dict[str, Tensor]) -> None:
         recognise_variant({name: value for name, value in tiny.items() if name != key})
     with pytest.raises(ValueError, match=rf"damaged CAT-Seg checkpoint: {key} has shape \(3,\)"):
         recognise_variant({**tiny, key: torch.zeros(3)})
-    with pytest.raises(ValueError, match="13 image positions are no square"):
+    with pytest.raises(ValueError, match="13 image positions are not a square"):
         recognise_variant(
             {**tiny, "sem_seg_head.predictor.clip_model.visual.positional_embedding": torch.zeros(14, 64)}
         )
-    with pytest.raises(ValueError, match=r"4 prompts a class; the prompt ensembles have .*80 \(imagenet\)"):
+    with pytest.raises(ValueError, match=r"4 prompts per class; the prompt ensembles have .*80 \(imagenet\)"):
         recognise_variant({**tiny, AGGREGATOR + "conv1.weight": torch.zeros(48, 4, 7, 7)})
 
 

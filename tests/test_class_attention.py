@@ -177,7 +177,7 @@ def test_strided_views() -> None:
 
 @pytest.mark.usefixtures("overflow_checks")
 def test_offsets_beyond_two_billion() -> None:
-    """Of the memory between classes no page is touched."""
+    """No page of the memory between classes is touched."""
     layer = cast(make_layer(16, 1, 32), torch.float16)
     x, *_ = (y.to(DEVICE, torch.float16) for y in make_inputs(1, 3, 4, 16))
     far = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided(x.shape, (0, 2**30, 16, 1))
@@ -285,7 +285,7 @@ def test_bad_arguments() -> None:
         collect(memory=replace(memory, key_sum=torch.zeros(1, 6, 2, 16, device=DEVICE)))
     with pytest.raises(ValueError, match="pooling: 3x3 is larger"):
         collect(layer=replace(layer, pooling=(3, 3)))
-    with pytest.raises(ValueError, match="memory: it is not closed, or no class was added"):
+    with pytest.raises(ValueError, match="memory: is not closed, or no class was added"):
         triton_stages.class_apply(layer, x, None, memory, (2, 3))
     with pytest.raises(ValueError, match="input_precision: 'tf64' is not"):
         triton_stages.class_collect(layer, memory, x, None, (2, 3), False, "tf64")

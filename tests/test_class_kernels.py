@@ -109,7 +109,7 @@ def test_means_are_those_of_the_sums(dtype: torch.dtype) -> None:
 
 
 def test_keys_that_are_all_zero_weigh_nothing() -> None:
-    """Of no key at all there is no mean: it is 0, as what torch gives."""
+    """The mean without any key is 0, as in torch."""
     inputs = collect_inputs(SMALL)
     inputs["bias"][:32] = -60.0  # phi of it is below the smallest number of fp16
     for function in (op.class_collect, plain.class_collect):
@@ -144,7 +144,7 @@ def test_writes_to_a_slice_of_a_state_or_in_place(pooling: tuple[int, int]) -> N
 
 
 def test_destination_offsets_are_64_bits_wide() -> None:
-    """Of storage that is never touched, the system gives none."""
+    """The system gives no memory for storage that is never touched."""
     inputs = apply_inputs(Sizes(2, 2, 2, 2, channels=16, heads=1, hidden=16))
     far = torch.empty_strided((2, 2, 4, 16), (2**31 + 4096, 2**30 + 1024, 16, 1), dtype=torch.float16)
     out = far.to(DEVICE) if DEVICE.type == "cuda" else far
@@ -188,7 +188,7 @@ def test_collect_shows_what_is_not_a_number(means: bool, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["x", "text_query", "means", "key_sum", "q", "fc1", "fc1_bias", "fc2_bias"])
 def test_apply_shows_what_is_not_a_number(name: str) -> None:
-    """Where torch does; and perhaps at a position beside it, of the same tile."""
+    """NaN is where torch has it, and perhaps at a neighbouring position of the same tile."""
     inputs = apply_inputs(SMALL)
     inputs[name].view(-1)[3] = torch.nan
     out, expected = op.class_apply(**inputs).isnan(), plain.class_apply(**inputs).isnan()

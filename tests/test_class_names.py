@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from catseg_fast.errors import InputError, InputTypeError
 from catseg_fast.text.class_lists import READY_LISTS, read_classes, ready_list, separator_notes
 from catseg_fast.text.prompts import check_classes, class_prompts, get_templates
 from catseg_fast.text.same_prompts import same_prompts, warn_of_same_prompts
+from catseg_fast.text.tokens import tokenize_classes
 from support.tiny import tiny_model
 
 VERSIONS: tuple[Version, ...] = ("v1", "v2")
@@ -203,6 +206,22 @@ def test_what_has_an_order_is_taken() -> None:
 def test_names_of_broken_unicode(name: str) -> None:
     with pytest.raises(InputError, match=r"entry 1, .* is not valid Unicode"):
         check_classes(["tree", name])
+
+
+@pytest.mark.parametrize("unit", ["qzjx", "天", "& ", "é1", "very "])
+def test_a_name_of_any_length_is_refused_at_once(unit: str) -> None:
+    """The tokenizer's time is quadratic in a word's length; and the message does not repeat all of it."""
+    letters = random.Random(0)
+    name = "".join(letters.choice(unit + "abcdefghij") + unit for _ in range(100_000))
+    begin = time.process_time()
+    with pytest.raises(InputError, match="more than CLIP's 77") as caught:
+        tokenize_classes(["sky", name], ["a photo of a {}."], "v2")
+    assert time.process_time() - begin < 2
+    assert len(str(caught.value)) < 3000
+    assert f"({len(name)} characters)" in str(caught.value)
+    with pytest.raises(InputError, match="is listed twice") as caught:
+        check_classes([name, name])
+    assert len(str(caught.value)) < 1000
 
 
 # ---- templates --------------------------------------------------------------------------------------------

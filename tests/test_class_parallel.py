@@ -102,7 +102,7 @@ def answers(split: Callable[[CATSeg], None], every: bool = False) -> dict[str, S
 
 
 def small_aggregator(limit: int | None) -> reference.Aggregator:
-    """In float64; 7 classes are padded to 9, and pooled where but some are aggregated."""
+    """A small aggregator in float64; 7 classes are padded to 9, and pooled if only some are aggregated."""
     aggregator = make_aggregator(pooling_size=(1, 1) if limit is None else (2, 2), pad_len=9)
     aggregator.max_classes = limit
     return aggregator
@@ -110,7 +110,7 @@ def small_aggregator(limit: int | None) -> reference.Aggregator:
 
 @torch.no_grad()
 def own_logits(group: ProcessGroup | None) -> dict[int | None, Tensor]:
-    """By limit, the logits of a share's classes, `[B, t, 4H, 4W]`."""
+    """Return the logits of a share's classes, `[B, t, 4H, 4W]`, by limit."""
     found = {}
     for limit in (None, 4):
         aggregator, parts = small_aggregator(limit), list[Tensor]()
@@ -162,7 +162,7 @@ def segment_for_ever(group: ProcessGroup | None, mark: Path) -> None:
 
 
 def work(rank: int, folder: Path) -> None:
-    """What each of three processes does, one thing after the other."""
+    """Run the steps of each of three processes."""
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     patience = timedelta(seconds=PATIENCE)

@@ -74,7 +74,7 @@ def test_shades_go_by_their_name(word: str) -> None:
 
 
 def test_classes_have_the_colour_of_their_name_in_any_picture() -> None:
-    """Of 200 classes, on a picture in which all of them touch many others."""
+    """There are 200 classes in a picture in which each touches many others."""
     names = SPLITS["held-out-200"].class_names
     random = np.random.default_rng(0)
     labels = random.integers(0, len(names), (60, 60))

@@ -1,4 +1,4 @@
-"""What the command line prints: text as it is, tables that nothing is cut of, errors in plain lines."""
+"""Output of the command line: unchanged text, uncut tables, errors in plain lines."""
 
 from __future__ import annotations
 
@@ -140,6 +140,16 @@ def test_warnings_are_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         warnings.showwarning = show_warning
         warnings.warn("of [b] two", UserWarning, stacklevel=1)
     assert capsys.readouterr().err == "warning: of [b] two\n"
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_paragraphs_of_help_are_filled(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = CliRunner().invoke(app, ["segment", "--help"]).stdout.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith(" Writes for each picture"))
+    end = next(index for index in range(start, len(lines)) if not lines[index].strip())
+    for line, following in zip(lines[start : end - 1], lines[start + 1 : end], strict=True):
+        assert len(line.rstrip()) + 1 + len(following.split()[0]) > width - 2  # no other word fits
 
 
 def test_help_has_no_markup_eaten() -> None:

@@ -61,7 +61,7 @@ class Case:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What all kernels take: input, weight, addend, norm."""
+        """Arguments of all kernels: input, weight, addend, norm."""
         x = self.x if self.bordered is None else self.bordered
         weight = self.weight.flatten(0, -4).permute(0, 2, 3, 1)
         return x, pack(weight, self.layer.scale, self.layer.group), self.addend, self.norm
@@ -264,7 +264,7 @@ def test_is_deterministic_and_nan_stays_in_its_class(layer: Layer, kernel: Any) 
 
 @pytest.mark.parametrize(("kernel", "dtype"), [(patches, torch.float32), (boxes, torch.float16)], ids=str)
 def test_statistics_survive_a_large_mean(kernel: Any, dtype: torch.dtype) -> None:
-    """As large as the type still resolves the deviations from it."""
+    """The mean is as large as the type allows for its deviations to be resolved."""
     layer = replace(PHASES_1, height=8, width=8, channels_in=16, channels_out=16)
     case = Case(layer, 1, 2, dtype)
     assert case.guidance is not None

@@ -48,7 +48,7 @@ NOT_HERE = {
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the blocks run; upstream's weights are a tiny model's there."""
+    """The folder in which blocks run, with a tiny model's weights as upstream's."""
     make_checkout(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "_download", lambda *_: tmp_path / "model_base.pth")
@@ -136,7 +136,7 @@ def test_code_runs(document: Path, checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_readmes_python_runs_as_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a checkout, with nothing but what is in it."""
+    """The code runs in a checkout, with only its own files."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names: dict[str, Any] = {}
@@ -172,7 +172,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_links_within_the_site_stay_there() -> None:
-    """What is not in docs/ is not on the site."""
+    """The site holds only files of docs/."""
     docs = ROOT / "docs"
     targets = {
         document.parent / target

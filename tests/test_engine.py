@@ -145,7 +145,7 @@ def test_what_overflows_fp16_is_computed_again_in_bf16() -> None:
     aggregator.decoder1.conv.double_conv[0].weight *= 1e6  # in front of a normalisation
     inputs = [x.float() if isinstance(x, Tensor) else [y.float() for y in x] for x in features(aggregator)]
     expected = logits(aggregator, inputs, precision=torch.bfloat16, chunk=2)
-    with pytest.warns(RuntimeWarning, match="fp16 overflows: computing again in bf16") as caught:
+    with pytest.warns(RuntimeWarning, match="fp16 overflowed: computing again in bf16") as caught:
         actual = logits(aggregator, inputs, precision=torch.float16, chunk=2)
     assert len(caught) == 1
     assert expected.isfinite().all()
@@ -253,7 +253,7 @@ def test_out_of_memory_goes_on_with_smaller_steps(stage: str, monkeypatch: pytes
 
     monkeypatch.setattr(stages, stage, limited)
     with pytest.warns(
-        RuntimeWarning, match="out of memory with 7 classes per step: going on with fewer"
+        RuntimeWarning, match="out of memory with 7 classes per step: continuing with fewer"
     ) as caught:
         actual = logits(aggregator, inputs, chunk=T)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)

@@ -125,7 +125,7 @@ def test_bad_input_gets_a_line(small: Path, tmp_path: Path) -> None:
 
 
 def test_several_names_of_a_class_and_pixels_of_none(small: Path, tmp_path: Path) -> None:
-    """In the data set's own class list, and in the options'."""
+    """The names are in the data set's own class list, or in the options'."""
     classes = {"sky": ["sky"], "tree": ["oak", "fir"], "house, home": ["hut", "castle", "home"]}
     shutil.copytree(small / "data", tmp_path / "data")
     (tmp_path / "data" / "classes.json").write_text(json.dumps(classes))

@@ -120,7 +120,7 @@ def test_results_of_others_are_not_replaced(tmp_path: Path) -> None:
     check_target(path)
     for content in ('{"results": 1}', "[]", "no JSON"):
         path.write_text(content)
-        with pytest.raises(FileExistsError, match=r"results\.json is there and is not of an evaluation"):
+        with pytest.raises(FileExistsError, match=r"results\.json exists and is not of an evaluation"):
             check_target(path)
 
 

@@ -68,7 +68,7 @@ def tiny(names: Sequence[str]) -> CATSeg:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command writes for a tiny model."""
+    """The files that the command writes for a tiny model."""
     pytest.importorskip("onnx", reason="needs the extra: export")
     pytest.importorskip("onnxscript", reason="needs the extra: export")
 
@@ -106,7 +106,7 @@ def test_onnx_is_the_model(session: Any, count: int) -> None:
 
 
 def test_the_card_is_enough_to_segment_a_picture(folder: Path, session: Any) -> None:
-    """With numpy, resizing and what stands in the card alone, as a program elsewhere would."""
+    """Run the model like another program, with numpy, resizing and the card only."""
     card = json.loads((folder / "model.json").read_text())
     vocabulary = np.load(folder / card["vocabulary"])
     assert vocabulary["classes"].tolist() == list(CLASSES)

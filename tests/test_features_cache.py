@@ -315,7 +315,7 @@ def test_an_interrupted_encoding_goes_on_where_it_was(
 
 
 def test_cached_entries_are_those_of_the_file() -> None:
-    """What is kept is plain safetensors: [P, C] by class."""
+    """Files are plain safetensors: [P, C] by class."""
     first = text_features()
     entries = load_file(files()[0])
     assert len(entries) == len(NAMES)

@@ -1,4 +1,4 @@
-"""What upstream trains, and its loss."""
+"""Upstream's trained parameters and its loss."""
 
 from __future__ import annotations
 

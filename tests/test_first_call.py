@@ -44,7 +44,7 @@ def test_lists_what_a_call_launches(policy: str) -> None:
 
 @pytest.fixture
 def ready(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What `get_ready` does, without a compiler: kernels that were compiled, and how often it checks."""
+    """A record of `get_ready` without a compiler: compiled kernels, and the number of checks."""
     seen: dict[str, Any] = {"jobs": [], "checks": 0, "wrong": {}}
 
     def compile_all(jobs: list[Job], device: torch.device, advance: Any) -> dict[Job, str]:
@@ -111,7 +111,7 @@ def test_a_broken_note_is_named(ready: dict[str, Any]) -> None:
     (note,) = notes()
     for content in ("{", "[]", "", '{"failed": 1}'):
         note.write_text(content)
-        with pytest.warns(UserWarning, match=f"{note}: broken, the kernels are checked again"):
+        with pytest.warns(UserWarning, match=f"{note} is damaged; the kernels are checked again"):
             first_call.get_ready(TritonStages(plan), image, True, None)
     assert ready["checks"] == 5
 
@@ -120,7 +120,8 @@ def test_a_cache_folder_that_cannot_be_written_is_named(ready: dict[str, Any]) -
     user_cache().parent.mkdir()
     user_cache().write_text("in the way")
     plan, image = make_terms(prompt_channel=1)
-    with pytest.warns(UserWarning, match=f"{user_cache() / 'self-check'}: .* cannot be kept there"):
+    message = f"{user_cache() / 'self-check'}: cannot record that the kernels passed"
+    with pytest.warns(UserWarning, match=message):
         first_call.get_ready(TritonStages(plan), image, True, None)
     assert ready["checks"] == 1
 
@@ -198,7 +199,7 @@ print(json.dumps([len(set(jobs)), sorted(failed.values()), first, again, compile
 
 @pytest.mark.xdist_group("aot")
 def test_nothing_is_compiled_after_a_warm_up(tmp_path: Path) -> None:
-    """In the process that was warmed up, nor in another one; by Triton's compilation hook."""
+    """Triton's compilation hook is not called in the process that was warmed up, nor in another one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

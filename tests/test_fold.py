@@ -41,7 +41,7 @@ def folded(maps: Tensor) -> Tensor:
 
 
 def make_logits(window: SlidingWindow | None) -> Tensor:
-    """Of many equal values."""
+    """There are many equal values."""
     crops = 1 if window is None else len(window.corners()) + 1
     generator = torch.Generator().manual_seed(3)
     return torch.randn(crops, len(FOLD.names), 6, 6, generator=generator).round().to(DEVICE)

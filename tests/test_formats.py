@@ -17,9 +17,9 @@ from catseg_fast import CATSeg, Segmentation
 from catseg_fast.cli.inputs import find_pictures
 from catseg_fast.cli.main import app
 from catseg_fast.errors import MissingPackageError
+from catseg_fast.extras import require_pycocotools
 from catseg_fast.identity import read_png_mark
 from catseg_fast.inference.images import load_image
-from catseg_fast.output import coco
 from catseg_fast.output.colours import palette
 from catseg_fast.output.formats import FORMATS, Labelled, mask_name
 from support.tiny import CLASSES, picture, tiny_model
@@ -117,7 +117,7 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         answer.save(tmp_path, formats=["coco"], image=image)
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'catseg-fast\[coco\]'"):
-        coco.require_pycocotools()
+        require_pycocotools()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -93,7 +93,7 @@ def test_computed_again_they_are_the_same_to_the_bit() -> None:
 
 
 def test_at_the_real_size_in_fp32() -> None:
-    """With ReLU's inputs far from 0: where rounding changes a sign, a gradient of 1e6 terms moves by 1e-3."""
+    """ReLU's inputs are far from 0, as a changed sign moves a gradient of 1e6 terms by 1e-3."""
     aggregator = make_aggregator(
         hidden_dim=128, nheads=4, decoder_dims=(64, 32), pooling_size=(2, 2), pad_len=4
     )

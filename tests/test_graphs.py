@@ -84,7 +84,7 @@ def test_probabilities_are_the_callers_own() -> None:
 
 
 def record_nothing(run: Callable[[], Any]) -> Callable[[], Any]:
-    """For tests of what goes on around a recording; each replay is a call."""
+    """A recorder for tests of the code around a recording; each replay is a call."""
     return run
 
 

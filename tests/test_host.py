@@ -1,9 +1,10 @@
-"""What a call orders from a GPU, and how long the host takes to order it; the GPU only takes orders."""
+"""Work that a call gives to a GPU, and the host's time for it, on a GPU that does nothing."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,15 +18,19 @@ ROOT = Path(__file__).parents[1]
 CASES = {(150, None): 60, (1203, None): 220, (847, 256): 180}
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def run(*options: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    cases = [f"{classes}:{best or 0}" for classes, best in CASES]
-    command = [sys.executable, "-m", "bench.fake_gpu", "--cases", *cases]
+    command = [sys.executable, *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    cases = [f"{classes}:{best or 0}" for classes, best in CASES]
+    return json.loads(run("-m", "bench.fake_gpu", "--cases", *cases).splitlines()[-1])  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("classes", "best"), CASES)
@@ -36,7 +41,19 @@ def test_a_call_orders_no_more_than_that(found: dict[str, Any], classes: int, be
     assert orders["total"] <= CASES[classes, best]
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler")
+def test_triton_launches_as_often_through_its_own_launchers(found: dict[str, Any]) -> None:
+    """Those of the benchmark of the host's time, down to the CUDA library."""
+    program = (
+        "import torch; from bench import bench_host as b\n"
+        "with b.fake_launches() as library, b.cheap_operations(), torch.no_grad():\n"
+        "    print([b.measure_call(classes, library, 2)['launches'] for classes in (150, 1203)])"
+    )
+    expected = [sum(found[case]["kernels"].values()) for case in ("150:0", "1203:0")]
+    assert run("-c", program).splitlines()[-1] == str(expected)
+
+
 def test_launches_are_repeated(found: dict[str, Any]) -> None:
-    """From the third equal chunk on, launches go past the dispatch of PyTorch and Triton."""
+    """Launches bypass the dispatch of PyTorch and Triton from the third equal chunk on."""
     for orders in found.values():
         assert orders["repeated"] > 0

@@ -336,7 +336,7 @@ def test_a_small_pickle_of_a_large_tree_is_harmless(path: Path) -> None:
 
 def test_names_in_messages_are_escaped_and_cut(path: Path) -> None:
     for key in ("\x1b[31mred", "a\nb", "\ud800", "k" * 10_000, "\u202eabc"):
-        refused(path, model(hostile.TENSOR, keys=[key]), "is no parameter's name")
+        refused(path, model(hostile.TENSOR, keys=[key]), "is not a parameter's name")
         refused(path, model(hostile.NONE, keys=[key]), "is a NoneType")
     refused(path, model(b"cos\nsystem\x1b[31m\n"), r"could execute code \(it names")
     refused(path, model(name("os.system")), r"could execute code \(it names os\.system\)")

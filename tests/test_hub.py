@@ -179,9 +179,9 @@ def test_a_revision_is_asked_for(source: str, revision: str, hub: Hub) -> None:
 
 @pytest.mark.parametrize("source", ["demo", "cached.safetensors", "."])
 def test_only_the_hub_has_revisions(source: str, hub: Hub, weights: Path) -> None:
-    with pytest.raises(ValueError, match=f"revision: '{COMMIT}' is of no use for {source}"):
+    with pytest.raises(ValueError, match=f"revision: '{COMMIT}' was given for {source}"):
         resolve(source, revision=COMMIT)
-    with pytest.raises(ValueError, match=f"revision: '{COMMIT}' is of no use for {source}"):
+    with pytest.raises(ValueError, match=f"revision: '{COMMIT}' was given for {source}"):
         resolve(f"{source}@{COMMIT}")
     assert not hub.asked
 

@@ -116,7 +116,7 @@ def test_what_overflows_is_computed_in_bf16_from_then_on(
     exact = model.segment(picture(40, 50))
     assert exact.scores.isfinite().all()
     ask_for(monkeypatch, torch.float16)
-    with pytest.warns(RuntimeWarning, match="CLIP: fp16 overflows: computing again in bf16"):
+    with pytest.warns(RuntimeWarning, match="CLIP: fp16 overflowed: computing again in bf16"):
         first = model.segment(picture(40, 50))
     assert close(first.scores, exact.scores, 0.1)
     with warnings.catch_warnings():

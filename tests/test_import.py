@@ -52,7 +52,7 @@ def test_cityscapes(tmp_path: Path) -> None:
 
 
 def test_nested_folders_with_equal_names(tmp_path: Path) -> None:
-    """As ADE20K's scene folders, and as videos whose frames are numbered in each folder."""
+    """Folders are like ADE20K's scenes, or like videos whose frames are numbered in each folder."""
     add(tmp_path, "a/b/1.jpg", "a/b/1.png")
     add(tmp_path, "c/1.jpg", "c/1.png", VALUES[::-1].copy())
     add(tmp_path, "2.jpg", "2.png")

@@ -1,4 +1,4 @@
-"""What is kept from call to call, and what is not."""
+"""Values that are kept from call to call, and values that are not."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_readout_of_chunks_is_that_of_all_classes(window: SlidingWindow | None) 
 
 
 def test_a_chunk_that_comes_again_is_not_taken_in_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when memory runs out between two of its classes."""
+    """Memory runs out between two of its classes."""
     monkeypatch.setattr("catseg_fast.inference.readout.READOUT_BYTES", 1)
     logits = torch.randn(1, 5, 6, 6, generator=torch.Generator().manual_seed(1))
     top = TopClasses(5, SIZE, CPU)

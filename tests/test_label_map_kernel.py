@@ -95,7 +95,7 @@ def test_strided_logits_give_the_same_bits_every_time(readout: Readout) -> None:
 @pytest.mark.usefixtures("overflow_checks")
 @pytest.mark.parametrize("readout", [READOUTS[0], READOUTS[4]], ids=str)
 def test_offsets_beyond_two_billion(readout: Readout) -> None:
-    """Of the memory between crops and classes no page is touched."""
+    """No page of the memory between crops and classes is touched."""
     logits = make_logits(readout, 3, torch.float16)
     storage = torch.empty(len(logits) * 2**31, dtype=torch.float16, device=DEVICE)
     far = storage.as_strided(logits.shape, (2**31 - 2**10, 2**30 - 2**10, 24, 1)).copy_(logits)

@@ -124,13 +124,18 @@ def test_a_data_set_has_a_limit(photo: Path, tmp_path: Path) -> None:
 def test_the_command_has_a_limit(
     photo: Path, model: CATSeg, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("catseg_fast.cli.segment.build_model", lambda *args, **options: model)
+    limits = []
+    monkeypatch.setattr(
+        "catseg_fast.cli.segment.build_model",
+        lambda *args, **options: limits.append(options["max_pixels"]) or model,
+    )
     command = ["segment", str(photo), "--classes", "; ".join(CLASSES), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(cli.app, [*command, "--max-pixels", "599"])
     assert result.exit_code == 1
     assert "30x20 = 600 pixels; the limit is 599" in " ".join(result.stderr.split())
     result = CliRunner().invoke(cli.app, [*command, "--max-pixels", "600"])
     assert result.exit_code == 0, result.output
+    assert limits == [599, 600]
 
 
 def test_room_is_for_one_large_or_several_small() -> None:

@@ -158,7 +158,7 @@ def test_what_is_unknown_under_one_prefix() -> None:
 
 def test_two_tensors_of_one_key(tmp_path: Path) -> None:
     torch.save({"a._orig_mod.b": torch.zeros(1), "a.b": torch.zeros(1)}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"weights\.pth holds two tensors of one key"):
+    with pytest.raises(ValueError, match=r"weights\.pth holds two tensors whose keys differ only"):
         read_checkpoint(tmp_path / "weights.pth")
 
 

@@ -96,7 +96,7 @@ def test_a_damaged_first_line_is_an_error(damage: str, tmp_path: Path) -> None:
     (path,) = write(tmp_path, 0)
     first, *lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([DAMAGE[damage](first), *lines]) + b"\n")
-    with pytest.raises(ValueError, match=r"run\.0\.jsonl is damaged, or no file of an eval|of another"):
+    with pytest.raises(ValueError, match=r"run\.0\.jsonl is damaged, or not a file of an eval|of another"):
         read(tmp_path)
 
 

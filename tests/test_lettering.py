@@ -24,7 +24,7 @@ MISSING = "\uffff"
 
 @pytest.fixture
 def no_system_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a container without fonts: what comes with the package's dependencies must do."""
+    """A container may have no fonts: those of the package's dependencies must suffice."""
     caches = (lettering._pieces, lettering._font_of, lettering._system_fonts)
     for kept in caches:
         kept.cache_clear()
@@ -41,7 +41,7 @@ def drawn(text: str) -> np.ndarray:
 
 
 def boxes(font: str | None) -> np.ndarray:
-    """What a font draws for a character that it does not have."""
+    """Return the drawing of a font for a character that it does not have."""
     return np.asarray(lettering._font(font, SIZE).getmask(MISSING))
 
 

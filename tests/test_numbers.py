@@ -97,7 +97,7 @@ def test_attention_of_nan(keys: int, dtype: torch.dtype) -> None:
 
 
 def test_large_finite_values_are_no_nan() -> None:
-    """What is summed up to find NaN must not overflow."""
+    """The sum that finds NaN must not overflow."""
     q = torch.full((1, 1, 4, 32), 60_000.0, dtype=torch.bfloat16) * 1e33
     assert q.isfinite().all()
     answer = attend(q, torch.zeros_like(q), torch.ones_like(q), many=False)

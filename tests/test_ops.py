@@ -46,7 +46,7 @@ def check(op: Op, inputs: dict[str, Any]) -> None:
 
 
 def test_new_tensors_hold_nan() -> None:
-    """So that what a kernel does not write is seen (`_poison` in conftest.py)."""
+    """Values that a kernel does not write are found (`_poison` in conftest.py)."""
     ones = torch.ones(3)
     for x in (torch.empty(3), torch.empty_like(ones), ones.new_empty(3)):
         assert x.isnan().all()
@@ -68,7 +68,7 @@ def test_two_runs_are_equal(name: str) -> None:
 
 @every_op
 def test_custom_op_is_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `torch.compile` relies on: the schema, the fake, and no hidden writes."""
+    """Check the assumptions of `torch.compile`: the schema, the fake, and no hidden writes."""
     inputs = make(name)
     monkeypatch.undo()
     rest = () if name == "update_label_map" else ("ieee",)
@@ -107,7 +107,7 @@ def test_a_gradient_is_an_error(name: str) -> None:
 @every_op
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_dry_run_launches_what_a_run_does(name: str, capability: int) -> None:
-    """On the meta device, with the same arguments but for the tensors' values."""
+    """The meta device has the same arguments but for the tensors' values."""
     op, sizes = load(name), load(name).odd[0]
     _, dry = op.dry_run(sizes, torch.float16, "ieee", capability)
     inputs = make(name, torch.float16)

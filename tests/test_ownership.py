@@ -36,7 +36,7 @@ def draw(path: str, colour: tuple[int, int, int] = (0, 255, 0)) -> Path:
 
 
 def save(picture: Picture, label: int = 0, fingerprint: str = "x") -> None:
-    """As `Batch` does it, with a model that says `label` everywhere."""
+    """Segment like `Batch`, with a model that predicts `label` everywhere."""
     answer = Segmentation(torch.full((6, 8), label).int(), torch.ones(6, 8), ("sky", "tree"))
     save_segmentation(
         picture.folder, picture.stem, torch.zeros(3, 6, 8), answer,

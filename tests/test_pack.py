@@ -50,7 +50,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_git
 def test_the_tree_runs_from_where_it_is_put(packed: Path) -> None:
-    """With files in place of links, and the commit in a file."""
+    """The copy has files instead of links, and the commit in a file."""
     tree = packed / "tree"
     assert not [path for path in tree.rglob("*") if path.is_symlink()]
     assert (tree / "COMMIT").read_text().strip() == meter.commit()

@@ -18,7 +18,7 @@ import catseg_fast
 
 
 def run_isolated(code: str, folder: Path) -> str:
-    """What `code` prints in a Python of its own that does not see the working directory."""
+    """Return the output of `code` in a Python process that does not see the working directory."""
     command = [sys.executable, "-I", "-c", code]
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 

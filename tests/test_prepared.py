@@ -130,9 +130,36 @@ def test_what_cannot_be_prepared(function: Any, reason: str) -> None:
 
 
 def test_inputs_that_share_memory_are_refused() -> None:
-    x = torch.ones(16)
+    x = torch.ones(17)
     with pytest.raises(NotPreparable, match="two inputs share memory"):
-        prepare(add, x, x)
+        prepare(add, x[:16], x[1:])
+
+
+def grow(x: Tensor, out: Tensor) -> Tensor:
+    """Three times x, of which nothing is needed any more when it is overwritten."""
+    return add_into(add(x, x), x, out)
+
+
+def test_an_input_that_is_overwritten() -> None:
+    calls, state = PreparedCalls(), torch.ones(4, 16)
+    for step in range(1, 5):
+        x = state[1]
+        assert calls("key", grow, x, x).data_ptr() == x.data_ptr()
+        assert state.mean(dim=1).tolist() == [1, 3**step, 1, 1]
+    assert calls.repeated == 2
+    assert calls("key", grow, state[1], state[2]).tolist() == [3.0**5] * 16  # not the same view: as it is
+    assert state.mean(dim=1).tolist() == [1, 3**4, 3**5, 1]
+    assert calls.repeated == 2
+
+
+def test_what_cannot_be_prepared_runs_once_per_call() -> None:
+    calls, state = PreparedCalls(), torch.ones(16)
+
+    def function(x: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(grow(x, out) + 0)
+
+    for step in range(1, 4):
+        assert calls("key", function, state, state).tolist() == [3.0**step] * 16
 
 
 def test_a_call_is_run_prepared_compared_and_then_repeated() -> None:
@@ -160,7 +187,7 @@ def test_a_repetition_that_differs_is_given_up() -> None:
         return add(x, next(hidden))  # changes from call to call, though it is no input
 
     assert calls("key", function, torch.zeros(4)).tolist() == [0.0] * 4
-    with pytest.warns(RuntimeWarning, match="launched the slow way: another result"):
+    with pytest.warns(RuntimeWarning, match="slower: another result"):
         assert calls("key", function, torch.zeros(4)).tolist() == [1.0] * 4
     assert calls("key", function, torch.zeros(4)).tolist() == [2.0] * 4
     assert calls.repeated == 0

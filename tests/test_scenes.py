@@ -99,7 +99,7 @@ def test_share_of_a_patterns_second_colour(name: str, share: float) -> None:
 
 
 def test_labels_are_where_the_colours_are() -> None:
-    """Of red things on grass, what is labelled red is redder than what is labelled grass."""
+    """Pixels labelled as red things are redder than those labelled as grass."""
     things = [red("disc"), red("star")]
     for seed in range(5):
         scene = draw_scene(np.random.default_rng(seed), things, ("grass",))

@@ -1,4 +1,4 @@
-"""How many classes per step takes."""
+"""Choice of the classes per step."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def test_finds_what_differs_from_run_to_run(stage: str) -> None:
 
 
 def test_looks_at_what_a_plan_really_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With many prompts, the cost volume's kernels run only for few classes."""
+    """The cost volume's kernels only run for few classes, if there are many prompts."""
     monkeypatch.setattr("catseg_fast.engine.fourier.LEAST_PROMPTS", 3)
     plan, image = make_terms()
     candidate = Planted(random_plan(plan), "embed_cost_volume", beyond_64_classes)
@@ -170,7 +170,7 @@ def test_a_random_plan_hides_no_weight() -> None:
 
 
 def test_the_kernels_pass_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter, which takes too long for more classes."""
+    """The interpreter takes too long for more classes."""
     monkeypatch.setattr(self_check, "CHUNK", 2)
     monkeypatch.setattr(self_check, "CLASSES", 3)
     plan, image = make_terms(1, prompt_channel=1, pooling_size=(6, 6))

@@ -1,4 +1,4 @@
-"""In fp32 a kernel sums up a product before it adds something else, as torch does (`support/order.py`).
+"""Order of sums: in fp32, a kernel sums up a product before it adds anything else, like torch.
 
 The order in the compiled code cannot be seen in the interpreter. On an H200, `embed_cost_volume` at one
 prompt was 2.3 times as far off as torch, because its sum of 49 taps started at the bias.

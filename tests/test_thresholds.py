@@ -1,4 +1,4 @@
-"""What a threshold of the scores keeps and drops, where classes are left out in turn."""
+"""Effect of a threshold of the scores, with classes left out in turn."""
 
 from __future__ import annotations
 

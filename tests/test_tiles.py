@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from catseg_fast import CATSeg
 from catseg_fast.cli.inputs import Picture
+from catseg_fast.cli.labelling import Labelling
 from catseg_fast.cli.main import app
 from catseg_fast.cli.tiles import Tiles
 from catseg_fast.data.raster import open_raster
@@ -173,7 +174,8 @@ def test_rasters_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def tiles(model: CATSeg, **options: Any) -> Tiles:
-    return Tiles(model, {"fingerprint": "f"}, 64, 16, **options)
+    asked = Labelling(model, min_score=options.pop("min_score", None))
+    return Tiles(model, asked, {"fingerprint": "f"}, 64, 16, **options)
 
 
 def test_files_are_the_answer(model: CATSeg, image: Tensor, tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_pixels_of_no_class(model: CATSeg, image: Tensor, tmp_path: Path) -> Non
 def test_an_interrupted_run_goes_on(
     model: CATSeg, image: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    """With the tile after the last one that was done, and the same result."""
+    """It continues with the tile after the last finished one, to the same result."""
     path, calls = save(tmp_path / "a.tif", image), []
     encode = model.encode_images
 

@@ -1,4 +1,4 @@
-"""What a run is made of: recipe, parameter groups, crops, classes of a step, log, command line."""
+"""Parts of a run: recipe, parameter groups, crops, classes of a step, log, command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IGNORE = 255
 
 
 def test_the_defaults_are_upstreams() -> None:
-    """Of `configs/config.yaml` and `configs/vitl_336.yaml` at 3709783."""
+    """Settings of `configs/config.yaml` and `configs/vitl_336.yaml` at 3709783."""
     recipe = Recipe()
     assert (recipe.steps, recipe.batch_size, recipe.lr, recipe.warmup) == (80_000, 4, 2e-4, 0)
     assert (recipe.clip_multiplier, recipe.backbone_multiplier, recipe.weight_decay) == (0.01, 0.0, 1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from catseg_fast import CATSeg
+from catseg_fast import CATSeg, Segmentation
 from catseg_fast.cli.inputs import Picture
+from catseg_fast.cli.labelling import Labelling
 from catseg_fast.cli.main import app
 from catseg_fast.cli.video import Clips
+from catseg_fast.data import frames
 from catseg_fast.data.frames import natural_order, open_frames
 from catseg_fast.errors import MissingPackageError
 from catseg_fast.output.ownership import Owner, is_result, owner_of
@@ -57,7 +60,8 @@ def model() -> CATSeg:
 
 
 def clips(model: CATSeg, **options: object) -> Clips:
-    return Clips(model, model.classes, {"fingerprint": "f"}, **options)  # type: ignore[arg-type]
+    asked = Labelling(model, min_score=options.pop("min_score", None))  # type: ignore[arg-type]
+    return Clips(asked, model.label_classes, {"fingerprint": "f"}, **options)  # type: ignore[arg-type]
 
 
 def labels_in(folder: Path) -> dict[str, np.ndarray]:
@@ -71,9 +75,9 @@ def labels_in(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("every", [1, 5])
 def test_frames_of_a_file(tmp_path: Path, every: int) -> None:
     path = write_video(tmp_path / "clip.mp4")
-    frames = open_frames(path, every)
-    assert (frames.rate, frames.count) == (Fraction(10, every), -(-12 // every))
-    found = list(frames)
+    opened = open_frames(path, every)
+    assert (opened.rate, opened.count) == (Fraction(10, every), -(-12 // every))
+    found = list(opened)
     assert [frame.index for frame in found] == list(range(0, 12, every))
     assert [frame.time for frame in found] == [Fraction(index, 10) for index in range(0, 12, every)]
     for frame, pixels in zip(found, decoded(path)[::every], strict=True):
@@ -100,9 +104,9 @@ def test_frames_of_a_folder(tmp_path: Path) -> None:
     for name, grey in (("f10.png", 30), ("f2.png", 20), ("f1.png", 10), (".f0.png", 0)):
         Image.new("RGB", (4, 3), (grey,) * 3).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("none")
-    frames = open_frames(tmp_path, 2, Fraction(10))
-    assert (frames.rate, frames.count) == (5, 2)
-    assert [(frame.index, frame.time, int(frame.image.max())) for frame in frames] == [
+    opened = open_frames(tmp_path, 2, Fraction(10))
+    assert (opened.rate, opened.count) == (5, 2)
+    assert [(frame.index, frame.time, int(frame.image.max())) for frame in opened] == [
         (0, 0, 10), (2, Fraction(1, 5), 30),
     ]  # fmt: skip
     names = ["a1", "a2", "a10", "b", "2", "10"]
@@ -127,9 +131,9 @@ def test_what_is_written_is_the_models_answer(model: CATSeg, tmp_path: Path) -> 
     assert (content["frames"], content["rate"], content["complete"]) == (6, 5.0, True)
     assert {file.name for file in out.iterdir()} == {"clip.json", "clip.labels", "clip.overlay.mp4"}
     with av.open(str(out / "clip.overlay.mp4")) as container:
-        frames = list(container.decode(video=0))
-        assert [frame.time for frame in frames] == pytest.approx([0.2 * index for index in range(6)])
-        assert (frames[0].height, frames[0].width) == (HEIGHT + 1, WIDTH)
+        painted = list(container.decode(video=0))
+        assert [frame.time for frame in painted] == pytest.approx([0.2 * index for index in range(6)])
+        assert (painted[0].height, painted[0].width) == (HEIGHT + 1, WIDTH)
     assert owner_of(out, "clip", path) is Owner.THIS_PICTURE
     (out / "clip.json").unlink()
     assert owner_of(out, "clip", path) is Owner.THIS_PICTURE
@@ -153,6 +157,29 @@ def test_the_vocabulary_is_encoded_once(
         monkeypatch.undo()
         model.set_classes(CLASSES)
     assert calls == [1]
+
+
+def test_decoding_runs_beside_the_model(
+    model: CATSeg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third frame is decoded while the model still has the first one."""
+    third, segment = threading.Event(), model.segment
+    upright = frames._upright
+    count = iter(range(1, 100))
+
+    def decoding(frame: object) -> torch.Tensor:
+        if next(count) == 3:
+            third.set()
+        return upright(frame)
+
+    def segmenting(image: torch.Tensor) -> Segmentation:
+        assert third.wait(20)
+        return segment(image)
+
+    monkeypatch.setattr(frames, "_upright", decoding)
+    monkeypatch.setattr(model, "segment", segmenting)
+    outcome = clips(model).run(0, Picture(write_video(tmp_path / "a.mp4", 5), tmp_path, "a"), lambda *_: None)
+    assert outcome.error is None
 
 
 def test_up_to_date_and_overwritten(model: CATSeg, tmp_path: Path) -> None:
@@ -252,6 +279,21 @@ def test_frames_of_several_sizes(model: CATSeg, tmp_path: Path) -> None:
     assert sorted(labels_in(tmp_path / "out/frames.labels")) == ["000000", "000001"]
 
 
+def test_pixels_of_no_class(model: CATSeg, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 2)
+    images = [frame.transpose(2, 0, 1) for frame in decoded(path)]
+    threshold = float(model.segment(images[0]).scores.median())
+    outcome = clips(model, min_score=threshold).run(0, Picture(path, tmp_path, "b"), lambda *_: None)
+    assert outcome.error is None
+    expected = [model.segment(frame, min_score=threshold).labels for frame in images]
+    for found, labels in zip(labels_in(tmp_path / "b.labels").values(), expected, strict=True):
+        np.testing.assert_array_equal(found, labels.numpy().astype(np.uint16))
+    content = json.loads((tmp_path / "b.json").read_text())
+    none = content["classes"][-1]
+    assert (none["index"], content["unlabelled_value"]) == (-1, 65535)
+    assert none["share"] == pytest.approx((torch.stack(expected) == -1).double().mean().item())
+
+
 def test_totals() -> None:
     totals = Totals(["a", "b", "c"])
     totals.add(torch.tensor([[0, 2], [2, -1]]), torch.tensor([[0.5, 0.25], [0.75, 0.1]]))
@@ -261,6 +303,10 @@ def test_totals() -> None:
         {"index": 1, "name": "b", "share": 0.0, "mean_score": None},
         {"index": 2, "name": "c", "share": 0.4, "mean_score": 0.5},
     ]
+    assert [entry["name"] for entry in totals.summary(0.1)] == ["a", "c"]
+    totals.with_none = True
+    none = totals.summary(0.3)[-1]
+    assert (none["index"], none["share"], none["mean_score"]) == (-1, 0.2, pytest.approx(0.1))
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +331,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("clip.mp4", "frames", "clip.png", "--video", "--every", "2").count("there already") >= 3
     assert run("clip.png", "--every", "2").startswith("1: ")
     assert "--every: there is no video" in run("clip.png", "--every", "2")
+    assert "--top-k: clip.mp4 is a video" in run("clip.mp4", "--top-k", "2")
     Path("bad.mp4").write_text("no video")
     answer = run("bad.mp4", "clip.png")
     assert answer.startswith("1: ")

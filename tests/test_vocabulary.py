@@ -157,7 +157,7 @@ def test_tokens_of_the_ready_lists_are_open_clips(name: str) -> None:
 
 
 def test_tokenizing_cleans_no_plain_text_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That takes a third of a millisecond each, and a class has 80 prompts in v1."""
+    """A check takes a third of a millisecond per prompt, and a class has 80 prompts in v1."""
     names, templates = ready_list("ade-150").classes, get_templates("imagenet")
     cleaned: list[str] = []
     tokenizer, clean = open_clip.tokenizer.SimpleTokenizer(), open_clip.tokenizer._clean_lower

@@ -230,7 +230,7 @@ def test_takes_strided_chunks(layout: str) -> None:
 
 @pytest.mark.usefixtures("overflow_checks")
 def test_offsets_are_64_bits_wide() -> None:
-    """Of storage that is never touched, the system gives none."""
+    """The system gives no memory for storage that is never touched."""
     torch.manual_seed(5)
     block = make_block(torch.float16, 16, 1, 2, 1, 16)
     guidance, x = make_inputs(block, 2, 2, (4, 4))
@@ -263,13 +263,13 @@ def test_order_of_classes_does_not_matter() -> None:
         ({"x": torch.zeros(1, 0, 64, 16)}, r"x: has shape \[1, 0, 64, 16\]"),
         ({"x": torch.zeros(1, 1, 63, 16)}, r"x: has shape \[1, 1, 63, 16\]; expected \[B, t, 64, C\]"),
         ({"x": torch.zeros(1, 1, 64, 32)}, r"qkv: has shape \[48, 16\]; expected \[96, 32\]"),
-        ({"x": torch.zeros(1, 1, 64, 16).double()}, "x: dtype torch.float64 is none of"),
+        ({"x": torch.zeros(1, 1, 64, 16).double()}, "x: dtype torch.float64 is not one of"),
         (
             {"x": torch.zeros(1, 1, 64, 16).half()},
             "qkv: is torch.float32; expected torch.float16",
         ),
         ({"window": 3}, "window: 3 does not divide the resolution 8x8"),
-        ({"window": 25}, "x, heads, window: a window of 25; expected one up to 24"),
+        ({"window": 25}, "x, heads, window: a window of 25; expected at most 24"),
         ({"shift": 4}, r"shift: 4 is not in \[0, 4\)"),
         (
             {"heads": 3},

@@ -143,7 +143,7 @@ def test_writes_to_a_slice_of_a_state_or_in_place() -> None:
 
 
 def test_destination_offsets_are_64_bits_wide() -> None:
-    """Of storage that is never touched, the system gives none."""
+    """The system gives no memory for storage that is never touched."""
     inputs = make(Sizes(2, 2, 4, 4, channels=16, heads=1, window=2, hidden=16))
     far = torch.empty_strided((2, 2, 16, 16), (2**31 + 4096, 2**30 + 1024, 16, 1), dtype=torch.float16)
     out = far.to(DEVICE) if DEVICE.type == "cuda" else far
@@ -176,7 +176,7 @@ def test_refuses_bad_destinations(out: Tensor, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["x", "query_key", "qkv", "proj_bias", "fc1", "fc2_bias"])
 def test_not_a_number_is_seen(name: str) -> None:
-    """Where torch shows it, whose attention on a CPU loses some; and in no class that does not have it."""
+    """NaN is where torch has it (its attention on a CPU loses some), and in no other class."""
     inputs = make(SMALL)
     inputs[name].view(-1)[3] = torch.nan
     out, expected = op.window_block(**inputs).isnan(), plain.window_block(**inputs).isnan()

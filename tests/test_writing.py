@@ -221,7 +221,7 @@ def start(path: Path, fate: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def unswept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a new process, which has swept no folder yet."""
+    """Act like a new process, which has swept no folder yet."""
     monkeypatch.setattr(files, "_swept", set())
 
 

@@ -1,5 +1,6 @@
 """The engine in models that were built elsewhere: read exactly, compared, and watched at each call."""
 
-from catseg_fast.acceleration.accelerate import Acceleration, accelerate
+from catseg_fast.acceleration.acceleration import Acceleration, accelerate
+from catseg_fast.acceleration.adapters import Adapter
 
-__all__ = ["Acceleration", "accelerate"]
+__all__ = ["Acceleration", "Adapter", "accelerate"]

@@ -1,8 +1,8 @@
 """Copies of modules on which their code is tried: small maps, few classes, random numbers everywhere.
 
-The numbers that a model happens to have can hide what its code does: a zero-initialised gate, a buffer that a
-checkpoint fills later. So that a trial is quick, windows are made as small as the shift and the pooling allow,
-and as few classes count as many; what has one window, or several, keeps that.
+The numbers that a model happens to have can hide what its code does: a zero-initialised gate, a buffer that
+a checkpoint fills later. So that a trial is quick, windows are made as small as the shift and the pooling
+allow, and as few classes count as many; what has one window, or several, keeps that.
 """
 
 from __future__ import annotations

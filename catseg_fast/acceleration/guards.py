@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from operator import attrgetter, itemgetter
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -49,19 +50,32 @@ class Guard:
         ]
         self._class_views = [vars(kind) for kind in self._classes]
         self._class_dicts = [dict(view) for view in self._class_views]
-        self._keys = list(map(_watched, every))
+        watched = [(values, key) for m, values in zip(every, self._dicts, strict=True) for key in _watched(m)]
+        self._loose = [(values, key, x) for values, key in watched if isinstance(x := values[key], Tensor)]
+        self._keys = [
+            [key for key in _watched(module) if not isinstance(vars(module)[key], Tensor)] for module in every
+        ]
         self._getters = [
             (itemgetter(*keys), values) for keys, values in zip(self._keys, self._dicts, strict=True) if keys
         ]
         self._values = [_copied(get(values)) for get, values in self._getters]
-        self._modal = [vars(module) for module in every if type(module) not in STEADY]
-        self._empty, self._filled, self._contents = _pictures(self._dicts, TABLES)
+        modal = (vars(module) for module in every if type(module) not in STEADY)
+        self._modal = [values for values in modal if "training" in values]
+        inner = [vars(module) for name, module in modules.items() if name]
+        self._empty, self._filled, self._contents = _pictures(inner, TABLES)
+        if "" in modules:  # hooks on the module itself are called around whatever it computes
+            found = _pictures([vars(modules[""])], TABLES[:1])
+            self._empty += found[0]
+            self._filled += found[1]
+            self._contents += found[2]
         self.take_weights()
 
     def take_weights(self) -> None:
         """Look at the tensors again."""
         self._no_tensors, self._tables, self._held = _pictures(self._dicts, TENSORS)
-        self._tensors = [x for table in self._tables for x in table.values() if x is not None]
+        self._objects = [x for table in self._tables for x in table.values()]
+        self._tensors = [x for x in self._objects if x is not None]
+        self._tensors += [x for _, _, x in self._loose]
         self._tracked = [x for x in self._tensors if not x.is_inference()]
         self._versions = sum(map(_version, self._tracked))  # none ever falls
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
@@ -78,6 +92,7 @@ class Guard:
                 and self._filled == self._contents
                 and [get(values) for get, values in self._getters] == self._values
                 and self._class_views == self._class_dicts
+                and all(values[key] is x for values, key, x in self._loose)
             )
         except (KeyError, RuntimeError, ValueError, TypeError):  # an attribute is gone, or is another tensor
             return False
@@ -87,7 +102,8 @@ class Guard:
         try:
             return (
                 not any(self._no_tensors)
-                and self._tables == self._held
+                and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._objects))
+                and sum(map(len, self._tables)) == len(self._objects)
                 and sum(map(_version, self._tracked)) == self._versions
                 and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
                 and b"".join(self._samples) == self._sampled
@@ -110,20 +126,20 @@ class Guard:
     def difference(self) -> str:
         """Return what has changed; slow, for messages."""
         fresh = Guard(self._modules)
-        for name, before, now in zip(self._modules, self._types, fresh._types, strict=True):
-            if before is not now:
-                return f"{_called(name)} is now a {now.__name__}"
+        for name, kind, other in zip(self._modules, self._types, fresh._types, strict=True):
+            if kind is not other:
+                return f"{_called(name)} is now a {other.__name__}"
         for name, before, now in zip(self._modules, self._rows(), fresh._rows(), strict=True):
             for key in {**before, **now}:
                 if key not in before or key not in now or not _equal(before[key], now[key]):
                     return _change(name, key, before.get(key), now.get(key))
-        for kind, view, before in zip(self._classes, self._class_views, self._class_dicts, strict=True):
-            if view != before:
+        for kind, view, content in zip(self._classes, self._class_views, self._class_dicts, strict=True):
+            if view != content:
                 return f"the class {kind.__name__} has changed"
         return "the weights have changed"
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        """For each module what it had when it was looked at."""
+        """Return the state of each module at the time of the check."""
         copies = {id(table): copy for table, copy in zip(self._filled, self._contents, strict=True)}
         copies |= {id(table): copy for table, copy in zip(self._tables, self._held, strict=True)}
         values = {id(owner): value for (_, owner), value in zip(self._getters, self._values, strict=True)}
@@ -199,4 +215,4 @@ def _sample(tensor: Tensor) -> memoryview | None:
     if not values.is_contiguous():
         return None
     raw = values.view(-1)[values.numel() // 2 :][:1].view(torch.uint8)
-    return memoryview(raw.numpy())
+    return raw.numpy().data

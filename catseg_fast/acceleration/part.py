@@ -35,7 +35,7 @@ Inputs = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the first call of a kind has shown: why the engine must not answer, and the answer's type."""
+    """Result of the first call of a kind: why the engine must not answer, and the answer's type."""
 
     reason: str | None
     dtype: torch.dtype
@@ -63,7 +63,7 @@ class Part(ABC):
         self.verdicts: dict[object, Verdict] = {}
         self.guard: Guard | None = None
         self.when_refused: Callable[[], None] | None = None
-        self._changes = 0
+        self._changes, self._given_up = 0, False
         self._warned: set[str] = set()
 
     @abstractmethod
@@ -119,7 +119,12 @@ class Part(ABC):
 
     def take_guard(self) -> None:
         """Note what the module is now."""
+        self.device = next((x.device for x in self.module.parameters()), torch.device("cpu"))
         self.guard = Guard(self.watched())
+
+    def is_unchanged(self) -> bool:
+        """Check that the module is what it was when it was looked at."""
+        return self.guard is not None and self.guard.same_code() and self.guard.same_weights()
 
     def explain(self) -> str:
         """Return a line that says where the part runs, and why."""
@@ -145,13 +150,12 @@ class Part(ABC):
         if torch.compiler.is_compiling() or not self.verify:
             with torch.no_grad():
                 return self.run(inputs)
-        kind = (tuple(map(_kind, inputs)), _ambient(inputs[0].device), self.settings())
+        kind = (_kind(inputs), _ambient(self.device), self.settings())
         verdict = self.verdicts.get(kind)
         if verdict is None:
             return self._first(kind, args, kwargs, inputs)
         if verdict.reason is not None:
             return getattr(base_of(self.module), self.method)(self.module, *args, **kwargs)
-        self._changes = 0
         with torch.no_grad():
             answer = self.run(inputs)
         return answer if answer.dtype is verdict.dtype else answer.to(verdict.dtype)
@@ -166,30 +170,30 @@ class Part(ABC):
         if torch.compiler.is_compiling():
             return self.refusal is None
         if (
-            torch.jit.is_tracing()
+            torch.jit.is_tracing()  # type: ignore[attr-defined]
             or all_modules._global_forward_hooks
             or all_modules._global_forward_pre_hooks
         ):
             return False
         if not all(_is_plain(x) for x in inputs):
             return False
-        guard = self.guard
-        assert guard is not None
-        if not guard.same_code() or not guard.same_weights():
-            self._look_again(guard)
-            guard = self.guard
+        assert self.guard is not None
+        if not self._given_up:
+            if self.is_unchanged():
+                self._changes = 0
+            else:
+                self._look_again(self.guard)
+                if self._changes > MOST_CHANGES:
+                    return False
         if self.refusal is not None:
             return False
-        if (trained := guard.in_training()) is not None:
+        if (trained := self.guard.in_training()) is not None:
             self.warn(f"{trained or 'a module'} is in training mode")
             return False
         return True
 
     def _look_again(self, guard: Guard) -> None:
         """Read the module once more; if more than weights has changed, check its code, too."""
-        if self._changes > MOST_CHANGES:
-            guard.take_weights()
-            return
         self._changes += 1
         if self.refusal is None and guard.same_code() and guard.same_names_of_tensors():
             self.verdicts.clear()
@@ -202,15 +206,14 @@ class Part(ABC):
                 pass
         what = guard.difference()
         self.look()
-        if self.refusal is not None and self.when_refused is not None:
-            self.when_refused()
-            self.take_guard()
         if self._changes > MOST_CHANGES:
-            self.refusal = f"{what} from one call to the next"
-        if self.refusal is not None:
-            self.warn(f"{what}: {self.refusal}" if what not in self.refusal else self.refusal)
-        else:
+            self.refusal, self._given_up = f"{what}, from one call to the next", True
+        if self.refusal is None:
             self.warn(what, "the code was checked again")
+            return
+        self.warn(what if what in self.refusal else f"{what}; {self.refusal}")
+        if self.when_refused is not None:
+            self.when_refused()
 
     def _first(self, kind: object, args: Sequence[Any], kwargs: dict[str, Any], inputs: Inputs) -> Any:
         """Answer the first call of a kind: by the module's own code, and note whether the engine agrees."""
@@ -220,12 +223,11 @@ class Part(ABC):
             self.warn(f"for this kind of input it computes something else ({reason})")
         if len(self.verdicts) >= MOST_KINDS:
             self.verdicts.clear()
-        self.verdicts[kind] = Verdict(reason, answer.dtype)
+        self.verdicts[kind] = Verdict(reason, getattr(answer, "dtype", torch.float32))
         return answer
 
     def _wants_gradients(self, inputs: Inputs) -> bool:
-        tensors = [x for item in inputs for x in (item if isinstance(item, (list, tuple)) else (item,))]
-        if any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        if any(x.requires_grad for x in _tensors(inputs)):
             return True
         return any(parameter.requires_grad for parameter in self.module.parameters())
 
@@ -238,22 +240,35 @@ class Part(ABC):
 
 
 def _kind(item: Any) -> object:
-    """What must be the same of an argument in calls of one kind."""
+    """Return the properties of an argument that are equal in calls of one kind."""
     if isinstance(item, Tensor):
         return (item.shape, item.dtype, item.device)
     if isinstance(item, (list, tuple)):
         return tuple(map(_kind, item))
+    if isinstance(item, dict):
+        return tuple((key, _kind(value)) for key, value in item.items())
     return item
 
 
+def _tensors(item: Any) -> Iterator[Tensor]:
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, (list, tuple, dict)):
+        for value in item.values() if isinstance(item, dict) else item:
+            yield from _tensors(value)
+
+
 def _is_plain(item: Any) -> bool:
+    """Check for tensors of PyTorch's own class, and numbers and names."""
     if isinstance(item, (list, tuple)):
         return all(map(_is_plain, item))
-    return item is None or type(item) in (Tensor, nn.Parameter)
+    if isinstance(item, dict):
+        return all(map(_is_plain, item.values()))
+    return item is None or type(item) in (Tensor, nn.Parameter, bool, int, float, str)
 
 
 def _ambient(device: torch.device) -> object:
-    """What an answer depends on besides the arguments."""
+    """Return everything that an answer depends on besides the arguments."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 

@@ -1,4 +1,4 @@
-"""Window blocks, class layers and decoders in the engine, inside aggregators that are otherwise not upstream's."""
+"""Window blocks, class layers and decoders in the engine, inside aggregators that are not upstream's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from catseg_fast.acceleration.comparing import differs, differs_in_16_bits
 from catseg_fast.acceleration.part import Inputs, Part
 from catseg_fast.acceleration.reading import check_hooks, read_class_layer, read_decoder, read_window_pair
 from catseg_fast.acceleration.trial import CROPS, Random, Resolution
+from catseg_fast.acceleration.whole import in_full_precision
 from catseg_fast.backend import choose_backend
 from catseg_fast.engine import torch_stages
 from catseg_fast.engine.class_memory import new_memory
@@ -25,6 +26,7 @@ from catseg_fast.engine.precision import compute_dtype
 from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.engine.streaming import Stages
 from catseg_fast.engine.terms import block_guidance, decoder_guidance_maps
+from catseg_fast.errors import InputError
 
 
 class Piece(Part):
@@ -92,9 +94,7 @@ class Piece(Part):
             return own, f"the engine fails: {type(error).__name__}: {error}"
         if self._prepared()[0].embed.itemsize >= 4 and own.itemsize >= 4:
             return own, differs(ours, own)
-        module = copy.deepcopy(self.module).float()
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            truth = getattr(type(module), self.method)(module, *map(_full, inputs))
+        truth = in_full_precision(self.module, args, kwargs, self.method)
         return own, differs_in_16_bits(ours, own, truth)
 
     def _prepared(self) -> tuple[Plan, Stages]:
@@ -136,7 +136,7 @@ class WindowBlocks(Piece):
             tokens = wide(guidance.flatten(2).transpose(1, 2))
             tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=layer.guidance_eps).to(plan.embed.dtype)
         elif layer.blocks[0].guidance is not None:
-            raise ValueError("appearance_guidance: none, where the weights have some")
+            raise InputError("appearance_guidance: none, where the weights have some")
         first, second = (
             (block, block_guidance(block, tokens, resolution, x.device)) for block in layer.blocks
         )
@@ -169,7 +169,7 @@ class ClassAttention(Piece):
         queries = keys = None
         if layer.text is not None:
             if guidance is None:
-                raise ValueError("guidance: none, where the weights have some")
+                raise InputError("guidance: none, where the weights have some")
             queries, keys = F.linear(guidance.to(plan.embed.dtype), layer.text).chunk(2, dim=-1)
         memory = new_memory(layer, total)
 
@@ -307,9 +307,3 @@ def _aggregator(windows: Any = None, classes: Any = None, decoder: Any = None) -
         twin.decoder1, twin.decoder2, twin.head = decoder
         twin.conv1 = nn.Conv2d(1, channels, 7, padding=3).to(**options)
     return twin
-
-
-def _full(item: Any) -> Any:
-    if isinstance(item, Tensor):
-        return item.float() if item.is_floating_point() else item
-    return type(item)(map(_full, item)) if isinstance(item, (list, tuple)) else item

@@ -1,7 +1,8 @@
 """Exact reading of modules built like upstream's: the reference's counterpart, with the very same tensors.
 
-Sizes, kinds of layers and their settings are read, never assumed; what the engine cannot honour is a `Mismatch`
-that names it. What a module's own code does with its layers cannot be read: `trial.py` compares that.
+Sizes, kinds of layers and their settings are read, never assumed; what the engine cannot honour is a
+`Mismatch` that names it. What a module's own code does with its layers cannot be read: `trial.py` compares
+that.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ WEIGHT_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
 
 class Mismatch(Exception):
-    """Why a module cannot run in the engine; the message names what differs."""
+    """A module cannot run in the engine; the message names the difference."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.lstrip("."))  # of a path that starts at the module itself
@@ -182,7 +183,6 @@ def _read_stage(source: nn.Module, path: str) -> reference.Up:
     channels, transposed = _sizes(up, path, ndim=4)[:2]
     width, wide = _sizes(_child(convolutions, "0", path), f"{path}.0", ndim=4)[:2]
     twin = _on_meta(reference.Up, channels, width, channels - transposed)
-    first, _, _, second, _, _ = twin.conv.double_conv
     if wide != channels:
         twin.conv.double_conv[0] = _on_meta(nn.Conv2d, wide, width, 3, padding=1, bias=False)
     for index, outputs in (("1", width), ("4", width)):
@@ -217,7 +217,7 @@ def _read_layer(source: nn.Module, twin: nn.Module, path: str) -> None:
             raise Mismatch(f"{path} is a {type(source).__name__}, expected none")
         return
     if _original(source) is not kind:
-        raise Mismatch(f"{path} is a {type(source).__name__}, expected {kind.__name__}{_advice(source)}")
+        raise _wrong_kind(source, path, kind.__name__)
     for setting in SETTINGS[kind]:
         found, expected = (_plain(getattr(layer, setting)) for layer in (source, twin))
         if found != expected:
@@ -225,15 +225,14 @@ def _read_layer(source: nn.Module, twin: nn.Module, path: str) -> None:
     with _settled(source):
         for name, parameter in list(twin._parameters.items()):
             tensor = getattr(source, name, None)
-            if tensor is None and name == "bias" and parameter is not None:
-                weight = source.weight
-                tensor = torch.zeros(parameter.shape, dtype=weight.dtype, device=weight.device)
-            elif parameter is None and tensor is None:
+            if parameter is None:
+                if tensor is not None:
+                    raise Mismatch(f"{path}.{name} is {tuple(tensor.shape)}, expected none")
                 continue
-            elif parameter is None:
-                raise Mismatch(f"{path}.{name} is {tuple(tensor.shape)}, expected none")
-            if parameter is not None:
-                _put(twin, name, tensor, path)
+            weight: Any = getattr(source, "weight", None)
+            if tensor is None and name == "bias" and weight is not None:
+                tensor = torch.zeros(parameter.shape, dtype=weight.dtype, device=weight.device)
+            _put(twin, name, tensor, path)
 
 
 def _put(twin: nn.Module, name: str, tensor: Any, path: str) -> None:
@@ -243,7 +242,7 @@ def _put(twin: nn.Module, name: str, tensor: Any, path: str) -> None:
     name_in_full = f"{path}.{name}" if path else name
     if tensor is None:
         raise Mismatch(f"{name_in_full} is missing, expected {tuple(expected.shape)}")
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(tensor):
         raise Mismatch(f"{name_in_full} is not initialised yet; run the model once")
     if type(tensor) not in (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor)):
         raise Mismatch(f"{name_in_full} is a {type(tensor).__name__}, expected a plain tensor")
@@ -326,14 +325,11 @@ def _child(source: nn.Module, name: str, path: str = "", optional: bool = False)
 def _sizes(layer: nn.Module, path: str, ndim: int = 2) -> tuple[int, ...]:
     """Return the shape of a layer's weight."""
     with _settled(layer) if _original(layer) in SETTINGS else _nothing():
-        weight = getattr(layer, "weight", None)
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        weight: Any = getattr(layer, "weight", None)
+    if nn.parameter.is_lazy(weight):
         raise Mismatch(f"{path}.weight is not initialised yet; run the model once")
     if not isinstance(weight, Tensor) or weight.ndim != ndim:
-        kind = type(layer).__name__
-        raise Mismatch(
-            f"{path} is a {kind}, expected {'Linear' if ndim == 2 else 'a convolution'}{_advice(layer)}"
-        )
+        raise _wrong_kind(layer, path, "Linear" if ndim == 2 else "a convolution")
     return tuple(weight.shape)
 
 
@@ -380,9 +376,14 @@ def _original(layer: nn.Module) -> type | None:
     return None
 
 
-def _advice(layer: nn.Module) -> str:
+def _wrong_kind(layer: nn.Module, path: str, expected: str) -> Mismatch:
+    if "forward" in vars(layer):
+        return Mismatch(f"{path} has a forward of its own, expected {expected}'s")
+    kind = type(layer)
+    found = kind.__name__ if kind.__name__ != expected else f"{kind.__module__}.{kind.__name__}"
     names = " ".join(name for name, _ in layer.named_parameters()).lower()
-    return "; merge the LoRA first" if "lora" in names else ""
+    advice = "; merge the LoRA first" if "lora" in names else ""
+    return Mismatch(f"{path} is a {found}, expected {expected}{advice}")
 
 
 class _Unfilled(TorchFunctionMode):

@@ -1,7 +1,7 @@
 """Giving one module methods of its own, through a subclass of its class, and taking them away again.
 
-The subclass has the name and the module of the class that it stands for. Copies and pickles are of that class:
-they run the model's own code. So do replicas, which share their original's attributes, but are others.
+The subclass has the name and the module of the class that it stands for. Copies and pickles are of that
+class: they run the model's own code. So do replicas, which share their original's attributes, but are others.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def install(module: nn.Module, method: str, part: Callable[..., Any]) -> None:
     """
     if not is_accelerated(module):
         try:
-            module.__class__ = _subclass(type(module))
+            module.__class__ = _subclass(type(module))  # type: ignore[arg-type]
         except TypeError as error:
             raise Mismatch(f"its class {type(module).__name__} cannot be derived from: {error}") from error
     vars(module).setdefault(PART, {})[method] = part
@@ -70,8 +70,11 @@ def is_accelerated(module: nn.Module) -> bool:
 
 def base_of(module: nn.Module) -> type[nn.Module]:
     """Return a module's class without what was installed."""
-    found: type[nn.Module] = vars(type(module)).get(_BASE, type(module))
-    return found
+    for kind in type(module).__mro__:  # the first may be a class that something else derived from ours
+        if _BASE in vars(kind):
+            base: type[nn.Module] = vars(kind)[_BASE]
+            return base
+    return type(module)
 
 
 @functools.cache

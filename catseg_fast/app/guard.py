@@ -1,4 +1,4 @@
-"""What stands between the network and Gradio: limits of requests, and the end of calls nobody waits for."""
+"""Limits of requests between the network and Gradio, and the end of calls that nobody waits for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATIENCE = 10  # times the limit of a request, which are read and dropped befor
 
 
 class _TooLarge(Exception):
-    """A request's body goes on beyond its limit."""
+    """Raised for a request's body that goes on beyond its limit."""
 
 
 class Guard:
@@ -109,7 +109,7 @@ class Guard:
                 self._uploads.append((self._clock(), taken))
 
     async def _serve_call(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """A call that joins the queue, or the end of one."""
+        """Serve a call that joins the queue, or the end of one."""
         session = _session_of(body)
         if scope["path"].endswith("/cancel"):
             self.leave(session)
@@ -132,7 +132,7 @@ class Guard:
             take_turns(self.blocks())
 
     async def _serve_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The messages about a session's calls; if it breaks off, the visitor has left."""
+        """Serve the messages about a session's calls; if it breaks off, the visitor has left."""
         complete = False
 
         async def noted(message: Message) -> None:
@@ -148,7 +148,7 @@ class Guard:
                 self.leave(query.get("session_hash", [""])[0])
 
     def _why_not(self, session: str, address: str) -> str | None:
-        """Why a session's call may not join the queue; None if it may."""
+        """Return why a session's call may not join the queue; None if it may."""
         calls = calls_of(self.blocks())
         if sum(call.session_hash == session for call in calls) >= self.limits.waiting_each:
             return "Your last call is not done yet; stop it first."
@@ -159,7 +159,7 @@ class Guard:
         return None
 
     def _recent(self) -> deque[tuple[float, int]]:
-        """When files were uploaded that are still there, and their bytes."""
+        """Return when files were uploaded that are still there, and their bytes."""
         while self._uploads and self._uploads[0][0] < self._clock() - UPLOADS_COUNT:
             self._uploads.popleft()
         return self._uploads

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Stopped(BaseException):
-    """A call was stopped. Not an `Exception`: nothing on the way takes it for a failure of its own."""
+    """Raised in a call that was stopped. Not an `Exception`: no code on the way takes it for its own failure."""
 
 
 class Job:
@@ -54,7 +54,7 @@ class Job:
 
 
 class _Checked(TorchFunctionMode):
-    """Looks at a job before operations on tensors in the thread that enters it, until it has stopped the job.
+    """Mode that looks at a job before operations on tensors in its thread, until it has stopped the job.
 
     Functions without tensors are left alone, such as the one by which `torch.no_grad` sets the state back.
     """

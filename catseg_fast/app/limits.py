@@ -1,4 +1,4 @@
-"""What visitors of the page may take of the machine."""
+"""Limits of what visitors of the page may take of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a stretch of code takes at its peak."""
+"""Peak memory of a block of code."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def picture(**options: Any) -> gr.Image:
 
 
 class Page:
-    """What the page's events call.
+    """Handlers of the page's events.
 
     Of each visitor the picture is kept as encoded, and the last segmentation; vocabulary, back end and
     max_classes may change without encoding the picture again.
@@ -149,7 +149,7 @@ class Page:
         return heat_data(kept.loaded.photo, kept.segmentation, int(index))
 
     def leave(self, request: gr.Request) -> None:
-        """A visitor has closed the page: stop the call, and drop what is kept."""
+        """Stop the call of a visitor who has closed the page, and drop what is kept."""
         self.jobs.stop(_session(request))
         self.visitors.forget(_session(request))
 
@@ -184,7 +184,7 @@ def build_page(
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
                 image = picture(
-                    value=scene, label="Picture", sources=["upload", "clipboard"], height=260,
+                    value=scene, format="png", label="Picture", sources=["upload", "clipboard"], height=260,
                     elem_id="cf-image", buttons=[],
                 )  # fmt: skip
                 text = gr.Textbox(

@@ -1,4 +1,4 @@
-"""What the page's viewer shows, as data: pictures in data URIs, and the classes that occur."""
+"""Data of the page's viewer: pictures in data URIs, and the classes that occur."""
 
 from __future__ import annotations
 

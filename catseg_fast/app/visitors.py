@@ -1,4 +1,4 @@
-"""What is kept of visitors between their calls, within a limit of memory."""
+"""Store of what is kept of visitors between their calls, within a limit of memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Kept:
 
 
 class Visitors:
-    """What is kept, by session; safe for several threads.
+    """Store by session; safe for several threads.
 
     Args:
         most: number of visitors.
@@ -55,7 +55,7 @@ class Visitors:
         return sum(kept.nbytes for _, kept in self._kept.values())
 
     def get(self, session: str) -> Kept | None:
-        """What is kept of a visitor."""
+        """Return what is kept of a visitor."""
         with self._lock:
             self._sweep()
             if session not in self._kept:

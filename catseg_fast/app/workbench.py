@@ -1,4 +1,4 @@
-"""What the page does, without the page: pictures that stay encoded, class lists, times and memory."""
+"""Functions behind the page: encoded pictures, class lists, times and memory."""
 
 from __future__ import annotations
 

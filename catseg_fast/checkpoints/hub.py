@@ -1,4 +1,4 @@
-"""Where weights are: a file, a folder, or a repository of the Hugging Face Hub."""
+"""Sources of weights: files, folders, and repositories of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PREFERRED = "model.safetensors"
 def resolve(
     source: str | os.PathLike[str], *, revision: str | None = None, sha256: str | None = None
 ) -> Path:
-    """The file that `source` stands for, fetched from the Hugging Face Hub where it is not on this machine.
+    """Return the file of `source`, downloaded from the Hugging Face Hub if it is not on this machine.
 
     Args:
         source: a file; a folder that holds one checkpoint (or a `model.safetensors`); a variant's name such
@@ -54,13 +54,13 @@ def resolve(
             "owner/name/path/to/file.pth". A hub id or a variant's name may end in "@revision", and
             everything in "#sha256=…", for the two arguments below.
         revision: branch, tag or commit of the hub's repository; by default its main branch. Only a commit's
-            hash stays the same for ever.
+            hash never changes.
         sha256: SHA-256 that the file must have, as 64 hexadecimal digits.
 
     Raises:
         FileNotFoundError: if there is no such file, repository, or file in the repository.
         InputError: if a folder or a repository holds several checkpoints or none, a revision is given for
-            what is not on the hub, or the file's digest is another one.
+            a source that is not on the hub, or the file's digest differs.
         RunError: if the hub cannot be reached; the message says what to do.
     """
     if not os.path.exists(os.path.expanduser(source)):
@@ -71,14 +71,14 @@ def resolve(
     if path is None:
         path = _download(*_remote(os.fspath(source)), revision)
     elif revision is not None:
-        raise InputError(f"revision: {revision!r} is of no use for {source}, which is not on the hub")
+        raise InputError(f"revision: {revision!r} was given for {source}, which is not on the hub")
     if sha256 is not None:
         _check_digest(path, sha256.lower())
     return path
 
 
 def _split_pins(source: str, revision: str | None, sha256: str | None) -> tuple[str, str | None, str | None]:
-    """Take "@revision" and "#sha256=…" off the end of a source."""
+    """Split "@revision" and "#sha256=…" from the end of a source."""
     source, mark, found = source.partition("#sha256=")
     if mark and sha256 is not None:
         raise InputError(f"sha256: is given twice, as {sha256!r} and as {found!r}")
@@ -94,7 +94,7 @@ def _split_pins(source: str, revision: str | None, sha256: str | None) -> tuple[
 
 
 def _local(source: str | os.PathLike[str]) -> Path | None:
-    """The file on this machine, if `source` is one, a folder, or the name of bundled weights."""
+    """Return the file on this machine, if `source` is a file, a folder, or the name of bundled weights."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path / _pick((entry.name for entry in path.iterdir() if entry.is_file()), str(path))
@@ -105,7 +105,7 @@ def _local(source: str | os.PathLike[str]) -> Path | None:
 
 
 def _remote(name: str) -> tuple[str, str, str | None]:
-    """Kind and id of the hub's repository that a variant's name or hub id stands for, and the file if named.
+    """Return kind and id of the hub's repository of a variant's name or hub id, and the file if named.
 
     Raises:
         FileNotFoundError: if it is neither.
@@ -132,7 +132,7 @@ def _check_digest(path: Path, expected: str) -> None:
 
 
 def _pick(names: Iterable[str], where: str) -> str:
-    """The one checkpoint among `names`."""
+    """Return the only checkpoint among `names`."""
     weights = sorted(name for name in names if name.endswith(WEIGHTS))
     if PREFERRED in weights:
         return PREFERRED
@@ -143,7 +143,7 @@ def _pick(names: Iterable[str], where: str) -> str:
 
 
 def _download(kind: str, repository: str, filename: str | None, revision: str | None) -> Path:
-    """The file in the hub's cache; `filename` None picks the only checkpoint of the repository."""
+    """Return the file in the hub's cache; with `filename` None, the only checkpoint of the repository."""
     problem = None if constants.HF_HUB_OFFLINE else _connection_problem()
     if filename is None:
         with _clear_errors(kind, repository, "<file>", revision, problem):
@@ -155,7 +155,7 @@ def _download(kind: str, repository: str, filename: str | None, revision: str | 
 
 
 def _connection_problem() -> Exception | None:
-    """Why the hub cannot be reached; None if it can. The library itself tries again for half a minute."""
+    """Return why the hub cannot be reached, or None; the library itself retries for half a minute."""
     try:
         get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
     except Exception as error:  # requests' or httpx's, by version
@@ -182,7 +182,7 @@ def _clear_errors(
     try:
         with nullcontext() if problem is None else _offline():
             yield
-    except Exception as error:  # the hub's own, requests' or httpx's, by version
+    except Exception as error:  # of the hub, requests or httpx, depending on versions
         reason = (str(problem or error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         absent = isinstance(error, _ABSENT)
         if absent and not isinstance(error, LocalEntryNotFoundError):

@@ -1,4 +1,4 @@
-"""Which CAT-Seg a state dict belongs to, read from its keys and shapes alone."""
+"""Recognition of the variant of a state dict from its keys and shapes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENSEMBLES = {count: name for name, count in PROMPT_ENSEMBLES.items()}
 RESNET_DEPTHS = {(3, 4, 6): 50, (3, 4, 23): 101}
 PAD_LEN = 256
 
-# A key (or its end) that gives a family of checkpoints away, in the order of asking.
+# A key (or its end) that identifies a family of checkpoints, in the order of the checks.
 _FAMILIES = (
     (AGGREGATOR + "conv1.weight", "an incomplete CAT-Seg checkpoint"),
     ("layers.0.swin_block.block_1.attn.q.weight", "a CAT-Seg aggregator without CLIP"),
@@ -40,7 +40,7 @@ _FAMILIES = (
 
 
 class _Shapes:
-    """Shapes of the tensors under `prefix`, with an error that names what is missing."""
+    """Shapes of the tensors under `prefix`; an error names a missing tensor."""
 
     def __init__(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
         self.shapes = {
@@ -62,22 +62,22 @@ class _Shapes:
         return shape
 
     def count(self, stem: str) -> int:
-        """How many of `stem`0., `stem`1., … there are."""
+        """Return the number of modules `stem`0., `stem`1. and so on."""
         indices = {key.removeprefix(stem).split(".")[0] for key in self.shapes if key.startswith(stem)}
         return len({index for index in indices if index.isdigit()})
 
 
 def recognise_variant(state_dict: Mapping[str, Tensor]) -> Variant:
-    """The variant whose model has these keys and shapes: a published one, else one named "custom-…".
+    """Return the variant with these keys and shapes: a published one, or one named "custom-…".
 
-    Shapes do not tell the number of heads of the aggregator, its attention type or its pooling: a custom
-    variant gets the published ones, and 64 channels a head in CLIP.
+    The aggregator's number of heads, attention type and pooling do not follow from shapes: a custom variant
+    has the published ones, and 64 channels per head in CLIP.
 
     Args:
-        state_dict: upstream's keys; only the shapes are looked at, tensors on the meta device will do.
+        state_dict: tensors by upstream's keys; only their shapes are used, so they can be on the meta device.
 
     Raises:
-        InputError: if this is not the state dict of a CAT-Seg; the message says what it looks like.
+        InputError: if this is not the state dict of a CAT-Seg; the message describes it.
     """
     if not _is_cat_seg(state_dict):
         raise InputError(f"not a CAT-Seg checkpoint: it looks like {_family(state_dict)}")
@@ -100,7 +100,7 @@ def recognise_variant(state_dict: Mapping[str, Tensor]) -> Variant:
 
 
 def describe(state_dict: Mapping[str, Tensor]) -> str:
-    """What a state dict looks like, in a few words: the variant's name where it is a CAT-Seg."""
+    """Describe a state dict in a few words: by the variant's name if it is a CAT-Seg."""
     if not _is_cat_seg(state_dict):
         return _family(state_dict)
     try:
@@ -129,7 +129,7 @@ def _family(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def _prefix(state_dict: Mapping[str, Tensor]) -> str:
-    """What is before a CAT-Seg's keys or, where there is none, before all keys."""
+    """Return the prefix of a CAT-Seg's keys or, if there is none, of all keys."""
     known = AGGREGATOR + "conv1.weight"
     found = [key.removesuffix(known) for key in state_dict if key.endswith("." + known)]
     if found:
@@ -140,12 +140,12 @@ def _prefix(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def _clip(visual: _Shapes, text: _Shapes, grid: int) -> CLIPConfig:
-    """The CLIP of these shapes; CAT-Seg feeds it images of `grid` x `grid` patches."""
+    """Return the CLIP of these shapes, whose images have `grid` x `grid` patches in CAT-Seg."""
     width, _, patch_size, _ = visual.get("conv1.weight", 4)
     positions = visual.get("positional_embedding", 2)[0] - 1
     side = math.isqrt(positions)
     if side * side != positions:
-        raise InputError(f"a damaged CAT-Seg checkpoint: CLIP's {positions} image positions are no square")
+        raise InputError(f"a damaged CAT-Seg checkpoint: CLIP's {positions} image positions are not a square")
     hidden = visual.get("transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
     layers = visual.count("transformer.resblocks.")
     vocab_size, text_width = text.get("token_embedding.weight", 2)
@@ -169,7 +169,7 @@ def _clip(visual: _Shapes, text: _Shapes, grid: int) -> CLIPConfig:
 
 
 def _known(width: int, layers: int, *versions: Version) -> Variant | None:
-    """A variant, of certain versions or any, whose CLIP has an image tower of this size."""
+    """Return a variant, of certain versions or any, whose CLIP has an image tower of this size."""
     for variant in VARIANTS.values():
         tower = (variant.clip.vision_width, variant.clip.vision_layers)
         if tower == (width, layers) and variant.version in (versions or ("v1", "v2")):
@@ -178,11 +178,11 @@ def _known(width: int, layers: int, *versions: Version) -> Variant | None:
 
 
 def _aggregator(aggregator: _Shapes, version: Version) -> Variant:
-    """A variant with the aggregator's fields set from its shapes, and the others those of `version`."""
+    """Return a variant with the aggregator's fields from its shapes, and the other fields of `version`."""
     hidden_dim, prompts, _, _ = aggregator.get("conv1.weight", 4)
     if prompts not in ENSEMBLES:
         counts = ", ".join(f"{count} ({name})" for count, name in ENSEMBLES.items())
-        raise InputError(f"a CAT-Seg of {prompts} prompts a class; the prompt ensembles have {counts}")
+        raise InputError(f"a CAT-Seg with {prompts} prompts per class; the prompt ensembles have {counts}")
     base = VARIANTS["v1-vitl-swinb" if version == "v1" else "v2-vitl"]
     decoder_dims, guidance_dims, guidance_proj_dims = zip(
         *(_decoder_stage(aggregator, i) for i in (1, 2)), strict=True
@@ -214,7 +214,7 @@ def _aggregator(aggregator: _Shapes, version: Version) -> Variant:
 
 
 def _decoder_stage(aggregator: _Shapes, stage: int) -> tuple[int, int, int]:
-    """Channels of decoder stage 1 or 2: its output, its guidance, its projected guidance."""
+    """Return the channels of decoder stage 1 or 2: of its output, guidance, and projected guidance."""
     up_in, up_out, _, _ = aggregator.get(f"decoder{stage}.up.weight", 4)
     dim = aggregator.get(f"decoder{stage}.conv.double_conv.0.weight", 4)[0]
     guidance_dim = aggregator.get(f"decoder_guidance_projection.{stage - 1}.0.weight", 4)[1]
@@ -222,7 +222,7 @@ def _decoder_stage(aggregator: _Shapes, stage: int) -> tuple[int, int, int]:
 
 
 def _backbone(backbone: _Shapes) -> str | SwinConfig | ResNetConfig:
-    """The guidance backbone: its name where it has one."""
+    """Return the guidance backbone, by its name if it has one."""
     config: SwinConfig | ResNetConfig
     if "patch_embed.proj.weight" in backbone:
         embed_dim, _, patch_size, _ = backbone.get("patch_embed.proj.weight", 4)

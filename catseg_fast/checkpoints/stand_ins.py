@@ -1,7 +1,7 @@
-"""What the names in files of `torch.save` stand for: tensors, numpy arrays, and what goes with them.
+"""Stand-ins for the functions and classes that files of `torch.save` name: tensors, numpy arrays, and others.
 
-Every function here gets what a file says, and takes exact types only (`type(x) is …`): an object of the file
-that looks like another one must not pass for it. Numbers are checked before torch or numpy sees them.
+The arguments of every function here come from a file. Only exact types are accepted (`type(x) is …`), so that
+an object of the file cannot pass for another one. Numbers are checked before torch or numpy uses them.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _LARGEST_EMPTY = 2**40  # elements that an empty tensor has but for its sizes of
 
 
 class Storage(NamedTuple):
-    """A storage of the file: uint8 values, and the type that the file says they have."""
+    """A storage of the file: uint8 values, and the type that the file gives them."""
 
     values: Tensor
     dtype: torch.dtype
 
 
 class NumpyDtype(Restored):
-    """Stands in for `numpy.dtype`: numbers and booleans only."""
+    """A stand-in for `numpy.dtype`, for numbers and booleans only."""
 
     def __init__(self, code: str) -> None:
         self._code, self._dtype = code, None
@@ -59,7 +59,7 @@ class NumpyDtype(Restored):
         return self._dtype
 
     def restore(self, state: Any) -> None:
-        """Take the byte order; a type of numbers has no other state that counts."""
+        """Set the byte order; other state of a numeric type does not matter."""
         _require(self._dtype is None, "a numpy type, which has two states")
         _require(type(state) is tuple and len(state) in (8, 9), "the state of a numpy type")
         order, absent = state[1], (*state[2:5], *state[8:])  # subarray, names, fields, metadata
@@ -69,7 +69,7 @@ class NumpyDtype(Restored):
 
 
 class NumpyArray(Restored):
-    """Stands in for `numpy.ndarray`; `tensor` is what it would be."""
+    """A stand-in for `numpy.ndarray`, with the values in `tensor`."""
 
     def __init__(self) -> None:
         self._tensor: Tensor | None = None
@@ -81,7 +81,7 @@ class NumpyArray(Restored):
         return self._tensor
 
     def restore(self, state: Any) -> None:
-        """Take shape, type and values."""
+        """Set shape, type and values."""
         _require(self._tensor is None, "a numpy array, which has two states")
         _require(type(state) is tuple and len(state) == 5, "the state of a numpy array")
         version, shape, dtype, fortran, data = state
@@ -122,7 +122,7 @@ def _numpy_scalar(*arguments: Any) -> bool | int | float:
 
 
 def _encode(*arguments: Any) -> bytes:
-    """Bytes, which protocol 2 writes as the text with these code points."""
+    """Return bytes, which protocol 2 writes as the text with these code points."""
     _require(len(arguments) == 2 and all(type(x) is str for x in arguments), "the arguments of encode")
     _require(arguments[1] in ("latin1", "latin-1"), "the encoding of bytes")
     text: str = arguments[0]
@@ -173,10 +173,10 @@ def _tensor_with_attributes(*arguments: Any) -> Tensor:
 
 
 def view(values: Tensor, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> Tensor:
-    """A tensor of some type on uint8 values, wholly inside of them, and with no more elements than they are.
+    """Return a tensor of some type as a view of uint8 values, with no more elements than they hold.
 
     Raises:
-        ValueError: if it would not be; `offset`, `size` and `stride` may be anything.
+        ValueError: if it would not be inside of the values; `offset`, `size` and `stride` may be anything.
     """
     _require(type(offset) is int and offset >= 0, "the offset of a tensor")
     _require(_are_sizes(size) and _are_sizes(stride) and len(size) == len(stride), "the size of a tensor")
@@ -192,7 +192,7 @@ def view(values: Tensor, dtype: torch.dtype, offset: Any, size: Any, stride: Any
 
 
 def _are_sizes(sizes: Any) -> bool:
-    """Check that these are the sizes or strides of a tensor."""
+    """Check whether these are sizes or strides of a tensor."""
     return (
         type(sizes) is tuple
         and len(sizes) <= MOST_DIMENSIONS
@@ -206,7 +206,7 @@ def _require(condition: bool, what: str) -> None:
 
 
 def _require_plain(metadata: list[Any]) -> None:
-    """Refuse the marks of a conjugated or negated tensor, whose values are others than its storage's."""
+    """Refuse the marks of a conjugated or negated tensor, whose values differ from its storage's."""
     plain = all(x is None or (type(x) is dict and not x) for x in metadata)
     _require(plain, "the metadata of a tensor")
 
@@ -220,7 +220,7 @@ _TENSORS: dict[str, Callable[..., Tensor]] = {
 }
 _TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 
-# Training states hold such objects beside the weights.
+# Objects that training states hold besides the weights.
 _UNUSED = (
     "argparse.Namespace",
     "builtins.bytearray",

@@ -1,7 +1,7 @@
-"""Files of `torch.save`, read as data: a zip archive of a pickle and storages or, older, a row of pickles.
+"""Files of `torch.save`, read as data: a zip archive of a pickle and storages or, in the old format, pickles.
 
-The file is mapped into memory; nothing is allocated for more bytes than it has. torch's own reader is not
-used: it trusts what the archive says of itself.
+The file is mapped into memory, and no more bytes are allocated than it has. torch's own reader is not used,
+as it trusts the archive's headers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from catseg_fast.checkpoints.stand_ins import FUNCTIONS, NAMES, STORAGES, Storag
 from catseg_fast.checkpoints.unpickle import Global, RefusedPickle, shown, unpickle
 
 ZIP, PICKLE = b"PK", b"\x80"  # how files of torch.save start, and how plain pickles do
-# Files older than the zip format are pickles, of which the first is this number.
+# Files in the format before zip archives are pickles, the first of which is this number.
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 _LEGACY_VERSION = 1001
 MAX_DIRECTORY = 4 * 2**20  # bytes of a zip archive's table of contents: tens of thousands of storages
@@ -33,12 +33,12 @@ _ALIGNMENT = 8  # bytes, of the largest type
 
 
 def read_torch_file(file: IO[bytes], path: Path, *, mapped: bool = True, verify: bool = False) -> Any:
-    """The content of a file of `torch.save`, on the CPU: tensors, and plain Python values.
+    """Return the content of a file of `torch.save` on the CPU: tensors, and plain Python values.
 
     Args:
         file: the file, open and not empty.
-        path: what to call it in an error.
-        mapped: leave the tensors in the file, which must then stay as it is; else read them.
+        path: path of the file for error messages.
+        mapped: leave the tensors in the file, which must then not change; otherwise read them.
         verify: compare every entry of an archive with its checksum.
 
     Raises:
@@ -56,12 +56,12 @@ def read_torch_file(file: IO[bytes], path: Path, *, mapped: bool = True, verify:
             f"{path} is refused: reading it could execute code ({error}). Ask its origin for a safetensors "
             "file, or convert it to one on a machine where it can do no harm"
         ) from error
-    except Exception as error:  # of many types, by where the file breaks
+    except Exception as error:  # many types, depending on the fault
         raise ValueError(f"{path} is truncated, damaged or of another kind: {error}") from error
 
 
 class _Entry(NamedTuple):
-    """Where an entry's bytes are in an archive."""
+    """Position of an entry's bytes in an archive."""
 
     start: int
     stop: int
@@ -69,7 +69,7 @@ class _Entry(NamedTuple):
 
 
 class _Directory:
-    """A mapped file for `zipfile`, which reads an archive's table of contents at once, however long."""
+    """A mapped file for `zipfile` that limits the length of the table of contents, which is read at once."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.seek, self.tell, self._content = content.seek, content.tell, content
@@ -117,7 +117,7 @@ def _read_archive(content: mmap.mmap, mapped: bool, verify: bool) -> Any:
 
 
 def _entries(content: mmap.mmap) -> dict[str, _Entry]:
-    """The entries of an archive by name; uncompressed, apart from one another and inside of the file."""
+    """Return the entries of an archive by name, all uncompressed, inside of the file and without overlaps."""
     with zipfile.ZipFile(_Directory(content)) as archive:  # type: ignore[call-overload]
         infos, directory = archive.infolist(), archive.start_dir
     entries: dict[str, _Entry] = {}
@@ -145,7 +145,7 @@ def _entries(content: mmap.mmap) -> dict[str, _Entry]:
 
 
 def _values(content: mmap.mmap, start: int, stop: int, mapped: bool) -> Tensor:
-    """Bytes of the file as a tensor that has a storage of its own, mapped if they lie so that it can be."""
+    """Return bytes of the file as a tensor with its own storage, which is mapped if they are aligned."""
     if start == stop:
         return torch.empty(0, dtype=torch.uint8)
     values = torch.frombuffer(content, dtype=torch.uint8, count=stop - start, offset=start)
@@ -153,7 +153,7 @@ def _values(content: mmap.mmap, start: int, stop: int, mapped: bool) -> Tensor:
 
 
 def _storage_identity(identity: Any, length: int) -> tuple[torch.dtype, str, int]:
-    """Type, key and number of elements of a storage, from its persistent id."""
+    """Return type, key and number of elements of a storage from its persistent id."""
     if type(identity) is not tuple or len(identity) != length:
         raise ValueError("the persistent id of a storage is not valid")
     kind, storage, key, _, elements, *view = identity
@@ -178,7 +178,7 @@ def _read_legacy(content: mmap.mmap) -> Any:
     left = len(content)
 
     def storage(identity: Any) -> Storage:
-        """Room for a storage, which comes behind the pickle."""
+        """Return memory for a storage, whose bytes follow the pickle."""
         nonlocal left
         dtype, key, elements = _storage_identity(identity, 6)
         size = elements * dtype.itemsize

@@ -26,7 +26,7 @@ class RefusedPickle(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """What a pickle refers to by `name`, "module.name"."""
+    """A reference of a pickle to `name`, "module.name"."""
 
     name: str
 

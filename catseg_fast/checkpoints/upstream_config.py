@@ -46,7 +46,7 @@ CLIP_MODELS = {
 CLIP_GUIDANCE_DIMS = (256, 128)
 RESNET_DIMS = (1024, 512, 256)  # of res4, res3 and res2
 
-# Keys of which the model has one value alone.
+# Keys for which the model supports only one value.
 FIXED: dict[str, Any] = {
     "MODEL.PIXEL_MEAN": PIXEL_MEAN,
     "MODEL.PIXEL_STD": PIXEL_STD,
@@ -77,14 +77,14 @@ FIXED_RESNET: dict[str, Any] = {
 
 
 def model_arguments(cfg: Any) -> dict[str, Any]:
-    """Keyword arguments of `CATSeg` for upstream's configuration.
+    """Return the keyword arguments of `CATSeg` for upstream's configuration.
 
     Args:
         cfg: detectron2's `CfgNode` after upstream's `add_cat_seg_config`, or an object with such attributes.
 
     Raises:
-        FileNotFoundError: if a list of class names is not there.
-        InputError: if a key is missing, or has a value that the model has no form for; the message names it.
+        FileNotFoundError: if a list of class names is missing.
+        InputError: if a key is missing, or has an unsupported value; the message names it.
     """
     _check_fixed(cfg, FIXED)
     variant = _variant(cfg)
@@ -101,7 +101,7 @@ def model_arguments(cfg: Any) -> dict[str, Any]:
 
 
 def _variant(cfg: Any) -> Variant:
-    """The variant, a published one where all agrees."""
+    """Return the variant, a published one if all values agree."""
     name = _choice(cfg, HEAD + "CLIP_PRETRAINED", CLIP_MODELS)
     clip = CLIP_MODELS[name]
     if (width := _get(cfg, HEAD + "TEXT_GUIDANCE_DIM")) != clip.embed_dim:
@@ -138,7 +138,7 @@ def _variant(cfg: Any) -> Variant:
 
 
 def _backbone(cfg: Any, clip: CLIPConfig) -> str | SwinConfig | ResNetConfig | None:
-    """v1's guidance backbone; None in v2, whose guidance has CLIP's sizes.
+    """Return v1's guidance backbone; None in v2, whose guidance has CLIP's sizes.
 
     A configuration of v2 names a backbone, too: detectron2's default, which upstream does not build.
     """
@@ -172,7 +172,7 @@ def _swin(cfg: Any) -> SwinConfig:
     _check_fixed(cfg, FIXED_SWIN)
     depths = _get(cfg, "MODEL.SWIN.DEPTHS")
     if len(depths) != 3:
-        raise InputError(f"MODEL.SWIN.DEPTHS: {depths} are {len(depths)} stages; 3 are wanted")
+        raise InputError(f"MODEL.SWIN.DEPTHS: {depths} are {len(depths)} stages; expected 3")
     return SwinConfig(
         embed_dim=_get(cfg, "MODEL.SWIN.EMBED_DIM"),
         depths=depths,
@@ -196,7 +196,7 @@ def _feature_resolution(cfg: Any, clip: CLIPConfig) -> tuple[int, int]:
 
 
 def _size_divisibility(cfg: Any, variant: Variant) -> int:
-    """What whole images are padded to a multiple of; below 0, what the backbone wants."""
+    """Return the divisor of padded whole images; if the setting is below 0, that of the backbone."""
     key = "MODEL.MASK_FORMER.SIZE_DIVISIBILITY"
     size = _get(cfg, key)
     if size < 0:
@@ -220,7 +220,7 @@ def _class_names(cfg: Any, key: str) -> tuple[str, ...]:
 def _check_fixed(cfg: Any, fixed: Mapping[str, Any]) -> None:
     for key, wanted in fixed.items():
         if (found := _get(cfg, key)) != wanted:
-            raise InputError(f"{key}: {found!r} is not {wanted!r}, the only value that is served")
+            raise InputError(f"{key}: {found!r} is not {wanted!r}, the only supported value")
 
 
 def _choice(cfg: Any, key: str, choices: Mapping[Any, Any]) -> Any:
@@ -230,7 +230,7 @@ def _choice(cfg: Any, key: str, choices: Mapping[Any, Any]) -> Any:
 
 
 def _get(cfg: Any, key: str) -> Any:
-    """The value of a key, lists as tuples."""
+    """Return the value of a key, with lists as tuples."""
     value = cfg
     for name in key.split("."):
         try:

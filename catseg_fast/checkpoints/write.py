@@ -32,11 +32,11 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_torch_file(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` with `torch.save`, every entry with its checksum; errors as of `write_weights`."""
+    """Write `content` with `torch.save` and the checksum of every entry; errors as in `write_weights`."""
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
-        # torch's own way of writing to a path does not say why it fails.
+        # torch's own writer to a path does not report the reason of a failure.
         with replacing(path, durable=True) as temporary, temporary.open("wb") as file:
             torch.save(dict(content), file)
     finally:

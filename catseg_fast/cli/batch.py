@@ -39,7 +39,7 @@ Classes = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the picture at `index`.
+    """Result of the picture at `index`.
 
     Attributes:
         summary: the classes that occur, as of `catseg_fast.output.results.summarise`; None where it failed.

@@ -1,4 +1,4 @@
-"""From the command line's files, folders and globs to pictures, and where each one's results go."""
+"""Pictures among the command line's files, folders and globs, and the places of their results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Picture:
 
 @dataclass
 class _Search:
-    """What a search leaves out, by reason.
+    """Numbers of files that a search skips, by reason.
 
     Attributes:
         output: folder of the results, resolved.
@@ -59,7 +59,7 @@ class _Search:
         return self.output in parents and base.resolve() in self.output.parents
 
     def summary(self) -> str:
-        """What was left out, in words; empty if nothing."""
+        """Describe the skipped files; empty if there are none."""
         parts = []
         if self.results:
             parts.append(_number(self.results, "result") + " of catseg-fast")
@@ -96,13 +96,15 @@ def find_pictures(
         whole_folders: take each folder for one picture, which it is if it holds a video's frames.
 
     Raises:
-        InputError: if a folder holds no pictures, or there are only results.
+        InputError: if a folder holds no pictures, or there are only results; or for a URL.
     """
     found: list[tuple[Path, Path]] = []
     resolved = output.resolve()
     explicit_results = 0
     for argument in arguments:
         search = _Search(resolved)
+        if argument.parts[:1] in (("http:",), ("https:",)) and not argument.exists():
+            raise InputError(f"{argument}: is a URL; download it first, or use CATSeg.segment in Python")
         if argument.is_dir() and not whole_folders:
             inside = sorted(path for path in _walk(argument, search) if search.takes(path, argument))
             if not inside and not search.results:

@@ -1,4 +1,4 @@
-"""What `segment` asks of the model for each picture, and the options for it."""
+"""Options of `segment` that concern the labels, and the model's calls for each picture."""
 
 from __future__ import annotations
 
@@ -125,9 +125,21 @@ class Labelling:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What differs from the defaults; results depend on it."""
+        """Return the options that differ from the defaults; results depend on them."""
         asked = {"top_k": self.top_k, "min_score": self.min_score, "present": self.present}
         return {name: value for name, value in asked.items() if value is not None}
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What JSON files say of it."""
+        from catseg_fast.output.overlay import UNLABELLED_VALUE
+
+        entries: dict[str, Any] = {}
+        if self.min_score is not None:
+            entries |= {"min_score": self.min_score, "unlabelled_value": UNLABELLED_VALUE}
+        if self.present is not None:
+            entries["present"] = self.present
+        return entries
 
     @property
     def _asked(self) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from contextlib import suppress
@@ -37,7 +38,16 @@ from catseg_fast.console import (
 
 
 class Commands(TyperGroup):
-    """Says what is wrong with the arguments in plain lines: a box breaks the paths in a message."""
+    """Says what is wrong with the arguments in plain lines: a box breaks the paths in a message.
+
+    The paragraphs of a command's help are filled anew, for they keep the line breaks of the source otherwise.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        for command in self.commands.values():
+            paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
+            command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         run = partial(super().main, *arguments, **{**options, "standalone_mode": False})

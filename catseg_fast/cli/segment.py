@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +27,7 @@ from catseg_fast.cli.labelling import (
     check_memory,
     limit_classes,
 )
+from catseg_fast.cli.long import FPS, Every, Overlap, TileSize, Video, check_tiling, divide, filming, tiling
 from catseg_fast.cli.options import (
     BUNDLED_WEIGHTS,
     Backend,
@@ -56,11 +56,11 @@ from catseg_fast.console import (
     output_folder,
     plain_errors,
     say_error,
+    say_note,
     stderr,
     stdout,
 )
 from catseg_fast.distributed.torchrun import Processes, join, own_device
-from catseg_fast.errors import InputError
 from catseg_fast.output.formats import FORMATS, check_formats
 from catseg_fast.output.statistics import check_target, write_statistics
 from catseg_fast.text.fold import split_fold
@@ -69,6 +69,7 @@ from catseg_fast.text.prompts import check_classes
 if TYPE_CHECKING:
     from catseg_fast.cli.batch import Batch, Outcome
     from catseg_fast.cli.inputs import Picture
+    from catseg_fast.cli.long import Run
 
 EXAMPLES = (
     'catseg-fast segment photo.jpg --classes "sky; tree; person, man" --weights model_base.pth',
@@ -129,25 +130,11 @@ def segment(
     best: Best = None,
     memory: Memory = None,
     say_how: Explain = False,
-    tiles: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE", min=1,
-            help="Segment large pictures at their own resolution, in tiles of SIZE pixels; memory does not "
-            "grow with them.",
-        ),
-    ] = None,
-    overlap: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=0, help="Pixels that tiles share; by default an eighth of SIZE."),
-    ] = None,
-    video: Annotated[
-        bool, typer.Option("--video", help="Each folder holds the frames of a video, in their names' order.")
-    ] = False,
-    every: Annotated[int, typer.Option(metavar="N", min=1, help="Only each Nth frame of a video.")] = 1,
-    fps: Annotated[
-        float, typer.Option(metavar="F", min=0.01, max=1000, help="Frames per second of --video's folders.")
-    ] = 25,
+    tiles: TileSize = None,
+    overlap: Overlap = None,
+    video: Video = False,
+    every: Every = 1,
+    fps: FPS = 25,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     text_cache: TextCache = True,
     max_pixels: MaxPixels = MAX_PIXELS,
@@ -180,10 +167,8 @@ def segment(
     except (ValueError, ImportError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--stats") from None
     formats = formats or []
-    if overlap is not None and tiles is None:
-        raise typer.BadParameter("give --tiles SIZE, too", param_hint="--overlap")
-    if tiles is not None and (formats or batch > 1 or class_parallel):
-        raise typer.BadParameter("not with --format, --batch or --class-parallel", param_hint="--tiles")
+    unfit = {"--format": formats, "--batch": batch > 1, "--class-parallel": class_parallel, "--top-k": top_k}
+    check_tiling(tiles, overlap, unfit)
     try:
         check_formats(formats, len(names))
     except (ValueError, ImportError) as error:
@@ -192,24 +177,13 @@ def segment(
         # What can fail without torch comes first: importing that takes seconds.
         from catseg_fast.checkpoints.hub import resolve
         from catseg_fast.cli.inputs import find_pictures, require_one
-        from catseg_fast.data.frames import is_video, require_pyav
-        from catseg_fast.data.raster import require_rasterio
 
         check_classes(split_fold(names)[0])
         found: list[Picture] = []
         if processes.first:
             found = find_pictures(images, output, _notice, whole_folders=video)
-        clips = [picture for picture in found if is_video(picture.path) or picture.path.is_dir()]
-        pictures = [picture for picture in found if picture not in clips]
-        require_one(pictures)
-        if tiles is not None:
-            require_rasterio()
-        if clips:
-            require_pyav()
-        elif processes.first and (video or every > 1):
-            raise InputError(
-                f"{'--video' if video else '--every'}: there is no video and no folder of frames"
-            )
+        pictures, clips = divide(found, tiles, video, every, top_k)
+        require_one(found)
         if weights == BUNDLED_WEIGHTS:
             note_on_bundled(picture.path for picture in found)
         file = None if weights is None else resolve(weights)
@@ -219,7 +193,7 @@ def segment(
             model = build_model(
                 file, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend, text_cache=text_cache,
-                memory_budget=memory,
+                memory_budget=memory, max_pixels=max_pixels,
             )  # fmt: skip
             from catseg_fast.cli.resume import fingerprint
 
@@ -232,7 +206,7 @@ def segment(
                 "fingerprint": fingerprint(model, file, seed, alpha, labelling.settings),
             }
         if note is not None and processes.first:
-            _notice(f"note: {note}")
+            say_note(note)
         conductor = None
         if class_parallel:
             from catseg_fast.distributed.conductor import Conductor
@@ -246,29 +220,20 @@ def segment(
         from catseg_fast.cli.batch import Batch
 
         if say_how:
-            stdout.print(model.explain(), soft_wrap=True)
+            stdout.print(model.explain())
         start = time.perf_counter()
-        work = Batch(
-            labelling, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite, present=present,
-            max_pixels=max_pixels,
-        )  # fmt: skip
         if tiles is None:
+            work = Batch(
+                labelling, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite,
+                present=present, max_pixels=max_pixels,
+            )  # fmt: skip
             outcomes = _segment_all(work, pictures, debug)
         else:
-            from catseg_fast.cli.tiles import Tiles
-            from catseg_fast.inference.tiles import check_tiles, default_overlap
-
-            check_tiles(model, tiles)
-            shared = default_overlap(tiles) if overlap is None else overlap
-            tiled = Tiles(model, about, tiles, shared, alpha=alpha, overwrite=overwrite, min_score=min_score)
-            outcomes = _segment_long(tiled.run, pictures, 0, debug)
+            run = tiling(model, labelling, about, tiles, overlap, alpha, overwrite)
+            outcomes = _segment_long(run, pictures, 0, debug)
         if clips:
-            from catseg_fast.cli.video import Clips
-
-            rate = Fraction(fps).limit_denominator(1000)
-            frames = replace(labelling, top_k=None)
-            jobs = Clips(frames, model.label_classes, about, alpha, every, rate, overwrite)
-            outcomes += _segment_long(jobs.run, clips, len(pictures), debug)
+            run = filming(model, labelling, about, every, fps, alpha, overwrite)
+            outcomes += _segment_long(run, clips, len(pictures), debug)
         seconds = time.perf_counter() - start
         if conductor is not None:
             conductor.end()
@@ -313,12 +278,7 @@ def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[
     return sorted(outcomes, key=lambda outcome: outcome.index)
 
 
-def _segment_long(
-    run: Callable[[int, Picture, Callable[[int, int], None]], Outcome],
-    pictures: Sequence[Picture],
-    first: int,
-    debug: bool,
-) -> list[Outcome]:
+def _segment_long(run: Run, pictures: Sequence[Picture], first: int, debug: bool) -> list[Outcome]:
     """Run videos, or large pictures, each with a bar of its own; report those that fail."""
     outcomes = []
     for index, picture in enumerate(pictures, first):

@@ -26,16 +26,16 @@ from catseg_fast.identity import content_digest, place_digest, place_of, png_mar
 from catseg_fast.inference.images import check_upright
 from catseg_fast.inference.tiles import TileGrid, check_tiles, label_bands
 from catseg_fast.labels import NONE
-from catseg_fast.output.overlay import overlay
+from catseg_fast.output.overlay import UNLABELLED_VALUE, overlay
 from catseg_fast.output.ownership import TILED_SUFFIXES
 from catseg_fast.output.results import put_in_place, require_ours, vouched
 from catseg_fast.output.totals import Totals
 
 if TYPE_CHECKING:
+    from catseg_fast.cli.labelling import Labelling
     from catseg_fast.model import CATSeg
 
 PREVIEW_SIDE = 2048  # of the overlay
-UNLABELLED_VALUE = 65535
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class Tiles:
 
     Args:
         model: has its classes.
+        asked: what is asked for; its model is not used.
         about: as of `catseg_fast.cli.batch.Batch`.
         tile: side of a tile.
         overlap: pixels that neighbours share.
-        min_score: the probability below which a pixel has no class.
         alpha: share of the colours in the overlay.
         overwrite: also do pictures whose results are up to date.
     """
 
     model: CATSeg
+    asked: Labelling
     about: Mapping[str, Any]
     tile: int
     overlap: int
-    min_score: float | None = None
     alpha: float = 0.55
     overwrite: bool = False
 
@@ -99,19 +99,19 @@ class Tiles:
         picture.folder.mkdir(parents=True, exist_ok=True)
         require_ours(picture.folder, picture.stem, picture.path)
         grid = TileGrid(raster.size, self.tile, self.overlap)
-        totals = Totals(self.model.label_classes, self.min_score is not None)
+        totals = Totals(self.model.label_classes, self.asked.min_score is not None)
         folder = picture.folder / f".{picture.stem}.tiles"
         with locked(folder, seconds=1):
             work = _Work(folder, settings_digest({**about, "content": digest}), grid, totals)
             bands = label_bands(
                 self.model, grid, raster.read, work,
-                min_score=self.min_score, first=work.bands, progress=advance,
+                min_score=self.asked.min_score, first=work.bands, progress=advance,
             )  # fmt: skip
             for band in bands:
                 work.append(band.labels, band.scores)
             self._write(raster, picture, about, digest, work)
             shutil.rmtree(folder)
-        return work.totals.summary()
+        return work.totals.summary(self.asked.present or 0)
 
     def _write(
         self, raster: Raster, picture: Picture, about: dict[str, Any], digest: str, work: _Work
@@ -126,20 +126,21 @@ class Tiles:
         mark = place_digest(picture.path)
         with temporary_folder(picture.folder) as scratch:
             painted = overlay(
-                raster.preview(factor), torch.from_numpy(small), self.model.label_classes, self.alpha
+                raster.preview(factor), torch.from_numpy(small), self.model.label_classes, self.alpha,
+                present=self.asked.present or 0.0,
             )  # fmt: skip
             painted.save(scratch / names[0], pnginfo=png_mark(mark))
             raster.write_labels(scratch / names[1], labels, mark)
             identity = {"path": place_of(picture.path), "content": digest, **vouched(scratch, names)}
             content = {
                 **about, "identity": identity, "width": width, "height": height,
-                "classes": work.totals.summary(),
+                **self.asked.described, "classes": work.totals.summary(self.asked.present or 0),
             }  # fmt: skip
             put_in_place(scratch, picture.folder, picture.stem, names, content)
 
 
 class _Work:
-    """What is under way of a picture: label rows, sums, and the logits of tiles that are still needed.
+    """State of an unfinished picture: label rows, sums, and the logits of tiles that are still needed.
 
     Attributes:
         bands: the bands that are done.

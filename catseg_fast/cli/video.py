@@ -46,7 +46,7 @@ class Clips:
     with the classes' colours, which are the same in all of them, and `STEM.json` a summary.
 
     Args:
-        model: what labels a frame.
+        model: has its classes, with what is asked for.
         classes: the class names.
         about: as of `catseg_fast.cli.batch.Batch`.
         alpha: share of the colours in the overlay.
@@ -83,14 +83,14 @@ class Clips:
             digest = result_digest(clip.path)  # first: if the video changes meanwhile, it is another one
             frames = open_frames(clip.path, self.every, self.rate)
             about = {"image": str(clip.path), **self.about, "fingerprint": fingerprint, "every": self.every}
-            with _Results(clip, frames.rate, about, digest, self.classes) as results:
+            with _Results(clip, frames.rate, about, digest, self.classes, self.model) as results:
                 self._segment(frames, results, advance)
                 results.complete = True
         except RankError:
             raise
         except Exception as error:
             return Outcome(index, clip, error=error, overlay="overlay.mp4")
-        summary = occurring(results.totals.summary())
+        summary = occurring(results.totals.summary(self.model.present or 0))
         return Outcome(index, clip, summary, time.perf_counter() - start, overlay="overlay.mp4")
 
     def _segment(self, frames: Frames, results: _Results, advance: Callable[[int, int], object]) -> None:
@@ -148,10 +148,17 @@ class _Results:
     """
 
     def __init__(
-        self, clip: Picture, rate: Fraction, about: Mapping[str, Any], digest: str, classes: tuple[str, ...]
+        self,
+        clip: Picture,
+        rate: Fraction,
+        about: Mapping[str, Any],
+        digest: str,
+        classes: tuple[str, ...],
+        asked: Labelling,
     ) -> None:
         self.clip, self.rate, self.about, self.digest = clip, rate, about, digest
-        self.totals, self.colours = Totals(classes), palette(classes)
+        self.asked = asked
+        self.totals, self.colours = Totals(classes, asked.min_score is not None), palette(classes)
         self.complete, self.mark = False, place_digest(clip.path)
         self.labels, self.size, self.count = clip.folder / f"{clip.stem}.labels", (0, 0), 0
         self.writer: VideoWriter | None = None
@@ -216,7 +223,8 @@ class _Results:
         height, width = self.size
         content = {
             **self.about, "identity": identity, "width": width, "height": height, "frames": self.count,
-            "rate": float(self.rate), "complete": self.complete, "classes": self.totals.summary(),
+            "rate": float(self.rate), "complete": self.complete, **self.asked.described,
+            "classes": self.totals.summary(self.asked.present or 0),
         }  # fmt: skip
         result: Path = self.clip.result("json")
         write_result(self.scratch / result.name, content)

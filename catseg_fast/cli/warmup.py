@@ -87,6 +87,6 @@ def warmup(
             import triton  # which exists only for Linux
 
             folders["kernels"] = triton.knobs.cache.dir
-    stdout.print(f"text features {middle - start:.1f} s, calls {end - middle:.1f} s", highlight=False)
+    stdout.print(f"text features {middle - start:.1f} s, calls {end - middle:.1f} s")
     for content, folder in folders.items():
-        stdout.print(f"{content}: {folder}", soft_wrap=True, highlight=False)
+        stdout.print(f"{content}: {folder}")

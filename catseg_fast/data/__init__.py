@@ -1,6 +1,6 @@
 """Data sets: folders of pictures and label maps, published sets, generated scenes.
 
-May import text, inference.images and the ground modules.
+It may import text, inference.images and the ground modules.
 """
 
 from typing import TYPE_CHECKING

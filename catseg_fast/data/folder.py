@@ -135,7 +135,7 @@ class FolderDataset:
 
 
 def ignore_label_of(classes: int) -> int:
-    """What stands for "no class is right" beside so many classes."""
+    """Return the label for "no class is right" in a data set of `classes` classes."""
     return 255 if classes <= 255 else 65535
 
 
@@ -184,7 +184,7 @@ def read_index_map(path: Path) -> np.ndarray:
 
 
 def _why_no_index_map(image: ImageFile) -> str | None:
-    """What keeps the pixels of an opened image from being class indices; None if they are."""
+    """Return why the pixels of an opened image are not class indices; None if they are."""
     if image.format not in ("PNG", "TIFF"):
         return f"a {image.format} file; label maps are PNG or TIFF, as other formats can change values"
     if getattr(image, "n_frames", 1) > 1:

@@ -13,15 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from catseg_fast.errors import InputError, MissingPackageError
+from catseg_fast.errors import InputError
+from catseg_fast.extras import require_pyav
 from catseg_fast.files import open_regular
 from catseg_fast.inference.images import load_image
 from catseg_fast.inference.suffixes import picture_suffixes
 from catseg_fast.output.ownership import is_result
-
-VIDEO_SUFFIXES = frozenset(
-    {".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".webm"}
-)
 
 
 @dataclass(frozen=True)
@@ -53,23 +50,6 @@ class Frames(Protocol):
     count: int | None
 
     def __iter__(self) -> Iterator[Frame]: ...
-
-
-def is_video(path: Path) -> bool:
-    """Check whether a file's name is a video's."""
-    return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def require_pyav() -> None:
-    """Check that PyAV, which reads and writes videos, is installed.
-
-    Raises:
-        MissingPackageError: if it is not.
-    """
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        raise MissingPackageError("videos need PyAV: pip install 'catseg-fast[video]'") from None
 
 
 def open_frames(path: Path, every: int = 1, rate: Fraction = Fraction(25)) -> Frames:

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from catseg_fast.errors import InputError, MissingPackageError
+from catseg_fast.errors import InputError
+from catseg_fast.extras import require_rasterio
 from catseg_fast.files import open_regular
 from catseg_fast.identity import file_mark
 
@@ -24,20 +25,6 @@ _DRIVERS = {
 }  # fmt: skip
 _CACHE_MB = 256
 _BLOCK = 256  # side of the blocks of a label map
-
-
-def require_rasterio() -> None:
-    """Check that rasterio is installed.
-
-    Raises:
-        MissingPackageError: if it is not.
-    """
-    try:
-        import rasterio  # noqa: F401
-    except ImportError:
-        raise MissingPackageError(
-            "tiles: rasters are read by rasterio: pip install 'catseg-fast[tiles]'"
-        ) from None
 
 
 @contextmanager

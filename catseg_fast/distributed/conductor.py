@@ -32,23 +32,23 @@ class Conductor:
         self._group: Any = dist.new_group(backend="gloo", timeout=REST)
 
     def segment(self, image: ImageLike, *, top_k: int | None = None) -> Segmentation:
-        """On rank 0: `CATSeg.segment` of a picture on the CPU, rounded to 8 bits, on all ranks."""
+        """Run `CATSeg.segment` with a picture on the CPU, in 8 bits, on all ranks; called on rank 0."""
         pixels = load_bytes(image, max_pixels=self.model.max_pixels)
         return self.segment_batch([pixels], top_k=top_k)[0]
 
     def segment_batch(self, images: Sequence[Tensor], *, top_k: int | None = None) -> list[Segmentation]:
-        """On rank 0: `CATSeg.segment_batch` of such pictures on all ranks."""
+        """Run `CATSeg.segment_batch` with such pictures on all ranks; called on rank 0."""
         self._agree([tuple(image.shape) for image in images], top_k)
         for image in images:
             self._broadcast(image.contiguous())
         return self.model.segment_batch(images, top_k=top_k)
 
     def end(self) -> None:
-        """On rank 0: let the others return from `follow`."""
+        """Let the other ranks return from `follow`; called on rank 0."""
         self._agree([])
 
     def follow(self) -> None:
-        """On the other ranks: do as rank 0 says, to its end.
+        """Run the calls of rank 0 until it ends; called on the other ranks.
 
         Raises:
             RankError: if a rank is gone, or cannot go on.

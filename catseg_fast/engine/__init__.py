@@ -1,6 +1,6 @@
-"""Runs an aggregator, streaming over classes: folded weights, schedules, stages in torch and in Triton.
+"""The engine that runs an aggregator, streaming over classes: folded weights, schedules, stages.
 
-May import kernels, reference and the ground modules; not the model or anything that reads pictures.
+It may import kernels, reference and the ground modules, but not the model or anything that reads pictures.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The largest value that occurs in each stage of the engine: how far from fp16's range it stays."""
+"""The largest value in each stage of the engine, to compare with fp16's range."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STAGES = ("embed_cost_volume", "window_block", "class_collect", "class_apply", "
 
 @contextmanager
 def record_activations(engine: Engine) -> Iterator[dict[str, float]]:
-    """Let an engine note the largest absolute value of each stage, for as long as the context lasts.
+    """Record the largest absolute value of each stage of an engine while the context lasts.
 
-    A stage's are its inputs and whatever its operations put out: on the torch back end every intermediate
-    value, on Triton what its kernels write. A stage that makes a NaN has the value infinity.
+    A stage's values are its inputs and the outputs of its operations: every intermediate value on the torch
+    back end, and the kernels' outputs on Triton. A stage that computes a NaN has the value infinity.
 
     Yields:
         Values by stage, in the order of computation: "layer 1, block 2", "layer 1, classes, collect", …
@@ -39,17 +39,17 @@ def record_activations(engine: Engine) -> Iterator[dict[str, float]]:
     try:
         yield largest
     finally:
-        del vars(engine)["stages"]  # the class's own again
+        del vars(engine)["stages"]  # restores the method of the class
         engine.graphs = graphs
 
 
 class _Recorder:
-    """Stages that run as those given, and are watched."""
+    """Stages that run others and record their values."""
 
     def __init__(self, stages: Stages, names: Mapping[int, str], largest: dict[str, float]) -> None:
         self._stages, self._names, self._largest = stages, names, largest
 
-    collects_at_once = False  # as in torch: nothing is written to a chunk's place in the state
+    collects_at_once = False  # as in torch: nothing is written to the state
 
     def __getattr__(self, stage: str) -> Any:
         function = getattr(self._stages, stage)
@@ -61,7 +61,7 @@ class _Recorder:
             if stage in ("class_collect", "class_apply"):
                 name += f", {stage.removeprefix('class_')}"
             watch = _Watch()
-            given = arguments[:3] if stage == "decode" else arguments  # behind which is where its result goes
+            given = arguments[:3] if stage == "decode" else arguments  # then comes the destination
             watch.see([value for value in given if isinstance(value, Tensor)])
             with watch:
                 result = function(part, *arguments)
@@ -72,7 +72,7 @@ class _Recorder:
 
 
 class _Watch(TorchDispatchMode):
-    """Keeps the largest absolute value that any operation puts out."""
+    """Keeps the largest absolute value in the outputs of all operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _names(plan: Plan) -> dict[int, str]:
-    """What the parts of a plan are called, by their identities."""
+    """Return the names of a plan's parts, by their identities."""
     names = {}
     for number, layer in enumerate(plan.layers, 1):
         names[id(layer.classes)] = f"layer {number}, classes"

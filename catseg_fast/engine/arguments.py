@@ -1,4 +1,4 @@
-"""Folded weights as the arguments of ops, which are tensors and numbers: views, nothing is copied."""
+"""Folded weights as arguments of ops, which are tensors and numbers; all tensors are views."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Decoding = tuple[list[Tensor], list[int], list[float]]
 
 
 def embedding(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Weight `[C, 7, 7, P]` and bias of `embed_cost_volume`."""
+    """Return weight `[C, 7, 7, P]` and bias of `embed_cost_volume`."""
     return taps_first(plan.embed), plan.embed_bias
 
 
 def window_weights(block: WindowBlock) -> WindowWeights:
-    """Weights of `window_block`, from `qkv` on."""
+    """Return the weights of `window_block`, from `qkv` on."""
     return (
         block.qkv, block.proj, block.proj_bias, block.fc1, block.fc1_bias, block.fc2, block.fc2_bias
     )  # fmt: skip
 
 
 def apply_weights(layer: ClassLayer) -> ApplyWeights:
-    """Weights of `class_apply`, from `q` on."""
+    """Return the weights of `class_apply`, from `q` on."""
     return layer.q, layer.q_bias, layer.fc1, layer.fc1_bias, layer.fc2, layer.fc2_bias
 
 
 def decoding(plan: Plan) -> Decoding:
-    """Weights, groups and eps of `decode`."""
+    """Return weights, groups and eps of `decode`."""
     weights: list[Tensor] = []
     for stage in plan.decoder:
         weights += [taps_first(stage.phases.flatten(0, 2)), stage.norm1.weight, stage.norm1.bias]
@@ -40,10 +40,10 @@ def decoding(plan: Plan) -> Decoding:
 
 
 def taps_first(weight: Tensor) -> Tensor:
-    """`[out, in, K, K]` as `[out, K, K, in]`."""
+    """Permute `[out, in, K, K]` to `[out, K, K, in]`."""
     return weight.permute(0, 2, 3, 1)
 
 
 def channels_last(maps: Tensor) -> Tensor:
-    """`[B, C, H, W]` as `[B, HW, C]`."""
+    """Permute `[B, C, H, W]` to `[B, HW, C]`."""
     return maps.permute(0, 2, 3, 1).flatten(1, 2)

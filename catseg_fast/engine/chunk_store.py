@@ -1,4 +1,4 @@
-"""What chunks of classes are between two passes of the engine."""
+"""Storage of the chunks' state between two passes of the engine."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from catseg_fast.engine.terms import ImageTerms
 
 
 class State(Protocol):
-    """The chunks' `[B, t, HW, C]`, by slices of crops and classes."""
+    """The state `[B, t, HW, C]` of chunks, by slices of crops and classes."""
 
     def load(self, crops: slice, classes: slice) -> Tensor:
-        """What was saved for these crops and classes."""
+        """Return the saved state of these crops and classes."""
 
     def save(self, classes: slice, x: Tensor) -> None:
-        """Keep a chunk of all crops."""
+        """Save a chunk of all crops."""
 
 
 def new_state(policy: str, plan: Plan, image: ImageTerms, classes: int, chunk: int) -> State | None:
-    """The state that a memory policy keeps for T classes; None where chunks are computed again."""
+    """Return the storage of a memory policy for T classes; None if chunks are recomputed."""
     if torch.compiler.is_compiling() and policy == "resident" and chunk >= classes:
         return SingleState()
     if policy == "recompute" or not plan.layers:
@@ -34,7 +34,7 @@ def new_state(policy: str, plan: Plan, image: ImageTerms, classes: int, chunk: i
 
 
 class ResidentState:
-    """One tensor `[B, T, HW, C]` beside the features, updated in place; one chunk of all classes is it."""
+    """One tensor `[B, T, HW, C]` on the device, updated in place; a chunk of all classes replaces it."""
 
     def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
         self._shape, self._like = shape, like
@@ -51,14 +51,14 @@ class ResidentState:
         self.slot(classes)[:] = x
 
     def slot(self, classes: slice) -> Tensor:
-        """Return where a chunk of all crops can be written instead of being saved."""
+        """Return the memory to which a chunk of all crops can be written instead of being saved."""
         if self._tensor is None:
             self._tensor = self._like.new_empty(self._shape)
         return self._tensor[:, classes]
 
 
 class SingleState:
-    """The one chunk that holds all classes, as it is: a graph has no copies, and no symbols as keys."""
+    """The only chunk, which holds all classes, for graphs: it needs no copies, and no symbols as keys."""
 
     def load(self, crops: slice, classes: slice) -> Tensor:
         return self.chunk[crops, classes]
@@ -68,11 +68,11 @@ class SingleState:
 
 
 class OffloadedState:
-    """One tensor `[B, T, HW, C]` in host memory, pinned where there is a GPU.
+    """One tensor `[B, T, HW, C]` in host memory, pinned if there is a GPU.
 
-    Copies run on streams of their own, beside the computation: while a chunk is worked on, the one behind it
-    comes in and the one before it goes out. The host waits for neither. Buffers are allocated and freed on
-    the current stream, which waits for a copy before it frees what the copy reads or writes.
+    Copies run on streams of their own, concurrently with the computation: while a chunk is computed, the next
+    one is loaded and the previous one is saved. The host waits for neither. Buffers are allocated and freed
+    on the current stream, which waits for a copy before it frees the copy's buffers.
     """
 
     def __init__(self, shape: tuple[int, ...], like: Tensor) -> None:
@@ -97,7 +97,7 @@ class OffloadedState:
         return x
 
     def save(self, classes: slice, x: Tensor) -> None:
-        self._current.wait_stream(self._out)  # for what went out before
+        self._current.wait_stream(self._out)  # for chunks saved before
         self._out.wait_stream(self._current)
         self._going = x
         with self._module.stream(self._out):
@@ -105,7 +105,7 @@ class OffloadedState:
                 crop[classes].copy_(chunk, non_blocking=True)
 
     def _fetch(self, crops: slice, classes: slice) -> None:
-        """Let a chunk come in, behind what the current stream has been given so far."""
+        """Load a chunk, after all work that is already on the current stream."""
         source = self.tensor[crops, classes]
         x = torch.empty(source.shape, dtype=source.dtype, device=self.device)
         self._in.wait_stream(self._current)
@@ -115,7 +115,7 @@ class OffloadedState:
         self._fetched = (crops, classes, x)
 
     def _release(self) -> None:
-        """Let all copies end before their buffers are freed, and before what they write is read."""
+        """Wait for all copies before their buffers are freed and their results are read."""
         self._current.wait_stream(self._in)
         self._current.wait_stream(self._out)
         self._fetched = self._going = None

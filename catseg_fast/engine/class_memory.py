@@ -1,7 +1,7 @@
-"""What the class attention remembers of all classes: the one place where classes meet.
+"""Memory of the class attention, the only part of the engine that combines classes.
 
-Linear attention needs `K^T V` and `sum K` alone, whatever the number of classes, so that classes can stream
-through in chunks. Softmax attention has no such summary: its memory holds every key and value.
+Linear attention needs only `K^T V` and `sum K` for any number of classes, so that classes can stream through
+in chunks. Softmax attention has no such summary: its memory holds every key and value.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ class ClassMemory(Protocol):
     """Keys and values of all classes, for queries of any chunk of them."""
 
     def add(self, keys: Tensor, values: Tensor) -> None:
-        """Take in a chunk's keys and values `[B, t, hw, C]`."""
+        """Add a chunk's keys and values `[B, t, hw, C]`."""
 
     def part(self) -> ClassMemory:
-        """An empty memory for a part of the classes, without the padding tokens."""
+        """Return an empty memory for a part of the classes, without the padding tokens."""
 
     def merge(self, part: Any) -> None:
-        """Take in what a part holds."""
+        """Add the contents of a part."""
 
     def close(self, dtype: torch.dtype) -> None:
-        """Make ready for queries of a type: no more classes come."""
+        """Prepare for queries of a type, after all classes were added."""
 
     def of(self, crops: slice) -> ClassMemory:
-        """The memory of some crops."""
+        """Return the memory of some crops."""
 
     def attend(self, queries: Tensor) -> Tensor:
-        """Attention of `queries [B, t, hw, C]` over all classes that were added."""
+        """Attend from `queries [B, t, hw, C]` to all classes that were added."""
 
 
 def new_memory(layer: ClassLayer, classes: int, padded: bool = True) -> ClassMemory:
-    """A memory for T classes that holds nothing yet but the padding tokens, if `padded`."""
+    """Return a memory for T classes, empty but for the padding tokens, if `padded`."""
     if not layer.linear:
         return FullMemory.new(layer, classes)
     return LinearMemory.new(layer, classes, padded)
@@ -53,20 +53,21 @@ def new_memory(layer: ClassLayer, classes: int, padded: bool = True) -> ClassMem
 class LinearMemory:
     """`K^T V / length` and `sum K` over the classes, in fp32 at least.
 
-    n padding tokens add n times the outer product of their key and value, and n times their key. Once no more
-    classes come, the means of values take the place of `key_value`.
+    n padding tokens add n times the outer product of their key and value, and n times their key. `close`
+    replaces `key_value` by the means of values.
     """
 
     heads: int
     eps: float
-    length: int  # classes and padding tokens; values are divided by it, to stay within fp16's range
+    length: int  # classes and padding tokens; divides values, which keeps them in fp16's range
     key_value: Tensor | float  # [B, hw, heads, d, d]
     key_sum: Tensor | float  # [B, hw, heads, d]
     means: Tensor | None = None  # [B, hw, heads, d, d], in the type of queries
 
     @classmethod
     def new(cls, layer: ClassLayer, classes: int, padded: bool = True) -> LinearMemory:
-        # Numbers, or symbols of a graph for any T, which Python's max would tie to one side of `pad_len`.
+        # These may be symbols of a graph for any T, and Python's max would specialise on one side of
+        # `pad_len`.
         length: Any = torch.sym_max(classes, layer.pad_len)
         padding: Any = torch.sym_max(layer.pad_len - classes, 0)
         full = not torch.compiler.is_compiling() and padding == 0
@@ -109,20 +110,24 @@ class LinearMemory:
         means, key_sum = self.closed()
         return plain.attend_linearly(queries, means, key_sum, self.heads, self.eps)
 
+    def closed_with(self, means: Tensor, key_sum: Tensor) -> LinearMemory:
+        """Return a memory of the same kind with other sums."""
+        return replace(self, key_value=0.0, key_sum=key_sum, means=means)
+
     def closed(self) -> tuple[Tensor, Tensor]:
-        """The means and `key_sum`.
+        """Return the means and `key_sum`.
 
         Raises:
             InputError: if the memory is not closed.
         """
         if self.means is None or not isinstance(self.key_sum, Tensor):
-            raise InputError("memory: it is not closed, or no class was added")
+            raise InputError("memory: is not closed, or no class was added")
         return self.means, self.key_sum
 
 
 @dataclass
 class FullMemory:
-    """Every key and value; n padding tokens are one whose score is raised by log n."""
+    """Every key and value; n padding tokens are a single one whose score is raised by log n."""
 
     heads: int
     padding: tuple[Tensor, Tensor] | None

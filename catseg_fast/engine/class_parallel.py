@@ -1,8 +1,9 @@
-"""One vocabulary over several processes: each rank of a process group aggregates a share of the classes.
+"""One vocabulary split over processes: each rank of a process group aggregates a share of the classes.
 
-Classes meet in three places alone. The sums of a class memory, whose size does not depend on the number of
-classes, are added up over the ranks, once per layer. Scores by which a crop's best classes are selected are
-gathered. Label maps are merged by maximum. All else a rank does alone, under its own memory policy.
+Ranks communicate at three points only. The sums of a class memory, whose size does not depend on the number
+of classes, are added up over the ranks once per layer. Scores for the selection of a crop's best classes are
+gathered. Label maps are merged by maximum. Each rank does everything else by itself, under its own memory
+policy.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ if TYPE_CHECKING:
     from catseg_fast.inference.readout import LabelMap, TopClasses
 
 SOFTMAX = (
-    "class parallel: attention_type 'full' needs the key and value of every class, and no sum over ranks "
-    "can stand for them; 'linear' is wanted"
+    "class parallel: attention_type 'full' needs the key and value of every class, which no sum over ranks "
+    "can replace; expected 'linear'"
 )
 
 
 class RankError(CATSegError, RuntimeError):
-    """The ranks of a process group cannot go on: one has failed or is gone, or they do different things."""
+    """The ranks of a process group cannot continue: one failed or ended, or they were called differently."""
 
 
 @dataclass(frozen=True)
 class ClassShare:
-    """This rank's share of the classes, and what it has to do together with the others.
+    """This rank's share of the classes, and its communication with the other ranks.
 
     All ranks must hold the same weights, and call the same methods in the same order.
 
     Attributes:
-        classes: the names of all classes.
+        classes: names of all classes.
         group: the process group; None for all processes.
     """
 
@@ -53,23 +54,25 @@ class ClassShare:
 
     @property
     def rank(self) -> int:
-        """This process's number in the group."""
+        """Rank of this process in the group."""
         return dist.get_rank(self.group)
 
     @property
     def ranks(self) -> int:
-        """Processes of the group."""
+        """Number of processes in the group."""
         return dist.get_world_size(self.group)
 
     @property
     def total(self) -> int:
-        """Classes T of all ranks."""
+        """Number of classes T of all ranks."""
         return len(self.classes)
 
     @property
     def own(self) -> slice:
-        """The indices of this rank's classes. Ranks hold them in order; the first ones hold one more where
-        they do not come out even, the last ones none where there are fewer classes than ranks.
+        """Indices of this rank's classes.
+
+        Ranks hold classes in order. If they cannot be divided evenly, the first ranks hold one class more;
+        with fewer classes than ranks, the last ranks hold none.
         """
         each, rest = divmod(self.total, self.ranks)
         start = self.rank * each + min(self.rank, rest)
@@ -81,12 +84,13 @@ class ClassShare:
 
     @contextmanager
     def together(self, device: torch.device, *facts: object) -> Iterator[None]:
-        """Make sure that all ranks are about to do the same, and turn any error inside into one that says
-        which rank failed: the others time out waiting for it.
+        """Check that all ranks make the same call, and turn any error inside into one that names the rank.
+
+        The other ranks time out waiting for a rank that fails.
 
         Args:
-            device: where the ranks' tensors are.
-            facts: what must be the same on all ranks, besides the classes.
+            device: device of the ranks' tensors.
+            facts: values that must be the same on all ranks, besides the classes.
 
         Raises:
             RankError: if they differ, or anything is raised inside.
@@ -101,22 +105,22 @@ class ClassShare:
             raise RankError(f"class parallel: rank {self.rank} of {self.ranks} failed: {reason}") from error
 
     def all_true(self, flag: bool, device: torch.device) -> bool:
-        """Whether a flag is set on all ranks."""
+        """Check whether a flag is set on all ranks."""
         least = torch.tensor(int(flag), device=device)
         self._reduce(least, dist.ReduceOp.MIN)
         return bool(least)
 
     def add_up(self, memory: ClassMemory, crops: int, positions: int, like: Tensor) -> None:
-        """Let a class memory hold the classes of all ranks, where each has added its own.
+        """Add up a class memory over all ranks, each of which has added its own classes.
 
         Args:
-            memory: a `LinearMemory`; whether any class was added to it or not.
+            memory: a `LinearMemory`, which may be empty.
             crops, positions: B and hw of the memory.
             like: a tensor `[…, C]` of the classes' type and device.
 
         Raises:
-            InputError: if the memory is one of softmax attention, which no sums stand for.
-            RankError: if a rank is gone.
+            InputError: if the memory is that of softmax attention, which is not a sum.
+            RankError: if a rank has ended.
         """
         if not isinstance(memory, LinearMemory):
             raise InputError(SOFTMAX)
@@ -132,11 +136,11 @@ class ClassShare:
         memory.key_value, memory.key_sum = total(memory.key_value, d, d), total(memory.key_sum, d)
 
     def select(self, scores: Tensor, count: int) -> list[Tensor]:
-        """Those of the `count` best classes of all ranks that are this rank's.
+        """Return this rank's part of the `count` best classes of all ranks.
 
         Args:
-            scores: of this rank's classes, `[B, t]`.
-            count: classes that each crop aggregates on all ranks.
+            scores: scores of this rank's classes, `[B, t]`.
+            count: number of classes that each crop aggregates on all ranks.
 
         Returns:
             For each crop, indices `[1, n]` into this rank's classes, ascending; n differs, and may be 0.
@@ -149,14 +153,15 @@ class ClassShare:
         return [kept[None, (kept >= start) & (kept < stop)] - start for kept in best]
 
     def merge(self, target: LabelMap | TopClasses, count: int) -> None:
-        """Let a target hold the best `count` classes of all ranks, where each has taken in its own.
+        """Merge the targets of all ranks, each of which holds the best of its own classes.
 
-        Score and class make one number, the larger the better, and of equal scores the larger for the first
-        class. The best of all ranks is the maximum, the next one that of what is then left, and so on.
+        Score and class are packed into one number, which is larger for a better score, and among equal scores
+        for the first class. The best class of all ranks is the maximum, the next one is the maximum of the
+        rest, and so on.
 
         Args:
-            target: of this rank's classes, counted over all ranks. A class with several names can be on two
-                ranks.
+            target: target of this rank's classes, numbered over all ranks; a class with several names can be
+                on two ranks. It then holds the best `count` classes of all ranks.
             count: classes per pixel: at most T, and 1 for a `LabelMap`.
         """
         keys = _pack(target.scores, target.labels).view(-1, *target.scores.shape[-2:])
@@ -184,10 +189,10 @@ class ClassShare:
 
 @contextmanager
 def waiting(group: ProcessGroup | None) -> Iterator[None]:
-    """Around what a group does together.
+    """Turn a timeout of the group's communication into an error that names the rank.
 
     Raises:
-        RankError: if a rank is gone, or takes longer than the group's timeout.
+        RankError: if a rank has ended, or takes longer than the group's timeout.
     """
     try:
         yield
@@ -199,16 +204,16 @@ def waiting(group: ProcessGroup | None) -> Iterator[None]:
         ) from error
 
 
-_LABELS = 2**32  # twice as many as there are: none has the sign bit of an int32
+_LABELS = 2**32  # twice the number of labels: none has the sign bit of an int32
 
 
 def _pack(scores: Tensor, labels: Tensor) -> Tensor:
-    """One int64 for each score, not below 0, and label: ordered by score, NaN last, then by label down."""
+    """Pack scores (at least 0) and labels into int64, by ascending score, NaN last, then descending label."""
     bits = torch.where(scores.isnan(), scores.new_tensor(torch.nan), scores).view(torch.int32)
     return bits.long() * _LABELS + (_LABELS // 2 - 1 - labels)
 
 
 def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores, float32, and the labels, int32, of keys."""
+    """Return the scores (float32) and the labels (int32) of keys."""
     bits = keys.div(_LABELS, rounding_mode="floor")
     return bits.int().view(torch.float32), (_LABELS // 2 - 1 - keys % _LABELS).int()

@@ -38,8 +38,9 @@ from catseg_fast.weights import module_tensors, weights_state
 if TYPE_CHECKING:
     from catseg_fast.engine.triton_stages import TritonStages
 
-# Asking a GPU for its free memory takes longer than a kernel. A call that takes less than 1/AMPLE of what was
-# free is scheduled without asking again; if memory does run out, the stream goes on with smaller steps.
+# Asking a GPU for its free memory takes longer than a kernel. A call that needs less than 1/AMPLE of the
+# memory that was free is scheduled without asking again; if memory does run out, the stream continues in
+# smaller steps.
 AMPLE = 4
 SCHEDULES = 64
 
@@ -49,7 +50,7 @@ class Engine:
 
     Args:
         aggregator: a `catseg_fast.reference.Aggregator`, or an object built like upstream's. Its weights are
-            read at every call; a change takes effect.
+            read at every call, so that changes take effect.
 
     Attributes:
         backend: "auto", "triton" or "torch"; calls that need gradients run in torch always.
@@ -77,7 +78,7 @@ class Engine:
         self.forget()
 
     def forget(self) -> None:
-        """Start without anything that follows from weights, calls or settings."""
+        """Clear everything that is derived from weights, calls or settings."""
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
         self._vocabulary: tuple[object, Plan, VocabularyTerms] | None = None
@@ -85,7 +86,7 @@ class Engine:
         self.recordings = GraphCache()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy, or a pickle, is made of: the settings."""
+        """Return the state of a copy or a pickle, which is the settings."""
         derived = ("_plans", "_triton", "_vocabulary", "_schedules", "recordings")
         return {name: value for name, value in vars(self).items() if name not in derived}
 
@@ -113,7 +114,7 @@ class Engine:
 
     @property
     def input_precision(self) -> str:
-        """Of products of fp32 numbers in Triton: "ieee", "tf32x3" or "tf32"."""
+        """Precision of products of fp32 numbers in Triton: "ieee", "tf32x3" or "tf32"."""
         return self._input_precision
 
     @input_precision.setter
@@ -122,7 +123,7 @@ class Engine:
 
     @property
     def graphs(self) -> str:
-        """ "auto": equal calls on a GPU are recorded as CUDA graphs at the third one; or "off"."""
+        """ "auto", which records equal calls on a GPU as a CUDA graph at the third one, or "off"."""
         return self._graphs
 
     @graphs.setter
@@ -132,7 +133,7 @@ class Engine:
 
     @property
     def chunk(self) -> int | None:
-        """Classes per step; None lets the planner choose."""
+        """Classes per step; None lets the engine choose."""
         return self._chunk
 
     @chunk.setter
@@ -141,7 +142,7 @@ class Engine:
 
     @property
     def policy(self) -> str | None:
-        """ "resident", "offload" or "recompute"; None lets the planner choose."""
+        """ "resident", "offload" or "recompute"; None lets the engine choose."""
         return self._policy
 
     @policy.setter
@@ -150,7 +151,7 @@ class Engine:
 
     @property
     def memory_budget(self) -> int | None:
-        """Bytes that a call may take above weights and inputs (may be set as "2GiB"); None: what is free."""
+        """Bytes that a call may take besides weights and inputs; may be set as "2GiB". None: free memory."""
         return self._memory_budget
 
     @memory_budget.setter
@@ -158,8 +159,9 @@ class Engine:
         self._memory_budget = None if budget is None else parse_bytes(budget)
 
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
-        """The folded weights, in the type of the next call or the one given; kept until a weight changes,
-        except where gradients are wanted.
+        """Return the folded weights, in the given type or that of the next call.
+
+        They are cached until a weight changes, except when gradients are recorded.
         """
         dtype = dtype or self._compute_dtype()
         if self._differentiable() or torch.compiler.is_compiling():
@@ -167,7 +169,7 @@ class Engine:
                 return build_plan(self.aggregator, dtype)
         state = weights_state(module_tensors(self.aggregator))
         if dtype not in self._plans or self._plans[dtype][0] != state:
-            # Whatever mode the call is in, what is kept must serve every later one.
+            # The cached plan must be usable by later calls in any mode.
             with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
                 self._plans[dtype] = (state, build_plan(self.aggregator, dtype))
         return self._plans[dtype][1]
@@ -175,17 +177,17 @@ class Engine:
     def vocabulary(
         self, text_feats: Tensor, max_classes: int | None, plan: Plan | None = None
     ) -> VocabularyTerms:
-        """What depends on `text_feats [B or 1, T, P, F]` alone, for the next call or a call with `plan`."""
+        """Return the terms of `text_feats [B or 1, T, P, F]`, for the next call or a call with `plan`."""
         selects = max_classes is not None and self._total(text_feats.shape[1]) > max_classes
         plan = plan or self.plan()
         with self._without_autocast():
             return vocabulary_terms(self.aggregator, plan, text_feats, selects)
 
     def _kept_vocabulary(self, text_feats: Tensor, max_classes: int | None, plan: Plan) -> VocabularyTerms:
-        """Return the last call's terms if it had the same text tensor, unchanged since."""
+        """Return the terms of the last call, if it had the same text tensor, unchanged since."""
         if self._differentiable(text_feats) or torch.compiler.is_compiling() or text_feats.is_inference():
             return self.vocabulary(text_feats, max_classes, plan)
-        # The terms hold the text's storage, so that no other tensor can come to lie at its address.
+        # The terms hold the text's storage, so that its address is not reused by another tensor.
         key = (weights_state([text_feats]), text_feats.shape, text_feats.stride(), max_classes)
         kept = self._vocabulary
         if kept is None or kept[0] != key or kept[1] is not plan:
@@ -199,15 +201,15 @@ class Engine:
         appearance_guidance: Sequence[Tensor | None],
         max_classes: int | None,
     ) -> Tensor:
-        """All logits `[B, T, 4H, 4W]` in one tensor; arguments as in `stream`.
+        """Return all logits `[B, T, 4H, 4W]` in one tensor; arguments as in `stream`.
 
-        They are in the type that was asked for, of autocast or `precision`, else in that of the weights.
+        Their type is that of autocast or `precision`, if set, else that of the weights.
 
         Raises:
-            RunError: if the classes are shared with other processes.
+            RunError: if the classes are split over processes.
         """
         if self.share is not None:
-            raise RunError("class parallel: no rank has all logits; label maps alone can be had")
+            raise RunError("class parallel: no rank has all logits; only label maps are available")
         plan = self.plan()
         vocabulary = self._kept_vocabulary(text_feats, max_classes, plan)
         (B, _, H, W), T = img_feats.shape, text_feats.shape[1]
@@ -237,7 +239,7 @@ class Engine:
         guided = tuple(x is not None for x in appearance_guidance)
         key = ("logits", guided, max_classes, dtype, self.recording_key(plan, vocabulary, schedule))
         logits = self.recordings(key, inputs, run, Tensor.clone)
-        # What overflows fp16 is computed again, which a recording cannot decide.
+        # A call that overflows fp16 is computed again, which a recording cannot do.
         return logits if bool(logits.isfinite().all()) else run(*inputs)
 
     def records(self, device: torch.device, schedule: Schedule) -> bool:
@@ -247,7 +249,7 @@ class Engine:
         return self.recordings.serves(device) and not self._differentiable()
 
     def recording_key(self, plan: Plan, vocabulary: VocabularyTerms, schedule: Schedule) -> object:
-        """Return what a recorded run of the stages depends on besides its inputs."""
+        """Return everything that a recorded run of the stages depends on besides its inputs."""
         settings = (self.backend, self.input_precision, schedule.policy, schedule.chunk)
         ambient = ambient_settings(self.aggregator.conv1.weight.device)
         return (weakref.ref(plan), weakref.ref(vocabulary), settings, ambient)
@@ -264,30 +266,30 @@ class Engine:
     ) -> None:
         """Compute the logits of all classes, chunk by chunk in ascending order.
 
-        What overflows fp16 is computed again in bf16, with a warning; not so where gradients are recorded,
-        whose scaling is the caller's.
+        A call that overflows fp16 is computed again in bf16, with a warning; not if gradients are recorded,
+        as their scaling is up to the caller.
 
         Args:
-            img_feats: `[B, F, H, W]`.
-            vocabulary: from `vocabulary`, for the same weights.
+            img_feats: image features `[B, F, H, W]`.
+            vocabulary: terms from `vocabulary`, for the same weights.
             appearance_guidance: upstream's three guidance maps.
-            max_classes: aggregate at most so many classes per crop; None for all.
-            begin: returns what is called with a slice of classes and their logits `[B, t, 4H, 4W]`. That must
-                change nothing before it can no longer fail because memory runs out: it may then be called
-                again. If all is computed again, `begin` is called again first.
+            max_classes: the most classes to aggregate per crop; None for all.
+            begin: returns a function that is called with a slice of classes and their logits
+                `[B, t, 4H, 4W]`. If memory runs out in it, it is called again, so it must change nothing
+                before that can happen. If the whole call is computed again, `begin` is called again first.
             plan: the folded weights, if the caller has them.
-            schedule: from `schedule_of`; by default one for a caller who holds nothing besides.
+            schedule: from `schedule_of`; by default one for a caller that holds no further memory.
 
         Raises:
             InputError: if the memory budget is too small for one class.
-            RunError: if gradients are wanted of classes that are shared with other processes.
+            RunError: if gradients are required of classes that are split over processes.
         """
         inputs = (img_feats, vocabulary, appearance_guidance, max_classes)
         if self._stream(plan or self.plan(), *inputs, begin, schedule):
             return
         given = (img_feats, vocabulary.features, *appearance_guidance)
         if self._all_ranks(all(x is None or bool(x.isfinite().all()) for x in given)):
-            warnings.warn("fp16 overflows: computing again in bf16", RuntimeWarning, stacklevel=2)
+            warnings.warn("fp16 overflowed: computing again in bf16", RuntimeWarning, stacklevel=2)
             plan = self.plan(torch.bfloat16)
             vocabulary = self.vocabulary(vocabulary.features, max_classes, plan)
             self._stream(plan, img_feats, vocabulary, appearance_guidance, max_classes, begin, schedule)
@@ -302,7 +304,7 @@ class Engine:
         begin: Callable[[], Consumer],
         schedule: Schedule | None,
     ) -> bool:
-        """Whether all logits were finite, as far as fp16 is at stake."""
+        """Run the stages; return whether all logits are finite, which is only checked in fp16."""
         total = self._total(vocabulary.classes)
         count = total if max_classes is None else min(total, max_classes)
         differentiable = self._differentiable(img_feats, vocabulary.features, *appearance_guidance)
@@ -310,13 +312,15 @@ class Engine:
             raise RunError("class parallel: no gradients pass between ranks; call under torch.no_grad()")
         if schedule is None or differentiable:
             schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, 0, differentiable)
-        device = img_feats.device  # streams and kernels go to the current one
+        device = img_feats.device  # streams and kernels use the current one
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, torch.set_grad_enabled(differentiable), self._without_autocast():
             image = image_terms(self.aggregator, plan, img_feats, appearance_guidance)
             if differentiable:
                 if self.backend == "triton":
-                    warn_once("gradients are wanted: running in torch, as Triton's kernels have no backward")
+                    warn_once(
+                        "gradients are required: running in torch, as Triton's kernels have no backward"
+                    )
                 selected = None
                 if count < total:
                     selected = best_classes(class_scores(img_feats, vocabulary), count)
@@ -346,7 +350,7 @@ class Engine:
         output_bytes: int,
         differentiable: bool = False,
     ) -> Schedule:
-        """Return how a call with these arguments runs, if the caller holds `output_bytes` besides.
+        """Return the schedule of a call with these arguments, if the caller also holds `output_bytes`.
 
         Raises:
             InputError: if the memory budget is too small for one class.
@@ -366,7 +370,7 @@ class Engine:
         output_bytes: int = 0,
         selects: bool = False,
     ) -> Schedule:
-        """Return how a call would run that aggregates so many classes, of more where it `selects`.
+        """Return the schedule of a call that aggregates `classes` classes, selected from more if `selects`.
 
         Raises:
             InputError: if the memory budget is too small for one class.
@@ -393,7 +397,7 @@ class Engine:
         return schedule
 
     def stages(self, plan: Plan) -> Stages:
-        """What runs the stages where no gradients are wanted."""
+        """Return the stages of calls without gradients."""
         if constant_backend(self.backend, self.aggregator.conv1.weight.device) != "triton":
             return torch_stages
         from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux only
@@ -405,9 +409,9 @@ class Engine:
         return kept
 
     def _get_ready(self, plan: Plan, image: ImageTerms, count: int, call: Callable[[], object]) -> None:
-        """Before the first call of its kind on a GPU: compile its kernels, and check them.
+        """Compile and check the kernels of a call before the first call of its kind on a GPU.
 
-        Nothing is done in the interpreter, which is slow and proves nothing about a GPU.
+        The interpreter is skipped: it is slow and proves nothing about a GPU.
         """
         device = image.features.device
         if device.type != "cuda" or _recording(device):
@@ -431,8 +435,10 @@ class Engine:
         schedule: Schedule,
         flag: Tensor | None,
     ) -> list[Stream]:
-        """What aggregates `count` classes per crop: one stream; but one a crop where the best ones of a share
-        are to be found, as ranks hold different numbers of these.
+        """Return the streams that aggregate `count` classes per crop.
+
+        There is a single one, except where the best classes of a share are selected: then there is one per
+        crop, as ranks hold different numbers of them.
         """
         stages, share = self.stages(plan), self.share
         parts: list[tuple[ImageTerms, Tensor | None]] = [(image, None)]
@@ -447,18 +453,18 @@ class Engine:
         return [Stream(stages, plan, crops, vocabulary, own, *common) for crops, own in parts]
 
     def _total(self, classes: int) -> int:
-        """Classes of all ranks, where this one has so many."""
+        """Return the number of classes of all ranks, if this rank has `classes`."""
         return classes if self.share is None else self.share.total
 
     def _all_ranks(self, flag: bool) -> bool:
-        """Whether something holds on all ranks."""
+        """Check whether a flag is set on all ranks."""
         return flag if self.share is None else self.share.all_true(flag, self.aggregator.conv1.weight.device)
 
     def _compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.precision, self.aggregator.conv1.weight)
 
     def _without_autocast(self) -> torch.autocast:
-        """The stages choose their types themselves."""
+        """Return a context without autocast, as the stages choose their types themselves."""
         return torch.autocast(self.aggregator.conv1.weight.device.type, enabled=False)
 
     def _differentiable(self, *inputs: Tensor | None) -> bool:
@@ -469,13 +475,13 @@ class Engine:
 
 
 class _Answer:
-    """Takes in logits of all classes; stages may write them to their place."""
+    """Collects the logits of all classes; stages may write to it directly."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
 
     def slot(self, classes: slice) -> Tensor:
-        """Return where the logits of some classes go."""
+        """Return the memory for the logits of some classes."""
         return self.logits[:, classes]
 
     def __call__(self, classes: slice, part: Tensor) -> None:
@@ -484,19 +490,19 @@ class _Answer:
             place[:] = part
 
 
-# For `torch.compile` a constant: what it reads of the machine cannot be traced. All that
+# `torch.compile` treats this as a constant, since it cannot trace the queries of the machine. All that
 # torch.compiler.assume_constant_result does is to set this, but it imports the whole compiler first.
 constant_backend = choose_backend
 constant_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _nbytes(x: Tensor) -> int:
-    """`x.nbytes`, where a size may be a symbol of `torch.compile`, too."""
+    """Return `x.nbytes`, even if a size is a symbol of `torch.compile`."""
     return math.prod(x.shape) * x.itemsize
 
 
 def _recording(device: torch.device) -> bool:
-    """Whether a graph is made of the call, so that no value on the GPU can be looked at."""
+    """Check whether a graph of the call is being made, so that no value on the GPU can be read."""
     if torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,7 +1,7 @@
-"""Before a kind of call runs for the first time on a GPU: its kernels are compiled side by side, and checked.
+"""Compilation and check of kernels before the first call of its kind on a GPU.
 
-What is compiled is what the call launches, and what the check launches. The check's result is remembered in
-the user's cache folder, for the launches, the GPU and the versions that it was made with.
+All kernels that the call and the check launch are compiled in parallel. The result of the check is kept in
+the user's cache folder, for the same launches, GPU and versions.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from catseg_fast.kernels.launch.launcher import record
 def get_ready(
     stages: TritonStages, image: ImageTerms, direct: bool, call: Callable[[], object] | None
 ) -> None:
-    """Compile the kernels of a call, and compare them with torch; stages that differ run in torch then.
+    """Compile the kernels of a call, and compare them with torch; stages that differ then run in torch.
 
     Args:
-        stages: of the call.
-        image: of the call.
+        stages: stages of the call.
+        image: image terms of the call.
         direct: whether the call convolves the cost volume directly, not in the Fourier domain.
-        call: runs the call's stages; while it does, kernels are not launched, so that its results are
-            arbitrary. None to compile only what the check launches.
+        call: runs the call's stages. Kernels are not launched while it does, so its results are arbitrary.
+            None compiles only the kernels of the check.
     """
     kind = (image.crops, image.resolution, direct)
     if kind in stages.ready:
@@ -57,15 +57,15 @@ def get_ready(
     before = set(candidate.fallbacks)
     wrong = wrong_stages(candidate, image, direct)
     for stage, reason in wrong.items():
-        stages.fall_back(stage, f"computes something else than torch on this GPU: {reason}")
-    for stage in candidate.fallbacks.keys() - before:  # which has warned
+        stages.fall_back(stage, f"its result differs from torch's on this GPU: {reason}")
+    for stage in candidate.fallbacks.keys() - before:  # the candidate has warned
         stages.fallbacks[stage] = candidate.fallbacks[stage]
     if not wrong and candidate.fallbacks.keys() == before:
         _remember(file, device)
 
 
 def _file(jobs: Iterable[Job], device: torch.device) -> Path:
-    """Where it is noted that some launches compute what they should, on a GPU with all its software."""
+    """Return the file that records that some launches passed the check, on a GPU with certain software."""
     different = set(jobs)
     sources = {job.name: getattr(job.kernel, "cache_key", "") for job in different}
     facts = (sorted(map(repr, different)), sorted(sources.items()), _versions(device))
@@ -86,7 +86,7 @@ def _has_passed(file: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{file}: broken, the kernels are checked again: {error}", stacklevel=2)
+        warnings.warn(f"{file} is damaged; the kernels are checked again: {error}", stacklevel=2)
         return False
 
 
@@ -98,5 +98,5 @@ def _remember(file: Path, device: torch.device) -> None:
             temporary.write_text(json.dumps(content), encoding="utf-8")
     except OSError as error:
         warnings.warn(
-            f"{file.parent}: that the kernels passed their check cannot be kept there: {error}", stacklevel=2
+            f"{file.parent}: cannot record that the kernels passed their check: {error}", stacklevel=2
         )

@@ -1,15 +1,16 @@
 """Weights of an aggregator, folded once into the form that the engine's stages use.
 
-Every item is an identity (DESIGN: linearity, and softmax's invariance to a constant); none changes the answer
-beyond rounding:
+Each step is an identity, by linearity or by softmax's invariance to a constant, and changes results only by
+rounding:
 
-- LayerNorm's affine part moves into the linear layer behind it, the attention scale into the query weights.
+- LayerNorm's affine parameters move into the following linear layer, the attention scale into the query
+  weights.
 - Queries and keys are linear in `[x ; guidance]`: the guidance half is split off, to be applied once per
   image (appearance) or once per vocabulary (text).
-- A key bias that is the same for every key drops out of a softmax, whose rows sum to one; for that reason the
-  value bias moves into the projection's.
-- All padding tokens of the class attention are equal: one key and one value stand for them.
-- ConvTranspose 2x2 and the 3x3 convolution behind it are one 2x2 convolution for each of the 4 output phases.
+- A key bias that is the same for every key cancels in a softmax. As the softmax's rows sum to one, the value
+  bias moves into the projection's bias.
+- All padding tokens of the class attention are equal: one key and one value represent them.
+- ConvTranspose 2x2 and the following 3x3 convolution are one 2x2 convolution for each of the 4 output phases.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class WindowBlock:
     heads: int
     window: int
     shift: int
-    qkv: Tensor  # [3C, C], of the normalised input; no bias is left
+    qkv: Tensor  # [3C, C], for the normalised input; without bias
     guidance: Tensor | None  # [2C, G], queries and keys of the normalised guidance
-    guidance_bias: Tensor  # [2C]; the keys' half matters to nobody and is zero
+    guidance_bias: Tensor  # [2C]; the keys' half has no effect and is zero
     proj: Tensor  # [C, C]
     proj_bias: Tensor  # [C]
-    fc1: Tensor  # [M, C], of the normalised input
+    fc1: Tensor  # [M, C], for the normalised input
     fc1_bias: Tensor  # [M]
     fc2: Tensor  # [C, M]
     fc2_bias: Tensor  # [C]
@@ -50,13 +51,13 @@ class ClassLayer:
     eps: float
     pooling: tuple[int, int] | None
     pad_len: int
-    q: Tensor  # [C, C], of the normalised input
+    q: Tensor  # [C, C], for the normalised input
     q_bias: Tensor  # [C]
-    kv: Tensor  # [2C, C], of the normalised input
+    kv: Tensor  # [2C, C], for the normalised input
     kv_bias: Tensor  # [2C]
-    text: Tensor | None  # [2C, G], queries and keys of the text guidance
+    text: Tensor | None  # [2C, G], for queries and keys of the text guidance
     padding: Tensor | None  # [2C], key and value of a padding token
-    fc1: Tensor  # [M, C], of the normalised input
+    fc1: Tensor  # [M, C], for the normalised input
     fc1_bias: Tensor  # [M]
     fc2: Tensor  # [C, M]
     fc2_bias: Tensor  # [C]
@@ -78,7 +79,7 @@ class DecoderStage:
 
     phases: Tensor  # [2, 2, out, in, 2, 2]: output row and column phase first
     guidance: Tensor | None  # [out, G, 3, 3]
-    bias: Tensor  # [1, out, 3, 3]: of the corners, the edges and the inside
+    bias: Tensor  # [1, out, 3, 3]: biases of the corners, the edges and the interior
     norm1: Normalisation
     conv: Tensor  # [out, out, 3, 3]
     norm2: Normalisation
@@ -95,7 +96,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The whole aggregator. Projections of guidance are left to its own modules: they run once per image."""
+    """The whole aggregator, but for its guidance projections, whose modules run once per image."""
 
     embed: Tensor  # [C, P, 7, 7]
     embed_bias: Tensor  # [C]
@@ -106,12 +107,12 @@ class Plan:
 
     @property
     def channels(self) -> int:
-        """Hidden channels C."""
+        """Hidden channels, C."""
         return self.embed.shape[0]
 
     @property
     def prompts(self) -> int:
-        """Prompts P a class."""
+        """Prompts per class, P."""
         return self.embed.shape[1]
 
 
@@ -120,7 +121,7 @@ def build_plan(aggregator: Any, dtype: torch.dtype) -> Plan:
 
     Args:
         aggregator: a `catseg_fast.reference.Aggregator`, or an object built like upstream's.
-        dtype: what the stages compute in.
+        dtype: type in which the stages compute.
     """
     plan = Plan(
         embed=wide(aggregator.conv1.weight),
@@ -207,7 +208,7 @@ def _fold_classes(layer: Any) -> ClassLayer:
 
 
 def _padding_key_value(layer: Any) -> Tensor | None:
-    """Key and value `[2C]` that a padding token has at every position."""
+    """Return key and value `[2C]` of a padding token, which are the same at every position."""
     if getattr(layer, "padding_tokens", None) is None:
         return None
     token, norm = wide(layer.padding_tokens)[0, 0], layer.norm1
@@ -235,20 +236,20 @@ def _fold_decoder(up: Any) -> DecoderStage:
 
 
 def compose_phases(transposed: Tensor, conv: Tensor) -> Tensor:
-    """2x2 kernels `[2, 2, out, in, 2, 2]` of ConvTranspose(2, stride 2), then Conv3x3 (padding 1).
+    """Return 2x2 kernels `[2, 2, out, in, 2, 2]` of ConvTranspose(2, stride 2), then Conv3x3 (padding 1).
 
-    Output pixel (2r + a, 2s + b) is kernel [a, b] over low-resolution rows r + a - 1 and r + a and columns
-    s + b - 1 and s + b; pixels outside the map are zero.
+    Output pixel (2r + a, 2s + b) is kernel [a, b] applied to low-resolution rows r + a - 1 and r + a and
+    columns s + b - 1 and s + b; pixels outside the map are zero.
 
     Args:
         transposed: weight of the transposed convolution, `[in, mid, 2, 2]`.
         conv: weight of the convolution, `[out, mid, 3, 3]`.
     """
-    # taps[a, d, k, p]: in output phase a, row k of the 3x3 meets phase p of low-resolution row d of the 2x2.
+    # taps[a, d, k, p]: in output phase a, row k of the 3x3 kernel is on phase p of low-resolution row d.
     taps = transposed.new_zeros(2, 2, 3, 2)
     for a in range(2):
         for k in range(3):
-            row = a + k - 1  # of the upsampled map, counted from 2r
+            row = a + k - 1  # row of the upsampled map, counted from 2r
             taps[a, row // 2 + 1 - a, k, row % 2] = 1
     return torch.einsum("adkp,belq,ockl,icpq->aboide", taps, taps, conv, transposed)
 
@@ -258,7 +259,7 @@ def _normalisation(norm: nn.GroupNorm) -> Normalisation:
 
 
 def _fold_norm(weight: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias that act on the input normalised without affine part as the given ones with it."""
+    """Return weight and bias that include the affine parameters of the LayerNorm before them."""
     return weight * wide(norm.weight), bias + weight @ wide(norm.bias)
 
 
@@ -269,17 +270,17 @@ def _bias(layer: Any) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in fp32 at least."""
+    """Return the tensor in fp32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def cast(folded: Any, dtype: torch.dtype) -> Any:
-    """The same dataclass or tuple with every floating tensor in it, however deep, in `dtype`."""
+    """Return the same dataclass or tuple with every floating tensor in it, at any depth, in `dtype`."""
     return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, folded)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], folded: Any) -> Any:
-    """The same dataclass or tuple with `function` of every tensor in it, however deep, in a fixed order."""
+    """Return the same dataclass or tuple with `function` applied to every tensor, in a fixed order."""
     if isinstance(folded, Tensor):
         return function(folded)
     if isinstance(folded, tuple):

@@ -1,12 +1,13 @@
 """Cost volume and 7x7 convolution of many prompts in the Fourier domain.
 
-The cost volume is linear in the image features, and its convolution is a product of spectra. With the spectra
-of image and kernel at hand, a class costs one matrix product, one product over prompts a frequency, and an
-inverse transform of the C channels, in place of 49 taps over P prompts. Maps padded by 3 suffice: what wraps
-around falls on the padding.
+The cost volume is linear in the image features, and its convolution is a product of spectra. Given the
+spectra of image and kernel, a class takes one matrix product, one product over prompts per frequency, and an
+inverse transform of the C channels, instead of 49 taps over P prompts. Padding maps by 3 suffices: only the
+padding wraps around.
 
-The transforms that every class goes through are products with real matrices. They serve 16-bit types, which
-FFTs do not, and at 27x27 are faster. Both ways share the scale about evenly, so that fp16 holds the spectra.
+The transforms of each class are products with real matrices. Unlike FFTs, they support 16-bit types, and at
+27x27 they are faster. The scale is split about evenly between the two transforms, so that spectra fit in
+fp16.
 """
 
 from __future__ import annotations
@@ -21,32 +22,31 @@ from catseg_fast.engine.folding import Plan, wide
 
 REACH = 3  # half of the 7x7 kernel
 
-# Below this many prompts the transforms cost more than they save; below this many classes of all crops, the
-# spectra do. Measured on CPUs in fp32; by operations alone, which is all that is known of GPUs, 18 prompts
-# would do.
+# With fewer prompts, the transforms cost more than they save; with fewer classes of all crops, the spectra
+# do. Measured on CPUs in fp32. By the number of operations, 18 prompts would suffice; GPUs were not measured.
 LEAST_PROMPTS = 48
 LEAST_CROP_CLASSES = 32
 
 
 @dataclass(frozen=True)
 class Spectra:
-    """Spectra at the f frequencies of real maps, and the way back.
+    """Spectra at the f frequencies of real maps, and the inverse transform.
 
     A dimension of 2f holds each frequency's real part, then its imaginary part.
     """
 
     features: Tensor  # [2f, B, F]
     kernel: Tensor  # [2f, P, C]
-    inverse: tuple[Tensor, ...]  # of both dimensions, [HW, 2f]; or of the columns, then of the rows
+    inverse: tuple[Tensor, ...]  # for both dimensions, [HW, 2f]; or for the columns, then for the rows
 
 
 def pays_off(plan: Plan, crop_classes: int) -> bool:
-    """Whether the Fourier form is the faster one."""
+    """Check whether the Fourier form is faster."""
     if torch.compiler.is_exporting():
-        return False  # what runs exported graphs has no complex numbers
+        return False  # runtimes of exported graphs have no complex numbers
     weight = plan.embed
     if weight.dtype.itemsize == 2 and weight.device.type == "cpu":
-        return False  # in bf16 a tie, where a CPU has it; fp16 is emulated
+        return False  # about as fast in bf16, on CPUs that have it; fp16 is emulated
     return is_less_work(plan.prompts, crop_classes)
 
 
@@ -56,16 +56,16 @@ def is_less_work(prompts: int, crop_classes: int) -> bool:
 
 
 def make_spectra(plan: Plan, features: Tensor, resolution: tuple[int, int]) -> Spectra:
-    """Spectra of unit image features `[B, HW, F]` and of the kernel, computed in fp32 at least."""
+    """Return spectra of unit image features `[B, HW, F]` and of the kernel, computed in fp32 at least."""
     (H, W), dtype, device = resolution, plan.embed.dtype, features.device
     height, width = size = (H + REACH, W + REACH)
-    columns = width // 2 + 1  # those behind are conjugates of these
-    unit = 2.0 ** round(math.log2(height * width) / 2)  # exact in every type, as is then the first frequency
+    columns = width // 2 + 1  # the others are conjugates of these
+    unit = 2.0 ** round(math.log2(height * width) / 2)  # exact in every type, like the first frequency
 
     spectrum = torch.fft.rfft2(wide(features).unflatten(1, resolution), s=size, dim=(1, 2)).flatten(1, 2)
     spectrum = torch.view_as_real(spectrum * (unit / (height * width))).permute(1, 3, 0, 2).flatten(0, 1)
 
-    reach = range(REACH, -REACH - 1, -1)  # the kernel lies backwards
+    reach = range(REACH, -REACH - 1, -1)  # the kernel is reversed
     taps = torch.kron(_waves(height, height, reach, device), _waves(width, columns, reach, device))
     weight = wide(plan.embed).permute(2, 3, 1, 0).flatten(0, 1)  # 49, P, C
     kernel = torch.einsum("kd,dpc->kpc", _real(taps).to(weight.dtype), weight)
@@ -74,7 +74,7 @@ def make_spectra(plan: Plan, features: Tensor, resolution: tuple[int, int]) -> S
     column = torch.arange(columns, device=device)[:, None]
     both = (2 - (2 * column % width == 0).double()) / unit  # a column and its conjugate
     across = _waves(width, columns, range(W), device) * both
-    if dtype.itemsize == 2:  # one product rounds less; two have a sixth of the operations
+    if dtype.itemsize == 2:  # one product rounds less, two take a sixth of the operations
         inverse: tuple[Tensor, ...] = (_real(torch.kron(rows, across)).T,)
     else:
         inverse = (_real(torch.stack([across, 1j * across])).mT.flatten(0, 1), _real(rows).T)
@@ -87,7 +87,7 @@ def make_spectra(plan: Plan, features: Tensor, resolution: tuple[int, int]) -> S
 
 
 def embed_cost_volume(plan: Plan, spectra: Spectra, crops: slice, text: Tensor) -> Tensor:
-    """`torch_stages.embed_cost_volume` of some crops: `[b, t, HW, C]` for `text [b or 1, t, P, F]`."""
+    """Run `torch_stages.embed_cost_volume` for some crops, `[b, t, HW, C]`, for `text [b or 1, t, P, F]`."""
     features, (t, P) = spectra.features[:, crops], text.shape[1:3]
     n = features.shape[1] * t
     cost_volume = torch.einsum("kbf,bnf->kbn", features, text.flatten(1, 2))  # 2f, b, t*P
@@ -100,7 +100,7 @@ def embed_cost_volume(plan: Plan, spectra: Spectra, crops: slice, text: Tensor) 
 
 
 def _invert(inverse: tuple[Tensor, ...], spectrum: Tensor, bias: Tensor) -> Tensor:
-    """Maps `[n, HW, C]`, bias `[C]` added, of a spectrum `[f, 2, n, C]`."""
+    """Return the maps `[n, HW, C]` of a spectrum `[f, 2, n, C]`, plus the bias `[C]`."""
     n, C = spectrum.shape[2:]
     *columns, last = inverse
     if not columns:
@@ -115,7 +115,7 @@ def _invert(inverse: tuple[Tensor, ...], spectrum: Tensor, bias: Tensor) -> Tens
 
 
 def _waves(size: int, frequencies: int, places: range, device: torch.device) -> Tensor:
-    """The discrete Fourier transform `[frequencies, places]` of `size` points, in double precision."""
+    """Return the discrete Fourier transform `[frequencies, places]` of `size` points in double precision."""
     frequency = torch.arange(frequencies, device=device, dtype=torch.float64)
     place = torch.arange(places.start, places.stop, places.step, device=device, dtype=torch.float64)
     angle = torch.outer(frequency, place).remainder(size) * (-2 * math.pi / size)
@@ -123,5 +123,5 @@ def _waves(size: int, frequencies: int, places: range, device: torch.device) -> 
 
 
 def _real(waves: Tensor) -> Tensor:
-    """Real and imaginary parts as rows one behind the other: complex `[..., f, n]` to `[..., 2f, n]`."""
+    """Interleave rows of real and imaginary parts: complex `[..., f, n]` to `[..., 2f, n]`."""
     return torch.view_as_real(waves).movedim(-1, -2).flatten(-3, -2)

@@ -1,8 +1,8 @@
-"""Streaming over classes where gradients are wanted: what is kept for them, and what is computed again.
+"""Streaming over classes with gradients: activations are kept, or computed again in the backward pass.
 
-A class's activations in one call take tens of megabytes. Checkpointed, a chunk of classes keeps what it is
-between two layers alone, `[B, t, HW, C]` a layer; everything between is computed again, chunk by chunk, when
-its gradient is. That costs one more forward pass.
+A class's activations in one call take tens of megabytes. With checkpointing, a chunk of classes keeps only
+its state between two layers, `[B, t, HW, C]` per layer; everything else is computed again, chunk by chunk, in
+the backward pass. That costs one more forward pass.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from catseg_fast.engine.streaming import Consumer, Stream
 
 
 class GradientStream(Stream):
-    """A call of which gradients can be taken; the stages must be differentiable.
+    """A call with gradients; the stages must be differentiable.
 
-    What is computed again refers to nothing that comes after it: Python would not find such a cycle, which
-    goes through autograd, and its memory would never be free again.
+    A recomputed function must not refer to anything computed after it: Python does not find such a cycle,
+    which passes through autograd, and its memory would never be freed.
     """
 
     def run(self, consume: Consumer) -> None:
@@ -65,7 +65,7 @@ class GradientStream(Stream):
         return logits
 
     def _behind(self, index: int, crops: slice, classes: slice) -> tuple[Tensor | None, ClassMemory | None]:
-        """A chunk behind the window blocks of a layer, and the layer's memory; None in front of the first."""
+        """Return a chunk after a layer's window blocks, and the layer's memory; None before the first."""
         if index < 0:
             return None, None
         assert self.state is not None
@@ -74,15 +74,15 @@ class GradientStream(Stream):
     def _before(
         self, index: int, crops: slice, classes: slice, x: Tensor | None, memory: ClassMemory | None
     ) -> Tensor:
-        """A chunk behind the class attention of a layer; behind the embedding in front of the first."""
+        """Return a chunk after the class attention of a layer; before the first, after the embedding."""
         if x is None or memory is None:
             return self._embed(crops, classes)
         return self._attend(index, crops, classes, x, memory)
 
     def _run(self, function: Callable[..., Any], *inputs: Tensor | slice | None) -> Any:
-        """Call a function without random numbers; where the schedule says so, again on the way back.
+        """Call a function without random numbers, and again in the backward pass if the schedule requires it.
 
-        Classes are an input of it: of a number that it refers to, `torch.compile` makes a constant.
+        Classes are an input of it, as `torch.compile` turns numbers that it refers to into constants.
         """
         if self.schedule.policy != "checkpoint":
             return function(*inputs)
@@ -90,7 +90,7 @@ class GradientStream(Stream):
 
 
 class ChunkState:
-    """The chunks as they are, for gradients to flow through; saved in ascending order, pass after pass."""
+    """The chunks themselves, so that gradients flow through them; saved in ascending order in each pass."""
 
     def __init__(self) -> None:
         self.chunks: dict[tuple[int, int], Tensor] = {}
@@ -108,6 +108,6 @@ class ChunkState:
         for (start, stop), old in self.chunks.items():
             if stop <= classes.start or start >= classes.stop:
                 chunks[start, stop] = old
-            elif stop > classes.stop:  # of the last pass, whose steps were larger
+            elif stop > classes.stop:  # a chunk of the last pass, whose steps were larger
                 chunks[classes.stop, stop] = old[:, classes.stop - start :]
         self.chunks = {**chunks, (classes.start, classes.stop): x}

@@ -1,4 +1,4 @@
-"""Small tensors that follow from weights or sizes only, and are kept from call to call."""
+"""Cache of small tensors that depend only on weights or sizes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _values: weakref.WeakKeyDictionary[object, dict[object, object]] = weakref.WeakK
 
 
 def kept(owner: object, key: object, device: torch.device, make: Callable[[], Value]) -> Value:
-    """Return `make()`, from an earlier call if possible.
+    """Return `make()`, or its result of an earlier call.
 
-    While a graph is traced or recorded nothing is kept: its tensors have no values yet.
+    Nothing is kept while a graph is traced or recorded, as its tensors have no values yet.
 
     Args:
-        owner: lives as long as the value may be kept; told apart by identity.
-        key: all else that the value depends on.
-        device: where the value is.
-        make: computes it from tensors that need no gradient.
+        owner: object, identified by identity, that lives as long as the value may be kept.
+        key: everything else that the value depends on.
+        device: device of the value.
+        make: computes the value from tensors that need no gradient.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return make()

@@ -1,9 +1,10 @@
-"""The training loss, whose gradient is computed along with it.
+"""The training loss, computed together with its gradient.
 
-Mean binary cross-entropy of logits resized to the labels' size, as `catseg_fast.reference.segmentation_loss`:
-`mean softplus(x) - sum of x at each pixel's own class / all`. Plain torch keeps the resized logits and the
-targets, `[B, T, H, W]` each, until the backward pass; here a chunk of classes is resized, and its gradient
-`sigmoid(x) - target` resized back, at once. What is kept is as large as the logits.
+It is the mean binary cross-entropy of logits resized to the labels' size, like
+`catseg_fast.reference.segmentation_loss`: `mean softplus(x) - sum of x at each pixel's own class / all`.
+Plain torch keeps the resized logits and the targets, `[B, T, H, W]` each, until the backward pass. Here, each
+chunk of classes is resized, and its gradient `sigmoid(x) - target` is resized back at once. The memory that
+is kept has the size of the logits.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from torch.autograd.function import once_differentiable
 from catseg_fast.config import IGNORE_LABEL
 from catseg_fast.labels import class_indices
 
-# Values of a resized chunk: enough to fill a GPU, few enough for a CPU's cache.
+# Values of a resized chunk: enough for a GPU, few enough for a CPU's cache.
 CHUNK_VALUES = {"cpu": 2**20, "cuda": 2**27}
 LINEAR = 40.0  # above it softplus(x) is x in double precision
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore_label: int = IGNORE_LABEL) -> Tensor:
-    """Mean binary cross-entropy over pixels and classes, in fp32 at least; differentiable once.
+    """Return the mean binary cross-entropy over pixels and classes, in fp32 at least; differentiable once.
 
-    A pixel with the ignore label counts as one that belongs to no class.
+    A pixel with the ignore label counts as belonging to no class.
 
     Args:
         logits: `[B, T, h, w]`, resized to the labels' size.
@@ -49,7 +50,7 @@ class _Loss(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         count = B * T * size[0] * size[1]
         step = max(1, CHUNK_VALUES.get(logits.device.type, 2**20) * T // count)
-        # A class of no chunk, for pixels to ignore.
+        # Ignored pixels get a class that is in no chunk.
         own = torch.where(labels == ignore_label, -1, labels)[:, None]
         total = torch.zeros((), dtype=dtype, device=logits.device)
         wanted = ctx.needs_input_grad[0]

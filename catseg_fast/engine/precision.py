@@ -1,4 +1,4 @@
-"""Which types of number are worth computing in."""
+"""The data types in which the engine computes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_precision(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def check_input_precision(precision: str) -> str:
-    """Return how products of fp32 numbers are computed, if it is a known way.
+    """Return a known precision of products of fp32 numbers.
 
     Raises:
         InputError: if it is not one of `INPUT_PRECISIONS`.
@@ -40,8 +40,11 @@ def check_input_precision(precision: str) -> str:
 
 
 def compute_dtype(asked: torch.dtype | None, weight: torch.Tensor) -> torch.dtype:
-    """What the stages of an aggregator with such a weight compute in, as `Engine.precision` tells; `asked` is
-    that setting.
+    """Return the type in which the stages of an aggregator compute (see `Engine.precision`).
+
+    Args:
+        asked: `Engine.precision`.
+        weight: a weight of the aggregator.
     """
     if asked is not None:
         return asked
@@ -56,11 +59,11 @@ def compute_dtype(asked: torch.dtype | None, weight: torch.Tensor) -> torch.dtyp
 
 
 def text_dtype(asked: torch.dtype | None, weight: torch.Tensor, selects: bool) -> torch.dtype:
-    """Type of the text tower's matrix products, for text features that are kept.
+    """Return the type of the text tower's matrix products, for text features that are kept.
 
-    On a GPU it is that of the aggregator's stages if this has 16 bits (upstream's v1 does the same there).
-    Where only the best classes are aggregated it is the weights' type: whether a class is among them hangs on
-    differences far smaller than the rounding of 16 bits.
+    On a GPU it is that of the aggregator's stages if these have 16 bits, as in upstream's v1. If only the
+    best classes are aggregated, it is the weights' type: the selection depends on differences far smaller
+    than the rounding of 16 bits.
 
     Args:
         asked: `Engine.precision`.
@@ -94,7 +97,7 @@ def image_dtype(asked: torch.dtype | None, weight: torch.Tensor) -> torch.dtype:
 
 @functools.cache
 def pays_off_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether a matrix product of the stages' size, measured once, is faster on this CPU than in fp32.
+    """Check whether a matrix product of the stages' size, measured once, is faster on this CPU than in fp32.
 
     CPUs with AVX512-BF16 or AMX multiply bf16 several times as fast; others emulate it, slowly.
     """

@@ -1,7 +1,7 @@
-"""CUDA graphs of equal calls: recorded at the third one, replayed from then on, which spares the host's work.
+"""CUDA graphs of equal calls, recorded at the third call and replayed from then on to save work of the host.
 
 A recording reads and writes the same memory at every replay. Nothing in it may depend on a value that the
-host looks at, and whatever is not one of its inputs is a constant of it: the key must name all of that.
+host reads. Everything but its inputs is constant in it, and must be part of the key.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Record = Callable[[Callable[[], Any]], Callable[[], Any]]
 SETTINGS = ("auto", "off")
 AFTER = 2  # equal calls before one is recorded
 MOST = 4  # recordings that are kept
-MOST_KEYS = 64  # calls that are told apart while they are counted
-SHARE = 0.25  # of the device's memory that recordings may hold
+MOST_KEYS = 64  # different calls that are counted
+SHARE = 0.25  # share of the device's memory that recordings may hold
 WARM_UP = 3
 
 
 class Recorder:
-    """Makes CUDA graphs that share their memory: each answer is overwritten by the next replay of any.
+    """Makes CUDA graphs that share their memory: a replay of any graph overwrites the last answer.
 
     Args:
         device: a CUDA GPU.
-        warm_up: calls before the recording, in which kernels are compiled and checked.
+        warm_up: number of calls before the recording, in which kernels are compiled and checked.
 
     Raises:
         RunError: if the device is not a CUDA GPU.
@@ -52,7 +52,7 @@ class Recorder:
         self.device, self.warm_up, self.pool = device, warm_up, torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Answer]) -> Callable[[], Answer]:
-        """Return what replays `run`; `run` is called a few times before it is recorded."""
+        """Record `run`, after a few calls of it, and return its replay."""
         with torch.cuda.device(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -73,7 +73,7 @@ class Recorder:
 
     @property
     def bytes(self) -> int:
-        """Memory that PyTorch holds on the device, that of the recordings included."""
+        """Memory that PyTorch holds on the device, including that of the recordings."""
         return torch.cuda.memory_reserved(self.device)
 
     @property
@@ -101,7 +101,7 @@ def ambient_settings(device: torch.device) -> tuple[object, ...]:
 
 
 def check_graphs(setting: str) -> str:
-    """Return a setting of `Engine.graphs`.
+    """Return a valid setting of `Engine.graphs`.
 
     Raises:
         InputError: if it is not one of `SETTINGS`.
@@ -115,8 +115,8 @@ class GraphCache:
     """Counts equal calls, records them, and replays the recordings; safe for several threads.
 
     Args:
-        make_recorder: makes a recorder for a device, as `Recorder` is.
-        device_type: of the devices whose calls can be recorded.
+        make_recorder: makes a recorder for a device, such as `Recorder`.
+        device_type: type of the devices whose calls can be recorded.
 
     Attributes:
         replays: how many calls were answered by a recording.
@@ -144,13 +144,13 @@ class GraphCache:
         run: Callable[..., Answer],
         finish: Callable[[Answer], Result],
     ) -> Result:
-        """Return `finish(run(*inputs))`, by a recording from the third call with an equal key on.
+        """Return `finish(run(*inputs))`, from a recording as of the third call with an equal key.
 
         Args:
-            key: all that the answer depends on besides the inputs' values; hashable, and told apart by `==`.
+            key: everything that the answer depends on besides the inputs' values; hashable, compared by `==`.
             inputs: tensors on one device.
             run: computes the answer; must not wait for the device.
-            finish: copies out of the answer what is kept: the next replay overwrites it.
+            finish: copies the answer, which the next replay overwrites.
         """
         key = (key, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
         with self._lock:
@@ -193,7 +193,7 @@ class GraphCache:
 
     @property
     def kept(self) -> list[int]:
-        """The bytes that each recording holds, the least recently used first."""
+        """Return the bytes that each recording holds, the least recently used first."""
         return [recording.bytes for recording in self._recordings.values()]
 
     def clear(self) -> None:
@@ -204,7 +204,7 @@ class GraphCache:
             self._recorder = None
 
     def _count(self, key: object, inputs: Sequence[Tensor], run: Callable[..., Any]) -> _Recording | None:
-        """Count a call; record it if it was made often enough."""
+        """Count a call, and record it if it was made often enough."""
         count = self._counts.pop(key, 0)
         self._counts[key] = count + 1
         while len(self._counts) > MOST_KEYS:
@@ -213,7 +213,7 @@ class GraphCache:
             return None
         try:
             recording = self._record(inputs, run)
-        except Exception as error:  # of many types, by what cannot be recorded
+        except Exception as error:  # many types, depending on the operation that cannot be recorded
             warnings.warn(f"graphs: not recorded, calls run as before: {error}", RuntimeWarning, stacklevel=5)
             return None
         self._recordings[key] = recording

@@ -1,4 +1,4 @@
-"""How much memory a call takes, and how it fits a budget: the memory policy and the classes per step."""
+"""Schedule of a call: the memory policy and the classes per step, from the memory that the call takes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ POLICIES = ("resident", "offload", "recompute")
 # Crops times classes per step: enough to hide the host's work on a GPU, few enough for a CPU's cache.
 CROP_CLASSES = {"cpu": 8, "cuda": 1024}
 
-# Rows of a GPU tile in the class attention: a step pads its classes to a multiple of it.
+# Rows of a GPU tile in the class attention: a step pads its classes to a multiple.
 TILE = 64
 
-# Share of the free memory that a call takes by default; with gradients the loss needs some as well.
+# Share of the free memory that a call takes by default; with gradients, the loss needs some, too.
 FREE_SHARE = 0.8
 GRADIENT_SHARE = 0.5
 
@@ -30,15 +30,15 @@ _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a call runs.
+    """Memory policy and step size of a call.
 
     Attributes:
-        policy: where the state of all classes is: "resident", "offload", or nowhere ("recompute"). Where
-            gradients are wanted, whether all that they need is kept ("keep"), or is computed again
-            ("checkpoint").
+        policy: where the state of all classes is kept: on the device ("resident"), in host memory
+            ("offload"), or nowhere ("recompute"). With gradients, whether activations are kept ("keep") or
+            computed again ("checkpoint").
         chunk: classes per step.
-        reason: why this policy.
-        fixed_bytes: what the call holds whatever the chunk: state on the device, class memories, image terms,
+        reason: reason for this policy.
+        fixed_bytes: memory independent of the chunk: state on the device, class memories, image terms, and
             the caller's output.
         class_bytes: working memory of each class in a step.
         budget: bytes that the call may take.
@@ -53,15 +53,15 @@ class Schedule:
 
     @property
     def total_bytes(self) -> int:
-        """Estimated peak above weights and inputs."""
+        """Estimated peak besides weights and inputs."""
         return self.fixed_bytes + self.chunk * self.class_bytes
 
 
 def parse_bytes(amount: int | str) -> int:
-    """A number of bytes, or a text such as "2GiB", "500 MB", "1.5G".
+    """Return a number of bytes from a number or a text such as "2GiB", "500 MB", "1.5G".
 
     Raises:
-        InputError: if the text is no amount, or not positive.
+        InputError: if the text is not an amount, or the amount is not positive.
     """
     if isinstance(amount, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", amount.lower())
@@ -75,7 +75,7 @@ def parse_bytes(amount: int | str) -> int:
 
 
 def format_bytes(amount: int) -> str:
-    """A number of bytes in the largest binary unit below it."""
+    """Format a number of bytes in the largest binary unit below it."""
     value, unit = float(amount), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -85,7 +85,7 @@ def format_bytes(amount: int) -> str:
 
 
 def check_policy(policy: str | None) -> str | None:
-    """Return a known policy, or None for the planner's choice.
+    """Return a known policy, or None for the engine's choice.
 
     Raises:
         InputError: if it is not one of `POLICIES`.
@@ -96,7 +96,7 @@ def check_policy(policy: str | None) -> str | None:
 
 
 def check_chunk(chunk: int | None) -> int | None:
-    """Return a positive number of classes per step, or None for the planner's choice.
+    """Return a positive number of classes per step, or None for the engine's choice.
 
     Raises:
         InputError: if it is not positive.
@@ -108,15 +108,15 @@ def check_chunk(chunk: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a call's memory follows from.
+    """Sizes that a call's memory depends on.
 
     Attributes:
         plan: the folded weights.
-        crops: crops B.
+        crops: number of crops B.
         resolution: (H, W) of the features.
-        classes: classes T that are aggregated.
-        device: where they are.
-        selects: whether each crop aggregates classes of its own; their logits are then held.
+        classes: number of classes T that are aggregated.
+        device: device of the tensors.
+        selects: whether each crop aggregates its own selection of classes, whose logits are then held.
     """
 
     plan: Plan
@@ -128,17 +128,17 @@ class Sizes:
 
     @property
     def positions(self) -> int:
-        """Positions of all crops."""
+        """Number of positions of all crops."""
         return self.crops * self.resolution[0] * self.resolution[1]
 
     @property
     def state_bytes(self) -> int:
-        """The state `[B, T, HW, C]`."""
+        """Size of the state `[B, T, HW, C]`."""
         return self.positions * self.classes * self.plan.channels * self.plan.embed.itemsize
 
     @property
     def fixed_bytes(self) -> int:
-        """Class memories in fp32, one of them twice while it is added to, image terms, selected logits."""
+        """Size of class memories in fp32 (one of them twice, for sums), image terms, and selected logits."""
         channels, layers = self.plan.channels, self.plan.layers
         heads = [layer.classes.heads for layer in layers]
         memories = sum(channels * (channels // count + 1) * 4 for count in [*heads, *heads[:1]])
@@ -149,7 +149,7 @@ class Sizes:
 
     @property
     def class_bytes(self) -> int:
-        """Working memory of one class of all crops, at the stage that needs most."""
+        """Working memory of one class of all crops in the stage that needs most."""
         plan = self.plan
         hidden = max((block.fc1.shape[0] for layer in plan.layers for block in layer.blocks), default=0)
         attention = plan.channels * 4 + 2 * hidden  # input, output, residual, normalised; around GELU
@@ -160,11 +160,11 @@ class Sizes:
 
     @property
     def gradient_bytes(self) -> int:
-        """What the gradients need of one class of all crops."""
+        """Memory that the gradients need for one class of all crops."""
         plan, C = self.plan, self.plan.channels
         kept = plan.prompts * 2 + C + (49 if plan.prompts == 1 else 0)
         for layer in plan.layers:
-            # Normalised twice, queries, keys and values in order and by head, attended, the sum.
+            # Two normalised inputs; queries, keys and values in order and by head; attended values; the sum.
             kept += sum(11 * C + 2 * block.fc1.shape[0] for block in layer.blocks)
             pooling = layer.classes.pooling or (1, 1)
             kept += C + (14 * C + layer.classes.fc1.shape[0]) // (pooling[0] * pooling[1])
@@ -174,26 +174,26 @@ class Sizes:
 
     @property
     def copy_bytes(self) -> int:
-        """Buffers for one class of all crops on its way from host memory and back (`OffloadedState`)."""
+        """Size of buffers for copies of one class of all crops from and to host memory (`OffloadedState`)."""
         return 2 * self.positions * self.plan.channels * self.plan.embed.itemsize
 
 
 def plan_schedule(
     sizes: Sizes, *, policy: str | None, chunk: int | None, budget: int | None, output_bytes: int = 0
 ) -> Schedule:
-    """Choose what the caller left open.
+    """Choose the settings that the caller left open.
 
-    While `torch.compile` traces, memory is not known and a step is unrolled: without a budget, all classes go
-    in one step, whatever their number.
+    While `torch.compile` traces, free memory is unknown and steps are unrolled: without a budget, all classes
+    are computed in one step.
 
     Args:
-        sizes: of the call.
+        sizes: sizes of the call.
         policy, chunk: the caller's choice, or None.
-        budget: bytes, or None for a share of what is free.
-        output_bytes: what the caller holds for the answer.
+        budget: bytes, or None for a share of the free memory.
+        output_bytes: memory that the caller holds for the answer.
 
     Raises:
-        InputError: if the budget does not even hold one class; the message has the least that works.
+        InputError: if the budget is too small for one class; the message has the smallest one that works.
     """
     device, classes = sizes.device, sizes.classes
     if budget is None and torch.compiler.is_compiling():
@@ -213,7 +213,7 @@ def plan_schedule(
     elif fixed["resident"] + wanted * per_class <= free:
         chosen, reason = "resident", f"the state of {classes} classes fits"
     elif device.type == "cuda" and state <= free_bytes(torch.device("cpu")) * FREE_SHARE:
-        chosen, reason = "offload", f"the state of {classes} classes fits in host memory alone"
+        chosen, reason = "offload", f"the state of {classes} classes fits only in host memory"
     else:
         chosen, reason = "recompute", f"the state of {classes} classes does not fit"
     if chosen == "offload":
@@ -232,19 +232,20 @@ def plan_schedule(
 def plan_gradients(
     sizes: Sizes, *, checkpoint: bool | None, chunk: int | None, budget: int | None
 ) -> Schedule:
-    """The same for a call of which gradients are wanted.
+    """Choose the settings of a call with gradients that the caller left open.
 
-    While `torch.compile` traces, nothing is computed again unless the caller asks for it.
+    While `torch.compile` traces, nothing is computed again unless the caller requests it.
 
     Args:
-        sizes: of the call.
-        checkpoint: whether to compute activations again on the way back; None: only where those of all
+        sizes: sizes of the call.
+        checkpoint: whether to compute activations again in the backward pass; None: only if those of all
             classes do not fit.
         chunk: the caller's choice, or None.
-        budget: bytes, or None for a share of what is free.
+        budget: bytes, or None for a share of the free memory.
 
     Raises:
-        InputError: if the budget does not hold what the caller chose; the message has the least that works.
+        InputError: if the budget is too small for the caller's choice; the message has the smallest one that
+            works.
     """
     classes = sizes.classes
     if budget is None and torch.compiler.is_compiling():
@@ -281,7 +282,7 @@ def plan_gradients(
 
 
 def usual_chunk(classes: int, crops: int, device: torch.device) -> int:
-    """Return the classes per step where memory suffices: all, or equal steps of whole tiles."""
+    """Return the classes per step if memory suffices: all, or equal steps of whole tiles."""
     most = max(1, CROP_CLASSES.get(device.type, 8) // crops)
     if classes <= most:
         return max(1, classes)
@@ -291,7 +292,7 @@ def usual_chunk(classes: int, crops: int, device: torch.device) -> int:
 
 
 def _whole_tiles(classes: int, device: torch.device) -> int:
-    """Return at most `classes`, on a GPU a multiple of a tile where it is at least one."""
+    """Return at most `classes`, on a GPU a multiple of a tile, if it is at least one tile."""
     return classes if device.type == "cpu" or classes < TILE else classes // TILE * TILE
 
 
@@ -300,7 +301,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on a device now."""
+    """Return the bytes that are available on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

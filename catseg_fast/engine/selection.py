@@ -1,4 +1,4 @@
-"""Which classes of a crop are aggregated where `max_classes` is reached (upstream v2's `pad_len`)."""
+"""Selection of a crop's classes if there are more than `max_classes` (upstream v2's `pad_len`)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from catseg_fast.engine.terms import VocabularyTerms, chunk_text
 
-SCORE_BYTES = 2**27  # of the cosines that exist at a time
+SCORE_BYTES = 2**27  # size of the cosines that exist at a time
 
 
 def class_scores(img_feats: Tensor, vocabulary: VocabularyTerms) -> Tensor:
-    """By what `catseg_fast.reference.select_classes` selects, `[B, T]`, without the whole cost volume.
+    """Return the scores `[B, T]` of `catseg_fast.reference.select_classes`, without the whole cost volume.
 
-    In fp32 at least: which classes are the best is a discontinuous choice.
+    They are in fp32 at least, since the choice of the best classes is not continuous.
 
     Args:
-        img_feats: `[B, F, H, W]`.
-        vocabulary: of T classes, from `catseg_fast.engine.engine.Engine.vocabulary`.
+        img_feats: image features `[B, F, H, W]`.
+        vocabulary: terms of T classes, from `catseg_fast.engine.engine.Engine.vocabulary`.
     """
     precise = torch.promote_types(img_feats.dtype, torch.float32)
     features = F.normalize(img_feats.to(precise), dim=1).flatten(2)
@@ -35,5 +35,5 @@ def class_scores(img_feats: Tensor, vocabulary: VocabularyTerms) -> Tensor:
 
 
 def best_classes(scores: Tensor, count: int) -> Tensor:
-    """Indices `[B, count]` of each crop's best classes by `scores [B, T]`, ascending."""
+    """Return the ascending indices `[B, count]` of each crop's best classes by `scores [B, T]`."""
     return scores.topk(count, dim=-1).indices.sort(dim=-1).values

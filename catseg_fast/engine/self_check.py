@@ -1,8 +1,8 @@
-"""Whether stages in Triton compute on this machine what they do in torch, before they are trusted.
+"""A check of the stages in Triton against torch on this machine, before they are used.
 
-What runs is a stream of random weights and inputs of a real call's sizes: more classes than one tile, or one
-step of a kernel's loop, takes, in two chunks, whose state is slices of a larger tensor. A few different
-classes come again and again, so that torch computes only these, and yet every class is compared.
+It runs a stream with random weights and inputs of a real call's sizes. There are more classes than fit in a
+tile or in a step of a kernel's loop, in two chunks, whose state is slices of a larger tensor. A few different
+classes are repeated, so that torch computes only these, while every class is compared.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ Guidance = tuple[Tensor, Tensor]
 
 CROPS = 2  # at most
 CHUNK, CLASSES = 97, 130
-DIFFERENT = 7  # fits no tile: a class lies in many places of tiles
+DIFFERENT = 7  # divides no tile, so that a class has many positions in tiles
 
-# Largest error that is accepted, in units of plain torch's in the same type. Of correct kernels it is below 2
-# (`tests/support/accuracy.py`), over more values than here.
+# Largest accepted error, relative to plain torch's in the same type. For correct kernels it is below 2, over
+# more values than here (`tests/support/accuracy.py`).
 FACTOR = 4.0
 
 
 def random_plan(plan: Plan) -> Plan:
-    """A plan of random weights with the sizes and the type of another."""
+    """Return a plan of random weights with the sizes and the type of another plan."""
     random = Random(plan.embed.dtype, plan.embed.device, seed=0)
 
     def draw(x: Tensor) -> Tensor:
@@ -55,13 +55,13 @@ def wrong_stages(candidate: TritonStages, image: ImageTerms, direct: bool) -> di
     """Run each stage of a stream twice, against torch in fp32 or float64.
 
     Args:
-        candidate: the stages, of `random_plan`.
-        image: of a call; gives sizes.
+        candidate: the stages, for the weights of `random_plan`.
+        image: image terms of a call, for the sizes.
         direct: whether the call convolves the cost volume directly, not in the Fourier domain.
 
     Returns:
-        By stage ("embed_cost_volume", "window_block", "class_attention", "decode"), what is wrong; empty if
-        all are right. What overflows in torch, too, proves nothing and is passed over.
+        The faults by stage ("embed_cost_volume", "window_block", "class_attention", "decode"). A stage that
+        overflows in torch, too, is not compared.
     """
     checker = _Checker(candidate)
     with _full_precision():
@@ -71,7 +71,7 @@ def wrong_stages(candidate: TritonStages, image: ImageTerms, direct: bool) -> di
 
 @torch.no_grad()
 def run_stream(stages: Any, plan: Plan, image: ImageTerms, direct: bool) -> None:
-    """Run the stream of the check on some stages."""
+    """Run the stream of the check with some stages."""
     image = _random_image(image.of(slice(0, CROPS)))
     vocabulary = _vocabulary(plan, image)
     schedule = Schedule("resident", CHUNK, "the self check", 0, 0, 0)
@@ -86,7 +86,7 @@ def run_stream(stages: Any, plan: Plan, image: ImageTerms, direct: bool) -> None
 
 
 def _random_image(image: ImageTerms) -> ImageTerms:
-    """Random terms, laid out as those of an image."""
+    """Return random terms with the layout of an image's terms."""
     random = Random(image.features.dtype, image.features.device, seed=2)
 
     def draw(x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _random_image(image: ImageTerms) -> ImageTerms:
 
 
 def _vocabulary(plan: Plan, image: ImageTerms) -> VocabularyTerms:
-    """Random terms of `CLASSES` classes, of which `DIFFERENT` are different."""
+    """Return random terms of `CLASSES` classes, of which `DIFFERENT` are different."""
     device = image.features.device
     random = Random(plan.embed.dtype, device, seed=1)
     which = torch.arange(CLASSES, device=device) % DIFFERENT
@@ -119,7 +119,7 @@ def _vocabulary(plan: Plan, image: ImageTerms) -> VocabularyTerms:
 
 
 class _Checker:
-    """Stages that run a candidate's twice, compare what these compute, and return what torch computes."""
+    """Stages that run a candidate's stages twice, compare the results, and return torch's results."""
 
     def __init__(self, candidate: TritonStages) -> None:
         self._candidate = candidate
@@ -155,7 +155,7 @@ class _Checker:
         resolution: Resolution,
         last: bool = False,
     ) -> None:
-        if not isinstance(memory, LinearMemory):  # no kernel takes another
+        if not isinstance(memory, LinearMemory):  # the only one with a kernel
             torch_stages.class_collect(layer, memory, x, key, resolution, last)
             return
 
@@ -216,7 +216,7 @@ class _Checker:
             to, raised = (out, flag) if own else (None, None)
             result: Tensor = stages.decode(plan, guidance, x, resolution, to, raised)
             if own and flag is not None and bool(flag):
-                self.wrong["decode"] = "it reports infinite values, of which there are none"
+                self.wrong["decode"] = "it reports infinite values, but there are none"
             return result
 
         return self._by_class("decode", run, (x,), plan, guidance)
@@ -224,10 +224,10 @@ class _Checker:
     def _by_class(
         self, stage: str, run: Callable[..., Tensor], classes: tuple[Tensor | None, ...], *others: Any
     ) -> Tensor:
-        """Check a stage that treats each class by itself; return torch's result.
+        """Check a stage that computes each class independently; return torch's result.
 
         Args:
-            run: takes stages and the further arguments.
+            run: takes stages and the following arguments.
             classes: arguments by class, `[B, t, …]`.
             others: the other arguments.
         """
@@ -237,7 +237,7 @@ class _Checker:
         which = torch.arange(count, device=truth.device) % DIFFERENT
         if stage not in self._candidate.fallbacks:
             allowed = _error(run(torch_stages, *few, *others), truth)
-            ours = run(self._candidate, *classes, *others).clone()  # the other run may write to its place
+            ours = run(self._candidate, *classes, *others).clone()  # the next run may overwrite it
             again = run(self._candidate, *classes, *others)
             self._compare(stage, ours, again, allowed, truth[:, which])
         return truth.to(self._dtype)[:, which]
@@ -250,7 +250,7 @@ class _Checker:
             return
         found = _error(ours, truth)
         if FACTOR * allowed < float("inf") and not found <= FACTOR * allowed:
-            self.wrong[stage] = f"error {found:.1e}, of torch {allowed:.1e}"
+            self.wrong[stage] = f"error {found:.1e}, torch's is {allowed:.1e}"
 
 
 def _error(x: Tensor, truth: Tensor) -> float:

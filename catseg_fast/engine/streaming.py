@@ -1,14 +1,15 @@
-"""An aggregator's stages over chunks of classes, with memory that need not grow with their number.
+"""An aggregator's stages over chunks of classes, with memory that need not grow with the number of classes.
 
-Layer by layer, a chunk passes the window-attention blocks and leaves its keys and values in the layer's class
-memory; once all classes have, the next pass applies the memory to each chunk. What a chunk is between two
-passes is either stored, or computed again from the features.
+Layer by layer, a chunk passes through the window-attention blocks, and its keys and values are added to the
+layer's class memory. After all classes, the next pass applies the memory to each chunk. Between two passes, a
+chunk's state is either stored, or computed again from the features.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from catseg_fast.engine import fourier
 from catseg_fast.engine.chunk_store import ResidentState, State, new_state
-from catseg_fast.engine.class_memory import ClassMemory, new_memory
+from catseg_fast.engine.class_memory import ClassMemory, LinearMemory, new_memory
 from catseg_fast.engine.class_parallel import ClassShare
 from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
 from catseg_fast.engine.schedule import Schedule
@@ -28,7 +29,7 @@ Resolution = tuple[int, int]
 
 
 class Stages(Protocol):
-    """What runs the stages: the module `torch_stages`, or something with functions like its own."""
+    """Implementation of the stages: the module `torch_stages`, or an object with the same functions."""
 
     def embed_cost_volume(
         self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution, /
@@ -36,6 +37,11 @@ class Stages(Protocol):
 
     @property
     def collects_at_once(self) -> bool: ...
+
+    @property
+    def repeats(self) -> bool: ...
+
+    def as_one(self, key: object, run: Callable[..., Tensor], /, *inputs: Tensor | None) -> Tensor: ...
 
     def window_block(
         self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None, /
@@ -74,11 +80,20 @@ class Stages(Protocol):
     ) -> Tensor: ...
 
 
-class Stream:
-    """One call: crops, a vocabulary, and how they go through the stages.
+@dataclass(frozen=True)
+class _Entry:
+    """What makes a chunk from tensors; the key has all that it depends on besides these and the plan."""
 
-    Where the vocabulary is a `share`, each crop aggregates `length` classes on all ranks, else its own. The
-    `flag`, `[1]` int32, is set to 1 as soon as a logit is infinite or NaN.
+    key: object
+    run: Callable[..., Tensor]
+    inputs: tuple[Tensor | None, ...]
+
+
+class Stream:
+    """One call: crops and a vocabulary that pass through the stages.
+
+    If the vocabulary is a `share`, each crop aggregates `length` classes on all ranks, else the vocabulary's
+    own. The `flag`, `[1]` int32, is set to 1 if a logit is infinite or NaN.
     """
 
     def __init__(
@@ -114,8 +129,8 @@ class Stream:
         share, crops = self.share, slice(0, self.image.crops)
         for index, layer in enumerate(self.plan.layers):
             memory = new_memory(layer.classes, self.length, padded=share is None or share.rank == 0)
-            # A kernel collects all chunks at once where they stay at hand. What writes to the state is then a
-            # chunk's last step, so that what runs out of memory starts again from what the chunk was.
+            # A kernel collects all chunks at once if they are resident. A chunk's last step is then the one
+            # that writes to the state, so that a step that runs out of memory can start again.
             resident = self.state if isinstance(self.state, ResidentState) else None
             if resident is not None and self.stages.collects_at_once:
 
@@ -141,13 +156,13 @@ class Stream:
 
     @property
     def decodes_in_place(self) -> bool:
-        """Whether `decode` writes its result to a given place; else it is put together from parts."""
+        """Check whether `decode` can write to a given tensor; otherwise it concatenates parts."""
         return self._slots is None
 
     def decode(self, classes: slice, out: Tensor | None = None) -> Tensor:
         """Return logits `[B, t, 4H, 4W]` of a chunk of all classes, once they are aggregated.
 
-        They go to `out` if the stream decodes in place.
+        They are written to `out` if the stream decodes in place.
         """
         if self._slots is None:
             return self._decode(slice(0, self.image.crops), classes, out)
@@ -159,7 +174,7 @@ class Stream:
         return new_state(self.schedule.policy, self.plan, self.image, self.count, self.chunk)
 
     def _fill(self, index: int, memory: ClassMemory, classes: slice) -> None:
-        """Pass a chunk through the window blocks of a layer; its keys and values are left in `memory`."""
+        """Pass a chunk through the window blocks of a layer, and add its keys and values to `memory`."""
         x = self._spatial(index, slice(0, self.image.crops), classes)
         self._collect(index, memory, x, classes, last=self.share is None and classes.stop == self.count)
         if self.state is not None:
@@ -171,7 +186,7 @@ class Stream:
         self.stages.class_collect(self.plan.layers[index].classes, memory, x, text, resolution, last)
 
     def for_each_chunk(self, total: int, step: Callable[[slice], None]) -> None:
-        """Call `step` with slices of at most `chunk`; on running out of memory, go on with half of that."""
+        """Call `step` with slices of at most `chunk`; if memory runs out, continue with half of that."""
         start = 0
         while start < total:
             stop = min(start + self.chunk, total)
@@ -182,7 +197,7 @@ class Stream:
                     raise
                 if self.chunk == self.schedule.chunk:
                     warnings.warn(
-                        f"out of memory with {stop - start} classes per step: going on with fewer",
+                        f"out of memory with {stop - start} classes per step: continuing with fewer",
                         RuntimeWarning,
                         stacklevel=2,
                     )
@@ -191,9 +206,22 @@ class Stream:
             start = stop
 
     def _spatial(self, index: int, crops: slice, classes: slice, out: Tensor | None = None) -> Tensor:
-        """A chunk behind the window blocks of layer `index`, `[b, t, HW, C]`; it goes to `out`, if given."""
-        x = self._embed(crops, classes) if index == 0 else self._classes(index - 1, crops, classes)
-        return self._blocks(index, crops, x, out)
+        """Return a chunk after the window blocks of layer `index`, `[b, t, HW, C]`, in `out` if given."""
+        enter = self._entry(index, crops, classes) if self.stages.repeats else None
+        if enter is None:
+            x = self._embed(crops, classes) if index == 0 else self._classes(index - 1, crops, classes)
+            return self._blocks(index, crops, x, out)
+        blocks, guidance = self.plan.layers[index].blocks, self.image.of(crops).blocks[index]
+
+        def run(out: Tensor | None, first: Tensor, second: Tensor, *inputs: Tensor | None) -> Tensor:
+            x = enter.run(*inputs)
+            x = self.stages.window_block(blocks[0], replace(guidance[0], query_key=first), x, None)
+            return self.stages.window_block(blocks[1], replace(guidance[1], query_key=second), x, out)
+
+        windows = tuple((part.window, part.shift) for part in guidance)
+        key = ("spatial", index, windows, enter.key)
+        maps = (guidance[0].query_key, guidance[1].query_key)
+        return self.stages.as_one(key, run, out, *maps, *enter.inputs)
 
     def _blocks(self, index: int, crops: slice, x: Tensor, out: Tensor | None = None) -> Tensor:
         image = self.image.of(crops)
@@ -202,7 +230,7 @@ class Stream:
         return self.stages.window_block(*second, x, out)
 
     def _classes(self, index: int, crops: slice, classes: slice) -> Tensor:
-        """A chunk behind the class attention of layer `index`: `[b, t, HW, C]`."""
+        """Return a chunk after the class attention of layer `index`: `[b, t, HW, C]`."""
         if self.state is not None:
             x = self.state.load(crops, classes)
         else:
@@ -227,10 +255,50 @@ class Stream:
         return self.stages.embed_cost_volume(self.plan, self.image.features[crops], text, resolution)
 
     def _decode(self, crops: slice, classes: slice, out: Tensor | None = None) -> Tensor:
-        layers = len(self.plan.layers)
-        x = self._classes(layers - 1, crops, classes) if layers else self._embed(crops, classes)
-        guidance, resolution = self.image.of(crops).decoder, self.image.resolution
-        return self.stages.decode(self.plan, guidance, x, resolution, out, self.flag)
+        layers, resolution = len(self.plan.layers), self.image.resolution
+        guidance = self.image.of(crops).decoder
+        enter = self._entry(layers, crops, classes) if self.stages.repeats else None
+        if enter is None:
+            x = self._classes(layers - 1, crops, classes) if layers else self._embed(crops, classes)
+            return self.stages.decode(self.plan, guidance, x, resolution, out, self.flag)
+
+        def run(
+            out: Tensor | None, flag: Tensor | None, first: Tensor, second: Tensor, *inputs: Tensor | None
+        ) -> Tensor:
+            x = enter.run(*inputs)
+            return self.stages.decode(self.plan, (first, second), x, resolution, out, flag)
+
+        return self.stages.as_one(("decode", enter.key), run, out, self.flag, *guidance, *enter.inputs)
+
+    def _entry(self, index: int, crops: slice, classes: slice) -> _Entry | None:
+        """How a chunk comes to the window blocks of layer `index`, or to the decoder behind the last one.
+
+        None where that is not by kernels alone.
+        """
+        resolution, plan = self.image.resolution, self.plan
+        if index == 0:
+            text = self._text(self.vocabulary.unit, crops, classes)
+            if text is None or self.spectra is not None:
+                return None
+
+            def embed(image: Tensor, text: Tensor) -> Tensor:
+                return self.stages.embed_cost_volume(plan, image, text, resolution)
+
+            return _Entry(("embed", resolution), embed, (self.image.features[crops], text))
+        memory, layer = self.memories[index - 1].of(crops), plan.layers[index - 1].classes
+        if not isinstance(memory, LinearMemory):
+            return None
+        if self.state is not None:
+            x = self.state.load(crops, classes)
+        else:
+            x = self._spatial(index - 1, crops, classes)
+
+        def attend(x: Tensor, text: Tensor | None, means: Tensor, key_sum: Tensor) -> Tensor:
+            return self.stages.class_apply(layer, x, text, memory.closed_with(means, key_sum), resolution)
+
+        text = self._text(self.vocabulary.queries[index - 1], crops, classes)
+        key = ("apply", index, resolution, memory.heads, memory.length, memory.eps)
+        return _Entry(key, attend, (x, text, *memory.closed()))
 
     def _decode_selected(self, selected: Tensor) -> tuple[Tensor, Tensor]:
         """Decode each crop's selected classes, in chunks of all crops.
@@ -238,8 +306,8 @@ class Stream:
         Shapes do not depend on which classes are selected, so that the call can be recorded in a graph.
 
         Returns:
-            Logits `[B, n + 1, 4H, 4W]` of n selected classes and of the dropped ones (-100), and for each
-            class its index among these, `[B, T]`.
+            Logits `[B, n + 1, 4H, 4W]` of n selected classes and of the dropped ones (-100), and the index of
+            each class among these, `[B, T]`.
         """
         (H, W), (crops, count) = self.image.resolution, selected.shape
         parts: list[Tensor] = []
@@ -254,7 +322,7 @@ class Stream:
         return torch.cat(parts, dim=1), slots
 
     def _text(self, tensor: Any, crops: slice, classes: slice) -> Any:
-        """A chunk `[b or 1, t, …]` of a vocabulary term `[B or 1, T, …]`."""
+        """Return a chunk `[b or 1, t, …]` of a vocabulary term `[B or 1, T, …]`."""
         if tensor is None:
             return None
         if len(tensor) > 1:
@@ -270,9 +338,9 @@ class Stream:
 
 
 def run_streams(streams: Sequence[Stream], consume: Consumer) -> None:
-    """Run the streams of one vocabulary, each of other crops.
+    """Run the streams of one vocabulary, each with other crops.
 
-    Logits are written to what `consume.slot(classes)` returns, if it has such a method and it can be done.
+    If possible, and if `consume` has this method, logits are written to `consume.slot(classes)`.
     """
     for stream in streams:
         stream.aggregate()
@@ -283,7 +351,7 @@ def run_streams(streams: Sequence[Stream], consume: Consumer) -> None:
             consume(classes, streams[0].decode(classes, slot(classes)))
             return
         logits = []
-        for stream in streams:  # no comprehension: `torch.compile` would hold `classes` for a constant there
+        for stream in streams:  # in a comprehension, `torch.compile` would treat `classes` as a constant
             logits.append(stream.decode(classes))
         consume(classes, logits[0] if len(logits) == 1 else torch.cat(logits))
 

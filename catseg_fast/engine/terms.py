@@ -1,4 +1,4 @@
-"""What the stages need besides weights and the chunk: computed once per image, or once per vocabulary."""
+"""Inputs of the stages besides weights and the chunk, computed once per image or once per vocabulary."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ Geometry = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
 
 @dataclass(frozen=True)
 class BlockGuidance:
-    """A window block's share of the appearance guidance, and how its windows lie."""
+    """The appearance guidance of a window block, and the layout of its windows."""
 
     resolution: tuple[int, int]
-    window: int  # as it fits the resolution
+    window: int  # at most the resolution
     shift: int
-    order: Tensor  # [HW]: the position of each token when windows are laid one behind the other
-    inverse: Tensor  # [HW]
-    masks: tuple[Tensor | None, ...]  # [N, N] of each window; None where all is seen
+    order: Tensor  # [HW]: the position of each token when the windows are concatenated
+    inverse: Tensor  # [HW]: the inverse permutation
+    masks: tuple[Tensor | None, ...]  # [N, N] of each window; None for a window without a mask
     query_key: Tensor  # [B or 1, HW or 1, 2C], added to queries and keys
 
     def of(self, crops: slice) -> BlockGuidance:
-        """The guidance of some crops."""
+        """Return the guidance of some crops."""
         query_key = self.query_key if len(self.query_key) == 1 else self.query_key[crops]
         return replace(self, query_key=query_key)
 
 
-UNIT_BYTES = 2**26  # of unit text features that are kept beside the features
+UNIT_BYTES = 2**26  # largest size of unit text features that are kept besides the features
 
 
 @dataclass(frozen=True)
 class ImageTerms:
-    """Everything of B crops that does not depend on the class."""
+    """The terms of B crops that do not depend on the class."""
 
     resolution: tuple[int, int]
     features: Tensor  # [B, HW, F], unit vectors
     blocks: tuple[tuple[BlockGuidance, BlockGuidance], ...]  # by layer
-    decoder: tuple[Tensor, Tensor]  # [B or 1, out, 2H, 2W]: the first convolution of guidance and biases
+    decoder: tuple[Tensor, Tensor]  # [B or 1, out, 2H, 2W]: the first convolution of guidance, and biases
 
     @property
     def crops(self) -> int:
@@ -56,7 +56,7 @@ class ImageTerms:
         return len(self.features)
 
     def of(self, crops: slice) -> ImageTerms:
-        """The terms of some crops."""
+        """Return the terms of some crops."""
         if crops == slice(0, self.crops):
             return self
         return ImageTerms(
@@ -69,14 +69,14 @@ class ImageTerms:
 
 @dataclass(frozen=True, eq=False)
 class VocabularyTerms:
-    """Everything of T classes that does not depend on the image; the leading 1 stands for "all crops alike".
+    """The terms of T classes that do not depend on the image; a leading 1 means the same for all crops.
 
-    The features are copied and cast only if they are small, so that a large vocabulary is held once.
+    The features are copied and cast only if they are small, so that a large vocabulary is stored once.
     """
 
     features: Tensor  # [B or 1, T, P, F]
     inverse_norm: Tensor  # [B or 1, T, P]
-    unit: Tensor | None  # [B or 1, T, P, F], unit vectors in the stages' type; None where they are large
+    unit: Tensor | None  # [B or 1, T, P, F], unit vectors in the stages' type; None if they are large
     queries: tuple[Tensor | None, ...]  # by layer: [B or 1, T, C]
     keys: tuple[Tensor | None, ...]
 
@@ -89,7 +89,7 @@ class VocabularyTerms:
 def image_terms(
     aggregator: Any, plan: Plan, img_feats: Tensor, appearance_guidance: Sequence[Tensor | None]
 ) -> ImageTerms:
-    """Terms of `img_feats [B, F, H, W]` under upstream's three guidance maps, coarse to fine."""
+    """Return the terms of `img_feats [B, F, H, W]` with upstream's three guidance maps, coarse to fine."""
     dtype = plan.embed.dtype
     resolution = (img_feats.shape[2], img_feats.shape[3])
     features = F.normalize(wide(img_feats), dim=1).flatten(2).transpose(1, 2)
@@ -128,11 +128,11 @@ def image_terms(
 def vocabulary_terms(
     aggregator: Any, plan: Plan, text_feats: Tensor, normalise_prompts: bool
 ) -> VocabularyTerms:
-    """Terms of `text_feats [B or 1, T, P, F]`.
+    """Return the terms of `text_feats [B or 1, T, P, F]`.
 
     Args:
-        normalise_prompts: take the text guidance's mean over prompts of unit vectors; upstream does where it
-            selects classes, and only there.
+        normalise_prompts: whether the text guidance is a mean over prompts of unit vectors, as in upstream's
+            selection of classes only.
     """
     if text_feats.shape[0] > 1 and text_feats.stride(0) == 0:
         text_feats = text_feats[:1]
@@ -173,7 +173,7 @@ def block_guidance(
 
 
 class _Sizes:
-    """Owns what follows from sizes only."""
+    """Owner of cached values that depend only on sizes."""
 
 
 _SIZES = _Sizes()
@@ -182,7 +182,7 @@ _SIZES = _Sizes()
 def _geometry(
     resolution: tuple[int, int], window: int, shift: int, dtype: torch.dtype, device: torch.device
 ) -> Geometry:
-    """Return order, inverse order and masks of windows, which depend on no weight and no picture."""
+    """Return order, inverse order and masks of windows, which do not depend on weights or pictures."""
 
     def make() -> Geometry:
         order = window_order(resolution, window, shift, device)
@@ -200,7 +200,7 @@ def decoder_guidance_maps(stage: DecoderStage, guidance: Tensor | None, size: tu
 
 
 def _spread(bias: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the map `[1, out, H, W]`, at least 2x2, of a bias `[1, out, 3, 3]`."""
+    """Expand a bias `[1, out, 3, 3]` to a map `[1, out, H, W]` of at least 2x2."""
     for axis, side in enumerate(size, 2):
         first, inside, last = bias.split(1, dim=axis)
         shape = list(inside.shape)
@@ -210,7 +210,7 @@ def _spread(bias: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _apply(module: nn.Module | None, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The module's outputs, each input cast to its weights' type; None where it or an input is None."""
+    """Return the module's outputs for inputs cast to its weights' type; None if it or the input is None."""
     if module is None:
         return [None for _ in inputs]
     dtype = next(module.parameters()).dtype
@@ -218,5 +218,5 @@ def _apply(module: nn.Module | None, inputs: Sequence[Tensor | None]) -> list[Te
 
 
 def chunk_text(features: Tensor, inverse_norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit text features of a chunk, `[B or 1, t, P, F]`, in the stages' type."""
+    """Return the unit text features of a chunk, `[B or 1, t, P, F]`, in the stages' type."""
     return (features * inverse_norm[..., None]).to(dtype)

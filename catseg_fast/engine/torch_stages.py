@@ -1,11 +1,13 @@
 """The engine's stages in plain torch ops: pure functions of folded weights and a chunk of classes.
 
 A chunk's state is `[B, t, HW, C]`, channels last, for B crops and t classes. Every stage works on any chunk;
-classes meet only in the class memory (`class_memory.py`). All stages are differentiable. What they compute is
-in the plain forms of the ops (`kernels/*/plain.py`).
+classes are combined only in the class memory (`class_memory.py`). All stages are differentiable. They call
+the plain forms of the ops (`kernels/*/plain.py`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from catseg_fast.kernels.window_attention import plain as window_attention
 
 
 def embed_cost_volume(plan: Plan, image: Tensor, text: Tensor, resolution: tuple[int, int]) -> Tensor:
-    """Cost volume and its 7x7 convolution.
+    """Compute the cost volume and its 7x7 convolution.
 
     Args:
         plan: the folded weights.
@@ -34,14 +36,20 @@ def embed_cost_volume(plan: Plan, image: Tensor, text: Tensor, resolution: tuple
     return cost_volume.embed_cost_volume(image, text, *arguments.embedding(plan), resolution)
 
 
-# Keys and values of all classes at once would take twice the memory of the state.
+# Collecting all classes at once would take twice the memory of the state for their keys and values.
 collects_at_once = False
+repeats = False
+
+
+def as_one(key: object, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """Return `run(*inputs)`."""
+    return run(*inputs)
 
 
 def window_block(block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Guided window attention and MLP, both with residual: `x [B, t, HW, C]` to the same shape.
+    """Apply guided window attention and MLP, both with residual: `x [B, t, HW, C]` to the same shape.
 
-    The result goes to `out`, if given.
+    The result is written to `out`, if given.
     """
     result = window_attention.ordered_block(
         x, guidance.query_key, arguments.window_weights(block),
@@ -60,7 +68,7 @@ def class_collect(
 ) -> None:
     """Add the keys and values of a chunk `x [B, t, HW, C]` to the memory of all classes.
 
-    `text_key [B or 1, t, C]` is the text guidance's share of the keys. The `last` chunk closes the memory.
+    `text_key [B or 1, t, C]` is the text guidance's part of the keys. The `last` chunk closes the memory.
     """
     pooling = layer.pooling or (1, 1)
     memory.add(*class_attention.keys_and_values(x, layer.kv, layer.kv_bias, text_key, resolution, pooling))
@@ -71,7 +79,7 @@ def class_collect(
 def class_apply(
     layer: ClassLayer, x: Tensor, text_query: Tensor | None, memory: ClassMemory, resolution: tuple[int, int]
 ) -> Tensor:
-    """Class attention from the memory of all classes, MLP, and both residuals: `[B, t, HW, C]`."""
+    """Apply class attention from the memory of all classes, and MLP, both with residual: `[B, t, HW, C]`."""
     weights, pooling = arguments.apply_weights(layer), layer.pooling or (1, 1)
     return class_attention.apply_attention(x, text_query, weights, resolution, pooling, memory.attend)
 
@@ -84,7 +92,7 @@ def decode(
     out: Tensor | None = None,
     flag: Tensor | None = None,
 ) -> Tensor:
-    """Guided upsampling: `x [B, t, HW, C]` to logits `[B, t, 4H, 4W]`, which go to `out`, if given.
+    """Upsample `x [B, t, HW, C]` to logits `[B, t, 4H, 4W]`, which are written to `out`, if given.
 
     `flag`, `[1]` int32, is set to 1 if a logit is infinite or NaN.
 

@@ -1,4 +1,4 @@
-"""The engine's stages as Triton kernels; a stage that no kernel fits falls back to its torch counterpart."""
+"""The engine's stages on Triton kernels; a stage without a suitable kernel runs in torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
 from catseg_fast.kernels.launch.checks import DTYPES, INTERPRETED
-from catseg_fast.kernels.launch.launcher import listing
+from catseg_fast.kernels.launch.launcher import listing, recording
 from catseg_fast.kernels.launch.prepared import PreparedCalls
 from catseg_fast.kernels.window_attention import op as window_attention
 
@@ -31,17 +31,17 @@ Resolution = tuple[int, int]
 
 
 class TritonStages:
-    """Functions of `catseg_fast.engine.torch_stages`, by kernels where they fit.
+    """The functions of `catseg_fast.engine.torch_stages`, on kernels where possible.
 
-    With the environment variable CATSEG_FAST_STRICT set to 1, a kernel that does not compile or computes
-    something wrong is an error; else its stage runs in torch from then on, with a warning.
+    If a kernel does not compile or its results are wrong, its stage runs in torch from then on, with a
+    warning. With the environment variable CATSEG_FAST_STRICT set to 1, that is an error.
 
     Args:
-        plan: the weights that the stages will be called with; they are laid out for the kernels here, once.
-        input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+        plan: the weights of the stages, which are laid out for the kernels once, here.
+        input_precision: precision of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
 
     Attributes:
-        fallbacks: by stage, why it runs in torch.
+        fallbacks: reasons of the stages that run in torch, by stage.
         ready: kinds of calls whose kernels are compiled and checked (`first_call.py`).
     """
 
@@ -49,7 +49,7 @@ class TritonStages:
         self.plan, self.input_precision = plan, input_precision
         untyped = None if plan.embed.dtype in DTYPES else f"no kernel computes in {plan.embed.dtype}"
         if INTERPRETED and plan.embed.dtype == torch.bfloat16:
-            untyped = "Triton's interpreter computes wrongly in bfloat16"
+            untyped = "Triton's interpreter gives wrong results in bfloat16"
         blocks = [unsupported_block(block) for layer in plan.layers for block in layer.blocks]
         classes = [unsupported_classes(layer.classes) for layer in plan.layers]
         reasons = {
@@ -65,8 +65,24 @@ class TritonStages:
 
     @property
     def collects_at_once(self) -> bool:
-        """Whether `class_collect` is best called once with all classes, where they are at hand."""
+        """True if `class_collect` is best called once with all classes, where they are resident."""
         return "class_attention" not in self.fallbacks
+
+    @property
+    def repeats(self) -> bool:
+        """Whether launches are prepared now."""
+        if self._calls is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        return not listing()
+
+    def as_one(self, key: object, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """Return `run(*inputs)`, which calls several stages; all their launches are prepared as one, if they
+        can be.
+        """
+        if self._calls is None or recording():
+            return run(*inputs)
+        out: Tensor = self._calls(key, run, *inputs)
+        return out
 
     def embed_cost_volume(self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution) -> Tensor:
         def launch(image: Tensor, text: Tensor) -> Tensor:
@@ -87,7 +103,7 @@ class TritonStages:
             return window_block(block, own, x, out, self.input_precision)
 
         def kernel() -> Tensor:
-            # The block is the plan's, and lives as long as these stages.
+            # The block is a part of the plan, and lives as long as these stages.
             key = ("window", id(block), guidance.resolution, guidance.window, guidance.shift)
             return self._repeat(key, launch, x, guidance.query_key, out)
 
@@ -142,9 +158,10 @@ class TritonStages:
         return self._run("decode", kernel, stages.decode, plan, guidance, x, resolution, out, flag)
 
     def _repeat(self, key: object, launch: Callable[..., Any], *inputs: Tensor | None) -> Any:
-        """Return `launch(*inputs)`, whose launches are prepared and repeated where that is possible."""
-        if self._calls is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or listing():
+        """Return `launch(*inputs)`, whose launches are prepared and repeated if possible."""
+        if not self.repeats or recording():  # of several stages that are prepared as one
             return launch(*inputs)
+        assert self._calls is not None
         return self._calls(key, launch, *inputs)
 
     def _run(
@@ -174,13 +191,13 @@ class TritonStages:
 
 
 def kernel_embedding(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Weights of `embed_cost_volume`, laid out as the kernels read them."""
+    """Return the weights of `embed_cost_volume` in the kernels' layout."""
     weight, bias = arguments.embedding(plan)
     return weight.contiguous(), bias
 
 
 def kernel_decoding(plan: Plan) -> Decoding:
-    """Weights, groups and eps of `decode`, laid out as the kernels read them."""
+    """Return weights, groups and eps of `decode` in the kernels' layout."""
     weights, groups, eps = arguments.decoding(plan)
     return decoder.pack_weights(weights), groups, eps
 
@@ -192,7 +209,7 @@ def window_block(
     out: Tensor | None = None,
     input_precision: str = "ieee",
 ) -> Tensor:
-    """`torch_stages.window_block` on kernels."""
+    """Run `torch_stages.window_block` on kernels."""
     return window_attention.window_block(
         x, guidance.query_key, *arguments.window_weights(block),
         guidance.resolution, guidance.window, guidance.shift, block.heads, input_precision, out,
@@ -200,7 +217,7 @@ def window_block(
 
 
 def call_directly(key: object, launch: Callable[..., Any], *inputs: Tensor | None) -> Any:
-    """Return `launch(*inputs)`, as `PreparedCalls` does."""
+    """Return `launch(*inputs)`; has the interface of `PreparedCalls`."""
     return launch(*inputs)
 
 
@@ -214,7 +231,7 @@ def class_collect(
     input_precision: str = "ieee",
     call: Callable[..., Any] = call_directly,
 ) -> None:
-    """`torch_stages.class_collect` on kernels; the memory's sums become new tensors."""
+    """Run `torch_stages.class_collect` on kernels; the memory's sums become new tensors."""
     memory = _linear(layer, memory)
     heads, length, pooling = memory.heads, memory.length, layer.pooling or (1, 1)
 
@@ -228,7 +245,7 @@ def class_collect(
 
     key_value = memory.key_value if isinstance(memory.key_value, Tensor) else None
     key_sum = memory.key_sum if isinstance(memory.key_sum, Tensor) else None
-    # The layer is the plan's, and lives as long as its prepared launches.
+    # The layer is a part of the plan, and lives as long as its prepared launches.
     key = ("collect", id(layer), heads, length, resolution, last)
     result, memory.key_sum = call(key, launch, x, text_key, key_value, key_sum)
     if last:
@@ -246,7 +263,7 @@ def class_apply(
     input_precision: str = "ieee",
     call: Callable[..., Any] = call_directly,
 ) -> Tensor:
-    """`torch_stages.class_apply` on kernels."""
+    """Run `torch_stages.class_apply` on kernels."""
     memory = _linear(layer, memory)
     settings = (memory.heads, memory.length, memory.eps, resolution, layer.pooling or (1, 1), input_precision)
 
@@ -275,12 +292,12 @@ def _linear(layer: ClassLayer, memory: ClassMemory) -> LinearMemory:
     if reason := unsupported_classes(layer):
         raise InputError(f"layer: {reason}")
     if not isinstance(memory, LinearMemory):
-        raise InputError(f"memory: {type(memory).__name__} has no kernel, LinearMemory has")
+        raise InputError(f"memory: {type(memory).__name__} has no kernel; expected LinearMemory")
     return memory
 
 
 def _does_not_compile(error: Exception) -> bool:
-    """Whether Triton refuses a kernel; a pass of its compiler that fails is a plain RuntimeError."""
+    """Check whether Triton cannot compile a kernel; a failed compiler pass raises a plain RuntimeError."""
     if isinstance(error, triton.InterpreterError):
         return False
     return isinstance(error, triton.TritonError) or "PassManager::run failed" in str(error)

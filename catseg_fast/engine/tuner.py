@@ -1,4 +1,4 @@
-"""Timing launch configs on a GPU, and keeping the fastest for `kernels/launch/configs.py` to find."""
+"""Timing of launch configs on a GPU; the fastest are saved in the files of `kernels/launch/configs.py`."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.kernel import Call, record_calls
 from catseg_fast.kernels.launch.op import Op, Random, Sizes
 
-TIMED = (5, 25)  # milliseconds of warming up and of timing a config: 90 of them take 35 s
-# Milliseconds that a call takes.
+TIMED = (5, 25)  # milliseconds of warm-up and of timing per config: 90 configs take 35 s
+# Returns the milliseconds that a call takes.
 Timer = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True)
 class Tunable:
-    """A kernel at certain sizes, and what is worth timing.
+    """A kernel at certain sizes, and its configs that are worth timing.
 
     Attributes:
-        problem: what a measured config will be found by.
-        candidates: configs, the default first. Not all need to fit the GPU.
-        make_inputs: the kernel's call in its op on a device, with random tensors of a real call's scale.
-        run: launches the kernel as in such a call with a config, and returns what it computes. It may
-            overwrite the call's tensors, but with numbers that it takes as long for.
+        problem: sizes and types by which a measured config is found.
+        candidates: configs, the default first. Some may not fit the GPU.
+        make_inputs: makes the kernel's call in its op on a device, with random tensors of realistic scale.
+        run: launches the kernel of such a call with a config, and returns its results. It may overwrite the
+            call's tensors, but only with values that do not change its time.
     """
 
     problem: Problem
@@ -54,14 +54,14 @@ class Tunable:
 
 @dataclass
 class Outcome:
-    """What came of a kernel's candidates.
+    """Result of timing a kernel's candidates.
 
     Attributes:
         tunable: the kernel.
-        milliseconds: of each config that ran and was right.
-        failed: how many did not compile, or asked for more than the GPU has.
-        wrong: configs whose result differs from the default's.
-        reason: why the default itself is of no use, if so; then nothing was timed.
+        milliseconds: time of each config that ran and gave the right result.
+        failed: number of configs that did not compile, or needed more than the GPU has.
+        wrong: configs whose results differ from the default's.
+        reason: why the default config does not work, if so; then nothing was timed.
         unsaved: why the fastest config could not be written, if so.
     """
 
@@ -74,7 +74,7 @@ class Outcome:
 
     @property
     def default_milliseconds(self) -> float:
-        """Time of the default."""
+        """Time of the default config."""
         return self.milliseconds[self.tunable.candidates[0]]
 
     @property
@@ -83,7 +83,7 @@ class Outcome:
         return min(self.milliseconds, key=self.milliseconds.__getitem__)
 
     def entry(self, gpu: str, **facts: int) -> dict[str, Any]:
-        """The fastest config as an entry of a file, with all that its time depends on."""
+        """Return the fastest config as an entry of a file, with everything that its time depends on."""
         problem = self.tunable.problem
         return {
             "kernel": problem.kernel,
@@ -106,9 +106,9 @@ class Outcome:
 def list_tunables(
     ops: Sequence[str], dtype: torch.dtype, classes: Sequence[int], crops: int, device: torch.device
 ) -> list[Tunable]:
-    """Kernels of some ops at the launches that vocabularies of these sizes lead to; none twice.
+    """Return the kernels of some ops in the launches for vocabularies of these sizes, without duplicates.
 
-    Products of fp32 numbers are timed both as "ieee" and as "tf32x3".
+    Products of fp32 numbers are timed with both "ieee" and "tf32x3".
     """
     found: dict[Problem, Tunable] = {}
     for chunk in (usual_chunk(count, crops, device) for count in classes):
@@ -116,7 +116,7 @@ def list_tunables(
             for op in map(load, ops):
                 for published in op.sizes.values():
                     if fourier.is_less_work(published.prompts, crops * chunk):
-                        continue  # such a call has no kernel for it
+                        continue  # no kernel supports such a call
                     sizes = replace(published, crops=crops, classes=chunk)
                     for tunable in tunables(op, sizes, dtype, precision, capability_of(device)):
                         found[tunable.problem] = tunable
@@ -126,7 +126,7 @@ def list_tunables(
 def tunables(
     op: Op, sizes: Sizes, dtype: torch.dtype, input_precision: str, capability: int
 ) -> list[Tunable]:
-    """The kernels that an op calls at some sizes on GPUs of a compute capability."""
+    """Return the kernels that an op calls at some sizes on GPUs of a compute capability."""
     calls, _ = op.dry_run(sizes, dtype, input_precision, capability)
 
     def make_inputs(problem: Problem, device: torch.device) -> Call:
@@ -155,16 +155,16 @@ def tune_all(
     seconds: float = math.inf,
     advance: Callable[[], object] = lambda: None,
 ) -> Iterator[Outcome]:
-    """Time kernels one after the other; what each leads to is written before it is given back.
+    """Time kernels one by one; each outcome is written to its file before it is yielded.
 
     Args:
         tunables: the kernels.
-        device: where they run.
-        gpu: the device's name.
-        folder: of the files, as `tuning.user_folder()`.
+        device: device on which they run.
+        gpu: name of the device.
+        folder: folder of the files, such as `configs.user_folder()`.
         timer: measures a call.
-        seconds: after which it ends; a kernel that is not done by then is left out. Where there is such a
-            limit, the kernels that take longest with their default configs come first.
+        seconds: time limit; a kernel that is not finished by then is skipped. With a limit, kernels are timed
+            in descending order of the time of their default configs.
         advance: called after each candidate.
     """
     deadline = time.monotonic() + seconds
@@ -184,7 +184,7 @@ def tune_all(
 def slowest_first(
     tunables: Sequence[Tunable], device: torch.device, timer: Timer, deadline: float = math.inf
 ) -> list[Tunable]:
-    """Sort kernels by the time of their default configs; those that do not run, or come too late, go last."""
+    """Sort kernels by the time of their default configs; those that fail or are not timed come last."""
 
     def milliseconds(tunable: Tunable) -> float:
         if time.monotonic() >= deadline:
@@ -195,14 +195,14 @@ def slowest_first(
             return timer(functools.partial(tunable.run, inputs, tunable.candidates[0]))
         except torch.AcceleratorError:
             raise
-        except Exception:  # which `tune` reports
+        except Exception:  # `tune` reports it
             return 0.0
 
     return sorted(tunables, key=milliseconds, reverse=True)
 
 
 def _facts(device: torch.device) -> dict[str, int]:
-    """What tells which GPUs may borrow a config of this one."""
+    """Return the properties that decide which GPUs may borrow a config of this one."""
     if device.type != "cuda":
         return {}
     found = torch.cuda.get_device_properties(device)
@@ -219,11 +219,11 @@ def tune(
     deadline: float = math.inf,
     advance: Callable[[], object] = lambda: None,
 ) -> Outcome | None:
-    """Time a kernel's candidates; None if `deadline`, of `time.monotonic()`, passes before all are done."""
+    """Time a kernel's candidates; return None if `deadline` (of `time.monotonic()`) passes before the end."""
     torch.manual_seed(0)
     outcome, expected = Outcome(tunable), None
     inputs = tunable.make_inputs(device)
-    scratch = inputs.copy()  # a kernel may overwrite what it is timed on
+    scratch = inputs.copy()  # a kernel may overwrite its inputs
     for config in tunable.candidates:
         if time.monotonic() >= deadline:
             return None
@@ -232,14 +232,14 @@ def tune(
             if expected is None:
                 expected = result
                 if not all(x.isfinite().all() for x in expected):
-                    raise InputError("it computes infinite values or NaN")
+                    raise InputError("its results are infinite or NaN")
             if _agree(result, expected, _rounding(tunable)):
                 outcome.milliseconds[config] = timer(functools.partial(tunable.run, scratch, config))
             else:
                 outcome.wrong.append(config)
-        except torch.AcceleratorError:  # the GPU does nothing any more for this process
+        except torch.AcceleratorError:  # the process cannot use the GPU any more
             raise
-        except Exception as error:  # whatever the compiler or the driver says
+        except Exception as error:  # any error of the compiler or the driver
             if not outcome.milliseconds:
                 outcome.reason = f"the default config does not run: {error}"
                 return outcome
@@ -249,7 +249,7 @@ def tune(
 
 
 def median_milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call on the current GPU, with nothing in its cache."""
+    """Return the median time of a call on the current GPU, with an empty cache."""
     from triton.testing import do_bench
 
     median: float = do_bench(call, *TIMED, return_mode="median")
@@ -257,11 +257,11 @@ def median_milliseconds(call: Callable[[], object]) -> float:
 
 
 def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
-    """Add an entry to a file, in place of one for the same launch; several processes may do so at a time.
+    """Add an entry to a file, replacing the one of the same launch; safe for concurrent processes.
 
-    The file is whole at every moment.
+    The file is replaced atomically.
     """
-    launch = ("kernel", "dtype", "precision", "shape")  # whatever the version: the old one is of no use
+    launch = ("kernel", "dtype", "precision", "shape")  # any version, as old ones are of no use
     with locked(path):
         others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
         text = ",\n".join(json.dumps(item) for item in [*others, entry])
@@ -271,7 +271,7 @@ def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
 
 
 def _agree(result: Sequence[Tensor], expected: Sequence[Tensor], rounding: float) -> bool:
-    """Whether tensors are equal but for sums in another order and a few roundings of the largest value."""
+    """Check whether tensors are equal but for the order of sums and a few roundings of the largest value."""
     return all(
         bool((ours.float() - theirs.float()).abs().max() <= rounding * theirs.float().abs().max())
         for ours, theirs in zip(result, expected, strict=True)
@@ -279,5 +279,5 @@ def _agree(result: Sequence[Tensor], expected: Sequence[Tensor], rounding: float
 
 
 def _rounding(tunable: Tunable) -> float:
-    """What two right configs may differ by, relative to the largest value."""
+    """Return the largest accepted difference of two configs, relative to the largest value."""
     return 4 * torch.finfo(tunable.problem.torch_dtype).eps + 64 * torch.finfo(torch.float32).eps

@@ -1,6 +1,6 @@
 """Metrics over a data set, resumable and shared between processes.
 
-May import the model, data and everything that these may import.
+It may import the model, data and everything that these may import.
 """
 
 from typing import TYPE_CHECKING

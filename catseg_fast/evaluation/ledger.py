@@ -1,4 +1,4 @@
-"""A file of one record per image, from which an interrupted evaluation goes on."""
+"""A file with one record per image, with which an interrupted evaluation continues."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CHECKSUM = "crc32"
 class Ledger:
     """Records of finished images, a line of JSON each, in append-only files: one per process.
 
-    A process that is killed while it writes leaves half a line, which is dropped when the ledger is read. A
-    line that is damaged otherwise is left out, with a warning; each has a checksum. From `read` or `clear`
-    to `close` the ledger is locked: no other evaluation can use it.
+    A process that is killed while it writes leaves half a line, which is dropped when the ledger is read.
+    Each line has a checksum; a damaged one is skipped with a warning. From `read` or `clear` to `close`, the
+    ledger is locked: no other evaluation can use it.
 
     Args:
-        folder: where the files are, or will be; NAME.RANK.jsonl.
-        name: what the records are about.
-        about: what the records depend on; it stands in each file's first line.
+        folder: folder of the files NAME.RANK.jsonl.
+        name: name of the evaluation.
+        about: facts that the records depend on; they are in each file's first line.
     """
 
     def __init__(self, folder: Path, name: str, about: Mapping[str, Any]) -> None:
@@ -41,10 +41,10 @@ class Ledger:
         self._lock: filelock.BaseFileLock | None = None
 
     def read(self) -> dict[str, Record]:
-        """The records of all processes so far, by "name". Only one process may read, before any writes.
+        """Return the records of all processes, by "name". Only one process may read, before any writes.
 
         Raises:
-            InputError: if they depend on something else than `about`; the message says on what.
+            InputError: if they depend on other facts than `about`; the message names them.
             RunError: if another evaluation uses the ledger.
         """
         self._hold()
@@ -68,14 +68,14 @@ class Ledger:
             path.unlink()
 
     def open(self, rank: int = 0) -> None:
-        """Begin to write, in the file of process `rank`."""
+        """Begin to write to the file of process `rank`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = (self.folder / f"{self.name}.{rank}.jsonl").open("a", encoding="utf-8")
         if self._file.tell() == 0:
             self.add(self.about)
 
     def close(self) -> None:
-        """End writing, if it had begun, and let others use the ledger."""
+        """End writing, if it has begun, and unlock the ledger."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -84,7 +84,7 @@ class Ledger:
             self._lock = None
 
     def add(self, record: Record) -> None:
-        """Keep the record of a finished image."""
+        """Write the record of a finished image."""
         self._file.write(json.dumps({**record, CHECKSUM: _checksum(record)}) + "\n")
         self._file.flush()
 
@@ -100,11 +100,11 @@ class Ledger:
         try:
             about = _parse(lines[0])
         except ValueError as error:
-            raise InputError(f"{path} is damaged, or no file of an evaluation: {error}") from error
+            raise InputError(f"{path} is damaged, or not a file of an evaluation: {error}") from error
         if about != self.about:
             raise InputError(
                 f"{path} is of another evaluation: {_difference(about, self.about)}; "
-                "evaluate into another folder, or start anew (--restart)"
+                "choose another folder, or start again (--restart)"
             )
         records: dict[str, Record] = {}
         for number, line in enumerate(lines[1:], 2):
@@ -132,13 +132,13 @@ def _checksum(record: Mapping[str, Any]) -> int:
 
 
 def _parse(line: bytes) -> Record:
-    """The record in a line, whose checksum agrees; a ValueError if not."""
+    """Return the record in a line; raise an InputError if its checksum does not agree."""
     try:
         record = json.loads(line)
     except RecursionError as error:
         raise InputError(str(error)) from error
     if not isinstance(record, dict) or CHECKSUM not in record:
-        raise InputError("it is no record with a checksum")
+        raise InputError("it is not a record with a checksum")
     if record.pop(CHECKSUM) != _checksum(record):
         raise InputError("its checksum does not agree")
     return record
@@ -152,7 +152,7 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def _difference(found: Record, wanted: Mapping[str, Any]) -> str:
-    """What two headers differ in."""
+    """Describe the difference of two headers."""
     keys = [key for key in (found | dict(wanted)) if found.get(key) != wanted.get(key)]
     pairs = ((key, reprlib.repr(found.get(key)), reprlib.repr(wanted.get(key))) for key in keys)
     return "; ".join(f"{key} was {was} and is {now}" for key, was, now in pairs)

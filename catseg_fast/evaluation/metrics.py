@@ -1,4 +1,4 @@
-"""Quality of label maps, from exact counts a class: no confusion matrix that grows with its square."""
+"""Scores of label maps from exact counts per class, without a T x T confusion matrix."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from catseg_fast.labels import NONE, class_indices
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """Pixels a class, int64 `[T]` each; pixels where no class is right do not count.
+    """Pixels per class, int64 `[T]` each; pixels where no class is right do not count.
 
     Attributes:
-        intersection: labelled as the class, rightly.
-        truth: of the class.
-        predicted: labelled as the class.
+        intersection: pixels rightly labelled as the class.
+        truth: pixels of the class.
+        predicted: pixels labelled as the class.
         unlabelled: pixels that count, of all classes, whose label is -1: none of the classes.
     """
 
@@ -29,7 +29,7 @@ class ClassCounts:
 
     @classmethod
     def none(cls, classes: int) -> ClassCounts:
-        """No pixel at all."""
+        """Return counts of no pixels."""
         return cls(*(torch.zeros(classes, dtype=torch.int64) for _ in range(3)))
 
     @classmethod
@@ -78,20 +78,20 @@ class ClassCounts:
 
     @property
     def iou(self) -> Tensor:
-        """Each class's intersection over union, float64 `[T]`; NaN where the union is empty."""
+        """Return each class's intersection over union, float64 `[T]`; NaN where the union is empty."""
         return self.intersection.double() / (self.truth + self.predicted - self.intersection)
 
     @property
     def accuracy(self) -> Tensor:
-        """The share of each class's pixels that are right, float64 `[T]`; NaN where it has none."""
+        """Return the share of each class's pixels that are right, float64 `[T]`; NaN where it has none."""
         return self.intersection.double() / self.truth
 
     def scores(self) -> dict[str, float]:
-        """What detectron2's `SemSegEvaluator` reports, as shares of 1; NaN where no pixel counts.
+        """Return the scores of detectron2's `SemSegEvaluator`, as shares of 1; NaN if no pixel counts.
 
         - `mIoU`: mean IoU of the classes in the truth, as in detectron2 since July 2022;
-        - `mIoU_union`: the mean over classes in the truth or among the labels, as in detectron2 0.6 and
-          before: a class that no picture has counts 0 as soon as one pixel is labelled so;
+        - `mIoU_union`: mean IoU of the classes in the truth or among the labels, as in detectron2 0.6 and
+          earlier: a class that is in no picture counts as 0 if a single pixel is labelled so;
         - `fwIoU`: IoU weighted by the classes' pixels;
         - `pACC`: share of the pixels that are right;
         - `mACC`: mean accuracy of the classes in the truth.

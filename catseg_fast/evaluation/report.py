@@ -1,4 +1,4 @@
-"""What evaluations found, as tables and as JSON."""
+"""Results of evaluations as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FP16_LARGEST = 65504.0
 
 
 def check_target(path: Path) -> None:
-    """Check that a file is missing, or is the results of an evaluation.
+    """Check that a file is missing, or holds the results of an evaluation.
 
     Raises:
         FileExistsError: if it is anything else.
@@ -31,7 +31,7 @@ def check_target(path: Path) -> None:
     except (OSError, ValueError):
         content = None
     if not (isinstance(content, dict) and {"data_sha256", "results"} <= content.keys()):
-        raise FileExistsError(f"{path} is there and is not of an evaluation; choose another folder")
+        raise FileExistsError(f"{path} exists and is not of an evaluation; choose another folder")
 
 
 def write_results(
@@ -40,16 +40,16 @@ def write_results(
     classes: Sequence[str],
     rows: Sequence[tuple[Mapping[str, Any], Evaluation]],
 ) -> None:
-    """Write all that was found as JSON, with the environment; NaN (no pixel of a class) becomes null.
+    """Write all results as JSON, with the environment; NaN (no pixel of a class) becomes null.
 
     Args:
         path: the file.
-        about: what holds for all rows.
+        about: facts about all rows.
         classes: the class names.
-        rows: what holds for an evaluation, and the evaluation.
+        rows: facts about each evaluation, and the evaluation.
 
     Raises:
-        OSError: if writing fails; a file that was there is left as it was.
+        OSError: if writing fails; an existing file is left unchanged.
     """
     keys = ("name", "iou", "accuracy", "intersection", "truth", "predicted")
     results = []
@@ -70,7 +70,7 @@ def write_results(
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -79,7 +79,7 @@ def _finite(value: Any) -> Any:
 
 
 def results_table(rows: Sequence[tuple[str, Evaluation]]) -> Table:
-    """A line a name and evaluation; the first is what the others are compared with."""
+    """Return a table with one row per evaluation; the others are compared with the first."""
     table = Table(
         "", "mIoU", "mIoU, all met", "fwIoU", "pACC", "mACC", "same labels", "mIoU - first", "s/image"
     )
@@ -98,7 +98,7 @@ def results_table(rows: Sequence[tuple[str, Evaluation]]) -> Table:
 
 
 def activations_table(name: str, activations: dict[str, float]) -> Table:
-    """The largest value in each stage, and how much larger it might be in fp16."""
+    """Return a table of the largest value in each stage, and of fp16's largest relative to it."""
     table = Table("stage", "largest value", "fp16 holds", title=f"{name}: values within the stages")
     for stage, value in activations.items():
         table.add_row(stage, f"{value:.4g}", f"{FP16_LARGEST / value:.0f} times that" if value else "-")
@@ -106,7 +106,7 @@ def activations_table(name: str, activations: dict[str, float]) -> Table:
 
 
 def classes_table(classes: Sequence[str], found: Evaluation, count: int) -> Table:
-    """The classes of least and of most IoU, of those in the truth."""
+    """Return a table of the classes in the truth with the lowest and the highest IoU."""
     iou, truth = found.counts.iou.tolist(), found.counts.truth.tolist()
     order = sorted((index for index, pixels in enumerate(truth) if pixels), key=lambda index: iou[index])
     shown = order if len(order) <= 2 * count else [*order[:count], *order[-count:]]

@@ -44,7 +44,7 @@ PIXELS = 100_000_000  # of all images in memory together; one with more of them 
 
 
 class Data(Protocol):
-    """What is evaluated on; `catseg_fast.data.folder.FolderDataset` is one."""
+    """A data set to evaluate on, such as `catseg_fast.data.folder.FolderDataset`."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -182,7 +182,7 @@ def _pixels_of(data: Data) -> Callable[[int], int]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Results of an evaluation.
 
     Attributes:
         counts: pixels a class, in all images.

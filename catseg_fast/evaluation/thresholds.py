@@ -1,4 +1,4 @@
-"""What `min_score` keeps and drops on labelled pictures, where a part of the classes is left out in turn.
+"""Effect of `min_score` on labelled pictures, with parts of the classes left out in turn.
 
 Pixels of a class that is left out should have the label "none of these", all others their class's.
 """
@@ -21,7 +21,7 @@ BINS = 100  # of scores: 0.00, 0.01, …
 
 @dataclass(frozen=True)
 class Effect:
-    """What a threshold does.
+    """Effect of a threshold.
 
     Attributes:
         min_score: the threshold.
@@ -83,7 +83,7 @@ class ScoreCounts:
             counts += torch.bincount(bins[pixels], minlength=BINS + 1)
 
     def effect(self, min_score: float) -> Effect:
-        """What a threshold of whole hundredths does."""
+        """Return the effect of a threshold in whole hundredths."""
         first = round(min_score * BINS)
         named = max(1, int(self.right.sum() + self.wrong.sum()))
         kept = (int(self.right[first:].sum()), int(self.wrong[first:].sum()))

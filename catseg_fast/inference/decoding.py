@@ -66,7 +66,7 @@ def opened(path: Path, name: str, max_pixels: int | None) -> Iterator[Image.Imag
 
 @contextmanager
 def opened_content(file: BinaryIO, source: str, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
-    """`opened`, of an open file; `source` is what errors call it."""
+    """Do as `opened` with an open file; `source` is what errors call it."""
     try:
         with _open(file) as image:
             check_pixels(image.size, max_pixels, f"{name}: {source}")
@@ -79,7 +79,7 @@ def opened_content(file: BinaryIO, source: str, name: str, max_pixels: int | Non
 
 
 def _open(file: BinaryIO) -> Image.Image:
-    """Pillow's own limit, which is the whole process's, is not asked."""
+    """Open an image without Pillow's own limit, which is the whole process's."""
     with _PILLOW:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:

@@ -1,4 +1,4 @@
-"""What a model computes of pictures before it knows the classes."""
+"""The part of inference that does not depend on the classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from catseg_fast.engine.kept import kept
 from catseg_fast.errors import InputError
 from catseg_fast.inference.images import ImageLike
 from catseg_fast.inference.readout import Readout
-from catseg_fast.inference.tower import reduced_clip, replace_type
+from catseg_fast.inference.tower import forget, reduced_clip, replace_type
 from catseg_fast.reference.inference import pad_to_multiple, resize
 from catseg_fast.reference.model import channels
 
@@ -31,7 +31,7 @@ LARGE_PIXELS = 2**24
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What the model knows of a picture before it knows the classes; from `CATSeg.encode`.
+    """Features of a picture that do not depend on the classes; from `CATSeg.encode`.
 
     Attributes:
         features: dense CLIP features of the picture's B crops, `[B, 1 + h*w, C]`, on the model's device.
@@ -102,6 +102,7 @@ def _encode_crops(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     clip, dtype = model.clip_model, image_type(model)
     if dtype == clip.visual.proj.dtype:
+        forget(clip)
         return model.encode_images(clip_images, pixels)
     reduced = reduced_clip(clip, dtype)
     features, guidance = model.encode_images(clip_images, pixels, reduced)
@@ -109,7 +110,7 @@ def _encode_crops(
         return features, guidance
     if all(x.isfinite().all() for x in (features, *guidance)) or not clip_images.isfinite().all():
         return features, guidance
-    warnings.warn("CLIP: fp16 overflows: computing again in bf16", RuntimeWarning, stacklevel=2)
+    warnings.warn("CLIP: fp16 overflowed: computing again in bf16", RuntimeWarning, stacklevel=2)
     model.engine.recordings.clear()
     return model.encode_images(clip_images, pixels, replace_type(clip, torch.float16, torch.bfloat16))
 
@@ -122,7 +123,7 @@ def join(parts: Sequence[Tensor]) -> Tensor:
 def _crops(image: Tensor, readout: Readout, model: CATSeg) -> tuple[Tensor, Tensor]:
     """Return an image's crops `[B, 3, H, W]`, normalised as `CATSeg.encode_images` takes them.
 
-    Without a backbone, which alone is shown the second ones, these are the first ones.
+    Only v1's backbone is shown the second ones; without it they are the first ones.
     """
     if image.dtype == torch.uint8:
         return _crops_of_bytes(image, readout, model)
@@ -136,8 +137,9 @@ def _crops(image: Tensor, readout: Readout, model: CATSeg) -> tuple[Tensor, Tens
 
 
 def _crops_of_bytes(image: Tensor, readout: Readout, model: CATSeg) -> tuple[Tensor, Tensor]:
-    """`_crops` of a large uint8 image: no float copy of all its channels exists, and what is normalised is
-    resized before.
+    """Return `_crops` of a large uint8 image, without a float copy of all its channels.
+
+    They are resized before they are normalised.
     """
     window = readout.window
     if window is not None:

@@ -1,4 +1,4 @@
-"""How a model's call runs, in words."""
+"""Description of the way a model's call runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def explain(model: CATSeg, crops: int | None = None) -> str:
-    """What `CATSeg.explain` says: one line each on back end, classes, precision, policy, step and memory."""
+    """Return lines on back end, classes, precision, policy, step and memory, for `CATSeg.explain`."""
     total, limit, share = len(model.classes), model.max_classes, model.engine.share
     kept = total if limit is None else min(total, limit)
     crops = crops or (model.window.count if model.sliding_window else 1)

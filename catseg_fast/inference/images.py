@@ -85,7 +85,7 @@ def as_floats(pixels: Tensor, device: torch.device | None = None) -> Tensor:
 
 
 def load_pixels(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
-    """`load_image`, but what holds 8 bits stays uint8, a quarter of the memory.
+    """Do as `load_image`, but keep 8-bit values as uint8, a quarter of the memory.
 
     Pixels that come as bytes are not copied, and need not be contiguous.
     """
@@ -120,7 +120,7 @@ def load_pixels(image: ImageLike, name: str = "image", max_pixels: int | None = 
 
 
 def load_bytes(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
-    """`load_image`, rounded to uint8."""
+    """Do as `load_image`, rounded to uint8."""
     pixels = load_pixels(image, name, max_pixels)
     return pixels if pixels.dtype == torch.uint8 else pixels.round().byte()
 

@@ -1,4 +1,4 @@
-"""From logits to label maps, class chunk by class chunk: no tensor grows with the number of classes.
+"""Label maps from logits, by chunks of classes: no tensor grows with the number of classes.
 
 Every operation before the maximum (sigmoid, resizes, averages of crops) treats each class alone, so that the
 result equals the argmax over all classes at once, ties included.
@@ -29,7 +29,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Readout:
-    """How crops' logits `[B, t, h, w]` become probabilities `[t, height, width]` of a picture.
+    """Conversion of crops' logits `[B, t, h, w]` to probabilities `[t, height, width]` of a picture.
 
     Attributes:
         size: (height, width) of the answer.

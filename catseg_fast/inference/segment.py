@@ -1,4 +1,4 @@
-"""From encoded pictures to labels: the aggregator runs, and its logits are read out as they come."""
+"""Labels of encoded pictures: the aggregator runs, and its logits are read out chunk by chunk."""
 
 from __future__ import annotations
 

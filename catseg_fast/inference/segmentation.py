@@ -226,7 +226,7 @@ def file_of(image: ImageLike | None) -> Path | None:
 
 
 def kept_image(image: ImageLike, pixels: Tensor) -> ImageLike:
-    """What a `Segmentation` keeps of a picture with pixels `[3, H, W]`: itself, if it can be read again."""
+    """Return the picture that a `Segmentation` keeps: `image` itself, if it can be read again."""
     again = isinstance(image, os.PathLike | bytes | bytearray | memoryview) or not hasattr(image, "read")
     if isinstance(image, str):
         again = not is_url(image)

@@ -88,7 +88,7 @@ def _too_large(name: str, url: str, size: str) -> InputError:
 
 
 def describe_source(image: object) -> str:
-    """How an error calls content that has no path: a file object's name, or its type."""
+    """Return a name for content without a path in errors: a file object's name, or its type."""
     name = getattr(image, "name", None)
     if isinstance(name, str | os.PathLike):
         return repr(os.fspath(name))

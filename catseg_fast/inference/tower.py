@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.weights import module_tensors, weights_state
+
+if TYPE_CHECKING:
+    from catseg_fast.reference.clip import DenseCLIP
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,13 @@ def reduced_clip(clip: DenseCLIP, dtype: torch.dtype) -> DenseCLIP:
 
 
 def replace_type(clip: DenseCLIP, overflowing: torch.dtype, dtype: torch.dtype) -> DenseCLIP:
-    """Return CLIP with its image tower in `dtype`, which `reduced_clip` returns for `overflowing`, too, from
-    then on.
-    """
+    """Return CLIP with its image tower in `dtype`, which `reduced_clip` then returns for `overflowing`."""
     return _keep(clip, dtype, overflowing)
+
+
+def forget(clip: DenseCLIP) -> None:
+    """Keep nothing of this model, which computes in its weights' type now."""
+    _towers.pop(clip, None)
 
 
 def _keep(clip: DenseCLIP, dtype: torch.dtype, instead: torch.dtype | None) -> DenseCLIP:

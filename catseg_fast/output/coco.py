@@ -10,42 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from catseg_fast.errors import MissingPackageError
 from catseg_fast.identity import JSON_MARK
 
 if TYPE_CHECKING:
     from catseg_fast.output.formats import Labelled
 
 Ring = NDArray[np.float64]  # corners (x, y) [N, 2] of a closed line; the first is not repeated
-
-
-def require_pycocotools() -> None:
-    """Check that pycocotools is installed.
-
-    Raises:
-        MissingPackageError: if it is not.
-    """
-    try:
-        import pycocotools.mask  # noqa: F401
-    except ImportError:
-        raise MissingPackageError(
-            "formats: COCO files need pycocotools: pip install 'catseg-fast[coco]'"
-        ) from None
-
-
-def require_rasterio() -> None:
-    """Check that pycocotools and rasterio, which finds the outlines, are installed.
-
-    Raises:
-        MissingPackageError: if they are not.
-    """
-    require_pycocotools()
-    try:
-        import rasterio.features  # noqa: F401
-    except ImportError:
-        raise MissingPackageError(
-            "formats: coco-polygons needs rasterio: pip install 'catseg-fast[coco]'"
-        ) from None
 
 
 def write_rle(path: Path, labelled: Labelled) -> None:

@@ -165,7 +165,7 @@ def _areas(
 
 
 def _touching(index: NDArray[np.integer], count: int) -> NDArray[np.bool_]:
-    """Which of `count` values lie side by side somewhere in a map: bool `[count, count]`."""
+    """Find which of `count` values are adjacent somewhere in a map: bool `[count, count]`."""
     touching = np.zeros((count, count), bool)
     for a, b in ((index[1:], index[:-1]), (index[:, 1:], index[:, :-1])):
         differ = a != b
@@ -174,7 +174,7 @@ def _touching(index: NDArray[np.integer], count: int) -> NDArray[np.bool_]:
 
 
 def _distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
-    """How different colours look, 0 to about 765; https://en.wikipedia.org/wiki/Color_difference#sRGB"""
+    """Return the perceived difference of colours (0 to 765, en.wikipedia.org/wiki/Color_difference#sRGB)."""
     red = (a[..., 0] + b[..., 0]) / 2
     weights = np.stack([2 + red / 256, np.full_like(red, 4.0), 2 + (255 - red) / 256], axis=-1)
     return np.sqrt((weights * (a - b) ** 2).sum(axis=-1))

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from catseg_fast.errors import InputError
+from catseg_fast.extras import require_outlines, require_pycocotools
 from catseg_fast.identity import png_mark
-from catseg_fast.output.coco import require_pycocotools, require_rasterio, write_polygons, write_rle
+from catseg_fast.output.coco import write_polygons, write_rle
 from catseg_fast.output.colours import palette
 
 UNLABELLED = 255  # in a palette PNG, as in Pascal VOC
@@ -21,7 +22,7 @@ UNLABELLED = 255  # in a palette PNG, as in Pascal VOC
 
 @dataclass(frozen=True)
 class Labelled:
-    """What a format is written of.
+    """Inputs of a format's writer.
 
     Attributes:
         labels: indices into `classes` `[H, W]`; negative ones belong to no class.
@@ -42,7 +43,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Format:
-    """How a result's file, or folder of files, is written.
+    """Writer of a result's file, or folder of files.
 
     Attributes:
         suffix: of its name, after the stem.
@@ -103,5 +104,5 @@ FORMATS = {
     "palette": Format(".palette.png", _write_palette, _check_palette),
     "masks": Format(".masks", _write_masks, lambda classes: None),
     "coco-rle": Format(".coco-rle.json", write_rle, lambda classes: require_pycocotools()),
-    "coco-polygons": Format(".coco-polygons.json", write_polygons, lambda classes: require_rasterio()),
+    "coco-polygons": Format(".coco-polygons.json", write_polygons, lambda classes: require_outlines()),
 }

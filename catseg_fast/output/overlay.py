@@ -134,7 +134,7 @@ def _to_numpy(pixels: Tensor, factor: int) -> np.ndarray:
 
 
 def _contours(labels: np.ndarray, rows: slice) -> np.ndarray:
-    """Where lines between classes run, in some rows: bool `[rows, W]`, thicker on larger pictures."""
+    """Find the lines between classes in some rows: bool `[rows, W]`, thicker on larger pictures."""
     width = max(1, round(labels.size**0.5 / 700))
     above = min(width, rows.start)
     part = labels[rows.start - above : rows.stop]

@@ -1,4 +1,4 @@
-"""What the command line writes for each picture: overlay, label map, and a summary as JSON."""
+"""Files of the command line for each picture: overlay, label map, and a summary as JSON."""
 
 from __future__ import annotations
 

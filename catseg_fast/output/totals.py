@@ -39,11 +39,15 @@ class Totals:
         self.pixels = torch.tensor(state["pixels"], dtype=torch.int64)
         self.scores = torch.tensor(state["scores"], dtype=torch.float64)
 
-    def summary(self) -> list[dict[str, Any]]:
-        """Each class's index, name, share of the pixels and mean score there (None without pixels)."""
+    def summary(self, present: float = 0.0) -> list[dict[str, Any]]:
+        """Each class's index, name, share of the pixels and mean score there (None without pixels).
+
+        Args:
+            present: least share of a class that is listed.
+        """
         total = max(1, int(self.pixels.sum()))
         rows = list(zip((NONE_NAME, *self.classes), self.pixels.tolist(), self.scores.tolist(), strict=True))
-        entries = [
+        entries: list[dict[str, Any]] = [
             {
                 "index": index,
                 "name": name,
@@ -52,4 +56,5 @@ class Totals:
             }
             for index, (name, pixels, score) in enumerate(rows, NONE)
         ]
-        return entries[1:] + entries[:1] * self.with_none
+        listed = [entry for entry in entries[1:] if entry["share"] >= present]
+        return listed + entries[:1] * self.with_none

@@ -1,1 +1,1 @@
-"""Class names: lists, prompts, text features. May import ground modules only."""
+"""Class names: lists, prompts, text features. It may import ground modules only."""

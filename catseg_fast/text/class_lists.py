@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from catseg_fast.errors import InputError, InputTypeError
+from catseg_fast.errors import InputError, InputTypeError, quoted
 from catseg_fast.files import open_regular
 from catseg_fast.text.fold import Fold, split_fold
 
@@ -156,7 +156,7 @@ def separator_notes(names: Names, file: bool = False) -> list[str]:
     if fold is None and len(flat) == 1 and "," in flat[0]:
         count = flat[0].count(", ") + 1
         kind = f"one class with {count} synonyms" if count > 1 else "one class"
-        notes.append(f"this is {kind}; {rule}: {_short(flat[0])}")
+        notes.append(f"this is {kind}; {rule}: {quoted(flat[0], 60)}")
     suspects = dict(_LOOKALIKES)
     if file:
         suspects[";"] = "a semicolon"
@@ -164,15 +164,11 @@ def separator_notes(names: Names, file: bool = False) -> list[str]:
         found = [name for name in flat if character in name.strip()]
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            notes.append(f"{_short(found[0])}{more} is one class with {title} in its name; {rule}")
+            notes.append(f"{quoted(found[0], 60)}{more} is one class with {title} in its name; {rule}")
     lists = [name for name in flat if name.strip().lower() in READY_LISTS]
     if lists:
-        notes.append(f"{lists[0]!r} is a class of that name here; to use the list, name nothing else")
+        notes.append(f"{quoted(lists[0])} is a class of that name here; to use the list, name nothing else")
     return notes
-
-
-def _short(name: str) -> str:
-    return repr(name if len(name) <= 60 else name[:59] + "…")
 
 
 def _read_utf8(path: Path) -> str:

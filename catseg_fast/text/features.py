@@ -1,4 +1,4 @@
-"""Tokens to text features: CLIP's text tower, and what it has computed before."""
+"""Text features of tokens: CLIP's text tower, and the cache of its results."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-FORMAT = 1  # of cached features; a change of what `encode_classes` computes needs a new one
-TEXTS_PER_FILE = 4096  # encoded between two writes, which is what an interruption loses
+FORMAT = 1  # version of cached features; changes with the results of `encode_classes`
+TEXTS_PER_FILE = 4096  # texts between two writes, the most that an interruption loses
 
 # Below this number of texts, encoding takes less time than hashing the text tower's weights.
 WORTH_CACHING = {"cpu": 32, "cuda": 8192}
@@ -37,7 +37,7 @@ def encode_classes(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Text features `[T, P, C]`: unit vectors, the normalised mean over the synonyms of a class.
+    """Return text features `[T, P, C]`: unit vectors, the normalised means over the synonyms of a class.
 
     Args:
         clip: the text tower; the features have its device and type.

@@ -19,7 +19,7 @@ ClassNames: TypeAlias = Sequence[str] | Mapping[str, str | Sequence[str]]
 
 @dataclass(frozen=True)
 class Fold:
-    """Which class each name belongs to.
+    """The class of each name.
 
     Attributes:
         classes: what labels are indices into.

@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from catseg_fast.config import Version
-from catseg_fast.errors import InputError, InputTypeError
+from catseg_fast.errors import InputError, InputTypeError, quoted
 
 SYNONYM_SEPARATOR = ", "
 SCENE_TEMPLATE = "A photo of a {} in the scene"
@@ -62,14 +62,16 @@ def _check_template(template: str) -> None:
     try:
         parts = [part[1:] for part in string.Formatter().parse(template)]
     except ValueError as error:
-        raise InputError(f"prompt_ensemble: the template {template!r} has a lone brace: {error}") from error
+        raise InputError(
+            f"prompt_ensemble: the template {quoted(template)} has a lone brace: {error}"
+        ) from error
     fields = [part for part in parts if part != (None, None, None)]
     if not fields:
-        raise InputError(f"prompt_ensemble: the template {template!r} has no {{}} for the class name")
+        raise InputError(f"prompt_ensemble: the template {quoted(template)} has no {{}} for the class name")
     if any(field != ("", "", None) for field in fields):
         raise InputError(
-            f"prompt_ensemble: the template {template!r} has other braces than {{}} for the class name; "
-            "{{ and }} stand for braces"
+            f"prompt_ensemble: the template {quoted(template)} has other braces than {{}} for the class "
+            "name; {{ and }} stand for braces"
         )
 
 
@@ -109,7 +111,7 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
             name is listed twice.
     """
     if isinstance(classes, str):
-        raise InputTypeError(f"{name}: expected a list of names, got the string {classes!r}")
+        raise InputTypeError(f"{name}: expected a list of names, got the string {quoted(classes)}")
     classes = _ordered(classes, name, "names")
     if not classes:
         raise InputError(f"{name}: the list is empty; at least one class is needed")
@@ -120,13 +122,14 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
         if not label.strip():
             raise InputError(f"{name}: entry {index} is blank")
         if not all(synonym.strip() for synonym in label.split(SYNONYM_SEPARATOR.strip())):
-            raise InputError(f"{name}: entry {index}, {label!r}, has a blank synonym")
+            raise InputError(f"{name}: entry {index}, {quoted(label)}, has a blank synonym")
         if not label.isascii() and any("\ud800" <= character <= "\udfff" for character in label):
             raise InputError(
-                f"{name}: entry {index}, {label!r}, is not valid Unicode; was it read from other than UTF-8?"
+                f"{name}: entry {index}, {quoted(label)}, is not valid Unicode; was it read from "
+                "other than UTF-8?"
             )
         if label in seen:
-            raise InputError(f"{name}: {label!r} is listed twice (entries {seen[label]} and {index})")
+            raise InputError(f"{name}: {quoted(label)} is listed twice (entries {seen[label]} and {index})")
         seen[label] = index
     return classes
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from math import gcd
 
 from catseg_fast.config import Version
+from catseg_fast.errors import quoted
 from catseg_fast.notices import warn
 from catseg_fast.text.tokens import tokenize_classes
 
@@ -21,7 +22,7 @@ def warn_of_same_prompts(
     if not groups:
         return
     pairs = [
-        f"{classes[index]!r} ({index}) as {classes[first]!r} ({first})"
+        f"{quoted(classes[index], 60)} ({index}) as {quoted(classes[first], 60)} ({first})"
         for first, *others in groups
         for index in others
     ]

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from catseg_fast.config import Version
-from catseg_fast.errors import InputError
+from catseg_fast.errors import InputError, quoted
 from catseg_fast.text.prompts import class_prompts
 
 if TYPE_CHECKING:
     from open_clip.tokenizer import SimpleTokenizer
 
 KEPT_WORDS = 2**16
+LONGEST_TOKEN = 32  # bytes
 
 
 def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
@@ -35,9 +36,17 @@ def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
     tokenizer = _tokenizer()
     tokens = np.zeros((len(texts), context_length), dtype=np.int64)
     for row, text in zip(tokens, texts, strict=True):
+        # The tokenizer's time grows with the square of a word's length.
+        least = -(-len("".join(text.split()).encode()) // LONGEST_TOKEN)
+        if least > 2 * context_length:  # cleaning may shorten it
+            raise InputError(
+                f"the text {quoted(text)} has at least {least} tokens, more than CLIP's {context_length}"
+            )
         ids = [tokenizer.sot_token_id, *_encode(text), tokenizer.eot_token_id]
         if len(ids) > context_length:
-            raise InputError(f"the text {text!r} has {len(ids)} tokens, more than CLIP's {context_length}")
+            raise InputError(
+                f"the text {quoted(text)} has {len(ids)} tokens, more than CLIP's {context_length}"
+            )
         row[: len(ids)] = ids
     return torch.from_numpy(tokens)
 
@@ -55,7 +64,7 @@ def tokenize_classes(
         try:
             tokens.append(tokenize(class_prompts(label, templates, version), context_length))
         except ValueError as error:
-            raise InputError(f"classes: {label!r} does not fit: {error}") from error
+            raise InputError(f"classes: {quoted(label)} does not fit: {error}") from error
     return tokens
 
 

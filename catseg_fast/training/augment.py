@@ -1,4 +1,4 @@
-"""Random crops of a picture and its labels: resized, cropped, recoloured and mirrored as upstream does."""
+"""Random crops of a picture and its labels: resized, cropped, recoloured and mirrored as in upstream."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LOW, HIGH = 0.5, 1.5  # factors of contrast and saturation
 def augment(
     image: Tensor, labels: Tensor, recipe: Recipe, ignore_label: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A random crop.
+    """Return a random crop.
 
     Args:
         image: uint8 `[3, H, W]`.
         labels: `[H, W]`, int64.
-        recipe: says how.
-        ignore_label: of pixels outside the picture.
-        rng: decides everything.
+        recipe: the recipe of the augmentation.
+        ignore_label: label of pixels outside the picture.
+        rng: source of all random decisions.
 
     Returns:
         uint8 `[3, S, S]` and int64 `[S, S]` for the recipe's `crop_size` S.
@@ -61,7 +61,7 @@ def _resize_shorter_side(image: Tensor, labels: Tensor, side: int) -> tuple[Tens
 
 
 def _crop(labels: Tensor, recipe: Recipe, ignore_label: int, rng: np.random.Generator) -> tuple[slice, slice]:
-    """Where the crop is; the last one drawn where none has a class's share small enough."""
+    """Return the position of a crop where no class's share is too large, or the last one that was tried."""
     limited = recipe.category_max_ratio < 1
     for _ in range(CROP_ATTEMPTS if limited else 1):
         rows, columns = (_interval(length, recipe.crop_size, rng) for length in labels.shape)
@@ -80,7 +80,7 @@ def _interval(length: int, size: int, rng: np.random.Generator) -> slice:
 
 
 def recolour(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue, each changed with a chance of one half, as SSD does."""
+    """Change brightness, contrast, saturation and hue, each with a probability of one half, as in SSD."""
     if rng.random() < 0.5:
         image = _affine(image, 1.0, rng.uniform(-BRIGHTNESS, BRIGHTNESS))
     contrast_first = rng.random() < 0.5

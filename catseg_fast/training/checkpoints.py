@@ -27,21 +27,22 @@ class Checkpoints:
         self.folder = folder
 
     def steps(self) -> list[int]:
-        """The steps behind which there is a checkpoint, ascending."""
+        """Return the steps after which there is a checkpoint, ascending."""
         if not self.folder.is_dir():
             return []
         found = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
-        """The file of a step."""
+        """Return the file of a step."""
         return self.folder / f"step-{step:08}.pt"
 
     def save(self, step: int, content: Mapping[str, Any]) -> Path:
         """Write a checkpoint, and only then remove the oldest.
 
         Raises:
-            OSError: if it cannot be written, say because the disk is full; those before it are untouched.
+            OSError: if it cannot be written, for example because the disk is full; earlier checkpoints
+            remain.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step)
@@ -51,10 +52,10 @@ class Checkpoints:
         return path
 
     def load(self) -> dict[str, Any] | None:
-        """The last checkpoint that can be read, on the CPU; None if there is none.
+        """Return the last checkpoint that can be read, on the CPU; None if there is none.
 
         Raises:
-            InputError: if there are some, but all are damaged.
+            InputError: if all checkpoints are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -78,7 +79,7 @@ class Checkpoints:
 
 
 def export(state_dict: Mapping[str, Tensor], path: Path, dtype: torch.dtype, variant: str) -> None:
-    """Write weights as safetensors under upstream's keys, numbers with a fraction in `dtype`.
+    """Write weights as safetensors under upstream's keys, with floating-point numbers in `dtype`.
 
     Raises:
         OSError: if the file cannot be written.

@@ -1,4 +1,4 @@
-"""What a run writes down of each step: lines of JSON, and TensorBoard's events where it is installed."""
+"""Log of a run's steps: lines of JSON, and TensorBoard's events if it is installed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ LOG = "log.jsonl"
 
 
 class Log:
-    """Appends to `log.jsonl` and TensorBoard's events in a folder; what an earlier run wrote of `first_step`
-    and later ones goes.
+    """Appends to `log.jsonl` and TensorBoard's events in a folder.
+
+    Entries of an earlier run for `first_step` and later steps are removed.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

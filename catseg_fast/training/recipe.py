@@ -1,4 +1,4 @@
-"""How a model is trained: the recipe, by default upstream's, and its learning rate."""
+"""The training recipe, by default upstream's, and its learning rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result of a run, beside the data and the first weights.
+    """Settings that determine the result of a run, besides the data and the initial weights.
 
     Attributes:
         steps: optimiser steps.

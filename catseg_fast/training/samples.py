@@ -1,4 +1,4 @@
-"""What a run looks at, and when: an endless shuffled stream of crops, of which any step can be had at once.
+"""Samples of a run: an endless shuffled stream of crops, with random access to any step.
 
 Everything follows from the recipe's seed and a crop's position in the stream, so that a run that goes on
 after an interruption sees what it would have seen, whatever the number of workers.

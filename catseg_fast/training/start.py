@@ -1,4 +1,4 @@
-"""What a run starts from: a whole checkpoint, or CLIP alone, under CAT-Seg's names or open_clip's."""
+"""Initial weights of a run: a whole checkpoint, or only CLIP, under CAT-Seg's names or open_clip's."""
 
 from __future__ import annotations
 

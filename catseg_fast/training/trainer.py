@@ -39,7 +39,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Step:
-    """What came of a step, counted from 0.
+    """Result of a step, counted from 0.
 
     Attributes:
         loss: mean over the step's pictures.
@@ -254,7 +254,7 @@ class Trainer:
         )
 
     def _gradients_together(self, last: bool) -> AbstractContextManager[Any]:
-        """Whether this part's backward adds up the gradients of all processes."""
+        """Check whether this part's backward pass adds up the gradients of all processes."""
         if isinstance(self.parallel, DistributedDataParallel) and not last:
             return self.parallel.no_sync()
         return nullcontext()
@@ -272,7 +272,7 @@ class Trainer:
         )
 
     def _run(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
+        """Return the facts that must be equal for a run to continue."""
         return {
             **asdict(self.recipe),
             "variant": self.model.variant.name,

@@ -1,4 +1,4 @@
-"""Which of pattern, colour and shape a model tells right on generated scenes, from label maps of them.
+"""Accuracy of pattern, colour and shape on generated scenes, from their label maps.
 
 catseg-fast scenes scenes/held-out-200 --split held-out-200 --count 200 --seed 1000
 catseg-fast eval --data scenes/held-out-200 --whole --output evaluated/held-out-200

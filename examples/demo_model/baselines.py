@@ -1,4 +1,4 @@
-"""What the demo model must beat on generated scenes: the nearest colour, and itself before training.
+"""Baselines of the demo model on generated scenes: the nearest colour, and the untrained model.
 
 catseg-fast scenes scenes/held-out --split held-out --count 200 --seed 1000
 python examples/demo_model/baselines.py scenes/held-out

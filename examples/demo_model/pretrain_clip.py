@@ -130,7 +130,7 @@ class Views:
         )
 
     def _corner(self, labels: NDArray[Any], length: int, whole: bool) -> NDArray[np.intp]:
-        """Where a square of `length` pixels begins: around a thing if there is one, unless it is `whole`."""
+        """Return the corner of a square of `length` pixels, around a thing unless it is `whole`."""
         last = 2 * len(labels) - length
         things = np.argwhere(labels[::4, ::4] >= len(GROUNDS))
         if whole or not len(things):

@@ -1,4 +1,4 @@
-"""Which of pattern, colour and shape the demo model's CLIP tells right, patch by patch.
+"""Accuracy of pattern, colour and shape of the demo model's CLIP, patch by patch.
 
 catseg-fast scenes scenes/held-out-200 --split held-out-200 --count 200 --seed 1000
 python examples/demo_model/probe_clip.py scenes/held-out-200 clip.safetensors

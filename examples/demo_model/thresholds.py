@@ -1,4 +1,4 @@
-"""Which `min_score` suits a model and a labelled data set: classes are left out in turn.
+"""Choice of `min_score` for a model and a labelled data set, with classes left out in turn.
 
 catseg-fast scenes scenes/held-out --split held-out --count 200 --seed 1000
 python examples/demo_model/thresholds.py scenes/held-out --limit 12

@@ -7,14 +7,14 @@ included), in each head:
     y = x + sum_j p_j mean_j,  p_j = q_j key_sum_j / (q key_sum + eps)
     out = x + y + W_2 relu(W_1 LN(y) + b_1) + b_2
 
-x and out are `[B, t, HW, C]`. The p_j are shares of one, and what they weigh are means of values: both fit in
-fp16 whatever the keys are. Queries, shares, y and the hidden layer never reach memory. With pooling (h, w)
-the tokens are averages of h x w positions, taken while x is read, y and the MLP are on the pooled grid, and
-what they give is interpolated and added to x by `unpool.py`.
+x and out are `[B, t, HW, C]`. The p_j add up to one and weigh means of values, so both fit in fp16 for any
+keys. Queries, the p_j, y and the hidden layer never reach memory. With pooling (h, w), tokens are averages of
+h x w positions, taken while x is read; y and the MLP are computed on the pooled grid, and `unpool.py`
+interpolates the result and adds it to x.
 
-A crop's tokens are taken position by position, and class by class within each; a program makes `rows` of
-them. Where they are of several positions, each position is attended to in turn, so that no row is wasted
-however many classes there are.
+A crop's tokens are ordered by position, then by class; a program computes `rows` of them. If they belong to
+several positions, the program attends to the positions in turn, so that no row is wasted for any number of
+classes.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def apply_kernel(
     p_x = x_ptr + b * x_stride_b + o_t.to(tl.int64) * x_stride_t
     x = load_tokens(p_x, p, m_row, x_stride_p, C, BLOCK_C, W, POOL_H, POOL_W)
     normalised = normalise(x, C, BLOCK_C).to(dtype)
-    # In fp32, a sum is apart from the larger number that it is added to, which would round each step.
+    # In fp32, a product is summed up before the larger addend is added, which would round each step.
     APART: tl.constexpr = dtype == tl.float32
     y = tl.zeros_like(x) if APART else x
     for position in range(first, last + 1):
@@ -152,7 +152,7 @@ def apply_kernel(
     if APART:
         z += y
 
-    if POOL_H * POOL_W == 1:  # read again, not held in registers all the while
+    if POOL_H * POOL_W == 1:  # read again rather than held in registers
         p_x = (p_x + p * x_stride_p)[:, None] + o_c[None, :]
         z += tl.load(p_x, m, 0.0, eviction_policy="evict_first").to(tl.float32)
     p_out = out_ptr + b * out_stride_b + o_t.to(tl.int64) * out_stride_t + p * C
@@ -171,7 +171,7 @@ def _load(
     STRIDE: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """The block `[ROWS, COLUMNS]` of a matrix from a row and column on; zero from the ends on."""
+    """The block `[ROWS, COLUMNS]` of a matrix that starts at a row and column; zero outside the matrix."""
     if TMA:
         return matrix.load([row, column])
     else:
@@ -182,9 +182,9 @@ def _load(
 
 @dataclass(frozen=True)
 class ApplyConfig(LaunchConfig):
-    """Launch config: tokens per program, hidden channels per step, and how it reads the weights.
+    """Launch config: tokens per program, hidden channels per step, and the way that weights are read.
 
-    `tma` is for compute capability 9.0 and newer. Sizes that no tensor descriptor takes use pointers anyway.
+    `tma` needs compute capability 9.0 or higher. Sizes that do not fit a tensor descriptor use pointers.
     """
 
     version: ClassVar[int] = 2
@@ -198,7 +198,7 @@ class ApplyConfig(LaunchConfig):
 
 @cache
 def default_config(capability: int, problem: Problem) -> ApplyConfig:
-    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    """Return a config that fits every GPU of a compute capability (90 for 9.0)."""
     if problem.dtype == "fp32":
         num_stages = 1 if problem.precision == "tf32x3" else 2
         return ApplyConfig(rows=16, hidden=16, num_warps=8, num_stages=num_stages, maxnreg=255)
@@ -228,7 +228,7 @@ def candidates(capability: int, problem: Problem) -> tuple[ApplyConfig, ...]:
 
 
 def interpreter_config(problem: Problem) -> ApplyConfig:
-    """Few steps: each takes the interpreter milliseconds, however large it is."""
+    """Return a config with few steps: the interpreter needs milliseconds for each, whatever its size."""
     return ApplyConfig(rows=64, hidden=512, num_warps=1, num_stages=1)
 
 
@@ -252,7 +252,7 @@ def problem(
     input_precision: str,
     out: Tensor | None = None,
 ) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     sizes = {"positions": x.shape[2], "channels": x.shape[3], "heads": heads, "hidden": len(fc1)}
     pooled = pooling[0] * pooling[1]
     return Problem.of("class_apply", "apply", ApplyConfig, x, input_precision, **sizes, pooled=pooled)

@@ -1,4 +1,4 @@
-"""First pass of the linear attention over classes: a chunk's share of what it sums over all classes.
+"""First pass of the linear attention over classes: a chunk's part of the sums over all classes.
 
 With phi(x) = elu(x) + 1, for each crop, position and head, over the chunk's classes t:
 
@@ -7,11 +7,11 @@ With phi(x) = elu(x) + 1, for each crop, position and head, over the chunk's cla
 
 x is `[B, t, HW, C]`, the sums are `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32, d = C / heads. With
 pooling (h, w) a token is the average of h x w positions, taken while x is read. Normalised tokens, keys and
-values never reach memory. The last chunk may write, in place of `key_value`, what `class_apply` reads: the
+values never reach memory. Instead of `key_value`, the last chunk may write the input of `class_apply`: the
 means of values `key_value_j length / key_sum_j` in the type of x.
 
-A program holds the weights of some heads and walks over the classes of one position: every sum has one owner,
-there are no atomics, and the bits are the same every time.
+A program holds the weights of some heads and walks over the classes of one position. Each sum is computed by
+one program, without atomics, so results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def collect_kernel(
 
 @dataclass(frozen=True)
 class CollectConfig(LaunchConfig):
-    """Launch config: channels per program at most (whole heads), and classes per step."""
+    """Launch config: the most channels per program (in whole heads), and classes per step."""
 
     version: ClassVar[int] = 2
     channels: int
@@ -143,7 +143,7 @@ class CollectConfig(LaunchConfig):
 
 @cache
 def default_config(capability: int, problem: Problem) -> CollectConfig:
-    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    """Return a config that fits every GPU of a compute capability (90 for 9.0)."""
     if problem.dtype == "fp32":
         return CollectConfig(channels=32, classes=16, num_warps=16, num_stages=1)
     if problem.size("channels") > 128:
@@ -169,7 +169,7 @@ def candidates(capability: int, problem: Problem) -> tuple[CollectConfig, ...]:
 
 
 def interpreter_config(problem: Problem) -> CollectConfig:
-    """Few steps: each takes the interpreter milliseconds, however large it is."""
+    """Return a config with few steps: the interpreter needs milliseconds for each, whatever its size."""
     return CollectConfig(channels=256, classes=32, num_warps=1, num_stages=1)
 
 
@@ -188,7 +188,7 @@ def problem(
     *,
     input_precision: str,
 ) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     sizes = {"positions": x.shape[2], "channels": x.shape[3], "heads": heads}
     precision = _precision(input_precision)
     pooled = pooling[0] * pooling[1]
@@ -211,10 +211,10 @@ def launch(
     input_precision: str,
     config: CollectConfig,
 ) -> tuple[Tensor, Tensor]:
-    """New sums `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32.
+    """Return new sums `[B, hw, heads, d, d]` and `[B, hw, heads, d]` in fp32.
 
-    The old ones, `key_value` and `key_sum`, are like them, or `[heads, …]` and the same everywhere, or None.
-    With `means`, means in the type of x take the place of the first result.
+    The old sums, `key_value` and `key_sum`, have these shapes, or `[heads, …]` if they are the same at every
+    position, or are None. With `means`, the first result holds means in the type of x.
     """
     (B, t, _, C), d = x.shape, x.shape[-1] // heads
     (height, width), (pool_h, pool_w) = resolution, pooling

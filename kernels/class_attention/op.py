@@ -7,15 +7,15 @@ With phi(x) = elu(x) + 1 and norm without affine part, for each crop, position a
     q = phi(W_q n + b_q + text_query);  y = x + length q key_value / (q key_sum + eps)
     out = x + y + W_2 relu(W_1 norm(y) + b_1) + b_2
 
-The last call of `class_collect` may give, in place of `key_value`, what `class_apply` reads: for each channel
-of a key the mean of all values, weighted by the keys, mean_j = length key_value_j / key_sum_j, in the type of
-x. Then y = x + sum_j p_j mean_j with shares p_j = q_j key_sum_j / (q key_sum + eps), which fit in fp16 as the
-means do, whatever the keys are.
+Instead of `key_value`, the last call of `class_collect` may return the input of `class_apply`: for each
+channel of a key, the mean of all values weighted by the keys, mean_j = length key_value_j / key_sum_j, in the
+type of x. Then y = x + sum_j p_j mean_j with weights p_j = q_j key_sum_j / (q key_sum + eps). Weights and
+means fit in fp16 for any keys.
 
-With pooling (h, w), tokens are averages of h x w positions, and the way back is a bilinear interpolation. The
-kernels are in `collect.py`, `apply.py` and `unpool.py`.
+With pooling (h, w), tokens are averages of h x w positions, and the result is interpolated bilinearly to all
+positions. The kernels are in `collect.py`, `apply.py` and `unpool.py`.
 
-Both ops compute in the type of x and accumulate in fp32 whatever autocast says, and have no gradient.
+Both ops compute in the type of x and accumulate in fp32, independently of autocast. They have no gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_CHANNELS = 256
 
 
 def unsupported(channels: int) -> str | None:
-    """Why the kernels cannot run a layer of these sizes; None if they can."""
+    """Return why the kernels cannot run a layer of these sizes; None if they can."""
     if channels % 16 or channels > MAX_CHANNELS:
         return f"{channels} channels; expected a multiple of 16 up to {MAX_CHANNELS}"
     return None
@@ -57,24 +57,25 @@ def class_collect(
     """Add a chunk's keys and values to sums over classes.
 
     Args:
-        x: `[B, t, HW, C]`, fp16, bf16 or fp32; any strides, but a copy is made where channels are not
-            contiguous.
+        x: `[B, t, HW, C]`, fp16, bf16 or fp32, with any strides; it is copied if channels are not contiguous.
         weight, bias: `[2C, C]` and `[2C]`, of keys, then of values.
-        text_key: the text guidance's share of the keys, `[B or 1, t, C]`, or None.
+        text_key: the part of the keys that comes from the text guidance, `[B or 1, t, C]`, or None.
         key_value, key_sum: old sums in fp32, `[B, hw, heads, d, d]` and `[B, hw, heads, d]`, or without the
-            first two dimensions if they are the same everywhere; None at first. They are not overwritten.
+            first two dimensions if they are the same at every position; None for the first chunk. They are
+            not overwritten.
         heads: attention heads.
-        length: by which values are divided, to stay within fp16's range: the number of all classes.
+        length: divisor of the values that keeps them in fp16's range: the number of all classes.
         resolution: (H, W).
         pooling: (h, w).
-        means: whether the chunk is the last, and means are made of the sums.
-        input_precision: of products of fp32 numbers: "ieee" or "tf32"; here, "tf32x3" means "ieee".
+        means: whether this is the last chunk, and the means are computed from the sums.
+        input_precision: precision of products of fp32 numbers: "ieee" or "tf32"; "tf32x3" means "ieee" here.
 
     Returns:
-        The new `key_value`, or with `means` the means, of the same shape in the type of x; and `key_sum`.
+        The new `key_value`, or with `means` the means, which have the same shape and the type of x; and
+        `key_sum`.
 
     Raises:
-        ValueError: for what the kernels do not support, and for shapes, types or devices that do not fit.
+        ValueError: if the kernels do not support the sizes, or shapes, types or devices do not fit.
         RuntimeError: if the GPU is too old.
     """
     _check(x, "text_key", text_key, heads, resolution, pooling, input_precision)
@@ -111,14 +112,14 @@ def class_apply(
 
     Args:
         x, heads, length, resolution, pooling: as in `class_collect`.
-        text_query: the text guidance's share of the queries, `[B or 1, t, C]`, or None.
+        text_query: the part of the queries that comes from the text guidance, `[B or 1, t, C]`, or None.
         means: of values, `[B, hw, heads, d, d]` in the type of x, contiguous.
         key_sum: the sums of keys, `[B, hw, heads, d]` in fp32.
         q, q_bias, fc1, fc1_bias, fc2, fc2_bias: `[C, C]`, `[C]`, `[M, C]`, `[M]`, `[C, M]` and `[C]`.
-        eps: added to the weights' sum.
-        input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
-        out: where the result goes, like x and with dense rows of positions, but with any strides over B and
-            t; it may be x. By default a new, contiguous tensor.
+        eps: added to the sum of the weights.
+        input_precision: precision of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+        out: tensor for the result, with the shape and type of x and dense positions, but any strides over B
+            and t; it may be x. By default a new, contiguous tensor.
 
     Returns:
         `[B, t, HW, C]`: `out`, or the new tensor.
@@ -312,7 +313,7 @@ def _check_sums(
 
 
 def _tokens(resolution: Sequence[int], pooling: Sequence[int]) -> int:
-    """Pooled positions hw."""
+    """Return the number of pooled positions, hw."""
     return (resolution[0] // pooling[0]) * (resolution[1] // pooling[1])
 
 
@@ -324,7 +325,7 @@ def _collect_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
         "weight": random.weight(2 * C, C),
         "bias": random.bias(2 * C),
         "text_key": random.normal(B if sizes.guided else 1, t, C),
-        # In a stream, the sums of an earlier chunk of one class.
+        # In a stream, the sums of an earlier chunk with one class.
         "key_value": random.uniform(*shape, d, d) / t if sizes.streamed else None,
         "key_sum": random.uniform(*shape, d) if sizes.streamed else None,
         "heads": heads,
@@ -341,7 +342,7 @@ def _apply_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
     return {
         "x": random.normal(*sizes.state),
         "text_query": random.normal(B if sizes.guided else 1, t, C),
-        # Of t keys around one.
+        # Sums of t keys of about one.
         "means": random.normal(*shape, d, d, scale=t**-0.5),
         "key_sum": t * (0.5 + random.uniform(*shape, d)),
         "q": random.weight(C, C),

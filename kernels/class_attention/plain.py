@@ -74,7 +74,7 @@ def keys_and_values(
 def add_up(
     keys: Tensor, values: Tensor, key_value: Tensor | float, key_sum: Tensor | float, heads: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """Old sums and a chunk's, `[B, hw, heads, d, d]` and `[B, hw, heads, d]`, in fp32 at least."""
+    """Add a chunk's sums to old ones, `[B, hw, heads, d, d]` and `[B, hw, heads, d]`, in fp32 at least."""
     k, v = (x.unflatten(-1, (heads, -1)) for x in (feature_map(keys), values / length))
     products = torch.einsum("btnhd,btnhv->bnhdv", k, v)
     new_key_value = products.to(torch.promote_types(products.dtype, torch.float32)) + key_value
@@ -82,7 +82,7 @@ def add_up(
 
 
 def mean_values(key_value: Tensor, key_sum: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """For each channel of a key the mean of all values, weighted by the keys: `[B, hw, heads, d, d]`."""
+    """The mean of all values weighted by each channel of the keys: `[B, hw, heads, d, d]`."""
     return (key_value / (key_sum / length).clamp_min(1e-37)[..., None]).to(dtype)
 
 
@@ -102,7 +102,7 @@ def apply_attention(
     pooling: Sequence[int],
     attend: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """`class_apply` with any attention: of queries `[B, t, hw, C]` over all classes."""
+    """Compute `class_apply` with any attention of queries `[B, t, hw, C]` over all classes."""
     q, q_bias, fc1, fc1_bias, fc2, fc2_bias = weights
     tokens = _pool(x, resolution, pooling)
     queries = F.linear(F.layer_norm(tokens, tokens.shape[-1:]), q, q_bias)

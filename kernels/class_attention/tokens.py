@@ -1,4 +1,4 @@
-"""What both passes of the class attention do to rows of tokens, one row per class and position."""
+"""Functions of both passes of the class attention on rows of tokens, one row per class and position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_tokens(
     POOL_H: tl.constexpr,
     POOL_W: tl.constexpr,
 ):
-    """Rows of tokens `[rows, BLOCK_C]` in fp32: of x itself, or averages over POOL_H x POOL_W positions."""
+    """Load rows of tokens `[rows, BLOCK_C]` in fp32, from x or as averages of POOL_H x POOL_W positions."""
     o_c = tl.arange(0, BLOCK_C)
     m = m_row[:, None] if C == BLOCK_C else m_row[:, None] & (o_c < C)[None, :]
     corner = p // (W // POOL_W) * POOL_H * W + p % (W // POOL_W) * POOL_W

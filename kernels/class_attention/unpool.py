@@ -1,7 +1,7 @@
-"""The way back from pooled tokens: bilinear interpolation to all positions, corners aligned, added to x.
+"""Bilinear interpolation of pooled tokens to all positions, with aligned corners, added to x.
 
 A position (r, s) of the H x W grid is at (r (h - 1) / (H - 1), s (w - 1) / (W - 1)) of the pooled h x w grid;
-out is x plus the four pooled tokens around that place, weighted by distance. x and out are `[B, t, HW, C]`,
+out is x plus the four pooled tokens around that point, weighted by distance. x and out are `[B, t, HW, C]`,
 pooled is `[B, t, hw, C]`; the interpolated tokens never reach memory.
 """
 
@@ -81,9 +81,9 @@ def launch(
     out: Tensor,
     config: UnpoolConfig = UnpoolConfig(),
 ) -> Tensor:
-    """Write to `out` `x [B, t, HW, C]` plus `pooled [B, t, hw, C]` interpolated to `resolution`.
+    """Write `x [B, t, HW, C]` plus `pooled [B, t, hw, C]`, interpolated to `resolution`, to `out`.
 
-    out, strided over B and t, may be x.
+    `out` may have any strides over B and t, and may be x.
     """
     (B, t, HW, C), (height, width), (pool_h, pool_w) = x.shape, resolution, pooling
     block_c = max(16, triton.next_power_of_2(C))

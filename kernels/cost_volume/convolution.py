@@ -4,8 +4,8 @@ For maps `x [N, H, W, CI]` and K x K taps, zero outside the map:
 
     y[r, s] = bias + sum_ij  W[:, :, i, j] . x[r + i - K // 2, s + j - K // 2]
 
-The sum over taps and channels is one matrix product whose left operand, the patches, is gathered by index
-arithmetic. Patches never reach memory.
+The sum over taps and channels is one matrix product. Its left operand, the patches, is gathered by index
+arithmetic and never reaches memory.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def convolution_kernel(
     pixel = row % HW
     inside = row < images * HW
     p_x = x_ptr + image * (HW * CI)
-    y = tl.where(inside, pixel // W, H + TAPS)[:, None]  # a row that has no tap inside the map
+    y = tl.where(inside, pixel // W, H + TAPS)[:, None]  # else a row without taps inside the map
     x = (pixel % W)[:, None]
 
     p_weight = weight_ptr + channel[:, None] * PATCH
     m_channel = channel < CO
     accumulator = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    # A step is of one tap where the channels allow, so that its place is the same for all of the step.
+    # If the channels allow, a step has a single tap, whose offset is the same for the whole step.
     STEP_TAPS: tl.constexpr = 1 if CI % DEPTH == 0 else DEPTH
     for start in range(0, PATCH, DEPTH):
         k = start + tl.arange(0, DEPTH)
@@ -64,7 +64,7 @@ def convolution_kernel(
         m_map = (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
         o_patch = pixel[:, None] * CI + (dy * W + dx) * CI + (k % CI)[None, :]
         patch = tl.load(p_x + o_patch, mask=m_map, other=0.0, cache_modifier=".ca")
-        # From PATCH on, what is in the patch meets zeros.
+        # From PATCH on, the weights are zero.
         m_weight = m_channel[:, None] if PATCH % DEPTH == 0 else m_channel[:, None] & (k < PATCH)[None, :]
         weight = tl.load(p_weight + k[None, :], mask=m_weight, other=0.0)
         accumulator = tl.dot(patch, tl.trans(weight), accumulator, input_precision=PRECISION)
@@ -104,7 +104,7 @@ class ConvolutionConfig(LaunchConfig):
 
 @cache
 def default_config(capability: int, problem: Problem) -> ConvolutionConfig:
-    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    """Return a config that fits every GPU of a compute capability (90 for 9.0)."""
     size = Size(**dict(problem.sizes))
     channels = min(max(16, triton.next_power_of_2(size.channels_out)), 128)
     if problem.dtype == "fp32":
@@ -119,7 +119,7 @@ def default_config(capability: int, problem: Problem) -> ConvolutionConfig:
 
 @cache
 def interpreter_config(problem: Problem) -> ConvolutionConfig:
-    """Few and large tiles: the interpreter takes as long for a small program as for a large one."""
+    """Return large tiles: the interpreter takes as long for a small program as for a large one."""
     return replace(default_config(90, problem), pixels=1024, depth=256)
 
 
@@ -138,7 +138,7 @@ def candidates(capability: int, problem: Problem) -> tuple[ConvolutionConfig, ..
 
 
 def problem(x: Tensor, weight: Tensor, bias: Tensor, size: Size, *, input_precision: str) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     return Problem.of("embed_cost_volume", "convolution", ConvolutionConfig, x, input_precision, **vars(size))
 
 
@@ -152,7 +152,7 @@ def launch(
         weight: `[CO, K, K, CI]`, contiguous.
         bias: `[CO]`.
         size: the sizes.
-        input_precision: of products of fp32 numbers.
+        input_precision: precision of products of fp32 numbers.
         config: the launch config.
     """
     B, t = x.shape[:2]

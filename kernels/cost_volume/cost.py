@@ -2,8 +2,8 @@
 
     cost[b, t, i, p] = image[b, i] . text[b, t, p]
 
-for image features `[B, HW, F]` and text features `[B or 1, t, P, F]`, of all pixels with all prompts of a
-chunk. It is written channels last, `[B, t, HW, P]`; permuted copies are never materialised.
+for image features `[B, HW, F]` and text features `[B or 1, t, P, F]`, all pixels by all prompts of a chunk.
+It is written channels last, `[B, t, HW, P]`; permuted copies are never materialised.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def cost_kernel(
 ):
     TILES: tl.constexpr = (HW + PIXELS - 1) // PIXELS
     columns = tl.cdiv(classes * P, COLUMNS)
-    # Programs that share text come one behind the other.
+    # Programs that share text are consecutive.
     pixel = tl.program_id(0) % TILES * PIXELS + tl.arange(0, PIXELS)
     column = tl.program_id(0) // TILES % columns * COLUMNS + tl.arange(0, COLUMNS)
     crop = (tl.program_id(0) // (TILES * columns)).to(tl.int64)
     m_pixel, m_column = pixel < HW, column < classes * P
-    column = tl.minimum(column, classes * P - 1)  # text beyond the last is not stored
+    column = tl.minimum(column, classes * P - 1)  # results beyond the last column are not stored
     class_, prompt = (column // P).to(tl.int64), column % P
 
     k = tl.arange(0, FEATURES)
@@ -113,13 +113,13 @@ def candidates(capability: int, problem: Problem) -> tuple[CostConfig, ...]:
 
 
 def problem(image: Tensor, text: Tensor, *, input_precision: str) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     sizes = {"positions": image.shape[1], "prompts": text.shape[2]}
     return Problem.of("embed_cost_volume", "cost", CostConfig, image, input_precision, text.shape[1], **sizes)
 
 
 def launch(image: Tensor, text: Tensor, *, input_precision: str, config: CostConfig) -> Tensor:
-    """The cost volume `[B, t, HW, P]` of `image [B, HW, F]` and `text [B or 1, t, P, F]`."""
+    """Return the cost volume `[B, t, HW, P]` of `image [B, HW, F]` and `text [B or 1, t, P, F]`."""
     (B, HW, F), (_, t, P, _) = image.shape, text.shape
     cost = image.new_empty((B, t, HW, P))
     launcher.run(

@@ -5,11 +5,12 @@ prompts:
 
     cost[b, t, i, p] = image[b, i] . text[b, t, p]        x = conv7x7(cost) + bias, from P channels to C
 
-With one prompt per class, one kernel does both (`single_prompt.py`). With more, the first kernel (`cost.py`)
-writes the cost volume of this chunk channels last, `[B, t, HW, P]`; the second is `convolution.py`'s. Never
-materialised are the cost volume of all classes, its permuted copies, and the patches `[B*t, 49 P, HW]`.
+With one prompt per class, one kernel does both (`single_prompt.py`). With several prompts, the first kernel
+(`cost.py`) writes the cost volume of the chunk channels last, `[B, t, HW, P]`, and the second
+(`convolution.py`) convolves it. The cost volume of all classes, its permuted copies and the patches
+`[B*t, 49 P, HW]` are never materialised.
 
-The op computes in the features' type whatever autocast says, and has no gradient.
+The op computes in the features' type, independently of autocast. It has no gradient.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ def embed_cost_volume(
     resolution: Sequence[int],
     input_precision: str = "ieee",
 ) -> Tensor:
-    """The cost volume and its convolution on Triton kernels, any sizes.
+    """Compute the cost volume and its convolution with Triton kernels, for any sizes.
 
     Args:
         image: unit image features `[B, HW, F]`; fp16, bf16 or fp32.
         text: unit text features `[B or 1, t, P, F]`, of at least one class.
-        weight: of the convolution, taps first: `[C, 7, 7, P]`.
+        weight: weight of the convolution, taps first: `[C, 7, 7, P]`.
         bias: `[C]`.
         resolution: (H, W).
-        input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+        input_precision: precision of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
 
     Returns:
         `[B, t, HW, C]`.
@@ -54,14 +55,12 @@ def embed_cost_volume(
     height, width = resolution
     if image.ndim != 3 or image.shape[1] != height * width or not image.numel():
         raise ValueError(
-            f"image: has shape {list(image.shape)}; expected [B, {height * width}, F] with none of them 0, "
+            f"image: has shape {list(image.shape)}; expected [B, {height * width}, F], not empty, "
             f"for a resolution of {height}x{width}"
         )
     check_runnable("image", image, input_precision)
     if text.ndim != 4 or not text.numel():
-        raise ValueError(
-            f"text: has shape {list(text.shape)}; expected [B or 1, t, P, F] with none of them 0"
-        )
+        raise ValueError(f"text: has shape {list(text.shape)}; expected [B or 1, t, P, F], not empty")
     check_like("weight", weight, (len(weight), 7, 7, weight.shape[-1]), image)
     check_like("bias", bias, (len(weight),), image)
     check_like("text", text, ((1, len(image)), text.shape[1], weight.shape[-1], image.shape[2]), image)

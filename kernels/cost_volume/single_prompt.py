@@ -2,11 +2,11 @@
 
     cost[b, t, i] = image[b, i] . text[b, t]        x[b, t] = conv7x7(cost[b, t]) + bias, to C channels
 
-A program takes a group of classes and a band of rows of one crop. Of the band and three rows on either side,
-it writes the cost to scratch memory of its own, classes last and with zeros around the map; then it reads it
-back, shifted by each of the 49 taps, as the left operand of a second matrix product. Classes being next to
-each other there, and zeros being where the map ends, that takes 16 bytes at a time and no mask per tap. Other
-programs compute the overlap of bands again, so that none waits for another. The scratch memory, of B t HW
+A program takes a group of classes and a band of rows of one crop. It writes the cost of the band and of three
+rows on either side to its own scratch memory, classes last and with zeros around the map; then it reads the
+scratch memory back, shifted by each of the 49 taps, as the left operand of a second matrix product. As
+classes are adjacent and zeros surround the map, a read takes 16 bytes at a time and needs no mask per tap.
+Programs compute the overlap of bands twice, so that none waits for another. The scratch memory, of B t HW
 numbers and the overlap, stays in cache; patches `[B*t*HW, 49]` never reach memory.
 """
 
@@ -45,8 +45,8 @@ def single_prompt_kernel(
     W: tl.constexpr,
     F: tl.constexpr,
     C: tl.constexpr,
-    ROWS: tl.constexpr,  # of a band
-    CLASSES: tl.constexpr,  # of a group
+    ROWS: tl.constexpr,  # rows of a band
+    CLASSES: tl.constexpr,  # classes of a group
     PIXELS: tl.constexpr,  # pixels per step of the first product
     FEATURES: tl.constexpr,  # features per step
     PATCHES: tl.constexpr,  # pixels x classes per step of the second product
@@ -55,19 +55,19 @@ def single_prompt_kernel(
 ):
     BANDS: tl.constexpr = (H + ROWS - 1) // ROWS
     BAND: tl.constexpr = (ROWS + 6) * W
-    # Three zeros end each row and begin the next.
+    # The same three zeros end a row and begin the next one.
     PITCH: tl.constexpr = W + 3
     PLACES: tl.constexpr = (ROWS + 6) * PITCH + 3
     program = tl.program_id(0)
     groups = tl.cdiv(classes, CLASSES)
-    # Programs that share text come one behind the other.
+    # Programs that share text are consecutive.
     top = program % BANDS * ROWS
     first_class = program // BANDS % groups * CLASSES
     crop = (program // (BANDS * groups)).to(tl.int64)
     o_class = tl.arange(0, CLASSES)
 
     k = tl.arange(0, FEATURES)
-    text_class = tl.minimum(first_class + o_class, classes - 1)  # text beyond the last is not stored
+    text_class = tl.minimum(first_class + o_class, classes - 1)  # beyond the last, nothing is stored
     p_text = text_ptr + crop * text_stride_b + text_class.to(tl.int64)[None, :] * text_stride_t
     p_cost = cost_ptr + program.to(tl.int64) * (PLACES * CLASSES) + o_class[None, :]
     for start in range(0, BAND, PIXELS):
@@ -92,7 +92,7 @@ def single_prompt_kernel(
     o_border = (border // 3 * PITCH + border % 3)[:, None] * CLASSES
     zeros = tl.zeros((BORDER, CLASSES), cost_ptr.dtype.element_ty)
     tl.store(p_cost + o_border, zeros, mask=(border < (ROWS + 7) * 3)[:, None])
-    tl.debug_barrier()  # all of the program's stores, before its loads
+    tl.debug_barrier()  # all of the program's stores before its loads
 
     tap = tl.arange(0, 64)
     m_tap = tap < 49
@@ -125,8 +125,8 @@ def single_prompt_kernel(
 class SinglePromptConfig(LaunchConfig):
     """Launch config: rows and classes per program, and the steps of its two products.
 
-    Of the first product, `pixels` and `features` per step; of the second, `patches` (pixels x classes) and
-    output channels.
+    A step of the first product has `pixels` and `features`, a step of the second `patches` (pixels x classes)
+    and `channels` of the output.
     """
 
     rows: int
@@ -146,8 +146,8 @@ MULTIPROCESSORS = 132  # of H100 and H200
 def default_config(capability: int, problem: Problem) -> SinglePromptConfig:
     """Return a config that fits every GPU.
 
-    A band of 4 rows computes the costs of 2.5 times as many, and gives 5 crops of 64 classes 120 programs.
-    Few classes take narrower bands, as long as there are multiprocessors for them.
+    With bands of 4 rows, 2.5 times as many rows of costs are computed, and 5 crops of 64 classes have 120
+    programs. For few classes, bands are narrower, as long as there are multiprocessors for them.
     """
     rows = min(4, triton.next_power_of_2(problem.size("height")))
     while rows > 1 and 2 * programs(problem.crops, problem.classes, problem.size("height"), rows) <= (
@@ -158,7 +158,7 @@ def default_config(capability: int, problem: Problem) -> SinglePromptConfig:
 
 
 def interpreter_config(problem: Problem) -> SinglePromptConfig:
-    """Few and large programs."""
+    """Return a config with few, large programs."""
     return _config(problem, min(8, triton.next_power_of_2(problem.size("height"))))
 
 
@@ -185,14 +185,14 @@ def candidates(capability: int, problem: Problem) -> tuple[SinglePromptConfig, .
 
 
 def programs(crops: int, classes: int, height: int, rows: int, group: int = 16) -> int:
-    """Programs of a launch with bands of so many rows and groups of so many classes."""
+    """Return the number of programs of a launch with bands of `rows` rows and groups of `group` classes."""
     return crops * triton.cdiv(classes, group) * triton.cdiv(height, rows)
 
 
 def problem(
     image: Tensor, text: Tensor, weight: Tensor, bias: Tensor, size: Size, *, input_precision: str
 ) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     sizes = {"height": size.height, "width": size.width, "channels": size.channels_out}
     return Problem.of(
         "embed_cost_volume", "single_prompt", SinglePromptConfig, image, input_precision, text.shape[1],
@@ -210,7 +210,7 @@ def launch(
     input_precision: str,
     config: SinglePromptConfig,
 ) -> Tensor:
-    """`[B, t, HW, C]` of `image [B, HW, F]` and `text [B or 1, t, 1, F]`, whose features are contiguous.
+    """Return `[B, t, HW, C]` from `image [B, HW, F]` and `text [B or 1, t, 1, F]` with contiguous features.
 
     Arguments are not checked.
 

@@ -1,13 +1,14 @@
-"""Convolution of tiles that the tensor memory accelerator fetches; one of the decoder's kernels.
+"""Convolution of tiles fetched by the tensor memory accelerator; one of the decoder's kernels.
 
     y[S r + a, S s + b] = g + sum_ij W[a, b, :, :, i, j] . f(x[r + i + a - 1, s + j + b - 1])
 
 with f the identity or relu(scale x + shift), and g a crop's guidance map or nothing (`layers.py`). A program
 takes a tile of `classes` images by `rows` by `columns` and one phase (a, b). For each tap, the tile's input
-is a box of the map: it comes through a tensor descriptor, without index arithmetic or masks, and so does the
-weight. Outside a map without a border the accelerator reads zeros, which is right where f is the identity.
-Never materialised are the normalised map, patches, and the map without guidance. Statistics of the output
-come from the accumulator; a part is an image's tile. For 16-bit types, from compute capability 90 up.
+is a box of the map. Boxes and weights are read through tensor descriptors, without index arithmetic or masks.
+Outside a map without a border the accelerator reads zeros, as is right where f is the identity. The
+normalised map, patches, and the map without guidance are never materialised. Statistics of the output are
+computed from the accumulator; a part is an image's tile. For 16-bit types and compute capability 9.0 or
+higher.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def boxes_kernel(
     CLASSES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,  # of the input, per step
+    CHANNELS: tl.constexpr,  # input channels per step
 ):
     PIXELS: tl.constexpr = ROWS * COLUMNS  # of an image
     M: tl.constexpr = CLASSES * PIXELS
@@ -58,7 +59,7 @@ def boxes_kernel(
     STEPS: tl.constexpr = CI // CHANNELS
     TILES: tl.constexpr = (H // ROWS) * (W // COLUMNS)
     PITCH: tl.constexpr = S * W + 2
-    # Phases of a tile, which share its input, come one behind the other.
+    # Phases of a tile, which share its input, are consecutive.
     phase = tl.program_id(0) % PHASES
     tile = tl.program_id(0) // PHASES % TILES
     group = tl.program_id(0) // (PHASES * TILES)
@@ -69,7 +70,7 @@ def boxes_kernel(
     b = phase % S
     top = tile // (W // COLUMNS) * ROWS
     left = tile % (W // COLUMNS) * COLUMNS
-    # Of the first tap; a border moves the map by one.
+    # Position of the first tap; a border moves the map by one.
     y = top + a - 1 if norm_ptr is None else top + a
     x = left + b - 1 if norm_ptr is None else left + b
     if norm_ptr is not None:
@@ -101,7 +102,7 @@ def boxes_kernel(
     p_out = out_ptr + (image * ((S * H + 2) * PITCH * CO) + ((row + 1) * PITCH + column + 1) * CO)[:, None]
     tl.store(p_out + n[None, :], accumulator.to(out_ptr.dtype.element_ty), mask=(class_ < classes)[:, None])
 
-    # What cancels in the difference is less than what the map's 16 bits lose beside a mean as large.
+    # The difference loses less precision than the map's 16 bits lose beside a mean of this size.
     sums = tl.sum(tl.reshape(accumulator, (CLASSES, PIXELS, CO)), 1)
     squares = tl.sum(tl.reshape(accumulator * accumulator, (CLASSES, PIXELS, CO)), 1)
     squares = tl.maximum(squares - sums * sums / PIXELS, 0.0)
@@ -129,25 +130,25 @@ class BoxesConfig(LaunchConfig):
 def unsupported(layer: Layer, x: Tensor, capability: int) -> str | None:
     """Return why the kernel does not compute a layer of `x` on a compute capability, or None."""
     if capability < 90:
-        return f"compute capability {capability} has no tensor memory accelerator"
+        return f"compute capability {capability / 10} has no tensor memory accelerator"
     if x.data_ptr() % 16 or any(not stride or stride * x.itemsize % 16 for stride in x.stride()[:-1]):
-        return "pixels are not at multiples of 16 bytes, apart from each other"
+        return "pixels are not at separate multiples of 16 bytes"
     if x.dtype == torch.float32:
         return "it is for 16-bit types"
     if layer.group != (1, 1):
-        return "it computes single pixels"
+        return "it computes pixels one by one, not in groups"
     if layer.channels_in != layer.block_in or layer.channels_out != layer.block_out:
         return f"{layer.channels_in} or {layer.channels_out} channels are not a power of two from 16 up"
     if layer.channels_out > 128 or (layer.normalised and layer.channels_in > 128):
-        return f"{layer.channels_in} or {layer.channels_out} channels take too much of a multiprocessor"
+        return f"{layer.channels_in} or {layer.channels_out} channels are too many for a multiprocessor"
     rows, columns = tile(layer.height, layer.width)
     if rows * columns < (64 if layer.normalised else 32):
-        return f"{layer.height}x{layer.width} pixels do not divide into tiles"
+        return f"{layer.height}x{layer.width} pixels cannot be divided into tiles"
     return None
 
 
 def tile(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tiles into which a map divides, of 128 pixels at most."""
+    """Return rows and columns of the tiles, of at most 128 pixels, into which a map is divided."""
     columns = divisor(width, 16)
     return divisor(height, 128 // columns), columns
 
@@ -193,7 +194,7 @@ def problem(
     group_norm: GroupNorm,
     layer: Layer,
 ) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     return Problem.of("decode", "boxes", BoxesConfig, x, "ieee", **layer.sizes())
 
 
@@ -210,7 +211,7 @@ def launch(
     """Return the output with its border, `[B, t, S*H + 2, S*W + 2, out]`, and its scale and shift.
 
     Args:
-        x: `[B, t, H, W, in]`, or with a border, if `norm` is given, `[B, t, H + 2, W + 2, in]`; channels are
+        x: `[B, t, H, W, in]`, or, if `norm` is given, `[B, t, H + 2, W + 2, in]` with a border; channels are
             contiguous, other strides are multiples of 16 bytes.
         weight: packed.
         guidance: `[B or 1, S*H * S*W, out]`, contiguous but for B.

@@ -1,6 +1,6 @@
-"""The decoder's layers one after the other, each on the kernel that is fastest for it.
+"""The decoder's layers in order, each on the kernel that is fastest for it.
 
-| layer | compute capability 90 and more | 80 | 86, 89 |
+| layer | compute capability 9.0 and higher | 8.0 | 8.6, 8.9 |
 |---|---|---|---|
 | phases of the aggregated cost volume | `boxes.py` | `patches.py` | `patches.py` |
 | 3x3 convolutions of more than 32 channels | `boxes.py` | `patches.py` | `patches.py` |
@@ -8,7 +8,8 @@
 | 3x3 convolutions of up to 32 channels | `rows.py` | `rows.py` | `rows.py` |
 | the head | `patches.py` | `patches.py` | `patches.py` |
 
-`patches.py` also computes what the others do not: fp32, and sizes that do not divide into their tiles.
+`patches.py` also computes everything that the others do not support: fp32, and sizes that cannot be divided
+into their tiles.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ def launch(
 
     Args:
         x: `[B, t, HW, C]`, contiguous but for B and t.
-        guidance: of each stage, `[B or 1, 2H * 2W, out]`, contiguous but for B.
-        weights: of each layer, packed.
-        group_norms: of each layer but the head.
-        bias: the head's, `[1]`.
+        guidance: guidance of each stage, `[B or 1, 2H * 2W, out]`, contiguous but for B.
+        weights: packed weight of each layer.
+        group_norms: normalisation of each layer but the head.
+        bias: bias of the head, `[1]`.
         layers: the sizes.
-        input_precision: of products of fp32 numbers.
-        out: where logits are written, in any floating type, contiguous but for B and t; else new memory.
-        flag: `[1]`, int32, set to 1 where a logit is infinite or NaN.
+        input_precision: precision of products of fp32 numbers.
+        out: tensor for the logits, of any floating type, contiguous but for B and t; by default a new one.
+        flag: `[1]`, int32, set to 1 if a logit is infinite or NaN.
     """
     maps, norm = x.unflatten(2, (layers[0].height, layers[0].width)), None
     for index, (layer, group_norm) in enumerate(zip(layers, group_norms, strict=False)):
@@ -69,7 +70,7 @@ def convolve(
     layer: Layer,
     input_precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return a layer's output with its border, and its scale and shift, as its kernel's `launch` does."""
+    """Return a layer's output with its border, and its scale and shift, by the layer's kernel."""
     capability = capability_of(x.device)
     upsamples = norm is not None and guidance is not None
     if upsamples and row_phases.unsupported(layer, x.dtype, capability) is None:

@@ -1,4 +1,4 @@
-"""Functions of kernels that the decoder's convolutions share."""
+"""Device functions that the decoder's kernels share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def load_channels(pointer, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """C numbers, filled up to BLOCK_C and repeated to `[1, BLOCK_K]`.
+    """Load C numbers, padded to BLOCK_C and repeated to `[1, BLOCK_K]`.
 
-    Each is loaded once: a load of `[1, BLOCK_K]` would fix a layout that suits nothing that follows.
+    Each is loaded once: a load of `[1, BLOCK_K]` would fix a layout that suits none of the following steps.
     """
     c = tl.arange(0, BLOCK_C)
     values = tl.load(pointer + c) if C == BLOCK_C else tl.load(pointer + c, mask=c < C, other=0.0)
@@ -20,7 +20,7 @@ def load_channels(pointer, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.c
 
 @triton.jit
 def normalise(x, scale, shift):
-    """relu(scale x + shift) in the type of scale and shift, rounded to x's; NaN stays NaN."""
+    """Return relu(scale x + shift), computed in the type of scale and shift, in x's type; NaN stays NaN."""
     dtype = scale.dtype
     y = tl.fma(x.to(dtype), tl.broadcast_to(scale, x.shape), tl.broadcast_to(shift, x.shape))
     return tl.maximum(y, tl.zeros((1, 1), dtype), propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
@@ -28,17 +28,17 @@ def normalise(x, scale, shift):
 
 @triton.jit
 def again(x):
-    """x of 16 bits for one more product; the machine code has no trace of it.
+    """Return x of 16 bits for another product, at no cost in machine code.
 
-    Where several products read a value, Triton 3.8 computes it in the first one's layout, and in its own for
-    the others, so that x would be normalised twice. To the compiler, this is another x.
+    If several products read a value, Triton 3.8 computes it in the layout of the first product, and again in
+    its own layout for the others: x would be normalised twice. To the compiler, the result is another value.
     """
     return x.to(tl.int16, bitcast=True).to(x.dtype, bitcast=True)
 
 
 @triton.jit
 def sum_rows(x, ROWS: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
-    """`x [ROWS, N]` to `[WARPS, 8, N]`: sums of the rows that one thread of a wgmma accumulator has."""
+    """Sum `x [ROWS, N]` to `[WARPS, 8, N]`, over the rows that one thread of a wgmma accumulator holds."""
     return tl.sum(tl.sum(tl.reshape(x, (ROWS // (16 * WARPS), WARPS, 2, 8, N)), 2), 0)
 
 
@@ -46,7 +46,7 @@ def sum_rows(x, ROWS: tl.constexpr, N: tl.constexpr, WARPS: tl.constexpr):
 def store_statistics(pointer, sums, squares, n, COUNT: tl.constexpr, CO: tl.constexpr):
     """Store a part's sums and squared deviations, from sums and sums of squares `[WARPS, 8, CO]`.
 
-    What cancels in the difference is less than what the map's 16 bits lose beside a mean as large.
+    The difference loses less precision than the map's 16 bits lose beside a mean of this size.
     """
     total = tl.sum(tl.sum(sums, 1), 0)
     deviation = tl.sum(tl.sum(squares, 1), 0) - total * total / COUNT

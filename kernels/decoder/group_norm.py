@@ -1,4 +1,4 @@
-"""Group normalisation from parts: the statistics that a convolution leaves, to a scale and a shift.
+"""Group normalisation from partial statistics: a convolution's statistics become a scale and a shift.
 
 A part i of an image holds, for each channel, the sum s_i of its n_i pixels and the sum of squared deviations
 m_i from their mean. Over a group's parts and channels, n values together (Chan, Golub and LeVeque, 1979):
@@ -6,13 +6,13 @@ m_i from their mean. Over a group's parts and channels, n values together (Chan,
     mean = sum s_i / n        variance = sum (m_i + n_i (s_i / n_i - mean)^2) / n
     scale = weight / sqrt(variance + eps)        shift = bias - mean scale
 
-so that scale x + shift is the normalised x. The next kernel applies it while it reads x; no normalised map is
-stored.
+so that scale x + shift is the normalised x. The next kernel applies them while it reads x; no normalised map
+is stored.
 
-The same kernel writes the border of the map x, since it knows the sign of the scale: the infinity for which
-relu(scale x + shift) is zero. A scale that is zero, or rounds to it, would make NaN of that; it is replaced
-by the smallest number of its type (2^-24 in fp16, 2^-126 in fp32), which changes scale x by less than a
-rounding of the result: at most 2^-24 |x| in fp16.
+The kernel also writes the border of the map x, since it knows the sign of the scale: the border holds the
+infinity for which relu(scale x + shift) is zero. A scale that is zero, or rounds to zero, would give NaN
+there. It is replaced by the smallest number of its type (2^-24 in fp16, 2^-126 in fp32), which changes
+scale x by less than the result is rounded: by at most 2^-24 |x| in fp16.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def merge_kernel(
     W: tl.constexpr,
     C: tl.constexpr,
     GROUPS: tl.constexpr,
-    PHASES: tl.constexpr,  # the parts of a phase are PHASES apart, and the last of them may be smaller
+    PHASES: tl.constexpr,  # a phase's parts are PHASES apart; the last one may be smaller
     PART: tl.constexpr,  # pixels of a part
     PARTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,  # parts per step
     BLOCK_C: tl.constexpr,  # channels of a group, rounded up
-    PIXELS: tl.constexpr,  # pixels of the border per step
+    PIXELS: tl.constexpr,  # border pixels per step
 ):
     WIDTH: tl.constexpr = C // GROUPS
     COUNT: tl.constexpr = H * W * WIDTH
@@ -86,7 +86,7 @@ def merge_kernel(
     tl.store(p_norm, scale.to(dtype), mask=m_c)
     tl.store(p_norm + C, shift.to(dtype), mask=m_c)
 
-    # Along the border: the first row, the last row, then the first and last pixel of each row between.
+    # Order of border pixels: the first row, the last row, then the first and last pixel of each other row.
     ROW: tl.constexpr = W + 2
     BORDER: tl.constexpr = 2 * ROW + 2 * H
     value = tl.broadcast_to((sign * float("-inf"))[None, :], (PIXELS, BLOCK_C)).to(map_ptr.dtype.element_ty)
@@ -102,7 +102,7 @@ def merge_kernel(
 
 @dataclass(frozen=True)
 class MergeConfig(LaunchConfig):
-    """Launch config: parts and pixels of the border per step."""
+    """Launch config: parts and border pixels per step."""
 
     parts: int
     pixels: int
@@ -119,7 +119,7 @@ class GroupNorm(NamedTuple):
 
 
 def normalise_plainly(x: Tensor, norm: Tensor | None = None) -> Tensor:
-    """Return what the next layer reads of a map with a border, all finite; without scale and shift, x."""
+    """Return a map with a border as the next layer reads it, all finite; without scale and shift, x."""
     if norm is None:
         return x
     scale, shift = norm[:, :, :, None, None].float().unbind(2)
@@ -127,7 +127,7 @@ def normalise_plainly(x: Tensor, norm: Tensor | None = None) -> Tensor:
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of scale and shift, in which a map is normalised: fp16 where its packed arithmetic serves."""
+    """Return the type of scale and shift, in which a map is normalised: fp16 for its packed arithmetic."""
     return torch.float16 if dtype == torch.float16 else torch.float32
 
 
@@ -136,7 +136,7 @@ def launch(x: Tensor, statistics: Tensor, part: int, group_norm: GroupNorm, laye
 
     Args:
         x: the output, `[B, t, S*H + 2, S*W + 2, C]`.
-        statistics: `[B, t, parts, 2, C]`, which add up to all pixels.
+        statistics: `[B, t, parts, 2, C]`; the parts cover all pixels.
         part: pixels of a part.
         group_norm: the normalisation.
         layer: its sizes.

@@ -5,12 +5,11 @@ A layer of scale S = 2 computes the four phases of an upsampled map, with 2x2 ta
 
     y[S r + a, S s + b] = addend + sum_ij W[a, b, :, :, i, j] . f(x[r + i + a - 1, s + j + b - 1])
 
-over the K x K taps, with f the identity or relu(scale x + shift), and zero outside the map, that is, behind
-f.
+over the K x K taps, with f the identity or relu(scale x + shift). Outside the map, f(x) is zero.
 
-A map that is read through f has a border of one pixel, `[N, H + 2, W + 2, C]`, so that no kernel masks what
-lies outside the map: a channel's border holds the infinity that scale x + shift turns into minus infinity,
-and ReLU into zero (`group_norm.py` writes it).
+A map that is read through f has a border of one pixel, `[N, H + 2, W + 2, C]`, so that kernels need no masks
+at its edges: a channel's border holds the infinity that scale x + shift turns into minus infinity, and ReLU
+into zero (`group_norm.py` writes it).
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ class Layer:
     """Sizes of a convolution of the decoder.
 
     Attributes:
-        height: of the input.
-        width: of the input.
-        channels_in: of the input.
-        channels_out: of the output.
+        height: height of the input.
+        width: width of the input.
+        channels_in: channels of the input.
+        channels_out: channels of the output.
         scale: S.
         normalised: f is a normalisation and ReLU, and the input has a border.
-        group: rows and columns of output pixels, of one phase, that are one row of the matrix product. The
-            head's few channels fill a tile only in groups; the others have groups of one pixel.
+        group: rows and columns of the output pixels of one phase that form a row of the matrix product. Only
+            groups of the head's few channels fill a tile; other layers have groups of one pixel.
     """
 
     height: int
@@ -55,12 +54,12 @@ class Layer:
 
     @property
     def phases(self) -> int:
-        """Output pixels for each input pixel."""
+        """Output pixels per input pixel."""
         return self.scale**2
 
     @property
     def taps(self) -> int:
-        """K, taps along each axis."""
+        """Taps along each axis, K."""
         return 2 if self.scale == 2 else 3
 
     @property
@@ -75,16 +74,16 @@ class Layer:
 
     @property
     def block_in(self) -> int:
-        """Input channels in a packed weight: zeros fill them up to a power of two."""
+        """Input channels of a packed weight, padded with zeros to a power of two."""
         return block(self.channels_in)
 
     @property
     def block_out(self) -> int:
-        """Columns of a packed weight: the outputs of a group, filled up likewise."""
+        """Columns of a packed weight: the outputs of a group, padded likewise."""
         return block(self.group[0] * self.group[1] * self.channels_out)
 
     def sizes(self) -> dict[str, int]:
-        """The sizes by name, as measured configs have them."""
+        """Return the sizes by name, as they are in measured configs."""
         return {
             "height": self.height,
             "width": self.width,
@@ -96,7 +95,7 @@ class Layer:
         }
 
     def constants(self) -> dict[str, int]:
-        """The sizes as the kernels' constants."""
+        """Return the sizes as the kernels' constants."""
         return {
             "H": self.height,
             "W": self.width,
@@ -106,7 +105,7 @@ class Layer:
 
 
 def layers(height: int, width: int, channels: int, stages: Sequence[int]) -> list[Layer]:
-    """The convolutions: two for each stage, whose output channels are given, and the head."""
+    """Return the convolutions: two per stage, with the given output channels, and the head."""
     found = []
     for index, out in enumerate(stages):
         found.append(Layer(height, width, channels, out, scale=2, normalised=index > 0))
@@ -116,12 +115,12 @@ def layers(height: int, width: int, channels: int, stages: Sequence[int]) -> lis
 
 
 def block(size: int) -> int:
-    """The smallest power of two from 16 up that is not less than `size`: what a matrix product takes."""
+    """Return the smallest power of two, at least 16 and `size`, as a matrix product requires."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def divisor(size: int, limit: int) -> int:
-    """The largest power of two that divides `size` and is not greater than `limit`, also a power of two."""
+    """Return the largest power of two that divides `size` and is at most `limit`, a power of two."""
     return min(size & -size, limit)
 
 
@@ -129,13 +128,13 @@ def pack(weight: Tensor, scale: int, group: tuple[int, int] = (1, 1)) -> Tensor:
     """Return a layer's weight as the right operand of its matrix product.
 
     Args:
-        weight: taps first, `[S*S * out, K, K, in]`, the output phase before its channels.
+        weight: weight with its taps first, `[S*S * out, K, K, in]`; outputs are by phase, then by channel.
         scale: S.
         group: rows and columns of output pixels in a row of the product.
 
     Returns:
-        `[S*S, patch pixels * block_in, block_out]`, contiguous: for each input pixel of a patch and each
-        output pixel of a group the tap between them, or zero (a Toeplitz matrix).
+        `[S*S, patch pixels * block_in, block_out]`, contiguous: the tap between each input pixel of a patch
+        and each output pixel of a group, or zero (a Toeplitz matrix).
     """
     layer = Layer(1, 1, weight.shape[3], len(weight) // scale**2, scale, False, group)
     (rows, columns), (group_rows, group_columns), K = layer.patch, group, layer.taps
@@ -150,23 +149,23 @@ def pack(weight: Tensor, scale: int, group: tuple[int, int] = (1, 1)) -> Tensor:
 
 
 def unpack(packed: Tensor, layer: Layer) -> Tensor:
-    """Return what was packed: a view, taps first."""
+    """Return a view of the packed weight with its taps first."""
     taps = packed.unflatten(1, (*layer.patch, layer.block_in))
     taps = taps[:, : layer.taps, : layer.taps, : layer.channels_in, : layer.channels_out]
     return taps.permute(0, 4, 1, 2, 3).flatten(0, 1)
 
 
 def new_map(x: Tensor, layer: Layer) -> Tensor:
-    """Memory for the output of a layer on `x [B, t, ...]` with a border, `[B, t, S*H + 2, S*W + 2, out]`."""
+    """Allocate the output of a layer on `x [B, t, ...]` with a border, `[B, t, S*H + 2, S*W + 2, out]`."""
     height, width = layer.scale * layer.height + 2, layer.scale * layer.width + 2
     return x.new_empty((*x.shape[:2], height, width, layer.channels_out))
 
 
 def new_statistics(x: Tensor, layer: Layer, parts: int) -> Tensor:
-    """Memory for the statistics of a layer's output, `[B, t, parts, 2, out]` (`group_norm.py`)."""
+    """Allocate the statistics of a layer's output, `[B, t, parts, 2, out]` (`group_norm.py`)."""
     return x.new_empty((*x.shape[:2], parts, 2, layer.channels_out), dtype=torch.float32)
 
 
 def stride_b(guidance: Tensor | None) -> int:
-    """Stride of `guidance [B or 1, ...]` over crops; 0 where one serves them all, or there is none."""
+    """Return the stride of `guidance [B or 1, ...]` over crops; 0 if all crops share it, or there is none."""
     return 0 if guidance is None or len(guidance) == 1 else guidance.stride(0)

@@ -8,13 +8,13 @@ same for every class:
 and logits = head(x'), a 3x3 convolution to one channel. Each of the five convolutions (`layers.py`,
 `chain.py`) reads its input through the normalisation before it and leaves the statistics of its output, which
 `group_norm.py` merges. Only u and y are in memory, channels last, with a border of one pixel, `[B, t, 2H + 2,
-2W + 2, out]`; never materialised are the upsampled maps `[B*t, up, 2H, 2W]`, their concatenation with the
-guidance `[B*t, up + G, 2H, 2W]`, the normalised maps, and patches.
+2W + 2, out]`. The upsampled maps `[B*t, up, 2H, 2W]`, their concatenation with the guidance
+`[B*t, up + G, 2H, 2W]`, the normalised maps and patches are never materialised.
 
-The maps are allocated by each call and their borders written by it, so that nothing has to hold between
-calls: kept buffers would save a hundredth of the decoder's time, and would stay allocated.
+Each call allocates the maps and writes their borders, so that no state is kept between calls: kept buffers
+would save a hundredth of the decoder's time, and would stay allocated.
 
-The op computes in x's type whatever autocast says, and has no gradient.
+The op computes in x's type, independently of autocast. It has no gradient.
 """
 
 from __future__ import annotations
@@ -43,24 +43,25 @@ def decode(
     out: Tensor | None = None,
     flag: Tensor | None = None,
 ) -> Tensor:
-    """Upsample a chunk to logits on Triton kernels, any sizes.
+    """Upsample a chunk to logits with Triton kernels, for any sizes.
 
     Args:
         x: `[B, t, HW, C]`, of at least one class; fp16, bf16 or fp32.
-        guidance: of each stage, the part of its first convolution that is the same for every class, channels
+        guidance: for each stage, the part of its first convolution that is the same for every class, channels
             last: `[B or 1, 2H * 2W, out]`, then `[B or 1, 4H * 4W, out]`.
-        weights: packed (`pack_weights`): of each stage, the phases, scale and shift `[out]` of the first
-            normalisation, the 3x3 convolution, and the second's `[out]`; then the head's and its bias `[1]`.
-        groups: of each stage's two normalisations.
-        eps: likewise.
+        weights: packed weights (`pack_weights`): for each stage, the phases, the weight and bias `[out]` of
+            the first normalisation, the 3x3 convolution, and the weight and bias `[out]` of the second
+            normalisation; then the head and its bias `[1]`.
+        groups: numbers of groups of each stage's two normalisations.
+        eps: eps of each stage's two normalisations.
         resolution: (H, W).
-        input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
-        out: where logits are written, `[B, t, 4H, 4W]` in any floating type, contiguous but for B and t: a
-            slice of a larger tensor will do. New memory without it.
-        flag: `[1]`, int32: set to 1 if a logit is infinite or NaN as it is written, else left as it is.
+        input_precision: precision of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+        out: tensor for the logits, `[B, t, 4H, 4W]` of any floating type, contiguous but for B and t, such as
+            a slice of a larger tensor. By default a new tensor.
+        flag: `[1]`, int32: set to 1 if a logit is infinite or NaN as it is written, else left unchanged.
 
     Returns:
-        Logits `[B, t, 4H, 4W]`, in x's type or in `out`.
+        Logits `[B, t, 4H, 4W]`: `out`, or a new tensor of x's type.
 
     Raises:
         ValueError: if an argument has a wrong shape, type or device.
@@ -98,7 +99,7 @@ def _plain(
     eps: Sequence[float],
     resolution: Sequence[int],
 ) -> Tensor:
-    """`plain.decode` of packed weights."""
+    """Run `plain.decode` with packed weights."""
     weights, found = list(weights), _layers(x, guidance, resolution)
     for index, layer in zip((*range(0, len(weights) - 2, 3), -2), found, strict=True):
         weights[index] = unpack(weights[index], layer)
@@ -181,7 +182,7 @@ def _check(
     height, width = resolution
     if x.ndim != 4 or x.shape[2] != height * width or not x.numel():
         raise ValueError(
-            f"x: has shape {list(x.shape)}; expected [B, t, {height * width}, C] with none of them 0, "
+            f"x: has shape {list(x.shape)}; expected [B, t, {height * width}, C], not empty, "
             f"for a resolution of {height}x{width}"
         )
     check_runnable("x", x, input_precision)

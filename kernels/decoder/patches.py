@@ -1,16 +1,16 @@
-"""Convolution of patches that are gathered through pointers; the decoder's kernel for every layer and type.
+"""Convolution of patches gathered through pointers; the decoder's kernel for every layer and type.
 
     y[S r + a, S s + b] = addend + sum_ij W[a, b, :, :, i, j] . f(x[r + i + a - 1, s + j + b - 1])
 
-with f the identity or relu(scale x + shift), and as addend a crop's guidance map, a bias, or nothing
+with f the identity or relu(scale x + shift); the addend is a crop's guidance map, a bias, or nothing
 (`layers.py`). One matrix product over a patch of input pixels and their channels computes a group of output
-pixels, of one phase (a, b), by a packed weight that is zero where a tap does not reach. The head, with one
-channel, so fills a tile with 4x6 of its outputs, whose patches of 6x8 pixels take 2 input pixels for each
-output instead of 9. Never materialised are the normalised map, patches, and the map without its addend.
+pixels of one phase (a, b), with a packed weight that is zero where a tap does not reach. The head, with one
+channel, fills a tile with 4x6 of its outputs, whose patches of 6x8 pixels take 2 input pixels per output
+instead of 9. The normalised map, patches, and the map without its addend are never materialised.
 
-Sizes that fill no tile are masked. Statistics of the output, where they are asked for, come from the
-accumulator; a part is a tile of a phase. Where they are not, this is the last layer: it writes logits to
-memory of any strides over B and t, in that memory's type, and sets a flag if one of them is infinite or NaN.
+Sizes that do not fill a tile are masked. If statistics of the output are requested, they are computed from
+the accumulator; a part is a tile of a phase. Otherwise this is the last layer: it writes logits to memory
+with any strides over B and t, in that memory's type, and sets a flag if one of them is infinite or NaN.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def patches_kernel(
     BLOCK_CI: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ADDEND_IS_MAP: tl.constexpr,
-    GROUPS: tl.constexpr,  # per tile
-    OUTPUTS: tl.constexpr,  # of a group, per program
+    GROUPS: tl.constexpr,  # groups per tile
+    OUTPUTS: tl.constexpr,  # outputs of a group per program
     DEPTH: tl.constexpr,  # patch pixels x input channels per step
     PRECISION: tl.constexpr,
 ):
@@ -100,7 +100,7 @@ def patches_kernel(
 
     accumulator = tl.zeros((GROUPS, OUTPUTS), tl.float32)
     for start in range(0, PATCH_ROWS * PATCH_ROW, DEPTH):
-        # A step is within a row of a patch, and within a pixel or of whole pixels.
+        # A step lies within a row of a patch, and is a part of a pixel or a number of whole pixels.
         i = start // PATCH_ROW
         j = (start - i * PATCH_ROW) // BLOCK_CI
         if DEPTH < BLOCK_CI:
@@ -114,7 +114,7 @@ def patches_kernel(
             patch = tl.load(p_patch, cache_modifier=".ca")
         else:
             m_y = (y + i >= 0) & (y + i < H + 2 * BORDER)
-            # A step within a pixel has one mask for all of its channels.
+            # A step within a pixel has one mask for all its channels.
             x_k = x[:, None] + (j + tl.arange(0, PIXELS) // BLOCK_CI)[None, :]
             m_patch = m_y[:, None] & (x_k >= 0) & (x_k < PITCH)
             if CI < BLOCK_CI:
@@ -129,7 +129,7 @@ def patches_kernel(
         weight = tl.load(p_weight + start * BLOCK_N)
         accumulator = tl.dot(patch, weight, accumulator, input_precision=PRECISION)
 
-    # A column is an output pixel of the group and a channel.
+    # A column is a channel of an output pixel of the group.
     channel = n % CO
     dy = n // (GROUP_COLUMNS * CO)
     dx = n // CO % GROUP_COLUMNS
@@ -171,7 +171,7 @@ def patches_kernel(
 
 @dataclass(frozen=True)
 class PatchesConfig(LaunchConfig):
-    """Launch config: groups and outputs of a program, patch pixels times input channels per step."""
+    """Launch config: groups and outputs per program, patch pixels times input channels per step."""
 
     groups: int
     outputs: int
@@ -183,10 +183,10 @@ class PatchesConfig(LaunchConfig):
 
 @cache
 def default_config(capability: int, problem: Problem) -> PatchesConfig:
-    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    """Return a config that fits every GPU of a compute capability (90 for 9.0)."""
     block_in, block_out = _blocks(problem)
     if problem.dtype == "fp32":
-        # Without tensor cores a second stage spills; on capability 100, so do four warps.
+        # Without tensor cores, a second stage spills; on capability 10.0, four warps do, too.
         exact = problem.precision == "ieee"
         num_warps, num_stages = 8 if exact and capability >= 100 else 4, 1 if exact else 2
         return PatchesConfig(64, min(block_out, 64), min(block_in, 32), num_warps, num_stages)
@@ -216,7 +216,7 @@ def candidates(capability: int, problem: Problem) -> tuple[PatchesConfig, ...]:
 
 
 def interpreter_config(problem: Problem) -> PatchesConfig:
-    """Few and large programs."""
+    """Return a config with few, large programs."""
     block_in, block_out = _blocks(problem)
     depth = 8 * block_in if problem.size("group") > 1 else block_in
     return PatchesConfig(1024, block_out, depth, num_warps=4, num_stages=1)
@@ -237,7 +237,7 @@ def problem(
     input_precision: str,
     **destination: Any,
 ) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     return Problem.of("decode", "patches", PatchesConfig, x, input_precision, **layer.sizes())
 
 
@@ -260,18 +260,18 @@ def launch(
     layer: the output is `[B, t, S*H, S*W, out]`, and there is no scale and shift.
 
     Args:
-        x: `[B, t, H, W, in]`, or with a border, if `norm` is given, `[B, t, H + 2, W + 2, in]`; contiguous
+        x: `[B, t, H, W, in]`, or, if `norm` is given, `[B, t, H + 2, W + 2, in]` with a border; contiguous
             but for B and t.
-        weight: packed.
+        weight: packed weight.
         addend: a map `[B or 1, S*H * S*W, out]`, contiguous but for B, or a bias `[out]`.
         norm: scale and shift of the input, `[B, t, 2, in]`.
         group_norm: the normalisation of the output.
         layer: the sizes.
-        input_precision: of products of fp32 numbers.
-        out: where the last layer writes, in any floating type, contiguous but for B and t; new memory
-            without it.
-        flag: `[1]`, int32: the last layer sets it to 1 where a number that it writes is infinite or NaN, and
-            leaves it as it is where none is.
+        input_precision: precision of products of fp32 numbers.
+        out: tensor for the result of the last layer, of any floating type, contiguous but for B and t; by
+            default a new one.
+        flag: `[1]`, int32: the last layer sets it to 1 if a number that it writes is infinite or NaN, and
+            leaves it unchanged otherwise.
         config: the launch config.
     """
     (B, t), (group_rows, group_columns), (patch_rows, patch_columns) = x.shape[:2], layer.group, layer.patch

@@ -32,7 +32,7 @@ def decode(
 
 
 def _upsample(maps: Tensor, phases: Tensor, added: Tensor, t: int) -> Tensor:
-    """Four 2x2 convolutions, one for each output phase, and the guidance `[B or 1, 2H * 2W, out]`."""
+    """Apply four 2x2 convolutions, one per output phase, and add the guidance `[B or 1, 2H * 2W, out]`."""
     (N, _, H, W), out = maps.shape, added.shape[-1]
     by_phase = _channels_first(phases).unflatten(0, (2, 2, out))
     up = torch.empty(
@@ -40,7 +40,7 @@ def _upsample(maps: Tensor, phases: Tensor, added: Tensor, t: int) -> Tensor:
     )
     for a in range(2):
         for b in range(2):
-            phase = F.conv2d(maps, by_phase[a, b], padding=1)  # one more row and column than are needed
+            phase = F.conv2d(maps, by_phase[a, b], padding=1)  # has an additional row and column
             up[:, :, a::2, b::2] = phase[:, :, a : a + H, b : b + W]
     guidance = added.unflatten(1, (2 * H, 2 * W)).permute(0, 3, 1, 2)
     up.view(N // t, t, *up.shape[1:]).add_(guidance[:, None])
@@ -48,7 +48,7 @@ def _upsample(maps: Tensor, phases: Tensor, added: Tensor, t: int) -> Tensor:
 
 
 def _channels_first(weight: Tensor) -> Tensor:
-    """`[out, K, K, in]` as `[out, in, K, K]`."""
+    """Permute `[out, K, K, in]` to `[out, in, K, K]`."""
     return weight.permute(0, 3, 1, 2)
 
 
@@ -59,16 +59,16 @@ def _group_norm_relu(maps: Tensor, groups: int, weight: Tensor, bias: Tensor, ep
 
 
 def _group_norm(maps: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """As `F.group_norm`, which on a CPU has 5 to 30 times the rounding error on channels-last maps.
+    """Normalise and overwrite `maps`, like `F.group_norm`.
 
-    The maps are overwritten.
+    On a CPU, `F.group_norm` has 5 to 30 times the rounding error on channels-last maps.
     """
     N, C, H, W = maps.shape
     mean = maps.sum(dim=(2, 3), keepdim=True) / (H * W)
     centred = maps.sub_(mean)
     square = centred.square().sum(dim=(2, 3)).view(N, groups, -1) / (H * W)
     of_channel = mean.view(N, groups, -1)
-    shift = of_channel - of_channel.mean(dim=-1, keepdim=True)  # of a channel's mean from its group's
+    shift = of_channel - of_channel.mean(dim=-1, keepdim=True)  # from the group's mean to a channel's
     variance = (square + shift.square()).mean(dim=-1, keepdim=True)
     scale = weight.view(1, groups, -1) * (variance + eps).rsqrt()
     offset = bias.view(1, groups, -1) + shift * scale

@@ -1,14 +1,15 @@
-"""Phases of an upsampled, normalised map, walking down the rows; one of the decoder's kernels.
+"""Phases of an upsampled, normalised map, computed row by row; one of the decoder's kernels.
 
     y[2 r + a, 2 s + b] = g + sum_ij W[a, b, :, :, i, j] . f(x[r + i + a - 1, s + j + b - 1])
     f(x) = relu(scale x + shift)        (`layers.py`, S = 2)
 
 with g a crop's guidance map, the same for all classes. A program takes a block of columns of one image and
-one horizontal phase b, cut into strips of rows, of which it handles one row each at a time. An input row is
-loaded and normalised once; it meets both rows of taps of both vertical phases, and feeds the accumulators of
-four output rows. The weights stay in shared memory; guidance is loaded before the products that it is added
-to. Never materialised are the normalised map, patches, and the map without guidance. Statistics of the output
-are summed in registers; a part is a program's block. For 16-bit types.
+one horizontal phase b. The block is cut into strips of rows, and the program handles one row of each strip at
+a time. An input row is loaded and normalised once. It is multiplied by both rows of taps of both vertical
+phases, and added to the accumulators of four output rows. The weights stay in shared memory; guidance is
+loaded before the products that it is added to. The normalised map, patches, and the map without guidance are
+never materialised. Statistics of the output are summed in registers; a part is a program's block. For 16-bit
+types.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ def row_phases_kernel(
     PIXELS: tl.constexpr = STRIPS * COLUMNS
     STRIP: tl.constexpr = H // STRIPS
     BLOCKS: tl.constexpr = W // COLUMNS
-    PITCH: tl.constexpr = 2 * W + 2  # of the output
+    PITCH: tl.constexpr = 2 * W + 2  # columns of the output
     b = tl.program_id(0) % 2
     block = tl.program_id(0) // 2 % BLOCKS
     image = tl.program_id(0) // (2 * BLOCKS)
     m = tl.arange(0, PIXELS)
     n = tl.arange(0, CO)
     k = tl.arange(0, CI)
-    # Of vertical phase a, row i and column j of its taps.
+    # The taps in row i and column j of vertical phase a.
     TAP: tl.constexpr = CI * CO
     p_weight = weight_ptr + b * (4 * TAP) + k[:, None] * CO + n[None, :]
     w_even_00 = tl.load(p_weight)
@@ -88,7 +89,7 @@ def row_phases_kernel(
     even = tl.zeros((PIXELS, CO), tl.float32)
     odd = tl.zeros((PIXELS, CO), tl.float32)
     for row in tl.range(0, STRIP + 2, num_stages=STAGES):
-        # Input row r ends output rows 2 r - 2 and 2 r - 3 (of the strip, from 0), as far as they exist.
+        # Input row r completes output rows 2 r - 2 and 2 r - 3 of the strip (counted from 0), if they exist.
         ends_even = (row >= 1) & (row <= STRIP)
         ends_odd = row >= 2
         g_even = tl.load(p_guidance + (2 * row - 2) * (2 * W * CO) + o_guidance, mask=ends_even, other=0.0)
@@ -134,7 +135,7 @@ def row_phases_kernel(
 
 @dataclass(frozen=True)
 class RowPhasesConfig(LaunchConfig):
-    """Launch config: strips of rows and columns of a program."""
+    """Launch config: strips of rows, and columns, per program."""
 
     strips: int
     columns: int
@@ -146,7 +147,7 @@ class RowPhasesConfig(LaunchConfig):
 def unsupported(layer: Layer, dtype: torch.dtype, capability: int) -> str | None:
     """Return why the kernel does not compute a layer on a compute capability, or None."""
     if capability in (86, 89):
-        return "of 100 KB of shared memory, it leaves too little for a second program"
+        return "it leaves too little of 100 KB of shared memory for a second program"
     if dtype == torch.float32:
         return "it is for 16-bit types"
     if layer.scale != 2 or not layer.normalised:
@@ -154,18 +155,18 @@ def unsupported(layer: Layer, dtype: torch.dtype, capability: int) -> str | None
     if layer.channels_in != layer.block_in or layer.channels_out != layer.block_out:
         return f"{layer.channels_in} or {layer.channels_out} channels are not a power of two from 16 up"
     if layer.channels_in > 64 or layer.channels_out > 32:
-        return "four accumulators and eight taps of so many channels take too much of a multiprocessor"
+        return "four accumulators and eight taps of so many channels are too large for a multiprocessor"
     columns = divisor(layer.width, 16)
     if divisor(layer.height, 64 // columns) * columns < 64:
-        return f"{layer.height}x{layer.width} pixels do not divide into strips and columns"
+        return f"{layer.height}x{layer.width} pixels cannot be divided into strips and columns"
     return None
 
 
 @cache
 def default_config(capability: int, problem: Problem) -> RowPhasesConfig:
-    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    """Return a config that fits every GPU of a compute capability (90 for 9.0)."""
     columns = divisor(problem.size("width"), 16)
-    stages = 1 if capability >= 100 else 2  # beside tensor memory, a second one leaves too few registers
+    stages = 1 if capability >= 100 else 2  # with tensor memory, a second stage leaves too few registers
     return RowPhasesConfig(64 // columns, columns, num_warps=4, num_stages=stages)
 
 
@@ -184,7 +185,7 @@ def candidates(capability: int, problem: Problem) -> tuple[RowPhasesConfig, ...]
 def problem(
     x: Tensor, weight: Tensor, guidance: Tensor, norm: Tensor, group_norm: GroupNorm, layer: Layer
 ) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     return Problem.of("decode", "row_phases", RowPhasesConfig, x, "ieee", **layer.sizes())
 
 

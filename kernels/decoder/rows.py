@@ -1,12 +1,12 @@
-"""3x3 convolution of normalised maps that walks down the rows; one of the decoder's kernels.
+"""3x3 convolution of normalised maps, computed row by row; one of the decoder's kernels.
 
     y = conv3x3(relu(scale x + shift))        (`layers.py`, S = 1)
 
-A program takes a block of columns of one image, cut into strips of rows, of which it handles one row each at
-a time. An input row is loaded and normalised once: its three shifts along the row meet all nine taps, and
-feed three accumulators, of the output rows above, at, and below it. The weights stay in shared memory. Never
-materialised are the normalised map and patches. Statistics of the output are summed in registers; a part is a
-program's block. For 16-bit types.
+A program takes a block of columns of one image. The block is cut into strips of rows, and the program handles
+one row of each strip at a time. An input row is loaded and normalised once: its three shifts along the row
+are multiplied by all nine taps, and added to three accumulators, of the output rows above, at, and below it.
+The weights stay in shared memory. The normalised map and patches are never materialised. Statistics of the
+output are summed in registers; a part is a program's block. For 16-bit types.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ def rows_kernel(
     scale = load_channels(norm_ptr + image * (2 * CI), CI, CI, CI)
     shift = load_channels(norm_ptr + image * (2 * CI) + CI, CI, CI, CI)
 
-    # The pixel above and to the left of an output pixel in the bordered input, which is also the place in the
-    # bordered output one row up and one column left of it.
+    # The pixel above and to the left of an output pixel in the bordered input; its index is also that of the
+    # pixel one row up and one column left in the bordered output.
     corner = m // COLUMNS * STRIP * PITCH + block * COLUMNS + m % COLUMNS
     p_x = x_ptr + image * ((H + 2) * PITCH * CI) + (corner * CI)[:, None] + k[None, :]
     p_out = out_ptr + image * ((H + 2) * PITCH * CO) + ((corner + 1) * CO)[:, None] + n[None, :]
     sums = tl.zeros((WARPS, 8, CO), tl.float32)
     squares = tl.zeros((WARPS, 8, CO), tl.float32)
-    upper = tl.zeros((PIXELS, CO), tl.float32)  # of the output row above the input row
-    middle = tl.zeros((PIXELS, CO), tl.float32)  # of the output row at it
+    upper = tl.zeros((PIXELS, CO), tl.float32)  # the output row above the input row
+    middle = tl.zeros((PIXELS, CO), tl.float32)  # the output row at the input row
     for row in tl.range(0, STRIP + 2, num_stages=STAGES):
         p_row = p_x + row * (PITCH * CI)
         x = normalise(tl.load(p_row, cache_modifier=".ca"), scale, shift)
@@ -96,7 +96,7 @@ def rows_kernel(
         upper = tl.dot(x, w12, upper)
         x = again(x)
         middle = tl.dot(x, w02, middle)
-        # The first two rows of a strip end no output row of it.
+        # The first two rows of a strip complete no output row.
         ends = row >= 2
         p_row = p_out + (row - 1) * (PITCH * CO)
         tl.store(p_row, done.to(out_ptr.dtype.element_ty), mask=tl.broadcast_to(ends, done.shape))
@@ -109,7 +109,7 @@ def rows_kernel(
 
 @dataclass(frozen=True)
 class RowsConfig(LaunchConfig):
-    """Launch config: strips of rows and columns of a program."""
+    """Launch config: strips of rows, and columns, per program."""
 
     strips: int
     columns: int
@@ -127,18 +127,18 @@ def unsupported(layer: Layer, dtype: torch.dtype) -> str | None:
     if layer.channels_in != layer.block_in or layer.channels_out != layer.block_out:
         return f"{layer.channels_in} or {layer.channels_out} channels are not a power of two from 16 up"
     if max(layer.channels_in, layer.channels_out) > 32:
-        return "three accumulators and nine taps of more than 32 channels take too much of a multiprocessor"
+        return "three accumulators and nine taps of more than 32 channels are too large for a multiprocessor"
     columns = divisor(layer.width, 32)
     if divisor(layer.height, 64 // columns) * columns < 64:
-        return f"{layer.height}x{layer.width} pixels do not divide into strips and columns"
+        return f"{layer.height}x{layer.width} pixels cannot be divided into strips and columns"
     return None
 
 
 @cache
 def default_config(capability: int, problem: Problem) -> RowsConfig:
-    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    """Return a config that fits every GPU of a compute capability (90 for 9.0)."""
     columns = divisor(problem.size("width"), 32)
-    # Four programs fit on a multiprocessor of H100, where fp16 is normalised two at a time.
+    # Four programs fit on a multiprocessor of H100, which normalises two fp16 numbers at a time.
     maxnreg = 128 if capability == 90 and problem.dtype == "fp16" else None
     return RowsConfig(64 // columns, columns, num_warps=4, num_stages=3, maxnreg=maxnreg)
 
@@ -156,7 +156,7 @@ def candidates(capability: int, problem: Problem) -> tuple[RowsConfig, ...]:
 
 
 def problem(x: Tensor, weight: Tensor, norm: Tensor, group_norm: GroupNorm, layer: Layer) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     return Problem.of("decode", "rows", RowsConfig, x, "ieee", **layer.sizes())
 
 

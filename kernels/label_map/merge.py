@@ -5,8 +5,8 @@ With N(r, s) the crops over a pixel (r, s), and `up` bilinear resizes from a cro
     p(r, s) = (mean over n in N(r, s) of sigmoid(up(logits_n)) + whole(r, s)) / 2
     whole = the last crop's sigmoid(up(logits)), resized to R x S
 
-Logits are `[N + 1, t, h, w]`, p is `[t, R, S]` in fp32. Probabilities of crops never reach memory. All
-positions are exact: a resize computes them from integers.
+Logits are `[N + 1, t, h, w]`, p is `[t, R, S]` in fp32. Probabilities of crops never reach memory. Positions
+are exact, as they are computed from integers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _logit(p_map, row, column, m, W: tl.constexpr):
 
 @triton.jit
 def _crop(p_map, row, column, m, H: tl.constexpr, W: tl.constexpr, SIDE: tl.constexpr):
-    """Probability at a pixel of a SIDE x SIDE crop with logits of H x W."""
+    """Return the probability at a pixel of a SIDE x SIDE crop with logits of H x W."""
     top, bottom, down = taps(row, H, SIDE)
     left, right, across = taps(column, W, SIDE)
     logit = mix(
@@ -101,12 +101,12 @@ class MergeConfig(LaunchConfig):
 
 
 def default_config(device: torch.device) -> MergeConfig:
-    """Return a config for any GPU; in the interpreter, few and large programs."""
+    """Return a config for any GPU; in the interpreter, one with few, large programs."""
     return MergeConfig(16384) if device.type == "cpu" else MergeConfig()
 
 
 def launch(logits: Tensor, window: Sequence[int], config: MergeConfig) -> Tensor:
-    """Probabilities `[t, R, S]` of `logits [N + 1, t, h, w]`; the window is (R, S, crop size, stride)."""
+    """Return probabilities `[t, R, S]` of `logits [N + 1, t, h, w]`; window: (R, S, crop size, stride)."""
     (_, t, height, width), (rows, columns, side, stride) = logits.shape, window
     out = logits.new_empty((t, rows, columns), dtype=torch.float32)
     launcher.run(

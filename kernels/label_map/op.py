@@ -1,11 +1,12 @@
-"""Label maps: a chunk's logits become probabilities of pixels, and meet the best ones so far.
+"""Label maps: a chunk's logits become probabilities of pixels, which update the best ones so far.
 
-With a sliding window, `merge.py` makes probabilities of the picture from those of its crops, a few classes at
-a time; `update.py` resizes them to the answer's size and takes the maximum. Without a window there is one
+With a sliding window, `merge.py` computes probabilities of the picture from those of its crops, a few classes
+at a time; `update.py` resizes them to the output size and takes the maximum. Without a window there is one
 crop, and the visible part of its logits is resized after the sigmoid. Logits are `[B, t, h, w]`; scores and
-labels `[H, W]`. Probabilities of crops and of H x W pixels never reach memory.
+labels `[H, W]`. Probabilities of single crops and of H x W pixels never reach memory; those of the merged
+maps are in scratch memory.
 
-The op computes in fp32 whatever autocast says, and has no gradient.
+The op computes in fp32, independently of autocast. It has no gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from catseg_fast.kernels.label_map import merge, plain, update
 from catseg_fast.kernels.launch.checks import check_runnable
 from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 
-# Of the merged maps that exist at a time.
+# Size of the merged maps that exist at a time.
 SCRATCH_BYTES = 2**25
 
 
@@ -32,20 +33,20 @@ def update_label_map(
     window: Sequence[int],
     visible: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Take a chunk's logits into a label map.
+    """Update a label map with a chunk's logits.
 
     Args:
-        logits: `[B, t, h, w]` of all crops, the last of which is the whole picture.
-        scores, labels: the best so far, `[H, W]`, in fp32 and int32.
-        first: number of the chunk's first class.
-        window: (R, S, crop size, stride) of a sliding window, or nothing.
-        visible: (rows, columns) of the only crop that count, where there is no window.
+        logits: logits `[B, t, h, w]` of all crops, the last of which is the whole picture.
+        scores, labels: scores and labels of the best classes so far, `[H, W]`, in fp32 and int32.
+        first: index of the chunk's first class.
+        window: (R, S, crop size, stride) of a sliding window, or empty.
+        visible: (rows, columns) of the only crop that show the picture, where there is no window.
 
     Returns:
         New scores and labels.
 
     Raises:
-        ValueError: for shapes, types or devices that do not fit.
+        ValueError: if shapes, types or devices do not fit.
         RuntimeError: if the GPU is too old.
     """
     check_runnable("logits", logits, "ieee")
@@ -105,7 +106,7 @@ def _launch(
 
 
 def _make_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
-    """A picture of 20 H x 25 W pixels; of more than one crop, those of upstream's sliding window."""
+    """Return arguments for a picture of 20 H x 25 W pixels; several crops are upstream's sliding window."""
     (B, t, *_), (height, width) = sizes.state, sizes.resolution
     side = 16 * height
     scores = random.uniform(20 * height, 25 * width) / 2

@@ -23,12 +23,12 @@ def update_label_map(
 
 
 def read_out(logits: Tensor, size: Sequence[int], window: Sequence[int], visible: Sequence[int]) -> Tensor:
-    """Probabilities `[t, *size]` of `logits [B, t, h, w]`; other arguments as in `op.update_label_map`."""
+    """Return probabilities `[t, *size]` of `logits [B, t, h, w]`; arguments as in `op.update_label_map`."""
     return _resize(coarse_probabilities(logits, window, visible)[None], size)[0]
 
 
 def coarse_probabilities(logits: Tensor, window: Sequence[int], visible: Sequence[int]) -> Tensor:
-    """Probabilities `[t, R, S]` before they are resized to the answer's size."""
+    """Return probabilities `[t, R, S]`, before they are resized to the answer's size."""
     if window:
         return _merge(logits, window)
     return logits[0].sigmoid()[..., : visible[0], : visible[1]]
@@ -45,21 +45,21 @@ def resize_rows(wide: Tensor, height: int, rows: slice) -> Tensor:
 
 
 def best_classes(probabilities: Tensor, scores: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """The best of classes `first`, `first + 1`, … of `probabilities [t, H, W]` and of those so far."""
+    """Return the best of the previous classes and of `first`, `first + 1`, … in `probabilities [t, H, W]`."""
     best, index = probabilities.max(dim=0)
-    # As in a maximum over all classes, NaN beats every number, and the first NaN every later one.
+    # As in a maximum over all classes, NaN is larger than every number, and the first NaN is kept.
     better = (best > scores) | (best.isnan() & ~scores.isnan())
     return torch.where(better, best, scores), torch.where(better, index.int() + first, labels)
 
 
 def count_crops(window: Sequence[int]) -> int:
-    """Crops of a sliding window, the whole picture included."""
+    """Return the number of crops of a sliding window, including the whole picture."""
     rows, columns, side, stride = window
     return len(_starts(rows, side, stride)) * len(_starts(columns, side, stride)) + 1
 
 
 def _merge(logits: Tensor, window: Sequence[int]) -> Tensor:
-    """Probabilities `[t, R, S]`: the crops' averaged where they overlap, then with the whole picture's."""
+    """Average the probabilities of overlapping crops, then with those of the whole picture: `[t, R, S]`."""
     rows, columns, side, stride = window
     *crops, whole = _resize(logits, (side, side)).sigmoid()
     total, count = whole.new_zeros(len(whole), rows, columns), whole.new_zeros(rows, columns)
@@ -71,7 +71,7 @@ def _merge(logits: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def _starts(size: int, side: int, stride: int) -> list[int]:
-    """Where crops begin; the last one ends at the border."""
+    """Return the first positions of crops; the last crop ends at the border."""
     return [min(start, size - side) for start in range(0, size - side + stride, stride)]
 
 

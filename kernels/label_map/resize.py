@@ -1,4 +1,4 @@
-"""Bilinear resizes, corners not aligned, for the label map's kernels."""
+"""Bilinear resizing without aligned corners, for the label map's kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def taps(position, size, resized):
-    """The two positions of `size` around a position of `resized`, and the second one's weight; exact."""
+    """Return the two positions of `size` around a position of `resized`, and the second's exact weight."""
     numerator = tl.maximum((2 * position + 1) * size - resized, 0)  # over 2 * resized
     first = numerator // (2 * resized)
     weight = (numerator - first * 2 * resized).to(tl.float32) / (2 * resized)

@@ -1,4 +1,4 @@
-"""The best class of each pixel so far, and a chunk of maps more.
+"""Update of each pixel's best class with a chunk of maps.
 
     score = maps resized to H x W;  label = argmax over classes, the first of equal ones
 
@@ -28,10 +28,10 @@ def update_kernel(
     new_scores_ptr,  # [H, W] fp32, output
     new_labels_ptr,  # [H, W] int32, output
     classes,  # t
-    first,  # number of the first class
+    first,  # index of the first class
     H,
     W,
-    rows,  # of a map that count
+    rows,  # visible rows of a map
     columns,
     maps_stride_t,
     maps_stride_row,
@@ -54,7 +54,7 @@ def update_kernel(
             top_left, top_right = sigmoid(top_left), sigmoid(top_right)
             bottom_left, bottom_right = sigmoid(bottom_left), sigmoid(bottom_right)
         score = mix(top_left, top_right, bottom_left, bottom_right, down, across)
-        # As in a maximum over all classes, NaN beats every number, and the first NaN every later one.
+        # As in a maximum over all classes, NaN is larger than every number, and the first NaN is kept.
         better = (score > best) | ((score != score) & (best == best))
         best = tl.where(better, score, best)
         label = tl.where(better, first + t, label)
@@ -72,7 +72,7 @@ class UpdateConfig(LaunchConfig):
 
 
 def default_config(device: torch.device) -> UpdateConfig:
-    """Return a config for any GPU; in the interpreter, few and large programs."""
+    """Return a config for any GPU; in the interpreter, one with few, large programs."""
     return UpdateConfig(16384) if device.type == "cpu" else UpdateConfig()
 
 

@@ -1,1 +1,1 @@
-"""Shared by all ops: checks of arguments, launch configs, what is tuned and compiled ahead of time."""
+"""Code shared by all ops: checks of arguments, launch configs, launches, and compilation ahead of time."""

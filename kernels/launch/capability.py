@@ -1,4 +1,4 @@
-"""Compute capabilities of GPUs: those with default configs, and a device's."""
+"""Compute capabilities: those that have default configs, and that of a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 # Compute capabilities for which default configs are shipped.
 CAPABILITIES = (80, 86, 89, 90, 100)
 
-# GPUs for workstations, from this capability on: they have 8.9's shared memory and matrix instructions.
+# Workstation GPUs have capabilities from this one on, and the shared memory and matrix instructions of 8.9.
 WORKSTATION, LIKE_WORKSTATION = 120, 89
 
 
@@ -26,15 +26,15 @@ _assumed = _Assumed()
 def capability_of(device: torch.device) -> int:
     """Return the capability whose default configs and kernels run on a device.
 
-    For a GPU that is none of `CAPABILITIES`, the next lower one, and 8.9 for those of 12.0 and above, which
-    have as little shared memory. In the interpreter and on the meta device, H100's or what `assume` says.
+    A GPU whose capability is not in `CAPABILITIES` has the next lower one, or 8.9 if it is 12.0 or higher,
+    because of its shared memory. The interpreter and the meta device have H100's, or that of `assume`.
     """
     return of_gpu(device) if device.type == "cuda" else _assumed.capability
 
 
 @cache
 def of_gpu(device: torch.device) -> int:
-    """`capability_of` a GPU."""
+    """Return the `capability_of` a GPU."""
     major, minor = torch.cuda.get_device_capability(device)
     own = 10 * major + minor
     if own >= WORKSTATION:
@@ -44,7 +44,7 @@ def of_gpu(device: torch.device) -> int:
 
 @contextmanager
 def assume(capability: int) -> Iterator[None]:
-    """Let devices that are no GPUs have a capability, in this thread."""
+    """Let devices other than GPUs have a capability, in this thread."""
     before, _assumed.capability = _assumed.capability, capability
     try:
         yield

@@ -1,4 +1,4 @@
-"""What every op asks of its arguments before a kernel sees them."""
+"""Checks of arguments that every op makes before a launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 OLDEST = (8, 0)
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-INTERPRETED = triton.knobs.runtime.interpret  # what it is when kernels are decorated holds for good
+INTERPRETED = triton.knobs.runtime.interpret  # read once, like Triton when it decorates kernels
 
 
 def too_old(gpu: torch.device) -> str | None:
@@ -27,14 +27,14 @@ def too_old(gpu: torch.device) -> str | None:
 
 
 def check_runnable(name: str, x: Tensor, input_precision: str) -> None:
-    """Check that the kernels run on `x`'s device and in its type.
+    """Check that the kernels run on the device of `x`, and support its type.
 
     Raises:
         ValueError: if they do not; the message says why.
         RuntimeError: if the GPU is too old.
     """
     if x.dtype not in DTYPES:
-        raise ValueError(f"{name}: dtype {x.dtype} is none of {', '.join(map(str, DTYPES))}")
+        raise ValueError(f"{name}: dtype {x.dtype} is not one of {', '.join(map(str, DTYPES))}")
     if input_precision not in PRECISIONS:
         raise ValueError(f"input_precision: {input_precision!r} is not one of {', '.join(PRECISIONS)}")
     if x.device.type == "cuda":
@@ -48,10 +48,10 @@ def check_like(name: str, tensor: Tensor, shape: Sequence[int | tuple[int, ...]]
     """Check a tensor's shape, and that its type and device are those of `x`.
 
     Args:
-        shape: the expected size of each dimension, or the sizes that will do.
+        shape: the expected size of each dimension, or the sizes that are accepted.
 
     Raises:
-        ValueError: with the shapes, types or devices seen and expected.
+        ValueError: if they differ; the message has the actual and the expected ones.
     """
     sizes = [tuple(dict.fromkeys(size)) if isinstance(size, tuple) else (size,) for size in shape]
     if tensor.ndim != len(sizes) or any(

@@ -1,6 +1,6 @@
-"""Compilation without a launch: of what a call will launch, side by side; or for a GPU that is not there.
+"""Compilation without a launch: of several kernels in parallel, or for a GPU that is not present.
 
-Compiled kernels are in Triton's cache folder then, and those of `compile_jobs` also in this process.
+Compiled kernels are kept in Triton's cache folder; those of `compile_jobs` are also loaded in this process.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Job:
     """A kernel to compile for certain arguments; hashable, and can be sent to another process.
 
     Attributes:
-        module, name: of the `@triton.jit` function.
-        arguments: in order, as far as they matter.
+        module, name: module and name of the `@triton.jit` function.
+        arguments: properties of the arguments that matter for compilation, in order.
         options: `tl.constexpr` arguments and Triton's options, by name.
     """
 
@@ -40,7 +40,7 @@ class Job:
 
     @classmethod
     def of(cls, launch: Launch) -> Job:
-        """The job that compiles a launch; it keeps none of its tensors."""
+        """Return the job that compiles a launch; it keeps none of the tensors."""
         options = (*launch.constants.items(), *launch.options.items())
         function = launch.kernel.fn
         told = tuple(map(_told, launch.arguments.values()))
@@ -56,7 +56,7 @@ class Job:
         try:
             arguments = (x.make() if isinstance(x, _Descriptor) else x for x in self.arguments)
             self.kernel.warmup(*arguments, grid=(1,), **dict(self.options))
-        except Exception as error:  # whatever the compiler says is the result
+        except Exception as error:  # any error of the compiler is a result
             cause = error.__cause__ or error
             return f"{type(cause).__name__}: {str(cause).strip()[-300:]}"
         return None
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Unaligned:
-    """A pointer that is no multiple of 16, for Triton."""
+    """A pointer that is not a multiple of 16, for Triton."""
 
     dtype: torch.dtype
 
@@ -77,20 +77,20 @@ class _Unaligned:
 
 @dataclass(frozen=True)
 class _Descriptor:
-    """A tensor descriptor without its tensor, which is told by its type."""
+    """A tensor descriptor without its tensor; only the type of the tensor is kept."""
 
     kind: type
     values: tuple[tuple[str, Any], ...]
 
     @classmethod
     def of(cls, descriptor: Any) -> _Descriptor:
-        """The description of a descriptor, which is a dataclass."""
+        """Return the description of a descriptor, which is a dataclass."""
         values = {field.name: getattr(descriptor, field.name) for field in fields(descriptor)}
         told = {name: x.dtype if isinstance(x, Tensor) else _frozen(x) for name, x in values.items()}
         return cls(type(descriptor), tuple(told.items()))
 
     def make(self) -> Any:
-        """A descriptor of the same kind, of a tensor on the meta device."""
+        """Return a descriptor of the same kind for a tensor on the meta device."""
         values: dict[str, Any] = {name: list(x) if isinstance(x, tuple) else x for name, x in self.values}
         base = torch.empty_strided(values["shape"], values["strides"], dtype=values["base"], device="meta")
         return self.kind(**{**values, "base": base})
@@ -101,7 +101,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _told(value: Any) -> Any:
-    """What Triton makes different kernels of: a tensor's type and alignment, and the kind of a number."""
+    """Return the properties that Triton specialises on: a tensor's type and alignment, a number's kind."""
     if isinstance(value, Tensor):
         return value.dtype if value.data_ptr() % 16 == 0 else _Unaligned(value.dtype)
     if hasattr(value, "block_shape"):
@@ -117,18 +117,18 @@ def compile_jobs(
     threads: int | None = None,
     advance: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[Job, str]:
-    """Compile kernels for a GPU side by side.
+    """Compile kernels for a GPU in parallel.
 
-    Threads suffice: Triton's compiler is not Python for nine tenths of its time.
+    Threads suffice: Triton's compiler spends nine tenths of its time outside Python.
 
     Args:
-        jobs: the kernels; those that this process has compiled before cost nothing.
+        jobs: the kernels; those that this process has compiled before take no time.
         device: the GPU.
         threads: how many compile at a time; by default as many as this process has cores.
-        advance: called with the number of kernels done and the number of all.
+        advance: called with the number of kernels done and the total.
 
     Returns:
-        Of the kernels that do not compile, why.
+        Reasons of the kernels that do not compile.
     """
     different = list(dict.fromkeys(jobs))
     threads = threads or min(MOST_THREADS, len(os.sched_getaffinity(0)))
@@ -148,9 +148,9 @@ def compile_jobs(
 
 
 def ptxas(capability: int) -> str:
-    """Return the version of the assembler that Triton uses for a compute capability (as 90).
+    """Return the version of the assembler that Triton uses for a compute capability (90 for 9.0).
 
-    Behind it comes the path, if it is not Triton's own.
+    The path follows, if it is not Triton's own assembler.
     """
     try:
         from triton.backends.nvidia.compiler import get_ptxas
@@ -175,10 +175,10 @@ def source_of(
     options: Mapping[str, Any],
     target: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """What `kernel[grid](*arguments, **constants, **options)` compiles, and the options of the compiler.
+    """Return the source that `kernel[grid](*arguments, **constants, **options)` compiles, and its options.
 
-    Triton itself says how a launch is specialised: what is a constant, and which integers and pointers are
-    multiples of 16.
+    Triton itself decides how a launch is specialised: which arguments are constants, and which integers and
+    pointers are multiples of 16.
 
     Args:
         kernel: the `@triton.jit` function, not in the interpreter.
@@ -206,6 +206,6 @@ def compile_launch(
     options: Mapping[str, Any],
     target: Any,
 ) -> Any:
-    """The compiled kernel of a launch; arguments as of `source_of`. It is kept in Triton's cache folder."""
+    """Compile a launch, with the arguments of `source_of`; Triton's cache folder keeps the kernel."""
     source, parsed = source_of(kernel, arguments, constants, options, target)
     return triton.compile(source, target=target, options=parsed)

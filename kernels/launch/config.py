@@ -1,4 +1,4 @@
-"""What every kernel's launch config is, and grids of them for the tuner."""
+"""The base class of launch configs, and grids of configs for the tuner."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any, ClassVar, TypeVar
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a kernel is launched; a kernel's own class has the fields.
+    """A kernel's launch config; each kernel has its own subclass with fields.
 
-    `num_warps`, `num_stages` and, where a kernel has it, `maxnreg` are Triton's; the others are sizes, and
-    `tma`, where a kernel has it, says that it reads and writes through tensor descriptors.
+    `num_warps`, `num_stages` and `maxnreg` are Triton's options. With `tma`, the kernel reads and writes
+    through tensor descriptors. Other fields are sizes.
 
     Attributes:
-        version: of the kernel; raised when it changes so much that configs which were measured before are of
-            no use. They are ignored from then on.
+        version: version of the kernel, raised when configs that were measured before are of no more use. They
+            are then ignored.
 
     Raises:
-        ValueError: if a field is not a positive integer, or a number of warps or a size no power of two, or
-            `tma` no bool.
+        ValueError: if a field is not a positive integer, the number of warps or a size is not a power of two,
+            or `tma` is not a bool.
     """
 
     version: ClassVar[int] = 1
@@ -43,7 +43,7 @@ class LaunchConfig:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """What Triton is told besides the kernel's arguments."""
+        """Return Triton's options, passed besides the kernel's arguments."""
         given = {name: getattr(self, name, None) for name in ("num_warps", "num_stages", "maxnreg")}
         options = {name: value for name, value in given.items() if value is not None}
         return {**options, "enable_fp_fusion": True}
@@ -53,12 +53,12 @@ C = TypeVar("C", bound=LaunchConfig)
 
 
 def grid(config: C, **choices: Sequence[int | bool | None]) -> list[C]:
-    """The config with every combination of some fields' values."""
+    """Return the config with every combination of values of some fields."""
     return [
         replace(config, **dict(zip(choices, values, strict=True))) for values in product(*choices.values())
     ]
 
 
 def default_first(default: C, others: Iterable[C]) -> tuple[C, ...]:
-    """Configs to be timed, each once: the default before the others."""
+    """Return configs to be timed, without duplicates, the default first."""
     return tuple(dict.fromkeys((default, *others)))

@@ -1,17 +1,18 @@
-"""Launch configs that were measured on a GPU (`catseg-fast tune`), and how an op finds its own.
+"""Launch configs that were measured on a GPU (`catseg-fast tune`), and the choice of one for a launch.
 
-They are JSON files, one for each GPU and op, `<gpu>/<op>.json`: a list of entries such as
+They are in JSON files, one per GPU and op, `<gpu>/<op>.json`: lists of entries such as
 
     {"kernel": "mlp", "dtype": "fp16", "precision": "ieee",
      "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": 255},
      "config": {"rows": 128, "hidden": 64, "num_warps": 8, "num_stages": 2},
      "gpu": "NVIDIA H200", "capability": 90, "multiprocessors": 132, …}
 
-An entry serves a launch of the same kernel, in the same `version` (1 if it names none), type and sizes; of
-several, the one whose number of crops times classes is nearest, by ratio. Files in the user's cache folder go
-before those of the package. A GPU that has no entry of its own borrows one of another GPU of the same compute
-capability, whose multiprocessors have the same registers and shared memory; of several, from the GPU with the
-nearest number of multiprocessors. Where nothing fits, the kernel's default config runs.
+An entry fits a launch of the same kernel with the same `version` (1 by default), type and sizes. Among
+several entries, the one with the nearest number of crops times classes is chosen, by ratio. Files in the
+user's cache folder take precedence over those of the package. A GPU without an entry of its own borrows one
+from another GPU of the same compute capability, whose multiprocessors have the same registers and shared
+memory; among several GPUs, from the one with the nearest number of multiprocessors. If no entry fits, the
+kernel's default config is used.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class Problem(NamedTuple):
         kernel: the kernel's name in that op.
         config: class of the kernel's configs.
         dtype: type of the tensors, "fp16", "bf16" or "fp32".
-        precision: of products of fp32 numbers; "ieee" for other types.
-        sizes: what must be equal for a measured config to serve.
-        crops, classes: B and t, which need not.
+        precision: precision of products of fp32 numbers; "ieee" for other types.
+        sizes: sizes that must be equal for a measured config to fit.
+        crops, classes: B and t, which may differ.
     """
 
     op: str
@@ -72,9 +73,9 @@ class Problem(NamedTuple):
         classes: int | None = None,
         **sizes: int,
     ) -> Problem:
-        """The problem of a launch on `x [B, t, …]`, or on `x [B, …]` and `classes`.
+        """Return the problem of a launch on `x [B, t, …]`, or on `x [B, …]` and `classes`.
 
-        `input_precision` counts for fp32 only.
+        `input_precision` matters for fp32 only.
         """
         precision = input_precision if x.dtype == torch.float32 else "ieee"
         crops, t = x.shape[0], x.shape[1] if classes is None else classes
@@ -91,7 +92,7 @@ class Problem(NamedTuple):
         return next(dtype for dtype, name in DTYPES.items() if name == self.dtype)
 
     def size(self, name: str) -> int:
-        """One of the sizes."""
+        """Return one of the sizes."""
         return dict(self.sizes)[name]
 
 
@@ -101,13 +102,13 @@ def choose(
     default_config: Callable[[int, Problem], C],
     interpreter_config: Callable[[Problem], C] | None = None,
 ) -> C:
-    """The config that a launch takes: on a GPU a measured one, else the default for its compute capability.
+    """Return the config of a launch: a measured one on a GPU, or the default of the compute capability.
 
     Args:
-        problem: the launch's.
-        device: the tensors', which need not be the current one.
-        default_config: makes the default config for a compute capability (as 80, 86, 89, 90, 100).
-        interpreter_config: makes the config for Triton's interpreter, on a CPU; None for the default.
+        problem: the problem of the launch.
+        device: the device of the tensors, which may not be the current one.
+        default_config: returns the default config for a compute capability (90 for 9.0).
+        interpreter_config: returns the config for Triton's interpreter, on a CPU; None for the default.
     """
     if device.type == "cuda":
         measured = _measured(problem, device)
@@ -119,13 +120,15 @@ def choose(
 
 
 def user_folder() -> Path:
-    """Return where `catseg-fast tune` writes: `$XDG_CACHE_HOME/catseg-fast/configs`, or in `~/.cache`.
+    """Return the folder that `catseg-fast tune` writes to: `catseg-fast/configs` in `$XDG_CACHE_HOME`.
+
+    Without the variable, it is in `~/.cache`.
 
     Raises:
         RuntimeError: if the variable is not set and the user has no home folder.
     """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache_home.is_absolute():  # to be ignored, says the XDG specification
+    if not cache_home.is_absolute():  # which the XDG specification says to ignore
         cache_home = Path.home() / ".cache"
     return cache_home / "catseg-fast" / "configs"
 
@@ -145,14 +148,14 @@ def origin(problem: Problem, device: torch.device) -> str:
 
 
 def config_path(folder: Path, gpu: str, op: str) -> Path:
-    """An op's file for a GPU, of whose name `gpu` the folder is made: "NVIDIA H200" has `nvidia-h200`."""
+    """Return an op's file for a GPU, in a folder named after it: `nvidia-h200` for "NVIDIA H200"."""
     return folder / _slug(gpu) / f"{op}.json"
 
 
 def read(path: Path, gpu: str) -> list[dict[str, Any]]:
-    """Entries of a file for a GPU, with a warning about what is damaged or of another GPU, which is left out.
+    """Return the entries of a GPU's file; damaged ones and those of other GPUs are skipped with a warning.
 
-    A missing file has no entries, and no warning.
+    A missing file has no entries, and causes no warning.
     """
     try:
         entries = _parse(path.read_bytes())
@@ -168,10 +171,10 @@ def read(path: Path, gpu: str) -> list[dict[str, Any]]:
 
 
 def _parse(content: bytes) -> list[Any]:
-    """The entries in a file; where it is damaged each line is read by itself, and None if it cannot be.
+    """Return the entries in a file; in a damaged file, each line is read separately, or is None.
 
     Raises:
-        ValueError, RecursionError: if this is no list, or no line can be read.
+        ValueError, RecursionError: if the content is not a list, or no line can be read.
     """
     try:
         entries = json.loads(content.decode("utf-8"))
@@ -181,12 +184,12 @@ def _parse(content: bytes) -> list[Any]:
         if not any(isinstance(entry, dict) for entry in entries):
             raise
     if not isinstance(entries, list):
-        raise ValueError("it is no list of entries")
+        raise ValueError("it is not a list of entries")
     return entries
 
 
 def _parse_line(line: bytes) -> Any:
-    """The value in a line; None if it is damaged."""
+    """Return the value in a line; None if it is damaged."""
     try:
         return json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -194,16 +197,16 @@ def _parse_line(line: bytes) -> Any:
 
 
 def clear() -> None:
-    """Forget files and GPUs, so that they are looked at again."""
+    """Clear the caches of files and GPUs."""
     for function in (_read_once, _others, _measured, _chip, capability.of_gpu):
         function.cache_clear()
 
 
 class _Chip(NamedTuple):
-    """What tells GPUs apart."""
+    """Properties of a GPU that its configs depend on."""
 
     name: str
-    capability: int  # as 90, exactly
+    capability: int  # exact: 90 for 9.0
     multiprocessors: int
 
 
@@ -217,7 +220,7 @@ def _chip(device: torch.device) -> _Chip:
 
 
 def _folders() -> tuple[Path, ...]:
-    """The user's folder, where there is one, and the package's."""
+    """Return the user's folder, if there is one, and the package's."""
     try:
         return user_folder(), SHIPPED
     except RuntimeError as error:
@@ -242,7 +245,7 @@ def _measured(problem: Problem, device: torch.device) -> Any:
 
 
 def _files(op: str, device: torch.device) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
-    """An op's files and entries in the order in which a device looks at them: its own, then others'."""
+    """Yield an op's files and entries in order of precedence for a device: its own, then others'."""
     chip = _chip(device)
     for folder in _folders():
         path = config_path(folder, chip.name, op)
@@ -255,7 +258,7 @@ def _files(op: str, device: torch.device) -> Iterator[tuple[Path, list[dict[str,
 
 @cache
 def _others(folder: Path, op: str, chip: _Chip) -> tuple[tuple[float, Path, list[dict[str, Any]]], ...]:
-    """Distance, file and entries of each other GPU of a chip's compute capability in a folder."""
+    """Return distance, file and entries of each other GPU of the same compute capability in a folder."""
     found = []
     for path in sorted(folder.glob(f"*/{op}.json")):
         if path.parent.name == _slug(chip.name):
@@ -276,19 +279,19 @@ def _serves(entry: dict[str, Any], problem: Problem) -> bool:
 
 
 def _fault(entry: Any, gpu: str) -> str | None:
-    """Say what makes something no entry for a GPU; None if it is one."""
+    """Return why something is not an entry of a GPU; None if it is one."""
     if not isinstance(entry, dict):
-        return "is no object"
+        return "is not an object"
     lacking = {"kernel", "dtype", "precision", "shape", "config", "gpu"} - entry.keys()
     if lacking:
         return f"lacks {', '.join(sorted(lacking))}"
     if not isinstance(entry["shape"], dict) or not isinstance(entry["config"], dict):
-        return "has a shape or config that is no object"
+        return "has a shape or config that is not an object"
     crop_classes = entry["shape"].get(FREE_SIZE)
     if not isinstance(crop_classes, int) or crop_classes < 1:
-        return f"has a {FREE_SIZE} that is no positive integer: {crop_classes!r}"
+        return f"has a {FREE_SIZE} that is not a positive integer: {crop_classes!r}"
     if _slug(str(entry["gpu"])) != _slug(gpu):
-        return f"is of another GPU, {entry['gpu']!r}, not of {gpu!r}"
+        return f"is for another GPU, {entry['gpu']!r}, not for {gpu!r}"
     return None
 
 

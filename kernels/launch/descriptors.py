@@ -1,6 +1,6 @@
-"""Tensor descriptors, which the copy engine of GPUs from compute capability 9.0 on (TMA) reads and writes by.
+"""Tensor descriptors for the tensor memory accelerator (TMA) of GPUs from compute capability 9.0 on.
 
-They are made on the host and passed to a kernel by value: no global allocator is set, and no memory is taken.
+They are made on the host and passed to a kernel by value, without a global allocator or memory of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SIDE = 256  # elements of a block in one dimension
 
 
 def fits(x: Tensor, block: Sequence[int]) -> bool:
-    """Check that a descriptor of `x` in blocks of this shape can be made."""
+    """Check whether a descriptor of `x` in blocks of this shape can be made."""
     strides = [stride * x.element_size() for stride in x.stride()]
     return (
         x.data_ptr() % ALIGNMENT == 0
@@ -28,5 +28,5 @@ def fits(x: Tensor, block: Sequence[int]) -> bool:
 
 
 def describe(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
-    """The descriptor of `x` in blocks of this shape; what lies outside of x reads as 0 and is not written."""
+    """Return the descriptor of `x` in blocks of this shape; outside of x, it reads 0 and does not write."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))

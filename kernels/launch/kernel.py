@@ -1,4 +1,4 @@
-"""A kernel as its op calls it: the launch, and which config it takes."""
+"""A kernel as its op calls it: the launch, and the choice of its config."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ C = TypeVar("C", bound=LaunchConfig)
 class Kernel(Generic[C]):
     """A kernel whose config is chosen at each call: a measured one, or the default.
 
-    Calling it calls `launch`. Inside `record_calls` the calls of this thread are listed, with copies of their
-    tensors: the tuner times each candidate on what an op really passes.
+    A call of it calls `launch`. Inside `record_calls`, the calls of this thread are listed with copies of
+    their tensors, so that the tuner times each candidate on an op's real arguments.
 
     Args:
-        launch: `launch(*arguments, config)`, the first argument being a tensor on the device; returns what
-            it computes, tensors that it overwrites included.
-        problem: takes the same arguments without the config; says what a measured config is found by.
-        default_config: for a compute capability (as 80, 86, 89, 90, 100) and a problem.
-        candidates: configs worth timing for the same, the default first. Not all need to fit the GPU.
-        interpreter_config: for a problem in Triton's interpreter, which likes few and large programs; without
-            it, the default.
-        compared: takes what `launch` computes; returns what right configs agree on, which is finite. Without
-            it, that is all of it.
+        launch: `launch(*arguments, config)`, whose first argument is a tensor on the device; returns all
+            tensors that it computes or overwrites.
+        problem: takes the same arguments without the config; returns the sizes and types by which a measured
+            config is found.
+        default_config: returns the default config for a compute capability (90 for 9.0) and a problem.
+        candidates: returns configs worth timing for these, the default first. Some may not fit the GPU.
+        interpreter_config: returns the config for a problem in Triton's interpreter, which is fastest with
+            few, large programs; by default the default config.
+        compared: takes the results of `launch`; returns the finite values on which correct configs agree, by
+            default all results.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Kernel(Generic[C]):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a kernel, with copies of its tensors as they were before."""
+    """A call of a kernel, with copies of its tensors from before the call."""
 
     kernel: Kernel[Any]
     problem: Problem
@@ -68,7 +69,7 @@ class Call:
     options: dict[str, Any]
 
     def copy(self) -> Call:
-        """The same call on tensors of its own."""
+        """Return the same call with copies of the tensors."""
         options = {name: copy(value) for name, value in self.options.items()}
         return Call(self.kernel, self.problem, tuple(map(copy, self.arguments)), options)
 
@@ -79,7 +80,7 @@ class Call:
         return [part for part in parts if part is not None]
 
     def compared(self, computed: Sequence[Tensor]) -> list[Tensor]:
-        """Return what right configs agree on of what `run` computed."""
+        """Return the part of the results of `run` on which correct configs agree."""
         return list(computed) if self.kernel.compared is None else [self.kernel.compared(*computed)]
 
 
@@ -102,7 +103,7 @@ def record_calls() -> Iterator[list[Call]]:
 
 
 def copy(value: Any) -> Any:
-    """A value with tensors of its own; sequences and tuples of tensors become tuples."""
+    """Return a copy of a value with its tensors; sequences of tensors become tuples."""
     if isinstance(value, Tensor):
         return value.clone()
     if type(value) in (tuple, list):

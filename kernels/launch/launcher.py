@@ -1,8 +1,8 @@
 """The one place where kernels are launched.
 
-Every `launch` function of this library ends in `run`. Inside `record` the launches of the calling thread are
-listed; without `execute` they are only listed, so that tensors on the meta device do. The ahead-of-time gate
-compiles what is listed, and therefore exactly what a launch passes.
+Every `launch` function of this library calls `run`. Inside `record`, the launches of the calling thread are
+listed; without `execute` they are only listed, so that the tensors can be on the meta device. The
+ahead-of-time gate compiles the listed launches, and therefore exactly what a launch passes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Launch:
     Attributes:
         kernel: the `@triton.jit` function.
         grid: programs along each axis.
-        arguments: its runtime arguments by name, in order: tensors, tensor descriptors, numbers or None.
-        constants: its `tl.constexpr` arguments by name.
+        arguments: the runtime arguments by name, in order: tensors, tensor descriptors, numbers or None.
+        constants: the `tl.constexpr` arguments by name.
         options: Triton's options by name.
-        compiled: Triton's compiled kernel; None in the interpreter, and where nothing was executed.
+        compiled: Triton's compiled kernel; None in the interpreter, and if nothing was executed.
     """
 
     kernel: Any
@@ -39,7 +39,7 @@ class Launch:
     compiled: Any = None
 
     def without_arguments(self) -> Launch:
-        """Return the launch without its tensors, which it would keep alive."""
+        """Return the launch without its tensors, so that it does not keep them alive."""
         return replace(self, arguments={})
 
 
@@ -58,7 +58,7 @@ def record(execute: bool = True, note: Callable[[Launch], Any] | None = None) ->
 
     Args:
         execute: whether they run.
-        note: what is listed of each, as soon as it has run; by default the `Launch` itself.
+        note: maps each launch, when it has run, to what is listed; by default the `Launch` itself.
     """
     launches: list[Any] = []
     before = _recorder.launches, _recorder.execute, _recorder.note
@@ -67,6 +67,11 @@ def record(execute: bool = True, note: Callable[[Launch], Any] | None = None) ->
         yield launches
     finally:
         _recorder.launches, _recorder.execute, _recorder.note = before
+
+
+def recording() -> bool:
+    """Check whether launches of this thread are listed."""
+    return _recorder.launches is not None
 
 
 def listing() -> bool:
@@ -80,10 +85,10 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, config: LaunchConfi
     Args:
         kernel: a `@triton.jit` function.
         grid: programs along each axis.
-        *arguments: its runtime arguments, in the order of its signature.
-        config: gives `num_warps`, `num_stages` and, if it has the field, `maxnreg`; what else it holds is
-            passed as constants by the caller.
-        **constants: its `tl.constexpr` arguments.
+        *arguments: the runtime arguments, in the order of the signature.
+        config: has Triton's options, `num_warps`, `num_stages` and possibly `maxnreg`. The caller passes its
+            other fields as constants.
+        **constants: the `tl.constexpr` arguments.
     """
     options = config.options
     if _recorder.launches is None:

@@ -1,7 +1,7 @@
-"""What an op declares of itself, once, for all that need to know it.
+"""Declarations of ops.
 
-An op is a function of tensors and numbers. Its declaration, an `Op`, is read by the tuner, by the self check,
-by the benchmark of kernels, by the tests of ops, and by the gate that compiles kernels ahead of time.
+An op is a function of tensors and numbers. Its declaration, an `Op`, is read by the tuner, the self check,
+the benchmark of kernels, the tests of ops, and the gate that compiles kernels ahead of time.
 `catseg_fast.kernels.OPS` lists the ops.
 """
 
@@ -22,19 +22,19 @@ from catseg_fast.kernels.launch.launcher import Launch, record
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of an op's arguments; by default those of the published variants, and a chunk of 51 classes.
+    """Sizes of an op's arguments; by default those of the published variants for a chunk of 51 classes.
 
     Attributes:
         crops: B.
         classes: t.
         prompts: P.
-        features: F, of CLIP's image and text features.
-        window, shift: of window attention, in positions.
-        hidden: M, of an MLP.
-        pooling: positions down and across that become one token of the class attention.
+        features: F, channels of CLIP's image and text features.
+        window, shift: window and shift of window attention, in positions.
+        hidden: M, hidden channels of an MLP.
+        pooling: rows and columns of positions that become one token of the class attention.
         decoder: output channels of each decoder stage.
-        groups: of the decoder's normalisations, in channels.
-        guided: whether each crop has guidance of its own; else one serves all.
+        groups: channels per group of the decoder's normalisations.
+        guided: whether each crop has guidance of its own; otherwise all crops share it.
         streamed: whether classes come in several chunks, of which this is not the last.
     """
 
@@ -72,30 +72,30 @@ class Sizes:
 
 
 class Random:
-    """Random tensors of a type on a device; on the meta device, of a shape only."""
+    """Random tensors of a type on a device; on the meta device, they have only a shape."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
         self.dtype, self.device = dtype, device
         self._generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal numbers of a standard deviation of `scale`."""
+        """Return normal numbers with a standard deviation of `scale`."""
         return self._draw(torch.randn, shape).mul_(scale).to(self.dtype)
 
     def weight(self, *shape: int) -> Tensor:
-        """A weight `[out, …]` that keeps a standard deviation of one."""
+        """Return a weight `[out, …]` that preserves a standard deviation of one."""
         return self.normal(*shape, scale=torch.Size(shape[1:]).numel() ** -0.5)
 
     def bias(self, size: int) -> Tensor:
-        """A bias `[size]`."""
+        """Return a bias `[size]`."""
         return self.normal(size, scale=0.3)
 
     def unit(self, *shape: int) -> Tensor:
-        """Unit vectors along the last dimension."""
+        """Return unit vectors along the last dimension."""
         return F.normalize(self._draw(torch.randn, shape), dim=-1).to(self.dtype)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Numbers in [0, 1) in fp32."""
+        """Return numbers in [0, 1) in fp32."""
         return self._draw(torch.rand, shape)
 
     def _draw(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
@@ -109,9 +109,9 @@ class Form:
     """One way to compute an op in Triton.
 
     Attributes:
-        launch: calls kernels; takes the op's arguments, checked, and returns its result.
-        unsupported: takes a compute capability (as 80, 86, 89, 90, 100) and the same arguments; returns why
-            the form cannot run, for capability, sizes, or Triton's version (`checks.TRITON`), or None.
+        launch: calls kernels; takes the op's checked arguments and returns its result.
+        unsupported: takes a compute capability (90 for 9.0) and the same arguments; returns why the form
+            cannot run because of capability, sizes, or Triton's version (`checks.TRITON`), or None.
     """
 
     launch: Callable[..., Any]
@@ -123,21 +123,20 @@ class Op:
     """An op's declaration.
 
     Attributes:
-        name: names the file of measured configs, the benchmark and the tests.
-        plain: the op in plain torch ops, readable, in any floating type; `input_precision` is not among its
-            arguments.
-        triton: the public function, on kernels: checks arguments, then calls the custom op, whose body is
+        name: name of the op, also of its file of measured configs, its benchmark and its tests.
+        plain: the op in plain torch ops, in any floating type; it has no argument `input_precision`.
+        triton: the public function on kernels: it checks arguments, then calls the custom op, whose body is
             `Op.launch`.
-        forms: ways to compute it in Triton; the first that supports a call runs.
-        make_inputs: arguments of a real call's shapes and scale, in the order of the signature, without
-            `input_precision`, which is the last.
-        sizes: of the published variants, by what is special about them ("" for nothing).
-        special: other sizes that compile to other kernels, in the same way.
+        forms: ways to compute the op in Triton; the first one that supports a call is used.
+        make_inputs: returns arguments with the shapes and scale of a real call, in the order of the
+            signature, without `input_precision`, the last one.
+        sizes: sizes of the published variants, by their special property ("" for none).
+        special: other sizes that compile to other kernels, by the same key.
         odd: small sizes that fit no tile, for tests.
-        mma: matrix instructions that a kernel of this name must compile to in 16-bit types: "wgmma" (on
-            capability 90; "mma" on others) or "mma"; kernels that are not listed have none.
-        max_stack: bytes of stack that are accepted of a kernel of this name; 0 where it is not listed. They
-            may hold spills outside loops only: spills in a loop never pass.
+        mma: matrix instructions that the kernel of a name must compile to in 16-bit types: "mma", or "wgmma"
+            (on capability 9.0; "mma" on others). Kernels that are not listed have none.
+        max_stack: accepted bytes of stack of the kernel of a name; 0 for kernels that are not listed. Spills
+            in a loop are never accepted.
     """
 
     name: str
@@ -152,10 +151,10 @@ class Op:
     max_stack: Mapping[str, int] = field(default_factory=dict)
 
     def call(self, custom_op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Return `launch(*arguments, **options)`, through the custom op only where PyTorch needs to see it.
+        """Return `launch(*arguments, **options)`, through the custom op only where PyTorch needs it.
 
-        That is while a graph is traced, and where gradients are recorded, which the custom op refuses; its
-        dispatch takes as long as a kernel's launch. A custom op takes the options first.
+        It does while a graph is traced, and when gradients are recorded, which the custom op refuses. The
+        dispatch of a custom op takes as long as a kernel's launch. A custom op takes the options first.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return custom_op(*options.values(), *arguments)
@@ -164,10 +163,10 @@ class Op:
     def launch(self, *arguments: Any, **options: Any) -> Any:
         """Run the first form that supports the call; the first argument is a tensor on the device.
 
-        `options` are passed on to the form: where the result goes, for instance.
+        `options`, such as a tensor for the result, are passed on to the form.
 
         Raises:
-            ValueError: if none does; the message has the last one's reason.
+            ValueError: if no form supports the call; the message has the last form's reason.
         """
         capability, reason = capability_of(arguments[0].device), None
         for form in self.forms:
@@ -179,7 +178,7 @@ class Op:
     def dry_run(
         self, sizes: Sizes, dtype: torch.dtype, input_precision: str, capability: int
     ) -> tuple[list[Call], list[Launch]]:
-        """Calls of kernels and their launches on GPUs of a capability; nothing runs or takes memory."""
+        """Return the calls and launches of kernels on GPUs of a capability, without running them."""
         inputs = self.make_inputs(sizes, Random(dtype, torch.device("meta")))
         with assume(capability), record_calls() as calls, record(execute=False) as launches:
             self.launch(*inputs.values(), input_precision)

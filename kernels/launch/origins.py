@@ -1,4 +1,4 @@
-"""Where a GPU's launch configs come from, in a line."""
+"""A line on the origin of a GPU's launch configs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from catseg_fast.kernels.launch.op import Op
 
 
 def describe(ops: Iterable[Op], device: torch.device, dtype: torch.dtype) -> str:
-    """Say where ops' configs on a GPU come from, at the published sizes: measured, borrowed, or defaults."""
+    """Describe the origin of ops' configs on a GPU at the published sizes: measured, borrowed, or default."""
     found: dict[str, dict[str, None]] = {}  # kernels by origin
     for op in ops:
         for sizes in op.sizes.values():

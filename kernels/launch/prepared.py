@@ -1,11 +1,12 @@
 """Launches that are prepared once and repeated on other tensors, without Triton's and PyTorch's dispatch.
 
-`prepare` runs a function that launches kernels, and notes what each launch takes: of every pointer, from
-which tensor it comes and at which byte. A `Prepared` repeats the launches on other tensors of the same
-shapes, strides, types and alignment. Buffers that live only inside the function share one allocation, in
-which those that are never needed at the same time overlap.
+`prepare` runs a function that launches kernels, and records the arguments of each launch: for every pointer,
+its tensor and byte offset. A `Prepared` repeats the launches on other tensors of the same shapes, strides,
+types and alignment. Buffers that live only inside the function share one allocation, in which buffers overlap
+that are never needed at the same time.
 
-On a GPU the compiled kernels are called directly; in the interpreter the same plan runs on views of tensors.
+On a GPU, the compiled kernels are called directly; in the interpreter, the same launches run on views of
+tensors.
 """
 
 from __future__ import annotations
@@ -34,12 +35,18 @@ _VIEWS = {
 
 
 class NotPreparable(Exception):
-    """The function does more than launch kernels; the message says what."""
+    """The function does more than launch kernels; the message says what.
+
+    Attributes:
+        result: of the function, if it has run: it must not run again, as it may have written to its inputs.
+    """
+
+    result: Any = None
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor at byte `offset` of a buffer: an input, an output, or a part of the shared allocation."""
+    """A tensor at byte `offset` of a buffer, which is an input, an output, or in the shared allocation."""
 
     buffer: int
     offset: int
@@ -48,7 +55,7 @@ class _Place:
     dtype: torch.dtype
 
     def view(self, buffer: Tensor) -> Tensor:
-        """Return the tensor in a buffer of bytes."""
+        """Return the tensor as a view of a buffer of bytes."""
         size = self.dtype.itemsize
         typed = buffer[self.offset % size :]
         typed = typed[: len(typed) // size * size].view(self.dtype)
@@ -57,7 +64,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Step:
-    """A launch with its arguments in order; pointers and tensor descriptors by index, with their places."""
+    """A launch with its arguments in order, and the places of pointers and tensor descriptors by index."""
 
     launch: Launch
     values: list[Any]
@@ -69,7 +76,7 @@ class _Step:
         return [place for _, place in self.pointers] + [place for _, _, place in self.descriptors]
 
     def moved(self, numbers: dict[int, int], offsets: dict[int, int]) -> _Step:
-        """Return the step with other numbers of buffers, and offsets in these."""
+        """Return the step with renumbered buffers, and offsets in them."""
 
         def move(place: _Place) -> _Place:
             offset = place.offset + offsets.get(place.buffer, 0)
@@ -82,10 +89,10 @@ class _Step:
 
 @dataclass
 class _Notes(TorchDispatchMode):
-    """Notes what a function allocates and launches, without keeping its buffers alive.
+    """Records the allocations and launches of a function, without keeping its buffers alive.
 
-    Buffers are numbered in the order of their allocation, behind the inputs; storages are told apart by their
-    present owner, since an address is used again once its memory is freed.
+    Buffers are numbered in the order of their allocation, after the inputs. Storages are identified by their
+    current owner, since an address is reused once its memory is freed.
     """
 
     inputs: Sequence[Tensor | None]
@@ -95,13 +102,19 @@ class _Notes(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
         self._owners: dict[int, int] = {}
-        self._starts: list[int] = []  # of the inputs, in bytes of their storage
-        for x in self.inputs:
-            if x is not None:
+        self._starts: list[int] = []  # first byte of each input in its storage
+        self.given: list[int] = []  # inputs, by buffer
+        self.aliases: list[tuple[int, int]] = []  # inputs that are an earlier one once more
+        for index, x in enumerate(self.inputs):
+            if x is None:
+                continue
+            earlier = self._owners.get(x.untyped_storage()._cdata)
+            if earlier is None:
                 self._own(x)
+                self.given.append(index)
                 self._starts.append(int(x.storage_offset()) * x.itemsize)
-        if len(self._owners) < len(self.bytes):
-            raise NotPreparable("two inputs share memory")
+            else:
+                self._alias(self.given[earlier], index)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op._schema.name.rpartition("::")[2]
@@ -113,7 +126,7 @@ class _Notes(TorchDispatchMode):
         return out
 
     def note(self, launch: Launch) -> _Step:
-        """Note a launch that has just run."""
+        """Record a launch that has just run."""
         arguments = {**launch.arguments, **launch.constants}
         step = _Step(launch.without_arguments(), [], [], [])
         for index, name in enumerate(launch.kernel.arg_names):
@@ -129,7 +142,7 @@ class _Notes(TorchDispatchMode):
         return step
 
     def place(self, x: Tensor) -> _Place | None:
-        """Return where a tensor is; None if it is a constant of the function."""
+        """Return the place of a tensor; None if it is a constant of the function."""
         buffer = self._owners.get(x.untyped_storage()._cdata)
         if buffer is None:
             return None
@@ -137,6 +150,16 @@ class _Notes(TorchDispatchMode):
         if buffer < len(self._starts):
             offset -= self._starts[buffer]
         return _Place(buffer, offset, tuple(x.shape), x.stride(), x.dtype)
+
+    def _alias(self, earlier: int, index: int) -> None:
+        x, other = self.inputs[earlier], self.inputs[index]
+        assert x is not None
+        assert other is not None
+        if (x.data_ptr(), x.shape, x.stride(), x.dtype) != (
+            other.data_ptr(), other.shape, other.stride(), other.dtype,
+        ):  # fmt: skip
+            raise NotPreparable("two inputs share memory")
+        self.aliases.append((earlier, index))
 
     def _own(self, x: Tensor) -> None:
         storage = x.untyped_storage()
@@ -148,7 +171,7 @@ class Prepared:
     """Launches that were prepared by `prepare`."""
 
     def __init__(self, notes: _Notes, steps: Sequence[_Step], result: Any) -> None:
-        self._inputs = [index for index, x in enumerate(notes.inputs) if x is not None]
+        self._inputs, self.aliases = notes.given, notes.aliases
         self._is_tuple = isinstance(result, tuple)
         outputs = _tensors(result)
         self._outputs: list[tuple[torch.Size, torch.dtype]] = []
@@ -157,11 +180,10 @@ class Prepared:
         for x in outputs:
             place = notes.place(x) if isinstance(x, Tensor) else None
             if place is not None and place.buffer < len(self._inputs):
-                given = notes.inputs[self._inputs[place.buffer]]
-                if given is not x:
+                if not any(given is x for given in notes.inputs):
                     raise NotPreparable("it returns a part of an input")
             elif place is None or place.buffer in numbers or place.offset or not x.is_contiguous():
-                raise NotPreparable("it returns something else than contiguous tensors of its own")
+                raise NotPreparable("it returns something other than contiguous tensors that it allocated")
             else:
                 numbers[place.buffer] = len(numbers)
                 self._outputs.append((x.shape, x.dtype))
@@ -175,8 +197,12 @@ class Prepared:
         self._steps = [step.moved(numbers, offsets) for step in steps]
         self._launches = [_direct(step) for step in self._steps if step.launch.compiled is not None]
 
+    def fits(self, inputs: Sequence[Any]) -> bool:
+        """Check whether inputs that were the same view are so again."""
+        return all(inputs[index].data_ptr() == inputs[other].data_ptr() for index, other in self.aliases)
+
     def __call__(self, *inputs: Tensor | None) -> Any:
-        """Return the result for other inputs; each must have the `signature` of the one that was prepared."""
+        """Return the result for other inputs that fit, with the `signature` of the original ones."""
         device = self._device
         tensors: list[Any] = [inputs[index] for index in self._inputs]
         for shape, dtype in self._outputs:
@@ -207,13 +233,13 @@ def prepare(function: Callable[..., Any], *inputs: Tensor | None) -> tuple[Any, 
     """Run `function(*inputs)`, and prepare its repetition.
 
     Args:
-        function: launches kernels on its inputs, on buffers that it allocates, and on tensors that stay the
-            same (weights); it computes nothing by PyTorch's own operations, and returns contiguous tensors
-            that it allocated, or inputs that it writes to.
-        inputs: tensors, no two of which share memory, or None.
+        function: launches kernels on its inputs, on buffers that it allocates, and on constant tensors such
+            as weights. It computes nothing with PyTorch's own operations, and returns contiguous tensors that
+            it allocated, or inputs that it writes to.
+        inputs: tensors or None. Two of them share no memory, or are the same view.
 
     Returns:
-        The function's result, and what repeats it.
+        The function's result, and its repetition.
 
     Raises:
         NotPreparable: if the function does anything else.
@@ -221,13 +247,17 @@ def prepare(function: Callable[..., Any], *inputs: Tensor | None) -> tuple[Any, 
     notes = _Notes(inputs)
     with notes, record(note=notes.note) as steps:
         result = function(*inputs)
-    if notes.computed:
-        raise NotPreparable(f"it computes with {', '.join(dict.fromkeys(notes.computed))}")
-    return result, Prepared(notes, steps, result)
+    try:
+        if notes.computed:
+            raise NotPreparable(f"it computes with {', '.join(dict.fromkeys(notes.computed))}")
+        return result, Prepared(notes, steps, result)
+    except NotPreparable as error:
+        error.result = result
+        raise
 
 
 def signature(inputs: Sequence[Tensor | None]) -> tuple[object, ...]:
-    """Return what must be equal for prepared launches to serve other inputs."""
+    """Return the properties of inputs that must be equal for prepared launches to be repeated."""
     return tuple(
         None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in inputs
     )
@@ -236,13 +266,13 @@ def signature(inputs: Sequence[Tensor | None]) -> tuple[object, ...]:
 class PreparedCalls:
     """Functions that launch kernels, by key and signature: run, prepared, compared once, then repeated.
 
-    A repetition whose result differs by a bit from the function's own is given up, with a warning.
+    If the result of a repetition differs by a bit from the function's own, it is dropped with a warning.
 
     Attributes:
-        repeated: how many calls were repetitions.
+        repeated: number of calls that were repetitions.
     """
 
-    LIMIT = 256  # keys that are told apart
+    LIMIT = 256  # most keys
 
     def __init__(self) -> None:
         self._calls: dict[object, Prepared | None] = {}
@@ -253,22 +283,24 @@ class PreparedCalls:
         """Return `function(*inputs)`.
 
         Args:
-            key: names the function and all that it depends on besides its inputs.
+            key: identifies the function and everything that it depends on besides its inputs.
             function: as for `prepare`; returns at least one tensor.
             inputs: as for `prepare`.
         """
         key = (key, signature(inputs))
         prepared = self._trusted.get(key)
         if prepared is not None:
+            if prepared.aliases and not prepared.fits(inputs):
+                return function(*inputs)
             self.repeated += 1
             return prepared(*inputs)
         if key in self._calls and self._calls[key] is None:
             return function(*inputs)
-        if _capturing(inputs):  # nothing can be compared now
+        if _capturing(inputs):  # results cannot be compared now
             return function(*inputs)
         return self._learn(key, function, inputs)
 
-    def _learn(self, key: object, function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> Any:
+    def _learn(self, key: object, function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
         if len(self._calls) >= self.LIMIT:
             self._calls.clear()
             self._trusted.clear()
@@ -277,13 +309,21 @@ class PreparedCalls:
             try:
                 result, self._calls[key] = prepare(function, *inputs)
                 return result
-            except NotPreparable:
+            except NotPreparable as error:
                 self._calls[key] = None
-                return function(*inputs)
+                return function(*inputs) if error.result is None else error.result
+        if not prepared.fits(inputs):
+            return function(*inputs)
+        try:
+            before = [inputs[index].clone() for index, _ in prepared.aliases]  # which may be overwritten
+        except torch.OutOfMemoryError:
+            return function(*inputs)
         result = function(*inputs)
         expected: list[Tensor] = []
         try:
             expected += [x.clone() for x in _tensors(result)]  # the repetition may write to the same place
+            for (index, _), x in zip(prepared.aliases, before, strict=True):
+                inputs[index].copy_(x)
             same = _same_bits(expected, _tensors(prepared(*inputs)))
             reason = "another result"
         except torch.OutOfMemoryError:  # of the comparison, which has time; the result is there, and stays
@@ -296,7 +336,9 @@ class PreparedCalls:
             self._trusted[key] = prepared
             return result
         self._calls[key] = None
-        warnings.warn(f"kernels are launched the slow way: {reason}", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"kernels are launched through Triton, which is slower: {reason}", RuntimeWarning, stacklevel=3
+        )
         for x, right in zip(_tensors(result), expected, strict=True):
             x.copy_(right)
         return result
@@ -330,21 +372,21 @@ def _direct(step: _Step) -> DirectLaunch:
 
 
 def _bytes_of(x: Tensor) -> Tensor:
-    """Return the memory of a tensor from its first element on, uint8."""
+    """Return the memory of a tensor from its first element on, as uint8."""
     whole = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
     return whole[x.storage_offset() * x.itemsize :]
 
 
 def _share(steps: Sequence[_Step], sizes: Sequence[int], apart: set[int]) -> tuple[int, dict[int, int]]:
-    """Lay out buffers in one allocation, the largest first, each where none is that lives at the same time.
+    """Lay out buffers in one allocation, the largest first, without overlap of those that live together.
 
     Args:
         steps: launches in order.
         sizes: bytes of each buffer.
-        apart: buffers that have memory of their own.
+        apart: buffers outside the allocation.
 
     Returns:
-        The allocation's bytes, and each buffer's first one.
+        The size of the allocation in bytes, and the first byte of each buffer.
     """
     lives: dict[int, tuple[int, int]] = {}
     for number, step in enumerate(steps):

@@ -3,9 +3,9 @@
     a = softmax(q k^T - 100 * [k is of another region of the image than q]) v
 
 for `qkv [B, t, HW, 3C]` in image order, with windows of N tokens and C channels in heads of d. The result
-takes the place of the queries. Cyclic shift and window partition are index arithmetic; scores
-`[B * t * windows, heads, N, N]` and the mask `[windows, N, N]` are never written to memory; regions follow
-from coordinates, and windows of one region do without. Softmax is in fp32.
+replaces the queries. Cyclic shift and window partition are index arithmetic. Scores
+`[B * t * windows, heads, N, N]` and the mask `[windows, N, N]` are never written to memory: regions are
+computed from coordinates, and windows of a single region need no mask. Softmax is in fp32.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def attention_kernel(
     REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One window and head. Its N keys stay on the chip in two parts, KEYS and then at most REST."""
+    """Compute one window and head. Its N keys stay on the chip in two parts: KEYS, then at most REST."""
     dtype = qkv_ptr.dtype.element_ty
     N: tl.constexpr = WINDOW * WINDOW
     C: tl.constexpr = HEADS * D
@@ -105,7 +105,7 @@ class AttentionConfig(LaunchConfig):
 
 @cache
 def default_config(capability: int, problem: Problem) -> AttentionConfig:
-    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    """Return a config that fits every GPU of a compute capability (90 for 9.0)."""
     head_channels = problem.size("channels") // problem.size("heads")
     if problem.dtype == "fp32" or problem.size("window") > 16 or head_channels > 64:
         return AttentionConfig(queries=16, num_warps=8 if capability >= 100 else 4)
@@ -122,12 +122,12 @@ def candidates(capability: int, problem: Problem) -> tuple[AttentionConfig, ...]
 
 
 def interpreter_config(problem: Problem) -> AttentionConfig:
-    """All queries in one step."""
+    """Return a config with all queries in one step."""
     return AttentionConfig(queries=256, num_warps=4)
 
 
 def problem(qkv: Tensor, windows: Windows, heads: int, *, input_precision: str) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     _, _, HW, width = qkv.shape
     sizes = {"positions": HW, "channels": width // 3, "heads": heads, "window": windows.window}
     return Problem.of("window_block", "attention", AttentionConfig, qkv, input_precision, **sizes)

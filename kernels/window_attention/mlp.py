@@ -1,13 +1,14 @@
-"""Projection, residual, LayerNorm, MLP, residual: the second half of a window-attention block.
+"""Second half of a window-attention block: projection, residual, LayerNorm, MLP, residual.
 
     y = x + a W_p^T + b_p
     z = y + GELU(norm(y) W_1^T + b_1) W_2^T + b_2
 
-for C channels and M hidden ones, norm without affine part; a, x and z are in image order. A program makes
-`rows` tokens of z; y, norm(y) and the hidden layer `[B, t, HW, M]` are never written to memory.
+for C channels and M hidden channels, with norm without affine parameters; a, x and z are in image order. A
+program computes `rows` tokens of z; y, norm(y) and the hidden layer `[B, t, HW, M]` are never written to
+memory.
 
-GELU is exact for fp32. For 16-bit types it is `v * sigmoid(v * p(v^2))`, p fitted to a largest absolute error
-of 2.6e-5, which is below the rounding of a hidden value of 0.06 and more in fp16.
+GELU is exact for fp32. For 16-bit types it is `v * sigmoid(v * p(v^2))`, with p fitted to a largest absolute
+error of 2.6e-5, less than the rounding of fp16 for hidden values of 0.06 and more.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def gelu(v, EXACT: tl.constexpr):
     if EXACT:
         return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     else:
-        s = tl.minimum(v * v, 64.0)  # behind 8, p would turn back
+        s = tl.minimum(v * v, 64.0)  # beyond |v| = 8, p is not monotonic
         p = (0.0010142711 * s - 0.10677621) * s - 2.3011117  # -2 log2(e) times the polynomial
         r = tl.rsqrt(1.0 + tl.exp2(v * p))  # its square is the sigmoid, and cheaper than a division
         return v * r * r
@@ -69,7 +70,7 @@ def project_mlp_kernel(
     first = tl.program_id(0) * ROWS
     row = first + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK_C)
-    if HW % ROWS == 0:  # all tokens are of one sample
+    if HW % ROWS == 0:  # all tokens belong to one sample
         m_row = tl.full((ROWS, 1), True, tl.int1)
         sample = first // HW
     else:
@@ -92,7 +93,7 @@ def project_mlp_kernel(
     y += tl.load(proj_bias_ptr + c, m_c, 0.0).to(tl.float32)[None, :]
     normalised = normalise(y, C, BLOCK_C).to(dtype)
     y += tl.load(fc2_bias_ptr + c, m_c, 0.0).to(tl.float32)[None, :]
-    # In fp32, the sum is apart from the larger number that it is added to, which would round each step.
+    # In fp32, a product is summed up before the larger addend is added, which would round each step.
     APART: tl.constexpr = dtype == tl.float32
     z = tl.zeros_like(y) if APART else y
     for k in range(0, M, HIDDEN):
@@ -112,7 +113,7 @@ def project_mlp_kernel(
 
 @triton.jit
 def _column(x):
-    """A number as it is, and a vector as a column."""
+    """Return a vector as a column, and a number unchanged."""
     if len(x.shape) == 1:
         return x[:, None]
     else:
@@ -121,7 +122,7 @@ def _column(x):
 
 @dataclass(frozen=True)
 class MLPConfig(LaunchConfig):
-    """Launch config: tokens per program, hidden channels per step."""
+    """Launch config: tokens per program and hidden channels per step."""
 
     version: ClassVar[int] = 2
     rows: int
@@ -133,7 +134,7 @@ class MLPConfig(LaunchConfig):
 
 @cache
 def default_config(capability: int, problem: Problem) -> MLPConfig:
-    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    """Return a config that fits every GPU of a compute capability (90 for 9.0)."""
     if problem.dtype == "fp32":
         return MLPConfig(rows=16, hidden=16, num_warps=8, num_stages=1)
     if problem.size("channels") > 128:
@@ -162,14 +163,14 @@ def candidates(capability: int, problem: Problem) -> tuple[MLPConfig, ...]:
 
 
 def interpreter_config(problem: Problem) -> MLPConfig:
-    """Few and large programs."""
+    """Return a config with few, large programs."""
     return MLPConfig(rows=1024, hidden=128, num_warps=4, num_stages=1)
 
 
 def problem(
     x: Tensor, qkv: Tensor, weights: Sequence[Tensor], *, input_precision: str, out: Tensor | None = None
 ) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     sizes = {"positions": x.shape[2], "channels": x.shape[3], "hidden": len(weights[2])}
     return Problem.of("window_block", "mlp", MLPConfig, x, input_precision, **sizes)
 
@@ -183,15 +184,16 @@ def launch(
     config: MLPConfig,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`[B, t, HW, C]` from `x` of that shape and `qkv [B, t, HW, 3C]`, whose first C channels are used.
+    """Return `[B, t, HW, C]` from `x` of that shape and the first C channels of `qkv [B, t, HW, 3C]`.
 
     Args:
-        x: as above; its positions lie one behind the other, B and t may be strided.
+        x: tokens with dense positions, and any strides over B and t.
         qkv: contiguous.
-        weights: of the projection, of the first and of the second layer, each with its bias.
-        input_precision: of products of fp32 numbers.
-        config: the tiles.
-        out: where the result goes, laid out as x may be; by default a new tensor. It may be x.
+        weights: weights of the projection and the MLP's two layers, each followed by its bias.
+        input_precision: precision of products of fp32 numbers.
+        config: the launch config.
+        out: tensor for the result, with dense positions, and any strides over B and t; by default a new
+            tensor. It may be x.
     """
     B, t, HW, C = x.shape
     out = x.new_empty((B, t, HW, C)) if out is None else out

@@ -1,16 +1,15 @@
 """Guided shifted-window attention block (CAT-Seg paper, section 3.3): attention and MLP, with residuals.
 
-For x `[B, t, HW, C]` (B crops, t classes, C channels), windows of N tokens and norm without affine part:
+For x `[B, t, HW, C]` (B crops, t classes, C channels), windows of N tokens, norm without affine parameters:
 
     q, k, v = norm(x) W^T + (g_q, g_k, 0)
     y = x + softmax(q k^T + mask) v W_p^T + b_p
     out = y + GELU(norm(y) W_1^T + b_1) W_2^T + b_2
 
-Three kernels: `qkv.py`; `attention.py`, whose result takes the queries' place; `mlp.py`. Tokens stay in image
-order throughout. Between the kernels there is one buffer `[B, t, HW, 3C]`, and nothing of what they name as
-never written.
+There are three kernels: `qkv.py`; `attention.py`, whose result replaces the queries; and `mlp.py`. Tokens
+stay in image order throughout. The only buffer between the kernels is one of `[B, t, HW, 3C]`.
 
-The op computes in the type of x and accumulates in fp32 whatever autocast says, and has no gradient.
+The op computes in the type of x and accumulates in fp32, independently of autocast. It has no gradient.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ MAX_WINDOW = 24
 
 
 def unsupported(channels: int, heads: int, window: int) -> str | None:
-    """Why the kernels cannot run a block of these sizes; None if they can."""
+    """Return why the kernels cannot run a block of these sizes; None if they can."""
     if channels % 16 or channels > MAX_CHANNELS or channels % heads:
         expected = f"a multiple of 16 up to {MAX_CHANNELS}, and of the heads"
         return f"{channels} channels in {heads} heads; expected {expected}"
     if window > MAX_WINDOW:
-        return f"a window of {window}; expected one up to {MAX_WINDOW}"
+        return f"a window of {window}; expected at most {MAX_WINDOW}"
     return None
 
 
@@ -58,27 +57,27 @@ def window_block(
     input_precision: str = "ieee",
     out: Tensor | None = None,
 ) -> Tensor:
-    """The block on Triton kernels.
+    """Compute the block with Triton kernels.
 
     Args:
-        x: `[B, t, HW, C]`, of at least one class; fp16, bf16 or fp32, of any strides; C a multiple of 16 up
-            to 256.
-        query_key: the guidance's share of queries and keys, and their biases, `[B or 1, HW or 1, 2C]`.
-        qkv: `[3C, C]`; the attention scale is in the queries' part.
+        x: `[B, t, HW, C]`, of at least one class; fp16, bf16 or fp32, with any strides; C is a multiple of
+            16, and at most 256.
+        query_key: the guidance's part of queries and keys, plus their biases, `[B or 1, HW or 1, 2C]`.
+        qkv: `[3C, C]`; the weight of the queries includes the attention scale.
         proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias: `[C, C]`, `[C]`, `[M, C]`, `[M]`, `[C, M]` and `[C]`.
         resolution: (H, W).
         window: side of a window, which divides H and W.
-        shift: by which the image is shifted, in [0, window).
+        shift: positions by which the image is shifted, in [0, window).
         heads: attention heads.
-        input_precision: of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
-        out: where the result goes, like x and with dense rows of positions, but with any strides over B and
-            t; it may be x. By default a new, contiguous tensor.
+        input_precision: precision of products of fp32 numbers: "ieee", "tf32x3" or "tf32".
+        out: tensor for the result, with the shape and type of x and dense positions, but any strides over B
+            and t; it may be x. By default a new, contiguous tensor.
 
     Returns:
         `[B, t, HW, C]`: `out`, or the new tensor.
 
     Raises:
-        ValueError: if an argument has a wrong shape, type or device, or a size that the kernels do not have.
+        ValueError: if an argument has a wrong shape, type or device, or an unsupported size.
         RuntimeError: if the GPU is too old.
     """
     weights = {"qkv": qkv, "proj": proj, "proj_bias": proj_bias, "fc1": fc1, "fc1_bias": fc1_bias}
@@ -171,7 +170,7 @@ def _check(
     height, width = resolution
     if x.ndim != 4 or x.shape[2] != height * width or not x.numel():
         raise ValueError(
-            f"x: has shape {list(x.shape)}; expected [B, t, {height * width}, C] with none of them 0, "
+            f"x: has shape {list(x.shape)}; expected [B, t, {height * width}, C], not empty, "
             f"for a resolution of {height}x{width}"
         )
     check_runnable("x", x, input_precision)
@@ -181,7 +180,7 @@ def _check(
     if height % window or width % window:
         raise ValueError(f"window: {window} does not divide the resolution {height}x{width}")
     if not 0 <= shift < window:
-        raise ValueError(f"shift: {shift} is not in [0, {window}), of a window of {window}")
+        raise ValueError(f"shift: {shift} is not in [0, {window}), for a window of {window}")
     if B * t * HW >= 2**31:
         raise ValueError(f"x: has {B * t * HW} tokens; expected less than 2**31")
     shapes = {"qkv": (3 * C, C), "proj": (C, C), "proj_bias": (C,), "fc1": (M, C), "fc1_bias": (M,)}
@@ -226,5 +225,5 @@ OP = Op(
         Sizes(2, 7, 14, 7, channels=144, heads=6, window=7, shift=3, hidden=80),
     ),
     mma={"qkv_kernel": "wgmma", "attention_kernel": "mma", "project_mlp_kernel": "wgmma"},
-    max_stack={"project_mlp_kernel": 64},  # with which three programs fit on a multiprocessor
+    max_stack={"project_mlp_kernel": 64},  # lets three programs fit on a multiprocessor
 )

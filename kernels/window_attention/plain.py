@@ -28,7 +28,7 @@ def window_block(
     shift: int,
     heads: int,
 ) -> Tensor:
-    """`op.window_block`, for the windows' order and masks at a resolution."""
+    """Compute `op.window_block` with the order and masks of windows at a resolution."""
     weights = (qkv, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias)
     order = window_order(resolution, window, shift, x.device)
     masks = window_masks(resolution, window, shift, x.dtype, x.device)
@@ -44,15 +44,15 @@ def ordered_block(
     masks: Sequence[Tensor | None],
     heads: int,
 ) -> Tensor:
-    """The block for an order and masks that are given.
+    """Compute the block with a given order and masks.
 
     Args:
         x: `[B, t, HW, C]`.
         query_key: `[B or 1, HW or 1, 2C]`.
-        weights: of `window_block`.
-        order: `[HW]`: the position of each token in window order.
-        inverse: `[HW]`: the way back.
-        masks: `[N, N]` of each window, or None where all is seen.
+        weights: weights of `window_block`.
+        order: the position of each token in window order, `[HW]`.
+        inverse: the inverse permutation, `[HW]`.
+        masks: the mask `[N, N]` of each window, or None for a window without a mask.
         heads: attention heads.
     """
     qkv_weight, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
@@ -73,7 +73,7 @@ def ordered_block(
 
 
 def window_order(resolution: Sequence[int], window: int, shift: int, device: torch.device) -> Tensor:
-    """The position of each token `[HW]` when windows of the shifted image are laid one behind the other."""
+    """Return the position of each token `[HW]` when the windows of the shifted image are concatenated."""
     H, W = resolution
     positions = torch.arange(H * W, device=device).view(H, W).roll((-shift, -shift), dims=(0, 1))
     return _in_windows(positions, window).flatten()
@@ -82,10 +82,10 @@ def window_order(resolution: Sequence[int], window: int, shift: int, device: tor
 def window_masks(
     resolution: Sequence[int], window: int, shift: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, ...]:
-    """Each window's mask `[N, N]`, 0 within a region of the image, else `MASKED`; None where all is seen.
+    """Return each window's mask `[N, N]`: 0 within a region of the image, else `MASKED`; or None.
 
     After the cyclic shift, the last windows of a row or column hold tokens from opposite borders, which must
-    not see each other; the other windows have no mask.
+    not attend to each other; the other windows have no mask.
     """
     H, W = resolution
     down, across = H // window, W // window
@@ -103,17 +103,17 @@ def window_masks(
 
 
 def normalise(x: Tensor) -> Tensor:
-    """LayerNorm without affine part."""
+    """LayerNorm without affine parameters."""
     return F.layer_norm(x, x.shape[-1:])
 
 
 def _in_windows(x: Tensor, window: int) -> Tensor:
-    """`[H, W]` cut into windows `[windows, N]`, row by row."""
+    """Cut `[H, W]` into windows `[windows, N]`, row by row."""
     return x.unflatten(1, (-1, window)).unflatten(0, (-1, window)).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _attend(qkv: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention inside windows `qkv [n, N, 3, heads, d]`, the scale already in the queries: `[n, N, C]`."""
+    """Attend within windows `qkv [n, N, 3, heads, d]`, whose queries include the scale: `[n, N, C]`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     attended = attend(q, k, v, mask, scale=1.0, many=q.shape[-2] >= VECTOR)
     return attended.transpose(1, 2).flatten(2)

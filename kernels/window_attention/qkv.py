@@ -2,13 +2,13 @@
 
     q, k, v = norm(x) W^T + (g_q, g_k, 0)
 
-for x `[B, t, HW, C]`, norm without affine part, and guidance g that is the same for every class. The result
-is `[B, t, HW, 3C]`. Everything is in image order. Fused: norm and addition; norm(x) and `[x ; guidance]`
-`[B, t, HW, C + G]` are never written to memory. A program holds a tile of W and of g, and takes its tokens of
-one class after another.
+for x `[B, t, HW, C]`, norm without affine parameters, and guidance g that is the same for every class. The
+result is `[B, t, HW, 3C]`, in image order like x. The norm and the addition are fused: norm(x) and
+`[x ; guidance] [B, t, HW, C + G]` are never written to memory. A program holds a tile of W and of g, and
+computes its tokens class by class.
 
-With `tma`, x is read and the result written through tensor descriptors made on the host, which need no
-allocation. GPUs before compute capability 9.0 have none; the same kernel then uses pointers.
+With `tma`, x is read and the result is written through tensor descriptors made on the host, which need no
+allocation. On GPUs below compute capability 9.0, which have no descriptors, the kernel uses pointers.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def qkv_kernel(
 def _store(
     out, x, sample, first_row, first_channel, m, HW: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr
 ):
-    """Write a tile of `[samples, HW, WIDTH]`."""
+    """Store a tile of `[samples, HW, WIDTH]`."""
     if TMA:
         out.store([sample, first_row, first_channel], x.reshape(1, x.shape[0], x.shape[1]))
     else:
@@ -106,9 +106,9 @@ def _store(
 
 @dataclass(frozen=True)
 class QKVConfig(LaunchConfig):
-    """Launch config: tokens and classes per program, its channels of each of q, k and v, and how it reads.
+    """Launch config: tokens, classes, and channels of each of q, k and v per program, and the memory access.
 
-    `tma` is for compute capability 9.0 and newer. Sizes that no tensor descriptor takes use pointers anyway.
+    `tma` needs compute capability 9.0 or higher. Sizes that do not fit a tensor descriptor use pointers.
     """
 
     version: ClassVar[int] = 2
@@ -123,7 +123,7 @@ class QKVConfig(LaunchConfig):
 
 @cache
 def default_config(capability: int, problem: Problem) -> QKVConfig:
-    """Return a config that fits every GPU of a compute capability (as 80, 86, 89, 90, 100)."""
+    """Return a config that fits every GPU of a compute capability (90 for 9.0)."""
     if problem.dtype == "fp32":
         ieee = problem.precision == "ieee"
         rows, num_warps, num_stages = (16, 8, 1) if ieee else (32, 4, 2)
@@ -157,17 +157,17 @@ def candidates(capability: int, problem: Problem) -> tuple[QKVConfig, ...]:
 
 
 def interpreter_config(problem: Problem) -> QKVConfig:
-    """Few and large programs."""
+    """Return a config with few, large programs."""
     return QKVConfig(rows=512, channels=256, classes=1024, num_warps=4, num_stages=1)
 
 
 def _is_narrow(capability: int, problem: Problem) -> bool:
-    """Whether the tile of weights must be small: of many channels, or with 99 KB of shared memory."""
+    """Check whether the tile of weights must be small: for many channels, or 99 KB of shared memory."""
     return problem.size("channels") > 128 or capability in (86, 89)
 
 
 def problem(x: Tensor, *_: object, input_precision: str) -> Problem:
-    """What a measured config is found by."""
+    """The sizes and types by which a measured config is found."""
     sizes = {"positions": x.shape[2], "channels": x.shape[3]}
     return Problem.of("window_block", "qkv", QKVConfig, x, input_precision, **sizes)
 
@@ -175,9 +175,9 @@ def problem(x: Tensor, *_: object, input_precision: str) -> Problem:
 def launch(
     x: Tensor, weight: Tensor, query_key: Tensor, *, input_precision: str, config: QKVConfig
 ) -> Tensor:
-    """`[B, t, HW, 3C]` from `x [B, t, HW, C]`, `weight [3C, C]` and `query_key [B or 1, HW or 1, 2C]`.
+    """Return `[B, t, HW, 3C]` from `x [B, t, HW, C]`, `weight [3C, C]`, `query_key [B or 1, HW or 1, 2C]`.
 
-    The positions of x lie one behind the other; B and t may be strided.
+    The positions of x are dense; strides over B and t may be any.
     """
     B, t, HW, C = x.shape
     guidance = query_key.expand(B, HW, 2 * C)

@@ -1,7 +1,6 @@
 """Shifted windows as index arithmetic, for the kernels of a window-attention block.
 
-Window order lays the windows of the cyclically shifted image one behind the other, row by row; it is that of
-`plain.window_order`.
+Window order concatenates the windows of the cyclically shifted image, row by row, like `plain.window_order`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import triton.language as tl
 
 
 class Windows(NamedTuple):
-    """Shifted windows of a feature map, all in positions."""
+    """Shifted windows of a feature map; all sizes are in positions."""
 
     height: int
     width: int
@@ -29,7 +28,7 @@ class Windows(NamedTuple):
 def window_position(
     j, down, across, H: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr
 ):
-    """Position y * W + x in the image of token `j` of the window in row `down` and column `across`."""
+    """Return the image position y * W + x of token `j` of the window in row `down` and column `across`."""
     y = down * WINDOW + j // WINDOW + SHIFT
     x = across * WINDOW + j % WINDOW + SHIFT
     y = tl.where(y >= H, y - H, y)
@@ -41,7 +40,7 @@ def window_position(
 def window_region(
     j, down, across, H: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr
 ):
-    """Which of four regions token `j` of a window belongs to; tokens of two regions are not neighbours.
+    """Return which of four regions token `j` of a window belongs to; regions are not adjacent in the image.
 
     Only the last windows of a row or column hold patches from opposite borders.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +20,14 @@ def override(module: nn.Module, **methods: Callable[..., Any]) -> None:
     """Give a module a class of its own, in which methods are others; these get the old class's first."""
     base: Any = type(module)
     namespace = {
-        name: (lambda self, *a, _f=function, _own=getattr(base, name): _f(self, _own, *a))
+        name: functools.partialmethod(_altered, function, getattr(base, name))
         for name, function in methods.items()
     }
     module.__class__ = type(f"Altered{base.__name__}", (base,), namespace)
+
+
+def _altered(self: Any, function: Callable[..., Any], own: Callable[..., Any], *arguments: Any) -> Any:
+    return function(self, own, *arguments)
 
 
 def classes_of(a: Any) -> Any:
@@ -135,7 +140,9 @@ EQUAL: dict[str, Alteration] = {
         parametrizations.spectral_norm(classes_of(a).attention.k)
     ),
     "pruned": lambda a: prune.random_unstructured(second_block(a).attn.v, "weight", 0.4),
-    "linear layers without bias": lambda a: [without_bias(x) for x in (classes_of(a).attention.q, first_block(a).attn.v)],
+    "linear layers without bias": lambda a: [
+        without_bias(x) for x in (classes_of(a).attention.q, first_block(a).attn.v)
+    ],
     "head without bias": lambda a: without_bias(a.head),
     "dropout in evaluation": lambda a: setattr(first_block(a).attn, "attn_drop", nn.Dropout(0.5).eval()),
     "drop path in evaluation": lambda a: setattr(second_block(a), "drop_path", DropPath(0.5).eval()),
@@ -146,8 +153,10 @@ EQUAL: dict[str, Alteration] = {
     "other group norm": lambda a: a.decoder1.conv.double_conv.__setitem__(1, nn.GroupNorm(4, 32)),
     "guidance projected by GELU": lambda a: a.guidance_projection.__setitem__(1, nn.GELU()),
     "pad_len of the class layers only": lambda a: setattr(a, "pad_len", 0),
-    "widened inside": lambda a: override(a, conv_decoder=lambda self, own, x, g: own(self, x.contiguous(), g)),
-}  # fmt: skip
+    "widened inside": lambda a: override(
+        a, conv_decoder=lambda self, own, x, g: own(self, x.contiguous(), g)
+    ),
+}
 
 # Other maths, or code that the engine cannot read.
 OTHER: dict[str, Alteration] = {
@@ -175,7 +184,9 @@ OTHER: dict[str, Alteration] = {
     "sigmoid feature map": feature_map(torch.sigmoid),
     "class MLP with GELU": lambda a: classes_of(a).MLP.__setitem__(1, nn.GELU()),
     "class MLP with LeakyReLU": lambda a: classes_of(a).MLP.__setitem__(1, nn.LeakyReLU(0.01)),
-    "residual 0.9": tokens(lambda self, x, g: 0.9 * x + self.MLP(self.norm2(x + self.attention(self.norm1(x), g)))),
+    "residual 0.9": tokens(
+        lambda self, x, g: 0.9 * x + self.MLP(self.norm2(x + self.attention(self.norm1(x), g)))
+    ),
     "no class attention": tokens(lambda self, x, g: x + self.MLP(self.norm2(x))),
     "post-norm": tokens(lambda self, x, g: self.norm1(x + self.attention(x, g))),
     "extra skip in a class layer": lambda a: override(classes_of(a), forward=extra_skip),
@@ -184,9 +195,7 @@ OTHER: dict[str, Alteration] = {
     "no mask": lambda a: second_block(a).attn_mask.zero_(),
     "QuickGELU": lambda a: setattr(first_block(a).mlp, "act", QuickGELU()),
     "GELU by tanh": lambda a: setattr(first_block(a).mlp, "act", nn.GELU("tanh")),
-    "correlation x 1.01": lambda a: override(
-        a, correlation=lambda self, own, *args: 1.01 * own(self, *args)
-    ),
+    "correlation x 1.01": lambda a: override(a, correlation=lambda self, own, *args: 1.01 * own(self, *args)),
     "correlation squared": lambda a: override(
         a, correlation=lambda self, own, *args: own(self, *args).square()
     ),
@@ -195,7 +204,9 @@ OTHER: dict[str, Alteration] = {
     ),
     "block norm's eps": lambda a: set_eps(a, lambda a: first_block(a).norm1, 1e-6),
     "class norm's eps": lambda a: set_eps(a, lambda a: classes_of(a).norm2, 1e-3),
-    "norm without weight": lambda a: setattr(first_block(a), "norm2", nn.LayerNorm(32, elementwise_affine=False)),
+    "norm without weight": lambda a: setattr(
+        first_block(a), "norm2", nn.LayerNorm(32, elementwise_affine=False)
+    ),
     "gate at zero": lambda a: gate(a, 0.0),
     "gate": lambda a: gate(a, 0.3),
     "buffer of one": lambda a: buffer(a, 1.0),
@@ -211,7 +222,9 @@ OTHER: dict[str, Alteration] = {
     "LoRA in a block": lambda a: setattr(first_block(a).mlp, "fc1", Lora(first_block(a).mlp.fc1)),
     "hook on a block": lambda a: first_block(a).register_forward_hook(lambda m, i, out: 1.1 * out),
     "pre-hook on the head": lambda a: a.head.register_forward_pre_hook(lambda m, i: (2 * i[0],)),
-    "hook on a projection": lambda a: a.text_guidance_projection.register_forward_hook(lambda m, i, out: -out),
+    "hook on a projection": lambda a: a.text_guidance_projection.register_forward_hook(
+        lambda m, i, out: -out
+    ),
     "forward of its own": lambda a: setattr(classes_of(a).attention, "forward", lambda x, g: 0.5 * x),
     "forward of a layer": lambda a: setattr(first_block(a).attn.proj, "forward", lambda x: 0.5 * x),
     "adapter in a block": lambda a: override(
@@ -253,8 +266,12 @@ OTHER: dict[str, Alteration] = {
     ),
     "softmax over queries": lambda a: setattr(first_block(a).attn, "softmax", nn.Softmax(dim=-2)),
     "LeakyReLU in the decoder": lambda a: a.decoder1.conv.double_conv.__setitem__(2, nn.LeakyReLU(0.1)),
-    "batch norm in the decoder": lambda a: a.decoder2.conv.double_conv.__setitem__(4, nn.BatchNorm2d(16).eval()),
-    "bias in the decoder": lambda a: a.decoder2.conv.double_conv.__setitem__(0, nn.Conv2d(32, 16, 3, padding=1)),
+    "batch norm in the decoder": lambda a: a.decoder2.conv.double_conv.__setitem__(
+        4, nn.BatchNorm2d(16).eval()
+    ),
+    "bias in the decoder": lambda a: a.decoder2.conv.double_conv.__setitem__(
+        0, nn.Conv2d(32, 16, 3, padding=1)
+    ),
     "dilated decoder": lambda a: a.decoder1.conv.double_conv.__setitem__(
         3, nn.Conv2d(32, 32, 3, padding=2, dilation=2, bias=False)
     ),
@@ -264,7 +281,7 @@ OTHER: dict[str, Alteration] = {
         lambda self, x, g: x + self.attention(self.norm1(x * (x.shape[1] > 2)), g)
     ),
     "counts its calls": lambda a: override(a, aggregate=counted),
-}  # fmt: skip
+}
 
 
 def counted(self: Any, own: Any, *arguments: Any) -> Tensor:
@@ -317,7 +334,7 @@ LATER: dict[str, Alteration] = {
     "double": lambda a: a.double(),
     "a filled buffer": lambda a: a.gain.fill_(1.5),
     "an opened gate": lambda a: first_block(a).gate.fill_(0.5),
-}  # fmt: skip
+}
 BEFORE: dict[str, Alteration] = {
     "a filled buffer": lambda a: buffer(a, 1.0),
     "an opened gate": lambda a: gate(a, 0.0),

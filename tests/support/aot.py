@@ -68,7 +68,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: `stack` and `shared` in bytes, `spills` in instructions.
+    """Resources of a compiled kernel: `stack` and `shared` in bytes, `spills` in instructions.
 
     `mma` names the matrix instructions that came out, of "mma", "wgmma" and "tcgen05", a space between;
     `programs` is how many fit on a streaming multiprocessor at a time.
@@ -106,7 +106,7 @@ class Target:
 
 @functools.cache
 def targets(op: str, capability: int) -> tuple[Target, ...]:
-    """What an op launches at its sizes: a kernel in all types where it first appears, later in fp16 only.
+    """List the launches of an op at its sizes: a kernel in all types at its first size, then only in fp16.
 
     Launches that compile alike are one.
     """
@@ -140,7 +140,7 @@ def targets(op: str, capability: int) -> tuple[Target, ...]:
 
 
 def specialise(launch: Launch) -> str:
-    """What Triton makes different kernels of: types and values, as far as they matter."""
+    """Return the types and values on which Triton specialises a kernel."""
     described = {}
     for name, value in {**launch.arguments, **launch.constants}.items():
         if isinstance(value, torch.Tensor):
@@ -156,7 +156,7 @@ def specialise(launch: Launch) -> str:
 
 
 def _is_split(launch: Launch) -> bool:
-    """Whether products of fp32 numbers run on tensor cores."""
+    """Check whether products of fp32 numbers run on tensor cores."""
     return launch.constants.get("PRECISION") != "ieee"
 
 
@@ -174,7 +174,7 @@ def resources_of(ops: Iterable[str], capabilities: Iterable[int]) -> dict[str, R
 
 
 def faults(target: Target, taken: Resources | str) -> list[str]:
-    """What is wrong with a compiled target; empty if nothing is."""
+    """List the faults of a compiled target."""
     if isinstance(taken, str):
         return [f"does not compile: {taken}"]
     found = []

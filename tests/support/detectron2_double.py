@@ -30,7 +30,7 @@ class CfgNode(YacsNode):
 
 
 def get_cfg() -> CfgNode:
-    """Of detectron2's defaults those that the model or upstream's own keys build on."""
+    """Those of detectron2's defaults that the model or upstream's own keys use."""
     resnets = {
         "DEPTH": 50, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64, "STEM_OUT_CHANNELS": 64,
         "RES2_OUT_CHANNELS": 256, "STRIDE_IN_1X1": True, "NORM": "FrozenBN", "OUT_FEATURES": ["res4"],

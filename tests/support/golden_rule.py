@@ -63,7 +63,7 @@ def weight(key: str, shape: Sequence[int], seed: int = 0) -> Tensor:
 
 
 def is_filled(name: str) -> bool:
-    """Whether the rule sets this state_dict entry; the others keep what the code computes."""
+    """Check whether the rule sets this state_dict entry; others keep their computed values."""
     return name.rsplit(".", 1)[-1] not in NOT_FILLED
 
 

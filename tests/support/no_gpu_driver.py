@@ -7,7 +7,7 @@ from triton.backends.compiler import GPUTarget
 
 
 class Driver:
-    """What a compilation asks of a driver."""
+    """The functions of a driver that a compilation calls."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)

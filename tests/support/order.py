@@ -42,7 +42,7 @@ def products_that_start_elsewhere(ttir: str) -> list[str]:
 
 
 def orders() -> dict[str, dict[str, list[str]]]:
-    """By op and kernel in fp32, what `products_that_start_elsewhere` finds; computed in another process."""
+    """Run `products_that_start_elsewhere` for all ops in fp32, in another process."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])

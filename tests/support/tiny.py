@@ -57,7 +57,7 @@ def sem_seg(model: CATSeg, image: Tensor, **size: int) -> Tensor:
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
-    """Whether probabilities agree but for rounding."""
+    """Check whether probabilities agree but for rounding."""
     return actual.shape == expected.shape and bool(torch.allclose(actual, expected, rtol=0, atol=tolerance))
 
 

@@ -1,4 +1,4 @@
-"""An aggregator with upstream's structure, arguments and attributes, for tests of `accelerate`; v1 is `pad_len=0`.
+"""An aggregator with upstream's structure, arguments and attributes, for tests; v1 is `pad_len=0`.
 
 It is written to be altered: each step is a method. Unlike the reference it has upstream's limits: one
 resolution, and a selection of classes that runs in fp32 only.
@@ -162,7 +162,7 @@ class ClassTransformerLayer(nn.Module):
         tokens = rearrange(pooled, "(b t) c h w -> (b h w) t c", b=B)
         if guidance is not None:
             guidance = repeat(guidance, "b t c -> (b h w) t c", h=h, w=w)
-        if self.padding_tokens is not None and T < self.pad_len:
+        if self.padding_tokens is not None and self.pad_len > T:
             tokens = self.pad(tokens, self.padding_tokens, T)
             if guidance is not None:
                 guidance = self.pad(guidance, self.padding_guidance, T)

@@ -1,4 +1,4 @@
-"""Generated scenes: pictures whose every pixel has a name, to train and to measure on without a download."""
+"""Generated scenes: fully labelled pictures for training and evaluation without a download."""
 
 from catseg_fast.data.scenes.dataset import SPLITS, write_dataset
 from catseg_fast.data.scenes.scene import Scene, draw_scene

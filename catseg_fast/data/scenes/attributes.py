@@ -1,4 +1,4 @@
-"""Accuracy on generated scenes by attribute: whether pattern, colour and shape of a thing are told right."""
+"""Accuracy on generated scenes by attribute: pattern, colour and shape of things."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ATTRIBUTES = ("pattern", "colour", "shape")
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How well an attribute is told, over pixels whose truth is a thing.
+    """Accuracy of an attribute over pixels whose truth is a thing.
 
     Attributes:
         accuracy: share of these pixels whose class has the true word; a ground has none.
-        among_alike: the same share where the two other words are right.
-        chance: the share to expect there from a guess among the classes whose two other words are right.
+        among_alike: the same share among pixels whose two other words are right.
+        chance: expected share of a guess among the classes whose two other words are right.
     """
 
     accuracy: float
@@ -33,7 +33,7 @@ class AttributeCounts:
     """Counts pixels by true and found class, and derives accuracies from them.
 
     Args:
-        classes: what the labels are indices into: grounds by name, and compositions.
+        classes: the classes of the label indices: grounds by name, and compositions.
 
     Attributes:
         confusion: pixels of a true class (row) that got a class (column), int64 `[T, T]`.
@@ -65,12 +65,12 @@ class AttributeCounts:
 
     @property
     def names(self) -> float:
-        """The share of the things' pixels whose three words are all right; NaN if there are none."""
+        """Return the share of the things' pixels whose three words are all right; NaN if there are none."""
         is_thing = self._words[:, 0] >= 0
         return _ratio(np.diag(self.confusion)[is_thing].sum(), self.confusion[is_thing].sum())
 
     def accuracies(self) -> dict[str, Accuracy]:
-        """The accuracy of each of `ATTRIBUTES`; NaN where no pixel counts."""
+        """Return the accuracy of each of `ATTRIBUTES`; NaN if no pixel counts."""
         is_thing = self._words[:, 0] >= 0
         things = self.confusion * is_thing[:, None]
         equal = (self._words[:, None] == self._words) & (is_thing[:, None] & is_thing)[..., None]

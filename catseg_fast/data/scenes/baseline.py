@@ -1,4 +1,4 @@
-"""The least that a model must beat on generated scenes: each pixel to the class of the nearest colour."""
+"""A baseline for generated scenes: each pixel gets the class of the nearest colour."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from catseg_fast.data.scenes.words import COLOURS
 
 
 class NearestColour:
-    """Labels by the nearest of the classes' colours: a thing's from its colour's word, a ground's its mean.
+    """A segmenter by the nearest class colour: that of a thing's colour word, or the mean of a ground.
 
-    Of classes of one colour, which it cannot tell apart, the first one is taken.
+    Among classes of one colour, it takes the first.
 
     Args:
         classes: grounds by name, and compositions.
-        blur: standard deviation, in pixels, of what evens out patterns and grain first.
+        blur: standard deviation, in pixels, of a blur that first removes patterns and grain.
     """
 
     def __init__(self, classes: tuple[Thing, ...], blur: float = 3.0) -> None:
@@ -26,7 +26,7 @@ class NearestColour:
         self.blur = blur
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Labels `[H, W]` of an RGB image `[H, W, 3]`."""
+        """Return the labels `[H, W]` of an RGB image `[H, W, 3]`."""
         smooth = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(self.blur)), np.float32)
         colours = self.colours
         distances = (colours**2).sum(1) - 2 * smooth.reshape(-1, 3) @ colours.T

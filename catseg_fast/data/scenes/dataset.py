@@ -31,7 +31,7 @@ NAMED_HELD_OUT, NAMED_GROUNDS = 16, 4  # in the class list of held-out scenes
 
 @dataclass(frozen=True)
 class Split:
-    """What scenes are made of, and what the class list has besides.
+    """Contents of scenes, and further names in the class list.
 
     Attributes:
         things, grounds: that may be in a scene.

@@ -15,17 +15,17 @@ from catseg_fast.data.scenes.words import COLOURS, GROUNDS, Composition
 from catseg_fast.errors import InputError
 
 Box = tuple[slice, slice]
-LEAST_SHARE = 0.4  # of a thing that must stay in sight
+LEAST_SHARE = 0.4  # share of a thing that must stay visible
 SHADOW = 20  # pixels around a thing that its shadow may reach
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is where.
+    """A picture and its labels.
 
     Attributes:
         image: RGB, uint8 `[H, W, 3]`.
-        labels: index into `things` of each pixel, uint16 `[H, W]`.
+        labels: index of each pixel into `things`, uint16 `[H, W]`.
         things: names of grounds, compositions of things.
     """
 
@@ -40,12 +40,12 @@ def draw_scene(
     grounds: Sequence[str] = GROUNDS,
     size: tuple[int, int] = (384, 384),
 ) -> Scene:
-    """A random scene.
+    """Draw a random scene.
 
     Args:
-        random: decides everything.
-        things: compositions that may be in it; 3 to 6 of them are, fewer where there is no room.
-        grounds: that may be behind them, one or two above each other.
+        random: source of all random decisions.
+        things: compositions to choose from; there are 3 to 6 in a scene, fewer if there is no room.
+        grounds: grounds to choose from; there are one or two above each other.
         size: (H, W) in pixels, at least 96 each.
 
     Raises:
@@ -59,7 +59,7 @@ def draw_scene(
     names: list[str | Composition] = list(found)
     owners = np.full(size, -1)
     areas: list[int] = []
-    shown: list[int] = []  # of each thing's area
+    shown: list[int] = []  # visible pixels of each thing
     for _ in range(int(random.integers(3, 7))):
         thing = things[int(random.integers(len(things)))]
         box, cover = _place(random, thing.words[2], random.uniform(0.10, 0.24) * min(size), size)
@@ -83,7 +83,7 @@ def draw_scene(
 def _ground(
     random: Random, grounds: Sequence[str], size: tuple[int, int]
 ) -> tuple[Image32, NDArray[np.uint16], tuple[str, ...]]:
-    """One ground, or two with a wavy border between them."""
+    """Draw one ground, or two with a wavy border between them."""
     count = min(len(grounds), int(random.integers(1, 3)))
     chosen = tuple(grounds[i] for i in random.choice(len(grounds), count, replace=False))
     layers = [TEXTURES[name](random, *size) for name in chosen]
@@ -96,7 +96,7 @@ def _ground(
 
 
 def _place(random: Random, shape: str, radius: float, size: tuple[int, int]) -> tuple[Box, Image32]:
-    """A shape somewhere in the picture: the box around it and its shadow, and its cover of each pixel."""
+    """Place a shape in the picture; return the box around it and its shadow, and its cover of each pixel."""
     centre = [random.uniform(0.6 * radius, n - 0.6 * radius) for n in size]
     reach = 1.3 * radius + SHADOW
     down, across = (slice(max(0, int(c - reach)), int(c + reach)) for c in centre)
@@ -112,7 +112,7 @@ def _place(random: Random, shape: str, radius: float, size: tuple[int, int]) -> 
 
 
 def _paint(random: Random, thing: Composition, size: tuple[int, ...]) -> Image32:
-    """What a thing's surface looks like, as if it covered a picture of (H, W)."""
+    """Draw a thing's surface, as if it covered a picture of (H, W)."""
     name, colour, _ = thing.words
     base = np.clip(np.asarray(COLOURS[colour], np.float32) / 255 + random.normal(0, 0.035, 3), 0, 1)
     light = base.mean() < 0.72
@@ -126,7 +126,7 @@ def _paint(random: Random, thing: Composition, size: tuple[int, ...]) -> Image32
 
 
 def _shade(random: Random, picture: Image32, cover: Image32) -> None:
-    """Darken, in place, where a thing throws its shadow."""
+    """Darken the shadow of a thing, in place."""
     down, across = (int(x) for x in random.integers(3, 10, 2))
     shadow = np.zeros(cover.shape, np.uint8)
     shadow[down:, across:] = 255 * cover[:-down, :-across]
@@ -135,7 +135,7 @@ def _shade(random: Random, picture: Image32, cover: Image32) -> None:
 
 
 def _photograph(random: Random, picture: Image32) -> NDArray[np.uint8]:
-    """The picture under a light from one side, a little blurred, with noise."""
+    """Return the picture with light from one side, slightly blurred, with noise."""
     height, width, _ = picture.shape
     direction, depth = random.uniform(0, 2 * np.pi), random.uniform(0, 0.25)
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None]

@@ -24,7 +24,7 @@ def _square(x: Field, y: Field) -> Field:
 
 
 def _polygon(corners: NDArray[np.float64]) -> Callable[[Field, Field], Field]:
-    """Signed distance to a polygon `[N, 2]` (x, y): to the nearest edge, negative inside."""
+    """Return the signed distance to a polygon `[N, 2]` (x, y): to the nearest edge, negative inside."""
 
     def distance(x: Field, y: Field) -> Field:
         squared = np.full(np.broadcast(x, y).shape, np.inf, np.float32)
@@ -42,7 +42,7 @@ def _polygon(corners: NDArray[np.float64]) -> Callable[[Field, Field], Field]:
 
 
 def _corners(count: int, radii: tuple[float, ...]) -> NDArray[np.float64]:
-    """Corners around the origin, the first one on top, at radii that alternate."""
+    """Return corners around the origin, starting at the top, at alternating radii."""
     angles = 2 * np.pi * np.arange(count) / count
     radius = np.resize(radii, count)
     return np.stack([radius * np.sin(angles), -radius * np.cos(angles)], axis=1)
@@ -54,7 +54,7 @@ def _cross(x: Field, y: Field) -> Field:
 
 
 def _heart(x: Field, y: Field) -> Field:
-    """A square on its corner, and a disc on each of its upper edges."""
+    """Return the distance to a square on its corner, with a disc on each of its upper edges."""
     half, x, y = 0.78, np.abs(x), y - np.float32(0.12)
     corner = (x + np.abs(y) - half) / 2**0.5
     return np.minimum(corner, np.hypot(x - half / 2, y + half / 2) - half / 2**0.5)
@@ -77,7 +77,7 @@ DISTANCES: dict[str, Callable[[Field, Field], Field]] = {
 
 
 def pattern(name: str, u: Field, v: Field, period: float) -> Field:
-    """Share of the second colour, 0 or 1, on a grid in pixels whose axes are the pattern's."""
+    """Return the share of the second colour, 0 or 1, on a grid in pixels along the pattern's axes."""
     if name == "plain":
         return np.zeros(np.broadcast(u, v).shape, np.float32)
     if name == "striped":

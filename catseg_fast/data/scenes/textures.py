@@ -14,7 +14,7 @@ Random = np.random.Generator
 
 
 def noise(random: Random, height: int, width: int, cells: tuple[float, float], octaves: int = 3) -> Image32:
-    """Smooth noise `[height, width]` in about -1..1, with `cells` (down, across) in its first octave."""
+    """Return smooth noise `[height, width]` in about -1..1, with `cells` (down, across) in octave one."""
     total = np.zeros((height, width), np.float32)
     for octave in range(octaves):
         rows, columns = (max(2, round(n * 2**octave) + 1) for n in cells)
@@ -28,7 +28,7 @@ def _colour(rgb: tuple[float, ...]) -> Image32:
 
 
 def _mix(a: tuple[float, ...], b: tuple[float, ...], share: NDArray[np.floating[Any]]) -> Image32:
-    """Colours from `a` (share 0) to `b` (share 1): `[H, W, 3]`."""
+    """Return colours between `a` (share 0) and `b` (share 1): `[H, W, 3]`."""
     share = np.clip(share, 0, 1)[..., None]
     return _colour(a) * (1 - share) + _colour(b) * share
 
@@ -38,7 +38,7 @@ def _grid(height: int, width: int) -> tuple[Image32, Image32]:
 
 
 def _hash(random: Random, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> Image32:
-    """A random number in 0..1 for each cell of a grid, looked up by its row and column."""
+    """Return a random number in 0..1 for each cell of a grid, by its row and column."""
     table = random.random((int(rows.max()) + 1, int(columns.max()) + 1), dtype=np.float32)
     return table[rows, columns]
 

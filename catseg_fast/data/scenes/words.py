@@ -1,8 +1,8 @@
-"""What can be in a scene, in words: compositions of pattern, colour and shape, and grounds.
+"""Names of the contents of scenes: compositions of pattern, colour and shape, and grounds.
 
-A fifth of the compositions is held out: no training scene has them, though each of their words, and each pair
-of these, is in others. Each word has a synonym; a training class names one word by its synonym at most, so
-that phrases of synonyms alone are held out, too.
+A fifth of the compositions is held out: they are in no training scene, while each of their words, and each
+pair of words, is. Each word has a synonym; the name of a training class has at most one synonym, so that
+phrases of several synonyms are held out, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from catseg_fast.errors import InputError
 
-# RGB of each colour's middle, in 0..255.
+# Mean RGB of each colour, in 0..255.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (205, 35, 40),
     "orange": (240, 135, 25),
@@ -64,17 +64,17 @@ class Composition:
 
     @property
     def name(self) -> str:
-        """For example "striped red ring"."""
+        """The name, such as "striped red ring"."""
         return " ".join(self.words)
 
     @property
     def held_out(self) -> bool:
-        """Whether no training scene has it."""
+        """True if it is in no training scene."""
         return (2 * self.pattern + self.colour + 3 * self.shape) % 5 == 0
 
     @property
     def label(self) -> str:
-        """The name, and behind it the names with one word replaced: the synonyms of a training class."""
+        """The name, followed by those with one word replaced: the synonyms of a training class."""
         words = self.words
         variants = [
             " ".join(SYNONYMS[word] if i == place else word for i, word in enumerate(words))
@@ -99,7 +99,7 @@ HELD_OUT = tuple(thing for thing in COMPOSITIONS if thing.held_out)
 
 
 def choose_held_out(count: int, seed: int = 0) -> tuple[Composition, ...]:
-    """Some held-out compositions, in which patterns, colours and shapes are as evenly spread as can be.
+    """Choose held-out compositions with patterns, colours and shapes spread as evenly as possible.
 
     Raises:
         InputError: if there are fewer.
@@ -110,7 +110,7 @@ def choose_held_out(count: int, seed: int = 0) -> tuple[Composition, ...]:
     chosen: list[Composition] = []
 
     def crowding(thing: Composition) -> int:
-        """How often the parts of a thing were chosen already."""
+        """Return how often the parts of a thing were already chosen."""
         return sum(
             (thing.pattern == other.pattern) + (thing.colour == other.colour) + (thing.shape == other.shape)
             for other in chosen

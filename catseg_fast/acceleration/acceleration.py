@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from types import TracebackType
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
+from catseg_fast.acceleration.adapted import AdaptedAggregator
+from catseg_fast.acceleration.adapters import Adapter
 from catseg_fast.acceleration.finding import find_aggregators, nearest_candidate
 from catseg_fast.acceleration.part import Part
 from catseg_fast.acceleration.pieces import find_pieces
@@ -22,11 +25,11 @@ from catseg_fast.errors import InputError, InputTypeError
 
 
 class Acceleration:
-    """What runs in the engine, until `restore` (or the end of a `with` block).
+    """Modules that run in the engine, until `restore` (or the end of a `with` block).
 
     Attributes:
-        engines: of the aggregators that run as a whole, by their name in the model; they have the settings for
-            memory and precision.
+        engines: of the aggregators that run as a whole, by their name in the model; they have the settings
+            for memory and precision.
         parts: all that runs, or could run, in the engine.
     """
 
@@ -39,6 +42,7 @@ class Acceleration:
 
     def add(self, parts: list[Part]) -> None:
         """Let further parts run in the engine, unless they are refused."""
+        unchanged = [part for part in self.parts if part.is_unchanged()]
         for part in parts:
             if part.refusal is None:
                 try:
@@ -46,7 +50,7 @@ class Acceleration:
                 except Mismatch as mismatch:
                     part.refusal = str(mismatch)
         self.parts += parts
-        for part in self.parts:
+        for part in (*unchanged, *parts):  # whose modules may have other classes now
             part.take_guard()
 
     def explain(self) -> str:
@@ -73,6 +77,7 @@ def accelerate(
     backend: str = "auto",
     memory_budget: int | str | None = None,
     verify: bool = True,
+    adapters: Mapping[type[nn.Module], Adapter] | None = None,
 ) -> Acceleration:
     """Let the aggregators in a model run in the engine; they keep their parameters and their arguments.
 
@@ -89,6 +94,7 @@ def accelerate(
         backend: "auto", "triton" or "torch".
         memory_budget: bytes (or "2GiB") that a call may take; by default what is free.
         verify: compare the engine's answers with the model's own, at once and at the first call of each kind.
+        adapters: by class of aggregator, how its calls map to upstream's.
 
     Raises:
         InputError: a ValueError that starts with "model:", if nothing in it can run in the engine, or
@@ -105,7 +111,12 @@ def accelerate(
     try:
         for name, aggregator in find_aggregators(model):
             _check_untouched(aggregator, name)
-            whole = WholeAggregator(aggregator, name, verify)
+            adapter = _adapter_of(aggregator, adapters or {})
+            whole = (
+                WholeAggregator(aggregator, name, verify)
+                if adapter is None
+                else AdaptedAggregator(aggregator, name, adapter, verify)
+            )
             whole.engine.memory_budget, whole.engine.backend = memory_budget, backend
             choose_backend(backend, next(aggregator.parameters()).device)
             whole.look()
@@ -158,6 +169,16 @@ class _Pieces:
             part.look()
             parts.append(part)
         self.acceleration.add(parts)
+
+
+def _adapter_of(module: nn.Module, adapters: Mapping[type[nn.Module], Adapter]) -> Adapter | None:
+    for kind in type(module).__mro__:
+        if kind in adapters:
+            adapter = adapters[kind]
+            if not isinstance(adapter, Adapter):
+                raise InputTypeError(f"adapters: expected an Adapter for {kind.__name__}, got {adapter!r}")
+            return adapter
+    return None
 
 
 def _check_untouched(module: nn.Module, name: str) -> None:
