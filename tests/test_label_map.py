@@ -125,7 +125,7 @@ def test_strips_add_up_to_the_map(
 
 
 def test_strips_that_come_again_are_not_taken_in_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when memory runs out between two strips of a class: those before it are not computed again."""
+    """Memory runs out between two strips of a class: those before it are not taken in again."""
     monkeypatch.setattr("catseg_fast.inference.readout.READOUT_BYTES", 1)
     logits = torch.randn(1, 5, 6, 6, generator=torch.Generator().manual_seed(1))
     maps, taken = Probabilities(5, SIZE, CPU), []

@@ -48,7 +48,7 @@ def grey_tiff(path: Path) -> Pixels:
 
 
 def big_endian_tiff(path: Path) -> Pixels:
-    """As some microscopes write them."""
+    """Write a file as some microscopes do."""
     image = Image.frombytes("I;16B", (WIDTH, HEIGHT), GREY.astype(">u2").tobytes())
     image.save(path)
     return scaled(GREY)
@@ -273,7 +273,7 @@ def test_every_entry_refuses_floats_of_0_and_1(entry: str, spy: Spy, nearly_blac
 
 
 def test_the_files_are_odd(tmp_path: Path) -> None:
-    """What a second decoder does to them: Gradio's own component reads half of them otherwise."""
+    """A second decoder reads them otherwise."""
     path = tmp_path / "16-bit.png"
     expected = grey_png(path)
     with Image.open(io.BytesIO(path.read_bytes())) as image:

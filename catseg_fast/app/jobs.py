@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Stopped(BaseException):
-    """Raised in a call that was stopped. Not an `Exception`: no code on the way takes it for its own failure."""
+    """Raised in a call that was stopped. Not an `Exception`: no code on the way handles it as a failure."""
 
 
 class Job:

@@ -142,8 +142,9 @@ def _by_name(classes: Sequence[str]) -> tuple[Colours, dict[int, tuple[int, int,
 def _areas(
     labels: NDArray[np.integer], photo: NDArray[np.uint8], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
-    """The classes that occur: numbers of their pixels, their indices, their pixels on average, and which of
-    them touch. Indices of all rows at once would take 8 bytes per pixel.
+    """Return, of the classes that occur, pixel counts, indices, mean pixels, and which of them touch.
+
+    Indices of all rows at once would take 8 bytes per pixel.
     """
     strips = row_strips(*labels.shape)
     pixels = np.zeros(count, np.int64)

@@ -15,7 +15,7 @@ API = "/gradio_api"
 
 @dataclass
 class Answer:
-    """What a call led to.
+    """Answer to a call, or why there is none.
 
     Attributes:
         success: whether it was answered.
@@ -89,7 +89,7 @@ class Client:
         return self.join(self.segment_index, [picture, text, "auto", "all", sliding, 0])
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """What the server says about the session's calls."""
+        """Yield what the server says about the session's calls."""
         url = f"{self.address}{API}/queue/data?session_hash={self.session}"
         with urllib.request.urlopen(url, timeout=120) as response:
             for line in response:
