@@ -56,7 +56,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 class PlainConsole(Console):
-    """A console that prints text as it is: brackets and colons are no markup, and lines are not broken."""
+    """A console that prints text as it is: brackets and colons are not markup, and lines are not broken."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)

@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise MissingPackageError(
         f"catseg_fast.detectron2: detectron2 cannot be imported ({error}); it registers a model there and is "
-        "of use in upstream's own project alone. catseg_fast.CATSeg needs no detectron2"
+        "of use only in upstream's own project. catseg_fast.CATSeg needs no detectron2"
     ) from error
 
 __all__ = ["CATSegFast"]
@@ -35,8 +35,8 @@ __all__ = ["CATSegFast"]
 class CATSegFast(CATSeg):
     """`CATSeg` built from upstream's configuration: `CATSegFast(cfg)`, or as `CATSeg`.
 
-    It does not run before a checkpoint has filled all its weights: detectron2 loads what fits and goes on
-    with what does not.
+    It does not run before a checkpoint has filled all its weights: detectron2 loads the matching
+    ones, and ignores the others.
     """
 
     @configurable

@@ -57,7 +57,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The CPU's name: Linux tells it in /proc alone."""
+    """Return the CPU's name, which Linux has only in /proc."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -82,7 +82,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
     The yielded path has the same name, in a hidden folder of its own beside `path`. After an error, or an
     interruption, what was at `path` is still there, and the hidden folder is gone. The file has the
-    permissions that the umask leaves, whatever wrote it.
+    permissions that the umask leaves, for any writer.
 
     Args:
         path: the file to write.
@@ -100,6 +100,8 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
             if durable:
                 _flush_to_disk(temporary)
             os.replace(temporary, path)
+            if durable:
+                _flush_folder_to_disk(path.parent)
     except Exception as error:
         number = _error_number(error)
         if number is None:
@@ -114,7 +116,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     A process that is killed leaves its folder behind; the first folder that another process makes beside it
     sweeps it away.
     """
-    _sweep(parent)
+    sweep(parent)
     name = f"{_OURS}{_host()}-{os.getpid()}-{_started(os.getpid())}-{secrets.token_hex(4)}.tmp"
     folder = parent / name
     folder.mkdir()
@@ -124,7 +126,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sweep(parent: Path) -> None:
+def sweep(parent: Path) -> None:
     """Remove the folders that killed processes left in `parent`; once per folder and process."""
     key = (os.getpid(), os.path.realpath(parent))
     if key in _swept:
@@ -173,10 +175,21 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _flush_folder_to_disk(folder: Path) -> None:
+    """Let the disk have the names of the files in a folder, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _error_number(error: BaseException) -> int | None:
     """The errno of a failed write, from an error of Python or of a library that wraps it.
 
-    An error that names a file of its own is left alone: reading that file failed, not writing.
+    An error that names another file is not changed: reading that file failed, not writing.
     """
     if isinstance(error, ValueError | TypeError):  # of what was to be written
         return None

@@ -1,6 +1,6 @@
 """Identity of files: content for what they hold, place for which one they are, a mark for who wrote them.
 
-Whatever goes on with earlier work compares these, and never names, sizes or times only.
+Code that continues earlier work compares these, not only names, sizes or times.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def is_scene(path: str | os.PathLike[str]) -> bool:
     try:
         with open_regular(path) as file, Image.open(file, formats=["JPEG"]) as image:
             return bool(image.info.get("comment") == SCENE_COMMENT)
-    except Exception:  # damaged files raise whatever the decoder stumbles over
+    except Exception:  # damaged files raise errors of many types
         return False
 
 
@@ -77,7 +77,7 @@ def read_png_mark(path: str | os.PathLike[str]) -> str | None:
     try:
         with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
             return image.info.get(_MARK)
-    except Exception:  # damaged files raise whatever the decoder stumbles over
+    except Exception:  # damaged files raise errors of many types
         return None
 
 
@@ -120,5 +120,5 @@ def _read_npz_mark(path: Path) -> str | None:
     try:
         with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             return str(arrays[NPZ_MARK])
-    except Exception:  # damaged files raise whatever the reader stumbles over
+    except Exception:  # damaged files raise errors of many types
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -31,9 +31,9 @@ from catseg_fast.engine.precision import text_dtype
 from catseg_fast.engine.recording import AFTER, Recorder
 from catseg_fast.engine.terms import VocabularyTerms
 from catseg_fast.errors import InputError, RunError
-from catseg_fast.graphs import ModelGraphs
 from catseg_fast.inference.encoding import LARGE_PIXELS, EncodedImage, encode
 from catseg_fast.inference.explain import explain
+from catseg_fast.inference.graphs import ModelGraphs
 from catseg_fast.inference.images import ImageLike, as_floats, check_max_pixels, load_image, load_pixels
 from catseg_fast.inference.readout import (
     Probabilities,
@@ -150,9 +150,13 @@ class CATSeg(reference_model.CATSeg):
 
         Raises:
             FileNotFoundError, RuntimeError: if there is no such file, or the hub cannot be reached.
-            InputError: if the file is no checkpoint, or not one of this variant, and the message says what
+            InputError: if the file is not a checkpoint, or not of this variant, and the message says what
                 it looks like; or if its digest is another one.
         """
+        if isinstance(classes, Mapping):
+            split_fold(classes)
+        elif classes is not None:
+            classes = check_classes(classes)  # before a download, and before the weights are read
         path = resolve(source, revision=revision, sha256=sha256)
         state_dict = read_checkpoint(path)
         if variant is None:
@@ -173,7 +177,7 @@ class CATSeg(reference_model.CATSeg):
 
         All ranks, with the same weights, settings and class names, must then call `segment`, `segment_batch`,
         `encode` or `label_map` with the same pictures, in the same order; each gets the whole answer. A rank
-        encodes the texts of its own classes alone. What needs the probabilities of all classes raises.
+        only encodes the texts of its own classes. Calls that need the probabilities of all classes raise.
 
         Args:
             group: by default all processes of `torch.distributed`.
@@ -280,7 +284,7 @@ class CATSeg(reference_model.CATSeg):
 
         Args:
             batched_inputs: as in the call.
-            top_k: also return so many classes per pixel.
+            top_k: number of classes per pixel to return as well.
             min_score: as in `segment`.
 
         Raises:
@@ -348,7 +352,7 @@ class CATSeg(reference_model.CATSeg):
                 tensor `[3, H, W]`, RGB in 0..255; see `catseg_fast.inference.images.load_image`. Or what
                 `encode` made of one. A list or tuple of these is segmented one after the other, into a list.
             sliding_window: whether to look at overlapping crops; by default the model's own setting.
-            top_k: also return so many classes per pixel.
+            top_k: number of classes per pixel to return as well.
             min_score: label pixels -1, "none of these", whose best class has a smaller probability. Each
                 class's probability is a sigmoid of its own, so that this is exact; `scores` stay.
             keep_logits: let the answer have a `score_map` of every class; 37 KB per class and crop in fp32.
@@ -443,7 +447,7 @@ class CATSeg(reference_model.CATSeg):
     ) -> ModelGraphs:
         """Record `segment` for pictures of some sizes (height, width) as CUDA graphs.
 
-        They hold the present classes, weights and settings; see `catseg_fast.graphs.ModelGraphs`.
+        They hold the present classes, weights and settings; see `catseg_fast.inference.graphs.ModelGraphs`.
 
         Raises:
             RunError: if the model is not on a CUDA GPU.

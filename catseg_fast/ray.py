@@ -53,7 +53,7 @@ def segment_dataset(
         classes: class names; those of the model that the function builds where None.
         column: the picture's column, where it has another name; it must hold what one of these does.
         labels: "png", a file's content with 16 bits a pixel; or "array", int32 `[H, W]`.
-        on_error: what to do about a picture that cannot be read: "raise", or "record" it and go on.
+        on_error: what to do about a picture that cannot be read: "raise", or "record" it and continue.
         sliding_window: as in `CATSeg.segment`.
         min_score: as in `CATSeg.segment`; pixels of no class are 65535 in PNGs, and an entry of "classes" of
             the index -1.

@@ -90,6 +90,9 @@ class CATSeg(nn.Module):
         ignore_label: int = IGNORE_LABEL,
     ) -> None:
         super().__init__()
+        # Before the towers are made, which takes seconds.
+        classes = None if classes is None else check_classes(classes)
+        train_classes = None if train_classes is None else check_classes(train_classes)
         self.ignore_label = ignore_label
         self.variant = get_variant(variant)
         self.sliding_window = sliding_window

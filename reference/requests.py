@@ -47,6 +47,8 @@ def check_requests(batched_inputs: Sequence[dict[str, Any]], divisor: int | None
         for key in ("height", "width"):
             side = entry.get(key, 1)
             try:
+                if isinstance(side, bool):
+                    raise TypeError
                 positive = operator.index(side) > 0
             except TypeError:
                 raise InputTypeError(f"{name}[{key!r}]: expected an integer, got {side!r}") from None

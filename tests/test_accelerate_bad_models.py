@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from catseg_fast import accelerate, reference
+from catseg_fast.acceleration import whole
 from catseg_fast.acceleration.guards import Guard
 from catseg_fast.errors import InputError, InputTypeError
 from support.alterations import first_block, override
@@ -107,6 +108,16 @@ def test_a_compiled_layer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
+def test_compiling_after_accelerating() -> None:
+    aggregator = make_aggregator()
+    own = copy.deepcopy(aggregator)(*make_inputs())
+    accelerate(aggregator)
+    compiled = torch.compile(aggregator, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(*make_inputs()), own, rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
 def test_weights_that_are_no_numbers() -> None:
     aggregator = make_aggregator()
     with torch.no_grad():
@@ -167,6 +178,24 @@ def test_layouts_do_not_matter() -> None:
     )
     for _ in range(2):
         torch.testing.assert_close(aggregator(*other), own, rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
+def test_more_classes_than_the_models_own_code_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    aggregator, seen = make_aggregator(pad_len=0), []
+
+    def watch(self: Any, own: Any, image: Any, text: Any, guidance: Any) -> Any:
+        seen.append(text.shape[1])
+        return own(self, image, text, guidance)
+
+    override(aggregator, forward=watch)
+    own = copy.deepcopy(aggregator)(*make_inputs(9, 2))
+    accelerate(aggregator)
+    seen.clear()
+    monkeypatch.setattr(whole, "free_bytes", lambda device: 2 * 2 * 16 * 32 * 64 * 4 + 1)  # two classes
+    for _ in range(2):
+        torch.testing.assert_close(aggregator(*make_inputs(9, 2)), own, rtol=0, atol=5e-5)
+    assert seen == [2]
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from catseg_fast import CATSeg
 from catseg_fast.backend import why_no_triton
 from catseg_fast.cli import main as cli
+from catseg_fast.errors import RunError
 from support.command_line import save_tiny_checkpoint
 from support.tiny import CLASSES, tiny_model
 
@@ -114,7 +115,7 @@ def test_the_plain_model_is_refused_where_memory_is_short(
 
     monkeypatch.setattr("catseg_fast.app.workbench.psutil.virtual_memory", Memory)
     bench = Workbench(model)
-    with pytest.raises(MemoryError, match=r"reference.*5 classes and 1 crops"):
+    with pytest.raises(RunError, match=r"reference.*5 classes and 1 crops"):
         bench.segment(photo, CLASSES, backend="reference", sliding_window=False)
 
 

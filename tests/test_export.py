@@ -56,6 +56,12 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         export.export_onnx(model, tmp_path / "model.pt")
     with pytest.raises(FileNotFoundError, match="path: there is no folder"):
         export.export_onnx(model, tmp_path / "nowhere" / "model.onnx")
+    for name in ("model.json", "model.classes.npz", "model.onnx.data"):
+        other = tmp_path / name
+        other.write_text('{"format": "mine"}')
+        with pytest.raises(FileExistsError, match=f"path: {other} is there and is not of an export"):
+            export.export_onnx(model, tmp_path / "model.onnx")
+        other.unlink()
     pytest.importorskip("onnxscript", reason="needs the extra: export")
     with pytest.raises(ValueError, match=r"model: is in torch.float64"):
         export.export_onnx(tiny_model().double(), tmp_path / "model.onnx")

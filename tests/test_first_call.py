@@ -97,7 +97,7 @@ def test_what_is_wrong_runs_in_torch_and_is_not_remembered(ready: dict[str, Any]
     for count in (1, 2):
         stages = TritonStages(plan)
         with pytest.warns(
-            RuntimeWarning, match="decode runs in torch, .* torch on this GPU: two runs differ"
+            RuntimeWarning, match="decode runs in torch, .* torch's on this GPU: two runs differ"
         ):
             first_call.get_ready(stages, image, True, None)
         assert ready["checks"] == count

@@ -16,7 +16,7 @@ from catseg_fast import CATSeg, Segmentation
 from catseg_fast.engine import schedule
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.recording import Recorder
-from catseg_fast.graphs import ModelGraphs
+from catseg_fast.inference.graphs import ModelGraphs
 from catseg_fast.reference.window_attention import shifted_window_mask
 from support.tiny import CLASSES, agree, close, picture, tiny_model
 

@@ -91,6 +91,7 @@ ZEROS = torch.zeros(24, 12, dtype=torch.long)
         ([{"image": IMAGE[:2]}], ValueError, r"\[0\]\['image'\]: shape \(2, 24, 12\) is not \[3, H, W\]"),
         ([{"image": IMAGE, "height": 64.0}], TypeError, r"\[0\]\['height'\]: expected an integer, got 64.0"),
         ([{"image": IMAGE, "width": "64"}], TypeError, r"\[0\]\['width'\]: expected an integer, got '64'"),
+        ([{"image": IMAGE, "width": True}], TypeError, r"\[0\]\['width'\]: expected an integer, got True"),
         ([{"image": IMAGE, "width": 0}], ValueError, r"\[0\]\['width'\]: 0 is not positive"),
     ],
 )

@@ -27,7 +27,7 @@ from catseg_fast.cli.options import BUNDLED_NOTE, note_on_bundled
 from catseg_fast.console import stages
 from catseg_fast.data.scenes import write_dataset
 from catseg_fast.errors import InputError, InputTypeError, RunError
-from catseg_fast.export import _quiet
+from catseg_fast.export.graph import _quiet
 from catseg_fast.identity import is_scene
 from catseg_fast.training import Recipe
 from catseg_fast.training.start import variant_of
@@ -108,6 +108,23 @@ def test_errors_that_need_no_model_come_before_torch(tmp_path: Path) -> None:
         assert found == code, (arguments, line, error)
         assert line.startswith("error: ")
         assert message in line, arguments
+
+
+@pytest.mark.parametrize(
+    "classes", [["sky", "sky"], {"sky"}, ["tree,"], {"a": []}, [], {"a": ["b"], "c": ["b"]}]
+)
+def test_classes_are_checked_before_anything_is_read_or_made(
+    classes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("catseg_fast.model.resolve", fail)
+    monkeypatch.setattr("catseg_fast.reference.clip.DenseCLIP.__init__", fail)
+    with pytest.raises((InputError, InputTypeError), match=r"^classes: "):
+        CATSeg.from_pretrained("v2-vitl", classes)
+    with pytest.raises((InputError, InputTypeError), match=r"^classes: "):
+        CATSeg("v2-vitl", classes)
 
 
 # ---- what the bundled weights know ------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from PIL import Image
 
 from catseg_fast.cli.inputs import Picture, find_pictures
 from catseg_fast.cli.resume import finished
+from catseg_fast.data.pairs import find_pairs
 from catseg_fast.errors import InputError
 from catseg_fast.identity import content_digest, read_png_mark
 from catseg_fast.inference.segmentation import Segmentation
@@ -321,3 +322,23 @@ def test_what_is_left_out_is_counted() -> None:
     notices.clear()
     find_pictures([Path("photos/*")], Path("out"), notices.append)
     assert notices[0].startswith("photos/*: left out 3 results of catseg-fast, 5 other files")
+
+
+def test_folders_that_cannot_be_read_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw("photos/a.png")
+    draw("photos/closed/b.png")
+    scan = os.scandir
+
+    def scandir(path: str) -> object:
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    notices: list[str] = []
+    assert len(find_pictures([Path("photos")], Path("out"), notices.append)) == 1
+    assert notices == ["photos: left out 1 folder that cannot be read"]
+    notices.clear()
+    (pair,) = find_pairs(Path("photos"), Path("photos"), notices.append)
+    assert pair.name == "a"
+    assert notices == ["photos: left out 1 folders that cannot be read"] * 2

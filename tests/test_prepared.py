@@ -119,8 +119,8 @@ def test_an_address_that_is_used_again_is_another_buffer() -> None:
         (lambda x: add(x, x * 2), "it computes with mul"),
         (lambda x: add(x, x.T.contiguous().T), "it computes with clone"),
         (lambda x: x[1:], "a part of an input"),
-        (lambda x: add(x, x)[1:], "contiguous tensors of its own"),
-        (lambda x: None, "something else"),
+        (lambda x: add(x, x)[1:], "contiguous tensors that it allocated"),
+        (lambda x: None, "something other"),
         (lambda x: (), "nothing"),
     ],
 )

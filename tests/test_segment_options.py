@@ -116,7 +116,7 @@ def test_dropped_classes_are_told(workplace: Path, weights: Path) -> None:
     names = "; ".join(f"thing number {index}" for index in range(300))
     options = ["photo.png", "--classes", names, "--weights", weights, "--whole", "--overwrite"]
     expected = {
-        (): "note: of 300 classes, each crop aggregates the 256 that fit it best, and has no others; "
+        (): "note: of 300 classes, each crop aggregates the 256 that fit it best, and drops the others; "
         "--all-classes aggregates all, --best N another number",
         ("--best", "7"): "note: of 300 classes, each crop aggregates the 7 that fit it best",
         ("--best", "300"): "",
@@ -129,7 +129,7 @@ def test_dropped_classes_are_told(workplace: Path, weights: Path) -> None:
         assert bool(note) == ("fit it best" in result.stderr)
         kept = {(): "the best 256", ("--best", "7"): "the best 7"}.get(change, "all aggregated")
         assert kept in result.stdout
-        assert "1.0 GiB may be taken" in result.stdout
+        assert "the budget is 1.0 GiB" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ class Planted:
     """
 
     def __init__(self, plan: Plan, stage: str = "", fault: Any = None, at_once: bool = True) -> None:
-        self.plan, self.fallbacks, self.collects_at_once = plan, {}, at_once  # type: ignore[var-annotated]
+        self.plan, self.collects_at_once, self.repeats = plan, at_once, False
+        self.fallbacks: dict[str, str] = {}
         self._stage, self._fault, self.runs = stage, fault, 0
 
     def _spoil(self, stage: str, result: Tensor, later: bool) -> Tensor:

@@ -20,7 +20,7 @@ from catseg_fast.cli.labelling import Labelling
 from catseg_fast.cli.main import app
 from catseg_fast.cli.tiles import Tiles
 from catseg_fast.data.raster import open_raster
-from catseg_fast.inference.tiles import TileGrid, default_overlap
+from catseg_fast.inference.tiles import MemoryStore, TileGrid, default_overlap, label_bands
 from catseg_fast.output.ownership import Owner, is_result, owner_of
 from catseg_fast.output.results import summarise
 from catseg_fast.reference.inference import SlidingWindow
@@ -99,6 +99,23 @@ def test_one_tile_is_the_picture(model: CATSeg, image: Tensor) -> None:
     assert torch.equal(answer.labels, plain.labels)
     assert torch.equal(answer.scores, plain.scores)
     assert default_overlap(200) == 25
+
+
+def test_memory_does_not_grow_with_the_picture(model: CATSeg) -> None:
+    """Each tile is read once, and logits are kept of the rows of tiles that the next band needs."""
+    image, grid = picture(260, 64).byte(), TileGrid((260, 64), 64, 16)
+    read, kept = [], []
+
+    def read_window(top: int, left: int, height: int, width: int) -> Tensor:
+        read.append((top, left, height, width))
+        return image[:, top : top + height, left : left + width]
+
+    store = MemoryStore()
+    for _ in label_bands(model, grid, read_window, store):
+        kept.append(len(store._kept))
+    assert read == [(top, 0, 64, 64) for top in grid.tops]
+    assert len(read) == 6
+    assert max(kept) <= 3
 
 
 def test_folds_and_a_threshold(image: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from catseg_fast import config
+from catseg_fast.checkpoints.write import write_weights
 from catseg_fast.cli import main as cli
 from catseg_fast.cli import train as train_command
 from catseg_fast.reference.finetune import CLIP_FINETUNE
@@ -22,10 +23,12 @@ from catseg_fast.training import recipe as recipe_module
 from catseg_fast.training.augment import augment
 from catseg_fast.training.log import Log
 from catseg_fast.training.optimiser import make_optimiser, parameter_groups, set_learning_rate
+from catseg_fast.training.output import check_output
 from catseg_fast.training.recipe import Recipe
 from catseg_fast.training.samples import Crops, choose_classes, remap, step_batches
 from catseg_fast.training.start import load_start
 from catseg_fast.training.trainer import draw_synonyms
+from support.data_sets import make_dataset
 from support.tiny import V2, tiny_model
 from support.training_run import CLASSES, Blocks, paint
 
@@ -308,7 +311,7 @@ def test_the_command_trains_and_goes_on(data: Path, tmp_path: Path, monkeypatch:
     assert (output / "model.safetensors").stat().st_size > 0
     again = invoke(*arguments)
     assert again.exit_code == 0, again.output
-    assert "going on behind step 2 of 2" in again.stderr
+    assert "continuing after step 2 of 2" in again.stderr
     other = invoke(*arguments, "--lr", "1e-3")
     assert other.exit_code == 1
     assert "holds another run:" in other.stderr
@@ -346,3 +349,26 @@ def test_help_and_bad_arguments(data: Path, tmp_path: Path) -> None:
     assert wrong.exit_code == 1
     assert "accumulate: 3 does not divide the batch size, 4" in wrong.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "log.jsonl"])
+def test_files_of_others_are_not_replaced(name: str, tmp_path: Path) -> None:
+    """Such as converted weights, which the run may even start from."""
+    make_dataset(tmp_path / "data")
+    foreign = tmp_path / "out" / name
+    foreign.parent.mkdir()
+    if name == "log.jsonl":
+        foreign.write_text('{"event": "mine"}\n')
+    else:
+        write_weights(foreign, {"a": torch.ones(2)}, {"format": "pt", "catseg_fast": "0.1"})
+    before = foreign.read_bytes()
+    result = invoke("--data", str(tmp_path / "data"), "--output", str(foreign.parent))
+    assert result.exit_code == 1
+    assert f"{name} is there and is not of a run of training" in result.stderr
+    assert foreign.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"step"', '{"step": 0, "loss": 1}\n'])
+def test_the_log_of_a_run_that_was_killed_is_its_own(content: str, tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text(content)
+    check_output(tmp_path)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from catseg_fast.acceleration import trial
 from catseg_fast.acceleration.adapters import Adapter
+from catseg_fast.acceleration.layers import Mismatch
 from catseg_fast.acceleration.part import Inputs
-from catseg_fast.acceleration.reading import Mismatch, read_aggregator
+from catseg_fast.acceleration.reading import read_aggregator
 from catseg_fast.acceleration.trial import Random, Resolution
 from catseg_fast.acceleration.whole import GuardedEngine, WholeAggregator, make_inputs, max_classes
 from catseg_fast.engine.streaming import Stream
+from catseg_fast.errors import InputError
 
 
 class AdaptedAggregator(WholeAggregator):
@@ -63,7 +65,7 @@ class CostVolumeEngine(GuardedEngine):
         if self.cost_volume is not None:
             for stream in streams:
                 if stream.selected is not None:
-                    raise ValueError("text_feats: classes are selected only from upstream's cost volume")
+                    raise InputError("text_feats: classes are selected only from upstream's cost volume")
                 stream.__class__ = CostVolumeStream
                 stream.cost_volume, stream.spectra = self.cost_volume, None  # type: ignore[attr-defined]
         return streams

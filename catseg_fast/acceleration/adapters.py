@@ -1,4 +1,4 @@
-"""What a project tells of an aggregator that takes other arguments, or has another cost volume."""
+"""Adapters of aggregators that take other arguments, or have another cost volume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UpstreamInputs = tuple[Tensor, Tensor, Sequence["Tensor | None"]]
 
 
 class Adapter:
-    """How the calls of a class of aggregators map to upstream's aggregator; to be derived from.
+    """Base class of mappings from the calls of a class of aggregators to upstream's aggregator.
 
     Each method gets a call's own arguments. What the engine then answers is compared with the aggregator's
     own code, as without an adapter: a wrong adapter is refused.

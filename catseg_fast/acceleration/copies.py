@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.acceleration.reading import Mismatch, unwrapped
+from catseg_fast.acceleration.layers import Mismatch, unwrapped
 from catseg_fast.reference.window_attention import shifted_window_mask
 
 LEAST_PAD_LEN = 4
@@ -52,7 +52,7 @@ def randomise(module: nn.Module) -> None:
     generator = torch.Generator(device).manual_seed(17)
 
     def normal(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+        return torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32)
 
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.acceleration.reading import WEIGHT_HOOKS
+from catseg_fast.acceleration.layers import WEIGHT_HOOKS
 
 TENSORS = ("_parameters", "_buffers")
 TABLES = ("_modules", "_forward_pre_hooks", "_forward_hooks")
@@ -37,17 +37,20 @@ class Guard:
 
     What is compared at each call is whole lists, at the speed of C. Values written through `.data` leave no
     trace: on a CPU, one number of each tensor is compared for that.
+
+    Args:
+        modules: by name; hooks on the one whose name is empty are not watched.
+        classes: further classes that are watched.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = dict(modules)
+    def __init__(self, modules: Mapping[str, nn.Module], *classes: type) -> None:
+        self._modules, self._further = dict(modules), classes
         every = list(modules.values())
         self._dicts = [vars(module) for module in every]
         self._lengths = list(map(len, self._dicts))
         self._types = list(map(type, every))
-        self._classes = [
-            kind for kind in dict.fromkeys(k for t in self._types for k in t.__mro__) if _is_own(kind)
-        ]
+        kinds = dict.fromkeys(k for t in (*self._types, *classes) for k in t.__mro__)
+        self._classes = [kind for kind in kinds if _is_own(kind)]
         self._class_views = [vars(kind) for kind in self._classes]
         self._class_dicts = [dict(view) for view in self._class_views]
         watched = [(values, key) for m, values in zip(every, self._dicts, strict=True) for key in _watched(m)]
@@ -125,7 +128,7 @@ class Guard:
 
     def difference(self) -> str:
         """Return what has changed; slow, for messages."""
-        fresh = Guard(self._modules)
+        fresh = Guard(self._modules, *self._further)
         for name, kind, other in zip(self._modules, self._types, fresh._types, strict=True):
             if kind is not other:
                 return f"{_called(name)} is now a {other.__name__}"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from catseg_fast.acceleration.guards import Guard
-from catseg_fast.acceleration.reading import Mismatch
+from catseg_fast.acceleration.layers import Mismatch
 from catseg_fast.acceleration.swapping import base_of, own_code
 
 # Kinds of calls that are remembered.
@@ -120,7 +120,7 @@ class Part(ABC):
     def take_guard(self) -> None:
         """Note what the module is now."""
         self.device = next((x.device for x in self.module.parameters()), torch.device("cpu"))
-        self.guard = Guard(self.watched())
+        self.guard = Guard(self.watched(), type(self.module))
 
     def is_unchanged(self) -> bool:
         """Check that the module is what it was when it was looked at."""

@@ -111,7 +111,8 @@ class Piece(Part):
             ):
                 plan = build_plan(self._twin, dtype)
             stages: Any = torch_stages
-            if choose_backend(self.backend, weight.device) == "triton":
+            chosen = choose_backend(self.backend, weight.device)
+            if chosen == "triton" and (dtype.itemsize == 2 or self.backend == "triton"):
                 from catseg_fast.engine.triton_stages import TritonStages  # triton exists for Linux only
 
                 stages = TritonStages(plan)

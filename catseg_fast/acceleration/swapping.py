@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from catseg_fast.acceleration.guards import PART
-from catseg_fast.acceleration.reading import Mismatch
+from catseg_fast.acceleration.layers import Mismatch
 
 METHODS = ("forward", "conv_decoder")
 
@@ -93,15 +93,13 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _dispatcher(base: type[nn.Module], method: str) -> Callable[..., Any]:
-    own = getattr(base, method)
-
-    @functools.wraps(own)
+    @functools.wraps(getattr(base, method))
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         part = self.__dict__.get(PART, {}).get(method)
         if part is None or part.module is not self:
-            return own(self, *args, **kwargs)
+            return getattr(base, method)(self, *args, **kwargs)
         if not torch.compiler.is_compiling() and _state.own_code:
-            return own(self, *args, **kwargs)
+            return getattr(base, method)(self, *args, **kwargs)
         return part(*args, **kwargs)
 
     return call

@@ -1,1 +1,1 @@
-"""The page in the browser. May import everything below the command line."""
+"""The page in the browser. It may import everything below the command line."""

@@ -9,11 +9,11 @@ import psutil
 import torch
 from typing_extensions import Self
 
-_INTERVAL = 0.02  # seconds between two looks at the process
+_INTERVAL = 0.02  # seconds between two samples
 
 
 class MemoryMeter:
-    """Measures what is allocated on a GPU, exactly, or what the process holds on a CPU, in samples.
+    """Measures memory: allocations on a GPU exactly, or the process's memory on a CPU in samples.
 
     Attributes:
         before, peak: bytes at the start, and at the highest since then.
@@ -26,7 +26,7 @@ class MemoryMeter:
 
     @property
     def taken(self) -> int:
-        """Bytes above those at the start."""
+        """Bytes more than at the start."""
         return self.peak - self.before
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""The page of `catseg-fast app`, in Gradio: its components, and what happens when they are used."""
+"""The page of `catseg-fast app`, in Gradio: its components and their events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 from starlette.middleware import Middleware
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
 from catseg_fast._version import __version__
 from catseg_fast.app.guard import Guard, others_wait
@@ -23,15 +23,15 @@ from catseg_fast.app.workbench import Workbench, read_names
 from catseg_fast.console import stdout
 from catseg_fast.data.scenes import draw_scene
 from catseg_fast.data.scenes.words import HELD_OUT
-from catseg_fast.errors import InputError
+from catseg_fast.errors import CATSegError, InputError
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
 from catseg_fast.text.class_lists import DATA_SET_LISTS, ready_list, separator_notes
 
 OWN = "own names"
-VISITOR_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)  # shown; others are bugs, and logged
+VISITOR_ERRORS = (CATSegError, OSError, MemoryError, OutOfMemoryError)  # shown; others are bugs, and logged
 HOUR = 3600  # seconds that a visitor's picture is kept
-_EXAMPLE = (7, 10)  # what the generator of the first picture starts from
+_EXAMPLE = (7, 10)  # seed of the first picture
 _BUNDLED = (
     "The weights in this package know generated scenes only, such as the one below. For your own pictures, "
     "start the page with --weights v2-vitl."
@@ -58,8 +58,8 @@ def picture(**options: Any) -> gr.Image:
 class Page:
     """Handlers of the page's events.
 
-    Of each visitor the picture is kept as encoded, and the last segmentation; vocabulary, back end and
-    max_classes may change without encoding the picture again.
+    Of each visitor the encoded picture and the last segmentation are kept. If vocabulary, back end or
+    max_classes change, the picture is not encoded again.
 
     Args:
         model: of any classes.
@@ -79,7 +79,7 @@ class Page:
         self.jobs = Jobs(self.limits.seconds, self.limits.seconds_shared, others_wait)
 
     def pick(self, name: str) -> tuple[Any, str]:
-        """A ready list for the text box, its names or its own name, and where it comes from."""
+        """Return a ready list for the text box (its names, or the list's name), and its source."""
         if name == OWN:
             return gr.skip(), ""
         entry = ready_list(name)
@@ -99,7 +99,7 @@ class Page:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
-        """The viewer's value, the classes to choose from, no score map, and the report."""
+        """Return the viewer's value, the choice of classes, no score map, and the report."""
         session = _session(request)
         if path is None:
             raise gr.Error("Drop a picture first.", print_exception=False)
@@ -133,12 +133,12 @@ class Page:
         return view, picker, None, report_html(report)
 
     def view(self, min_score: float, request: gr.Request) -> Any:
-        """The viewer's value: pixels whose best class has a lower score have none."""
+        """Return the viewer's value, in which pixels whose best class has a lower score have no class."""
         kept = self.visitors.get(_session(request))
         return _view(kept.loaded.photo, kept.segmentation, min_score) if kept else gr.skip()
 
     def score_map(self, index: int | None, request: gr.Request) -> Any:
-        """The value of the score map's viewer for a class."""
+        """Return the value of the score map's viewer for a class."""
         if index is None:
             return None
         kept = self.visitors.get(_session(request))
@@ -154,7 +154,7 @@ class Page:
         self.visitors.forget(_session(request))
 
     def pick_class(self, event: gr.EventData) -> int:
-        """The class whose entry in the legend was clicked."""
+        """Return the class whose entry in the legend was clicked."""
         return int(event._data["index"])
 
 
@@ -167,7 +167,7 @@ class PageBlocks(gr.Blocks):
 def build_page(
     model: CATSeg, untrained: bool = False, bundled: bool = False, limits: Limits | None = None
 ) -> PageBlocks:
-    """The page for a model; nothing in it is fetched from elsewhere.
+    """Build the page for a model; it loads nothing from other servers.
 
     Args:
         model: with any classes, back end and `max_classes`; the last two are the page's defaults.
@@ -203,8 +203,8 @@ def build_page(
                     backend = gr.Radio(page.bench.backends(), value=model.backend, label="Back end")
                     limit = gr.Radio(
                         _limits(model.max_classes), value=str(model.max_classes or "all"),
-                        label="Classes aggregated a crop (max_classes)",
-                        info="Of more classes, only the best of each crop are looked at closely.",
+                        label="Classes aggregated per crop (max_classes)",
+                        info="If there are more classes, only the best of each crop are aggregated.",
                     )  # fmt: skip
                     sliding = gr.Radio(
                         [("crops and whole picture", "crops"), ("whole picture: faster, coarser", "whole")],
@@ -243,7 +243,7 @@ def build_page(
 
 
 def serve(page: PageBlocks, host: str, port: int, browser: bool = False, wait: bool = True) -> str:
-    """Serve the page, until interrupted if it is to `wait`. Returns its address."""
+    """Serve the page, with `wait` until an interruption; return its address."""
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONOSPACE).set(
         block_title_background_fill="transparent", block_title_text_color="*body_text_color",
         block_title_padding="0", block_title_text_weight="600",
@@ -271,7 +271,7 @@ def _view(photo: Tensor, segmentation: Segmentation, min_score: float) -> dict[s
 
 
 def example_scene() -> tuple[Image.Image, list[str]]:
-    """The picture that the page starts with, a generated scene, and the names of what is in it."""
+    """Return the page's first picture, a generated scene, and the names of its classes."""
     scene = draw_scene(np.random.default_rng(_EXAMPLE), HELD_OUT, size=(480, 640))
     return Image.fromarray(scene.image), [
         thing if isinstance(thing, str) else thing.name for thing in scene.things

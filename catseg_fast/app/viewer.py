@@ -23,11 +23,11 @@ _HEAT = np.array([[8, 10, 40], [72, 22, 110], [168, 42, 96], [236, 100, 48], [25
 
 
 def viewer_data(photo: Tensor, segmentation: Segmentation) -> dict[str, Any]:
-    """The viewer's picture and legend.
+    """Return the viewer's picture and legend.
 
-    "labels" is a PNG of the photo's size whose red and green are the low and the high byte of an index into
+    "labels" is a PNG of the photo's size. Its red and green are the low and the high byte of an index into
     "classes", the classes that occur, the largest first; its blue is the score, 0..255. Where no class fits,
-    the index is that of the last entry, without a colour.
+    the index is that of the last entry, which has no colour.
     """
     labels, count = segmentation.labels, len(segmentation.classes)
     shares = class_shares(labels, count)
@@ -61,7 +61,7 @@ def viewer_data(photo: Tensor, segmentation: Segmentation) -> dict[str, Any]:
 
 
 def heat_data(photo: Tensor, segmentation: Segmentation, index: int) -> dict[str, Any]:
-    """The score map of a class over the greyed photo, and the scale's ends."""
+    """Return the score map of a class over the grey photo, and the ends of the scale."""
     scores = segmentation.score_map(index).numpy()
     top = float(scores.max())
     at = np.clip(scores / max(top, 1e-6), 0, 1)[..., None] * (len(_HEAT) - 1)
@@ -80,7 +80,7 @@ def heat_data(photo: Tensor, segmentation: Segmentation, index: int) -> dict[str
 
 
 def report_html(report: Report) -> str:
-    """Tiles with times and memory, and the plan to unfold."""
+    """Return tiles with times and memory, and the unfoldable description of the run."""
     stages = (
         ("Picture encoding", report.encoding),
         ("Class names", report.text),

@@ -16,6 +16,7 @@ from catseg_fast.app.memory_meter import MemoryMeter
 from catseg_fast.backend import BACKENDS, choose_backend
 from catseg_fast.config import MAX_PIXELS
 from catseg_fast.engine.schedule import format_bytes
+from catseg_fast.errors import RunError
 from catseg_fast.files import file_digest, open_regular
 from catseg_fast.inference.encoding import EncodedImage
 from catseg_fast.inference.images import load_bytes
@@ -25,16 +26,16 @@ from catseg_fast.text.class_lists import Names, parse_classes
 from catseg_fast.text.features import Progress
 from catseg_fast.text.fold import split_fold
 
-MAX_SIDE = 1600  # larger pictures are reduced: the model looks at 640 pixels in any case
-REFERENCE_BYTES = 2**23  # a class and crop in the plain model: 7.2 MB were measured
+MAX_SIDE = 1600  # larger pictures are reduced: the model uses 640 pixels in any case
+REFERENCE_BYTES = 2**23  # per class and crop in the plain model; 7.2 MB were measured
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A picture, and what the model knows of it whatever the classes.
+    """A picture, and its features, which do not depend on the classes.
 
     Attributes:
-        key: the file's content and the way of looking at it.
+        key: the file's content, and whether the sliding window was used.
         photo: uint8 `[3, H, W]`.
     """
 
@@ -45,15 +46,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Report:
-    """Seconds of the stages, None where the result was there already; and memory in bytes.
+    """Seconds of the stages, None if the result was kept from before; and memory in bytes.
 
     Attributes:
-        encoding: of the picture.
-        text: of the class names.
-        aggregation: from both to the label map.
-        peak: highest memory of all three above what was held before.
-        held: what is held at that height.
-        plan: how it ran, as of `CATSeg.explain`.
+        encoding: seconds for the picture.
+        text: seconds for the class names.
+        aggregation: seconds from both to the label map.
+        peak: highest memory of all three besides the memory held before.
+        held: all memory held at that time.
+        plan: description of the run by `CATSeg.explain`.
     """
 
     encoding: float | None
@@ -65,7 +66,7 @@ class Report:
 
 
 class Workbench:
-    """One model for all who look at the page; one at a time may call `segment`.
+    """One model for all visitors of the page; only one can call `segment` at a time.
 
     Args:
         model: of any classes.
@@ -77,7 +78,7 @@ class Workbench:
         self._text_ready: tuple[str, ...] = ()
 
     def backends(self) -> list[str]:
-        """Those that run on the model's device."""
+        """Return the back ends that run on the model's device."""
         return [name for name in BACKENDS if self._runs(name)]
 
     def segment(
@@ -91,11 +92,11 @@ class Workbench:
         sliding_window: bool = True,
         progress: Progress | None = None,
     ) -> tuple[Loaded, Segmentation, Report]:
-        """Segment a picture; what was `loaded` before is not encoded again if it is the same picture.
+        """Segment a picture; if it is the picture that was `loaded` before, it is not encoded again.
 
         Raises:
             FileNotFoundError, TypeError, ValueError: as `CATSeg.segment` and `set_classes`.
-            MemoryError: if the reference back end would need more memory than there is.
+            RunError: if the reference back end would need more memory than there is.
         """
         model = self.model
         model.backend, model.max_classes = backend, max_classes
@@ -142,7 +143,7 @@ class Workbench:
         return True
 
     def _check_memory(self, sliding_window: bool) -> None:
-        """The plain model holds every class at once, and the machine might not survive that."""
+        """Check that the reference back end, which holds every class at once, has enough memory."""
         model = self.model
         if choose_backend(model.backend, model.device) != "reference":
             return
@@ -153,14 +154,14 @@ class Workbench:
         if model.device.type == "cuda":
             free = torch.cuda.mem_get_info(model.device)[0]
         if wanted > free:
-            raise MemoryError(
+            raise RunError(
                 f"backend: 'reference' holds all classes at once and needs about {format_bytes(wanted)} for "
                 f"{count} classes and {crops} crops; {format_bytes(free)} are free"
             )
 
 
 def read_names(text: str) -> Names:
-    """Class names as typed: separated by semicolons or lines; or the name of a ready list.
+    """Return class names from a text: separated by semicolons or lines; or the name of a ready list.
 
     Raises:
         InputError: if there is none.
@@ -169,7 +170,7 @@ def read_names(text: str) -> Names:
 
 
 def load_photo(path: str | Path, max_pixels: int | None = MAX_PIXELS) -> Tensor:
-    """A picture upright, uint8 `[3, H, W]`, at most `MAX_SIDE` pixels wide and high.
+    """Load an upright picture, uint8 `[3, H, W]`, at most `MAX_SIDE` pixels wide and high.
 
     Raises:
         FileNotFoundError, ValueError: if it cannot be read, or has more than `max_pixels`.

@@ -22,7 +22,8 @@ from catseg_fast._version import __version__
 from catseg_fast.checkpoints.hub import WEIGHTS, resolve
 from catseg_fast.checkpoints.layouts import check_count, state_dict_of
 from catseg_fast.checkpoints.recognise import describe, recognise_variant
-from catseg_fast.checkpoints.torch_file import PICKLE, ZIP, read_torch_file
+from catseg_fast.checkpoints.torch_file import LONGEST_REASON, PICKLE, ZIP, read_torch_file
+from catseg_fast.checkpoints.unpickle import shown
 from catseg_fast.checkpoints.write import write_weights
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
@@ -43,8 +44,8 @@ MOST_SHARING = 4  # times that a file's bytes may be in its tensors
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The state dict of a checkpoint file, on the CPU in the file's dtypes, mapped into memory if possible.
 
-    The format is told from the content, not the name. What DataParallel, torch.compile, Lightning, DeepSpeed
-    and others put around a state dict or before its keys is taken off.
+    The format is recognised by the content, not the name. What DataParallel, torch.compile, Lightning,
+    DeepSpeed and others put around a state dict or before its keys is taken off.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -57,18 +58,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise InputError(f"{path} is empty")
         if head.startswith(b"version https://git-lfs"):
             raise InputError(f"{path} is a Git LFS pointer, not the checkpoint itself: run `git lfs pull`")
-        if head.startswith((ZIP, PICKLE)):
-            content = read_torch_file(file, path)
-        elif head[8:9] == b"{":
-            content = _read_safetensors(file, path)
-        else:
+        if head[8:9] != b"{" and not head.startswith((ZIP, PICKLE)):
             raise InputError(f"{path} is neither a PyTorch nor a safetensors checkpoint")
         size = os.fstat(file.fileno()).st_size
+        if _is_safetensors(head, size) or not head.startswith((ZIP, PICKLE)):
+            content = _read_safetensors(file, path)
+        else:
+            content = read_torch_file(file, path)
     tensors = state_dict_of(content, path)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if needed > MOST_SHARING * size:  # many tensors on one storage
         raise InputError(f"{path} is damaged: its tensors have {needed} bytes, the file {size}")
     return tensors
+
+
+def _is_safetensors(head: bytes, size: int) -> bool:
+    """Check whether a file of `size` bytes starts with the length of a header that fits in, and a header.
+
+    Where that length is 128 (modulo 256) its first byte is also that of a pickle.
+    """
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 
 
 def _read_safetensors(file: BinaryIO, path: Path) -> dict[str, Tensor]:
@@ -86,7 +95,8 @@ def _read_safetensors(file: BinaryIO, path: Path) -> dict[str, Tensor]:
     except (safetensors.SafetensorError, ValueError, RecursionError, TypeError, RuntimeError) as error:
         if str(error).startswith(str(path)):
             raise
-        raise InputError(f"{path} is a truncated or damaged safetensors file: {error}") from error
+        reason = shown(str(error), LONGEST_REASON)  # which can have names from the file
+        raise InputError(f"{path} is a truncated or damaged safetensors file: {reason}") from error
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], source: str = "the checkpoint") -> None:
@@ -145,7 +155,8 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     The target appears whole or not at all; dtypes and keys stay as they are.
 
     Raises:
-        InputError: if the source is no CAT-Seg checkpoint, or the target has another suffix or is the source.
+        InputError: if the source is not a CAT-Seg checkpoint, or the target has another suffix or is the
+            source.
     """
     source, target = resolve(source), Path(target).expanduser()
     if target.suffix not in WEIGHTS:
@@ -165,7 +176,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
 
 
 def _own_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, contiguous, each alone in its storage (safetensors demands it)."""
+    """Return the same tensors, contiguous, each with its own storage, as safetensors requires."""
     seen: set[int] = set()
     own = {}
     for key, tensor in tensors.items():

@@ -26,6 +26,7 @@ ZIP, PICKLE = b"PK", b"\x80"  # how files of torch.save start, and how plain pic
 # Files in the format before zip archives are pickles, the first of which is this number.
 _LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 _LEGACY_VERSION = 1001
+LONGEST_REASON = 500  # characters of another library's message
 MAX_DIRECTORY = 4 * 2**20  # bytes of a zip archive's table of contents: tens of thousands of storages
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of what comes behind it
 _ENCRYPTED, _UTF8 = 0x1, 0x800  # flags of an entry
@@ -57,7 +58,8 @@ def read_torch_file(file: IO[bytes], path: Path, *, mapped: bool = True, verify:
             "file, or convert it to one on a machine where it can do no harm"
         ) from error
     except Exception as error:  # many types, depending on the fault
-        raise ValueError(f"{path} is truncated, damaged or of another kind: {error}") from error
+        reason = shown(str(error), LONGEST_REASON)  # which can have bytes of the file
+        raise ValueError(f"{path} is truncated, damaged or of another kind: {reason}") from error
 
 
 class _Entry(NamedTuple):
@@ -96,8 +98,12 @@ def _read_archive(content: mmap.mmap, mapped: bool, verify: bool) -> Any:
                 if zlib.crc32(view[entry.start : entry.stop]) != entry.checksum:
                     raise ValueError(f"the checksum of {shown(name)} is not that of its content")
 
+    dtypes: dict[str, torch.dtype] = {}
+
     def storage(identity: Any) -> Storage:
         dtype, key, elements = _storage_identity(identity, 5)
+        if dtypes.setdefault(key, dtype) != dtype:
+            raise ValueError(f"storage {shown(key)} has two types")
         entry = entries.get(f"{prefix}data/{key}")
         if entry is None:
             raise ValueError(f"there is no storage {shown(key)}")

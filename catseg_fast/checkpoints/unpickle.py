@@ -1,7 +1,7 @@
 """Pickles read as data: nothing that a pickle names is looked up, imported or called.
 
 `pickletools` parses; this module builds numbers, texts, lists, tuples and dictionaries. A name in a pickle
-becomes a `Global`, which is no more than that name. Where the pickle calls one, or restores an object's
+becomes a `Global`, which only holds that name. Where the pickle calls one, or restores an object's
 state, a function of the caller's table answers; what has no entry there is refused.
 """
 
@@ -21,7 +21,7 @@ _KEYS = (str, int, bool, type(None))
 
 
 class RefusedPickle(ValueError):
-    """A pickle names something that is no data."""
+    """A pickle names something that is not data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +237,6 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def shown(name: str, longest: int = 100) -> str:
-    """A name from one file pers it may stand in a message: escaped, and cut where it is long."""
+    """Return a name from a file as it may stand in a message: escaped, and cut where it is long."""
     text = name if name.isprintable() else ascii(name)
     return text if len(text) <= longest else f"{text[:longest]}…"

@@ -42,7 +42,7 @@ def app(
         str,
         typer.Option(
             metavar="ADDRESS",
-            help="Where the page listens; 0.0.0.0: the whole network may use it, without a password.",
+            help="Address of the page; with 0.0.0.0, the whole network can use it, without a password.",
         ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="The page's port.")] = 7860,
@@ -60,12 +60,12 @@ def app(
 ) -> None:
     """Segment pictures on a page in the browser.
 
-    Drop a picture, type class names or pick a data set's list, and see the label map, the class under the
-    pointer, each class's score map, times and memory. The page is served on this machine alone, and loads
-    nothing from elsewhere.
+    Drop a picture, and type class names or choose a data set's list. The page shows the label map, the class
+    under the pointer, each class's score map, times and memory. By default it is only served on this machine,
+    and it loads nothing from other servers.
     """
     with plain_errors(debug):
-        # What can fail without torch comes first: importing that takes seconds.
+        # Checks without torch come first, as its import takes seconds.
         from catseg_fast.checkpoints.hub import resolve
 
         check_free(host, port)
@@ -92,10 +92,10 @@ def app(
 
 
 def check_free(host: str, port: int) -> None:
-    """Check that a server can listen there.
+    """Check that a server can listen on an address.
 
     Raises:
-        RunError: if not; the message says why and what to do.
+        RunError: if it cannot; the message says why and what to do.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

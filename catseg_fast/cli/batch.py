@@ -1,4 +1,4 @@
-"""Many pictures through the model: decoding and writing run beside it, in threads."""
+"""Segmentation of many pictures; decoding and writing run in threads, in parallel with the model."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Outcome:
     """Result of the picture at `index`.
 
     Attributes:
-        summary: the classes that occur, as of `catseg_fast.output.results.summarise`; None where it failed.
-        seconds: its share of the model's time; None where its results were up to date.
-        error: why it failed.
+        summary: the classes that occur, by `catseg_fast.output.results.summarise`; None if it failed.
+        seconds: its share of the model's time; None if its results were up to date.
+        error: the error, if it failed.
         overlay: what the name of its overlay ends in, after the stem.
     """
 
@@ -81,12 +81,12 @@ class Batch:
 
     Args:
         model: has its classes; or it with what is asked for.
-        about: further entries of the JSON files; its "fingerprint" tells which results are up to date.
+        about: further entries of the JSON files; results with its "fingerprint" are up to date.
         alpha: share of the colours in the overlay.
-        formats: what else to write, of `catseg_fast.output.formats.FORMATS`.
+        formats: formats to write as well, of `catseg_fast.output.formats.FORMATS`.
         size: pictures in one call of the model.
-        overwrite: also do pictures whose results are up to date.
-        threads: for decoding, and as many for writing.
+        overwrite: also segment pictures whose results are up to date.
+        threads: number of threads for decoding, and of those for writing.
         present: as in `save_segmentation`.
         max_pixels: most pixels of a picture, looked up before it is decoded; None for no limit.
         room: pixels of all pictures in memory together; one with more of them comes when there is no other.
@@ -116,11 +116,11 @@ class Batch:
     def run(self, pictures: Sequence[Picture]) -> Iterator[Outcome]:
         """Yield each picture's outcome as soon as its results are written, or it has failed.
 
-        At most `size` and twice `threads` pictures are in memory at a time, and fewer if they are large. If
-        it is interrupted, what the model has done is still written.
+        At most `size` and twice `threads` pictures are in memory at a time, and fewer if they are large.
+        After an interruption, finished pictures are still written.
 
         Raises:
-            RankError: if the classes are split over ranks, and one is gone or has failed.
+            RankError: if the classes are split over ranks, and one has ended or failed.
         """
         decoders = ThreadPoolExecutor(self.threads, "decode")
         writers = ThreadPoolExecutor(self.threads, "write")
@@ -173,7 +173,7 @@ class Batch:
                     yield written()
 
     def _pixels(self, picture: Picture) -> int:
-        """The pixels of a picture by its header; 0 for what will be refused."""
+        """Return the pixels of a picture by its header; 0 for what will be refused."""
         try:
             height, width = image_size(picture.path, max_pixels=self.max_pixels)
         except (OSError, ValueError):
@@ -181,7 +181,7 @@ class Batch:
         return height * width
 
     def _decode(self, job: _Job) -> Decoded | Classes:
-        """A picture's pixels; or its classes, if its results are up to date."""
+        """Return a picture's pixels, or its classes if its results are up to date."""
         path = job.picture.path
         if not self.overwrite:
             content = finished(job.picture, self.about["fingerprint"], self.suffixes)
@@ -239,7 +239,7 @@ class Batch:
             except RankError:
                 raise
             except Exception:
-                pass  # one by one it may go, or it turns out which of them fails
+                pass  # one by one, they may succeed, or the one that fails is found
         answers: list[Segmentation | Exception] = []
         for image in images:
             try:
@@ -261,5 +261,5 @@ class Batch:
 
 
 def occurring(classes: Classes) -> Classes:
-    """The classes of a summary that have pixels."""
+    """Return the classes of a summary that have pixels."""
     return [entry for entry in classes if entry["share"]]

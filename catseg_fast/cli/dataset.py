@@ -44,10 +44,10 @@ def dataset(
 ) -> None:
     """Make a data set for `train` and `eval` from pictures and index maps.
 
-    Folders are searched with all folders in them. An index map has its picture's path and name, or the name
-    that Cityscapes gives it; pictures without one are left out. No class is right where a map has the largest
-    of its 8 or 16 bits' values. What the scripts in upstream's datasets/ prepare is taken as it is; so is
-    ADE20K-150 as published, with --first 1. An interrupted call goes on when it is repeated.
+    Folders are searched recursively. An index map has its picture's path and name, or its name in Cityscapes;
+    pictures without one are skipped. The largest value of a map's 8 or 16 bits means that no class is right.
+    Data sets that upstream's scripts in datasets/ have prepared can be used directly, and so can ADE20K-150
+    with --first 1. An interrupted call continues when it is repeated.
     """
     with plain_errors(debug):
         from catseg_fast.data.published import import_dataset

@@ -1,4 +1,4 @@
-"""`catseg-fast eval`: quality on a labelled data set, of several back ends side by side."""
+"""`catseg-fast eval`: scores of one or several back ends on a labelled data set."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE", exists=True, dir_okay=False,
-            help="Other names for the data set's classes, in its order, and further classes behind them; an "
+            help="Other names for the data set's classes, in its order, then further classes; an "
             "object in a .json file can have several names of a class.",
         ),
     ] = None,
@@ -99,7 +99,7 @@ def evaluate(
         bool,
         typer.Option(
             "--ignore-unlabelled",
-            help="Leave pixels out that --min-score leaves without a class; else they are wrong answers.",
+            help="Do not count pixels that --min-score leaves without a class; by default they are wrong.",
         ),
     ] = False,
     backend: Annotated[
@@ -113,7 +113,7 @@ def evaluate(
         choice(
             "--precision", DTYPES,
             "Type in which the aggregator's stages compute, repeatable; by default the weights', but float16 "
-            "on a GPU. The reference computes in the weights' always",
+            "on a GPU. The reference always computes in the weights'",
         ),
     ] = None,
     limit: Annotated[
@@ -122,7 +122,7 @@ def evaluate(
     sliding_window: Annotated[
         bool,
         typer.Option(
-            "--sliding-window/--whole", help="Overlapping crops and the whole picture, or the latter alone."
+            "--sliding-window/--whole", help="Overlapping crops and the whole picture, or only the latter."
         ),
     ] = True,
     all_classes: AllClasses = False,
@@ -131,11 +131,11 @@ def evaluate(
         typer.Option("--activations", help="Also find the largest value in each of the engine's stages."),
     ] = False,
     top: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Also list the N classes of least IoU, and of most.")
+        int, typer.Option(metavar="N", min=0, help="Also list the N classes of lowest and of highest IoU.")
     ] = 0,
-    output: Annotated[Path, output_folder("Where the results go.")] = Path("evaluated"),
+    output: Annotated[Path, output_folder("Folder of the results.")] = Path("evaluated"),
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget what an interrupted evaluation left in --output.")
+        bool, typer.Option("--restart", help="Discard the counts of an interrupted evaluation in --output.")
     ] = False,
     device: Device = None,
     text_cache: TextCache = True,
@@ -145,11 +145,11 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Measure a model on labelled pictures: mIoU, fwIoU, pixel accuracy, class accuracy.
 
-    Every combination of --backend, --dtype and --precision is evaluated; the first is what the others' labels
-    are compared with, pixel by pixel. Images are sized and windows cut as in upstream's evaluation.
+    Every combination of --backend, --dtype and --precision is evaluated; labels are compared with those of
+    the first one, pixel by pixel. Images are resized, and windows are cut, as in upstream's evaluation.
 
-    Writes results.json, the first combination's label maps, and a file of counts for each combination, from
-    which an interrupted evaluation goes on. Under torchrun the processes share the images.
+    Writes results.json, the first combination's label maps, and a file of counts per combination, with which
+    an interrupted evaluation continues. Under torchrun, the processes share the images.
     """
     combinations = combine(backend, dtype, precision)
     if ignore_unlabelled and min_score is None:
@@ -160,7 +160,7 @@ def evaluate(
         raise typer.BadParameter("give --classes-file or this, not both", param_hint="--classes-list")
     weights = weights_or_bundled(weights, variant)
     with plain_errors(debug):
-        # What can fail without torch comes first: importing that takes seconds.
+        # Checks without torch come first, as its import takes seconds.
         from catseg_fast.checkpoints.hub import resolve
 
         names = _class_names(data, classes_file, classes_list)
@@ -200,6 +200,8 @@ def evaluate(
             about |= {"min_score": min_score, "ignore_unlabelled": ignore_unlabelled}
         rows: list[tuple[dict[str, Any], Evaluation]] = []
         with join(target, objects=True) as processes:
+            if restart and processes.first:  # of the label maps that are now replaced
+                written.unlink(missing_ok=True)
             for combination in combinations:
                 with stderr.status("Loading the model …"):
                     model = build_model(
@@ -236,7 +238,7 @@ def evaluate(
 def combine(
     backends: Sequence[str], dtypes: Sequence[str], precisions: Sequence[str] | None
 ) -> list[Combination]:
-    """Every combination once; the reference has no stages, and so no precision of them."""
+    """Return all combinations; the reference has no stages, and therefore no precision of stages."""
     combinations = itertools.product(backends, dtypes, precisions or (None,))
     return list(
         dict.fromkeys(
@@ -247,7 +249,7 @@ def combine(
 
 
 def _class_names(data: Path, classes_file: Path | None, classes_list: str | None) -> Names:
-    """The data set's class names, or the options' ones for them."""
+    """Return the data set's class names, or those that the options give."""
     own, fold = read_class_list(data)
     if classes_file is None and classes_list is None:
         return list(own) if fold is None else fold.by_class

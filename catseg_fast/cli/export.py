@@ -22,7 +22,7 @@ from catseg_fast.cli.options import (
     weights_or_bundled,
 )
 from catseg_fast.console import Debug, plain_errors, say_note, stages, stderr, stdout
-from catseg_fast.onnx_target import check_target
+from catseg_fast.export.target import check_target
 from catseg_fast.text.fold import split_fold
 from catseg_fast.text.prompts import check_classes
 
@@ -41,22 +41,22 @@ def export(
     weights: Weights = None,
     variant: VariantName = None,
     crops: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Images of a call: 5 for a sliding window at once.")
+        int, typer.Option(metavar="N", min=1, help="Images per call; 5 for a whole sliding window.")
     ] = 1,
     text_cache: TextCache = True,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    r"""Write a model as ONNX, from pixels and text features to logits; any number of classes.
+    r"""Write a model as ONNX, from pixels and text features to logits, for any number of classes.
 
-    Beside DST come NAME.classes.npz, the classes' names and text features, and NAME.json, which tells inputs,
-    outputs and what comes before and behind them. Another vocabulary needs another .npz alone. The command
-    takes some minutes, and needs `pip install "catseg-fast\[export]"`.
+    NAME.classes.npz, with the classes' names and text features, and NAME.json, which describes inputs,
+    outputs and the steps before and after, are written next to DST. Another vocabulary only needs another
+    .npz. The command takes some minutes, and needs `pip install "catseg-fast\[export]"`.
     """
     weights = weights_or_bundled(weights, variant)
     names = class_names(classes, classes_file, classes_list, weights)
     with plain_errors(debug):
-        # What can fail without torch comes first: importing that takes seconds.
+        # Checks without torch come first, as its import takes seconds.
         check_classes(split_fold(names)[0])
         check_target(target)
         if weights == BUNDLED_WEIGHTS:

@@ -33,7 +33,7 @@ class _Search:
 
     Attributes:
         output: folder of the results, resolved.
-        results, hidden, links: numbers of files or folders.
+        results, hidden, links, unreadable: numbers of files or folders.
         others: numbers of files by suffix.
     """
 
@@ -41,10 +41,11 @@ class _Search:
     results: int = 0
     hidden: int = 0
     links: int = 0
+    unreadable: int = 0
     others: Counter[str] = field(default_factory=Counter)
 
     def takes(self, path: Path, base: Path) -> bool:
-        """Count a file that is left out; tell whether `path`, found below `base`, is a picture."""
+        """Check whether `path`, found below `base`, is a picture; count it otherwise."""
         if is_result(path) or (path.name.endswith(PNG_SUFFIXES) and self._is_in_output(path, base)):
             self.results += 1
             return False
@@ -72,6 +73,8 @@ class _Search:
             parts.append(_number(self.hidden, "hidden file or folder", "hidden files and folders"))
         if self.links:
             parts.append(_number(self.links, "linked folder") + " already searched")
+        if self.unreadable:
+            parts.append(_number(self.unreadable, "folder") + " that cannot be read")
         return ", ".join(parts)
 
 
@@ -82,18 +85,18 @@ def find_pictures(
     *,
     whole_folders: bool = False,
 ) -> list[Picture]:
-    """Return the pictures that the arguments name, in their order; folders and globs in alphabetical order.
+    """Return the pictures of the arguments, in their order; those of folders and globs are sorted.
 
-    Folders are searched with all folders in them, which `output` then has, too; a linked folder is searched
-    once. Results of an earlier run are never pictures, wherever they are. A file is taken whether it exists
-    or not. Results never replace another picture's, or files of others: the stem is then numbered.
+    Folders are searched recursively, and `output` gets the same tree; a linked folder is searched once.
+    Results of an earlier run are never pictures, in any place. A single file is returned even if it does not
+    exist. Results never replace those of another picture, or other files: the stem is then numbered.
 
     Args:
         arguments: files, folders and globs.
-        output: where the results go.
-        notice: called with a line for what is left out, and for each stem that is numbered due to a file of
-            others.
-        whole_folders: take each folder for one picture, which it is if it holds a video's frames.
+        output: folder of the results.
+        notice: called with a line on skipped files, and for each stem that is numbered because of another
+            file.
+        whole_folders: treat each folder as one picture, for the frames of a video.
 
     Raises:
         InputError: if a folder holds no pictures, or there are only results; or for a URL.
@@ -128,7 +131,7 @@ def find_pictures(
 
 
 def require_one(pictures: Sequence[Picture]) -> None:
-    """Check that one of some pictures exists; those that do not are reported one by one later.
+    """Check that at least one picture exists; missing ones are later reported one by one.
 
     Raises:
         FileNotFoundError: if there are pictures and none exists.
@@ -159,7 +162,7 @@ def _with_stems(found: Sequence[tuple[Path, Path]], notice: Callable[[str], obje
 
 
 def _is_free(folder: Path, strangers: dict[Path, str], path: Path, stem: str) -> bool:
-    """Check whether a picture's results can have a stem; note in `strangers` if files of others are there."""
+    """Check whether a picture's results can have a stem; add files of others to `strangers`."""
     owner = owner_of(folder, stem, path)
     if owner is Owner.STRANGER:
         strangers.setdefault(path, stem)
@@ -167,13 +170,17 @@ def _is_free(folder: Path, strangers: dict[Path, str], path: Path, stem: str) ->
 
 
 def _walk(folder: Path, search: _Search) -> Iterator[Path]:
-    """All files in a folder; what links lead to comes last, unless it was there before."""
+    """Yield all files in a folder; those behind links come last, unless they were found before."""
     seen: set[tuple[int, int]] = set()
     waiting = [folder]
+
+    def skip(error: OSError) -> None:
+        search.unreadable += 1
+
     while waiting:
         start = waiting.pop(0)
         links: list[Path] = []
-        for parent, folders, files in os.walk(start):
+        for parent, folders, files in os.walk(start, onerror=skip):
             here = os.stat(parent)
             if (here.st_dev, here.st_ino) in seen:
                 search.links += 1
@@ -191,7 +198,7 @@ def _walk(folder: Path, search: _Search) -> Iterator[Path]:
 
 
 def _expand(argument: Path, search: _Search) -> list[Path]:
-    """The pictures that match a glob which the shell did not expand; itself if nothing matches."""
+    """Return the pictures that match a glob that the shell did not expand; the glob if nothing matches."""
     pattern = str(argument)
     parts = argument.parts
     base = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])

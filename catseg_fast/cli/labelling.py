@@ -23,8 +23,8 @@ MinScore = Annotated[
     float | None,
     typer.Option(
         metavar="P", min=0, max=1,
-        help="Label pixels 'none of these' whose best class has a probability below P. By default every "
-        "pixel has a class.",
+        help="Label pixels as 'none of these' if their best class has a probability below P. By default "
+        "every pixel has a class.",
     ),
 ]
 AllClasses = Annotated[
@@ -44,10 +44,10 @@ TopK = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="What a call may take above weights and inputs, such as 2GiB."),
+    typer.Option(metavar="SIZE", help="Memory of a call besides weights and inputs, such as 2GiB."),
 ]
 Explain = Annotated[
-    bool, typer.Option("--explain", help="Also say how the model runs: back end, classes, memory policy.")
+    bool, typer.Option("--explain", help="Also print how the model runs: back end, classes, memory policy.")
 ]
 Present = Annotated[
     float | None,
@@ -60,7 +60,7 @@ Present = Annotated[
 
 
 def check_limit(all_classes: bool, best: int | None) -> None:
-    """Check the options that say how many classes are aggregated.
+    """Check the options for the number of aggregated classes.
 
     Raises:
         typer.BadParameter: if both are given.
@@ -73,7 +73,7 @@ def check_memory(memory: str | None) -> None:
     """Check an amount of memory.
 
     Raises:
-        InputError: if it is none.
+        InputError: if it is not an amount.
     """
     if memory is not None:
         from catseg_fast.engine.schedule import parse_bytes
@@ -85,7 +85,7 @@ def check_memory(memory: str | None) -> None:
 
 
 def limit_classes(model: CATSeg, all_classes: bool, best: int | None) -> str | None:
-    """Set how many classes a model aggregates; return a note if it leaves some out."""
+    """Set how many classes a model aggregates; return a note if it drops some."""
     if all_classes:
         model.max_classes = None
     elif best is not None:
@@ -94,19 +94,19 @@ def limit_classes(model: CATSeg, all_classes: bool, best: int | None) -> str | N
     if limit is None or total <= limit:
         return None
     return (
-        f"of {total} classes, each crop aggregates the {limit} that fit it best, and has no others; "
+        f"of {total} classes, each crop aggregates the {limit} that fit it best, and drops the others; "
         "--all-classes aggregates all, --best N another number"
     )
 
 
 @dataclass(frozen=True)
 class Labelling:
-    """A model, or a conductor of the ranks that share it, with what is asked for.
+    """A model, or a conductor of the ranks that share it, with the requested results.
 
     Attributes:
-        top_k: classes per pixel, where more than one is asked for.
+        top_k: classes per pixel, if more than one is requested.
         min_score: the probability below which a pixel has no class.
-        present: least share of a picture of a class that is listed.
+        present: smallest share of a picture for a class to be listed.
     """
 
     model: CATSeg | Conductor
@@ -131,7 +131,7 @@ class Labelling:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What JSON files say of it."""
+        """Return the entries of the JSON files that describe it."""
         from catseg_fast.output.overlay import UNLABELLED_VALUE
 
         entries: dict[str, Any] = {}

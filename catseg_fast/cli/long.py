@@ -1,4 +1,4 @@
-"""What `segment` does with videos and with large pictures in tiles, and the options for it."""
+"""Videos and large pictures in `segment`, and their options."""
 
 from __future__ import annotations
 

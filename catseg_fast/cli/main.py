@@ -38,9 +38,9 @@ from catseg_fast.console import (
 
 
 class Commands(TyperGroup):
-    """Says what is wrong with the arguments in plain lines: a box breaks the paths in a message.
+    """Prints errors of the arguments in plain lines, since a box breaks the paths in a message.
 
-    The paragraphs of a command's help are filled anew, for they keep the line breaks of the source otherwise.
+    The paragraphs of a command's help are joined, since they would keep the line breaks of the source.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -145,7 +145,7 @@ def convert(
 
 @app.command(epilog=examples("catseg-fast variants"))
 def variants() -> None:
-    """List the variants: those that upstream published, and the one that comes with the package."""
+    """List the variants: those published by upstream, and the bundled one."""
     from catseg_fast.checkpoints.hub import BUNDLED, PUBLISHED
 
     table = Table("variant", "CLIP image tower", "input", "guidance", "prompts", "weights")
@@ -166,7 +166,7 @@ def variants() -> None:
 
 @app.command(epilog=examples("catseg-fast env"))
 def env() -> None:
-    """Print what a bug report needs: versions, devices, the back end."""
+    """Print the details that a bug report needs: versions, devices, the back end."""
     from catseg_fast.environment import describe_environment
 
     report = describe_environment()

@@ -1,4 +1,4 @@
-"""The options by which commands come to a model and its classes. Torch is imported when a model is built."""
+"""Options for the model and its classes, shared by commands. Torch is imported when a model is built."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ Classes = Annotated[
     typer.Option(
         metavar='"A; B; C"',
         help="Class names, separated by semicolons; commas separate synonyms of one class. Or a list's name, "
-        f"as of --classes-list. By default {len(EVERYDAY_CLASSES)} everyday ones ("
-        f"{', '.join(EVERYDAY_CLASSES)}), or, of the package's own weights, what their scenes are made of.",
+        f"as in --classes-list. By default {len(EVERYDAY_CLASSES)} everyday ones ("
+        f"{', '.join(EVERYDAY_CLASSES)}); with the bundled weights, the contents of their scenes.",
     ),
 ]
 ClassesFile = Annotated[
@@ -61,13 +61,13 @@ Weights = Annotated[
     typer.Option(
         metavar="W",
         help="Checkpoint: a .pth or .safetensors file, its folder, a hub id, or a variant's name for "
-        "upstream's weights. A hub id or name may end in @REVISION (a commit, best), and all in "
-        "#sha256=HEX, which the file must then have. By default those in this package, which know generated "
-        "scenes alone; with --variant and no weights they are random.",
+        "upstream's weights. A hub id or name may end in @REVISION (preferably a commit), and all in "
+        "#sha256=HEX, the digest of the file. By default the bundled weights, which are for generated scenes "
+        "only; with --variant and no weights, they are random.",
     ),
 ]
 VariantName = Annotated[
-    str | None, choice("--variant", tuple(VARIANTS), "What the checkpoint must be, else told from it")
+    str | None, choice("--variant", tuple(VARIANTS), "Required variant; by default recognised")
 ]
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, …; by default a GPU if there is one.")
@@ -77,7 +77,7 @@ SlidingWindow = Annotated[
     bool,
     typer.Option(
         "--sliding-window/--whole",
-        help="Overlapping crops and the whole picture, or the whole picture alone: faster, coarser.",
+        help="Overlapping crops and the whole picture, or only the whole picture: faster, coarser.",
     ),
 ]
 Backend = Annotated[str, choice("--backend", BACKENDS, "Implementation of the aggregator")]
@@ -85,7 +85,7 @@ TextCache = Annotated[
     bool,
     typer.Option(
         "--text-cache/--no-text-cache",
-        help="Whether the class names' text features are kept in the user's cache folder for the next run.",
+        help="Keep the class names' text features in the user's cache folder for the next run.",
     ),
 ]
 MaxPixels = Annotated[
@@ -100,19 +100,19 @@ Seed = Annotated[int, typer.Option(help="Seed of untrained weights.")]
 
 
 def weights_or_bundled(weights: str | None, variant: str | None) -> str | None:
-    """The weights that the options ask for, the package's own where they name nothing; None for random."""
+    """Return the weights of the options, by default the bundled ones; None for random weights."""
     return BUNDLED_WEIGHTS if weights is None and variant in (None, BUNDLED_WEIGHTS) else weights
 
 
 def default_classes(weights: str | None) -> list[str]:
-    """The class names where none are given."""
+    """Return the default class names."""
     return list(SCENE_CLASSES if weights == BUNDLED_WEIGHTS else EVERYDAY_CLASSES)
 
 
 def class_names(
     classes: str | None, classes_file: Path | None, classes_list: str | None, weights: str | None
 ) -> Names:
-    """The class names that the options ask for; what is wrong with a name itself the command says."""
+    """Return the class names of the options; the command itself reports errors in a name."""
     if sum(option is not None for option in (classes, classes_file, classes_list)) > 1:
         raise typer.BadParameter(
             "give --classes, --classes-file or --classes-list, not both", param_hint="--classes"
@@ -132,13 +132,13 @@ def class_names(
 
 
 def note_separators(names: Names, file: bool) -> None:
-    """Say which names may be several classes with separators that are none."""
+    """Print a note on names that may be several classes with wrong separators."""
     for note in separator_notes(names, file):
         say_note(note)
 
 
 def note_on_bundled(pictures: Iterable[Path]) -> None:
-    """Say that the bundled weights know generated scenes only, if one of the pictures is something else."""
+    """Print a note that the bundled weights know only generated scenes, if a picture is not one."""
     if not all(is_scene(path) for path in pictures if path.exists()):
         say_note(BUNDLED_NOTE)
 
@@ -153,10 +153,10 @@ def build_model(
     dtype: str,
     **options: Any,
 ) -> CATSeg:
-    """The model with a checkpoint's weights, or a variant's random ones and a warning where there is none.
+    """Build a model with a checkpoint's weights, or with a variant's random ones and a warning.
 
     Raises:
-        InputError: if neither is named.
+        InputError: if neither is given.
     """
     from catseg_fast.checkpoints.hub import resolve
 
@@ -178,7 +178,7 @@ def build_model(
             path, classes, variant=variant, device=target, dtype=precision, **options
         )
     if variant is None:
-        raise InputError("weights, variant: neither is given")
+        raise InputError("weights, variant: expected one of them")
     say_warning("no --weights: the model's weights are untrained (random), and the labels mean nothing")
     torch.manual_seed(seed)
     return CATSeg(variant, classes, **options).to(target, precision).eval()

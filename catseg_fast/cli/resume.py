@@ -24,10 +24,10 @@ def fingerprint(
     alpha: float,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """A value for all that decides what is written, but for the picture; `settings` are further options.
+    """Return a digest of everything that results depend on besides the picture.
 
-    That is the content of the weights' file (or the seed of untrained ones), the classes and the options;
-    not the device and the back end, which change rounding alone.
+    This is the content of the weights' file (or the seed of untrained weights), the classes, the options and
+    further `settings`; not the device and the back end, which only change rounding.
     """
     facts = {
         "weights": f"untrained, seed {seed}" if weights is None else content_digest(weights),
@@ -46,11 +46,11 @@ def fingerprint(
 def finished(
     picture: Picture, expected: str, suffixes: Sequence[str] = PNG_SUFFIXES
 ) -> dict[str, Any] | None:
-    """The content of a picture's JSON file, if it vouches for what is there; else None.
+    """Return the content of a picture's JSON file if the results are up to date, or None.
 
-    It does if it is of this picture with the content that it has now, of the fingerprint `expected`, and of
-    the files beside it, which include those with `suffixes`. Where the picture has moved since, the JSON file
-    is given its path.
+    They are if the JSON file has the digests of the picture's present content and of the result files, which
+    include those with `suffixes`, and the fingerprint `expected`. If the picture has moved, the JSON file
+    gets its new path.
     """
     path = picture.result("json")
     content = read_result(path)

@@ -1,4 +1,4 @@
-"""`catseg-fast scenes`: write generated scenes as a data set. What draws them is imported when it runs."""
+"""`catseg-fast scenes`: write generated scenes as a data set. The generator is imported when it runs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def scenes(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="DIR", callback=check_folder, help="Where images/, annotations/ and classes.json go."
+            metavar="DIR", callback=check_folder, help="Folder of images/, annotations/ and classes.json."
         ),
     ],
     split: Annotated[
         str,
         choice(
             "--split", SPLITS,
-            "What is in the scenes: compositions to train with; ones that are held out of those, named by 20 "
-            "classes, by 200 most of which are absent, or by synonyms alone",
+            "Contents of the scenes: compositions for training; held-out ones, by 20 classes, by 200 "
+            "classes most of which are absent, or only by synonyms",
         ),
     ] = "train",
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Number of scenes.")] = 200,
@@ -38,10 +38,10 @@ def scenes(
     size: Annotated[int, typer.Option(metavar="PIXELS", min=96, help="Side of the square pictures.")] = 384,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Write generated scenes, each pixel named, as a data set for `train` and `eval`.
+    """Write generated scenes with labels for all pixels, as a data set for `train` and `eval`.
 
-    Things of a pattern, a colour and a shape ("striped red ring") overlap on grounds ("wooden floor"). Scenes
-    that the folder has already stay, so that an interrupted call can be repeated.
+    Things of a pattern, a colour and a shape ("striped red ring") overlap on grounds ("wooden floor").
+    Existing scenes in the folder are kept, so that an interrupted call can be repeated.
     """
     with plain_errors(debug):
         from catseg_fast.data.scenes import write_dataset

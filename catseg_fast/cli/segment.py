@@ -98,9 +98,9 @@ def segment(
     classes_list: ClassesList = None,
     weights: Weights = None,
     variant: VariantName = None,
-    output: Annotated[Path, output_folder("Where the results go.")] = Path("segmented"),
+    output: Annotated[Path, output_folder("Folder of the results.")] = Path("segmented"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Also do pictures whose results are up to date.")
+        bool, typer.Option("--overwrite", help="Also segment pictures whose results are up to date.")
     ] = False,
     stats: Annotated[
         Path | None,
@@ -121,7 +121,7 @@ def segment(
     sliding_window: SlidingWindow = True,
     backend: Backend = "auto",
     formats: Annotated[
-        list[str] | None, choice("--format", tuple(FORMATS), "Also write, several times if need be")
+        list[str] | None, choice("--format", tuple(FORMATS), "Also write, repeatable")
     ] = None,
     min_score: MinScore = None,
     present: Present = None,
@@ -143,7 +143,7 @@ def segment(
         bool,
         typer.Option(
             "--class-parallel",
-            help="Split the classes over the processes (GPUs) that torchrun has started; rank 0 alone reads "
+            help="Split the classes over the processes (GPUs) that torchrun has started; only rank 0 reads "
             "pictures and writes.",
         ),
     ] = False,
@@ -155,7 +155,7 @@ def segment(
     16 bits; 65535 is none of these) and NAME.json (each class's index, share of the pixels and mean score).
     For each video, NAME.overlay.mp4 and a label map per frame in NAME.labels/. With --tiles, the label map is
     NAME.labels.tif, with the georeference of the picture, and the overlay is reduced. Results of the same
-    picture content, weights, classes and options are kept: a run that was interrupted goes on. Other files
+    picture content, weights, classes and options are kept: an interrupted run continues. Other files
     are never replaced: the results' names are then numbered.
     """
     check_limit(all_classes, best)
@@ -174,7 +174,7 @@ def segment(
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error).removeprefix("formats: "), param_hint="--format") from None
     with plain_errors(debug), _processes(class_parallel, device) as (processes, device):
-        # What can fail without torch comes first: importing that takes seconds.
+        # Checks without torch come first, as its import takes seconds.
         from catseg_fast.checkpoints.hub import resolve
         from catseg_fast.cli.inputs import find_pictures, require_one
 
@@ -257,7 +257,7 @@ def _notice(text: str) -> None:
 
 @contextmanager
 def _processes(class_parallel: bool, device: str | None) -> Iterator[tuple[Processes, str | None]]:
-    """Yield the processes that share the classes, and this one's device; None for the default one."""
+    """Yield the processes that share the classes, and this one's device, or None for the default."""
     if not class_parallel:
         yield Processes(), device
         return
@@ -279,7 +279,7 @@ def _segment_all(work: Batch, pictures: Sequence[Picture], debug: bool) -> list[
 
 
 def _segment_long(run: Run, pictures: Sequence[Picture], first: int, debug: bool) -> list[Outcome]:
-    """Run videos, or large pictures, each with a bar of its own; report those that fail."""
+    """Run videos or large pictures, each with its own bar; report those that fail."""
     outcomes = []
     for index, picture in enumerate(pictures, first):
         with image_progress(f"Segmenting {picture.path.name}") as advance:
@@ -307,7 +307,7 @@ def _top_classes(summary: list[dict[str, Any]], count: int = 3) -> str:
 
 
 def _results_table(outcomes: Sequence[Outcome]) -> Table:
-    """A line for each picture."""
+    """Return a table with one row per picture."""
     table = Table("image", "largest classes", "time", "overlay")
     for outcome in outcomes:
         seconds = "there already" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
@@ -320,7 +320,7 @@ def _results_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _classes_table(outcomes: Sequence[Outcome]) -> Table:
-    """A line for each of the largest classes; all pictures count the same."""
+    """Return a table of the largest classes; all pictures have the same weight."""
     shares: dict[str, list[float]] = {}
     for outcome in outcomes:
         for entry in outcome.summary or []:

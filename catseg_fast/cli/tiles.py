@@ -1,4 +1,4 @@
-"""Large pictures tile by tile, from file to file; a run that was interrupted goes on with the next tile."""
+"""Large pictures tile by tile, from file to file; an interrupted run continues with the next tile."""
 
 from __future__ import annotations
 

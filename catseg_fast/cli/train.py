@@ -31,7 +31,7 @@ DEFAULT_VARIANT = "v2-vitb"
 CLIP_RULES = ("attention", "full", "prompt", "none")
 PRECISIONS = ("fp32", "fp16", "bf16")
 WEIGHT_TYPES = {"fp32": "float32", "fp16": "float16"}
-LINE_SECONDS = 30  # between lines of progress where there is no terminal
+LINE_SECONDS = 30  # between lines of progress without a terminal
 
 EXAMPLES = (
     "catseg-fast train --data coco-stuff --init clip.safetensors --device cuda --precision bf16",
@@ -48,20 +48,20 @@ def train(
             help="Data set: images/, annotations/ and classes.json.",
         ),
     ],
-    output: Annotated[Path, output_folder("Where checkpoints, log and weights go.")] = Path("trained"),
+    output: Annotated[Path, output_folder("Folder of checkpoints, log and weights.")] = Path("trained"),
     variant: Annotated[
         str | None,
         choice(
             "--variant", tuple(VARIANTS),
-            f"What is trained; by default what --init is, or {DEFAULT_VARIANT}. One of",
+            f"Variant to train; by default that of --init, or {DEFAULT_VARIANT}. One of",
         ),
     ] = None,
     init: Annotated[
         str | None,
         typer.Option(
             metavar="W",
-            help="Weights to start from: a checkpoint as for segment --weights, or CLIP alone, as OpenAI "
-            "and open_clip publish it. Without it everything starts at random, CLIP too.",
+            help="Weights to start from: a checkpoint as for segment --weights, or only CLIP, as OpenAI "
+            "and open_clip publish it. By default all weights are random, even CLIP's.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimiser steps.")] = 80_000,
@@ -70,26 +70,26 @@ def train(
     ] = 4,
     accumulate: Annotated[
         int,
-        typer.Option(metavar="N", min=1, help="Parts in which a process works through its share of a step."),
+        typer.Option(metavar="N", min=1, help="Parts into which a process divides its share of a step."),
     ] = 1,
     lr: Annotated[float, typer.Option(metavar="X", help="Largest learning rate.")] = 2e-4,
     warmup: Annotated[
         int, typer.Option(metavar="N", min=0, help="Steps in which the learning rate rises.")
     ] = 0,
     weight_decay: Annotated[
-        float, typer.Option(metavar="X", min=0, help="Of all but normalisations and embeddings.")
+        float, typer.Option(metavar="X", min=0, help="Weight decay, except for norms and embeddings.")
     ] = 1e-4,
     clip_grad: Annotated[
         float, typer.Option(metavar="X", min=0, help="Largest norm of the gradient; 0 for no limit.")
     ] = 0.01,
     clip_finetune: Annotated[
-        str, choice("--clip-finetune", CLIP_RULES, "What of CLIP is trained")
+        str, choice("--clip-finetune", CLIP_RULES, "Part of CLIP that is trained")
     ] = "attention",
     clip_multiplier: Annotated[
-        float, typer.Option(metavar="X", min=0, help="Of the learning rate, for CLIP.")
+        float, typer.Option(metavar="X", min=0, help="Factor of the learning rate for CLIP.")
     ] = 0.01,
     backbone_multiplier: Annotated[
-        float, typer.Option(metavar="X", min=0, help="The same for v1's backbone; 0 leaves it as it is.")
+        float, typer.Option(metavar="X", min=0, help="The same for v1's backbone; 0 does not train it.")
     ] = 0.0,
     pooling: Annotated[
         int, typer.Option(metavar="N", min=1, help="Side of the pooling before the class attention.")
@@ -99,26 +99,26 @@ def train(
         list[int] | None,
         typer.Option(
             metavar="N", min=1,
-            help="Length of a picture's shorter side before it is cropped, repeatable: one is drawn for each "
-            "picture. By default the crop's.",
+            help="Length of a picture's shorter side before cropping, repeatable: one is drawn for each "
+            "picture. By default the crop's side.",
         ),
     ] = None,
     category_max_ratio: Annotated[
         float,
-        typer.Option(metavar="X", min=0, max=1, help="Crop again where a class has a larger share of it."),
+        typer.Option(metavar="X", min=0, max=1, help="Crop again if a class has a larger share of the crop."),
     ] = 1.0,
     colour: Annotated[
         bool,
         typer.Option(
             "--colour/--no-colour",
-            help="Change brightness, contrast, saturation and hue at random; not where classes are colours.",
+            help="Change brightness, contrast, saturation and hue at random; not for classes of colours.",
         ),
     ] = True,
     classes_per_step: Annotated[
         int | None,
         typer.Option(
             metavar="N", min=1,
-            help="Classes that a step aggregates: its pictures' own, and others at random. All by default.",
+            help="Classes that a step aggregates: those of its pictures, and random others. By default all.",
         ),
     ] = None,
     random_synonyms: Annotated[
@@ -127,7 +127,7 @@ def train(
     ] = False,
     precision: Annotated[str, choice("--precision", PRECISIONS, "Type of the computation")] = "fp32",
     max_pixels: MaxPixels = MAX_PIXELS,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     workers: Annotated[
         int, typer.Option(metavar="N", min=0, help="Processes that load pictures; 0 for none.")
     ] = 2,
@@ -137,7 +137,7 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume/--fresh", help="Go on with the run in the output folder if there is one, or start over."
+            "--resume/--fresh", help="Continue the run in the output folder if there is one, or start over."
         ),
     ] = True,
     weights_type: Annotated[
@@ -146,14 +146,14 @@ def train(
     device: Device = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Train a model on a folder of labelled pictures; what is not said is upstream's recipe.
+    """Train a model on a folder of labelled pictures; defaults are upstream's recipe.
 
     Writes checkpoints/ (the last two), log.jsonl and tensorboard/ (each step's loss, learning rate, gradient
-    norm and time), and at the end model.safetensors. A run that was killed goes on where its last checkpoint
-    was written, to the same result. Under torchrun each process takes its share of every batch.
+    norm and time), and at the end model.safetensors. A run that was killed continues where its last
+    checkpoint was written, to the same result. Under torchrun each process takes its share of every batch.
     """
     with plain_errors(debug):
-        # What can fail without torch comes first: importing that takes seconds.
+        # Checks without torch come first, as its import takes seconds.
         from catseg_fast.checkpoints.hub import resolve
 
         classes, fold = read_class_list(data)
@@ -169,6 +169,9 @@ def train(
 
         from catseg_fast.data.folder import FolderDataset
         from catseg_fast.training import Recipe, Trainer
+        from catseg_fast.training.output import check_output
+
+        check_output(output)
 
         recipe = Recipe(
             steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, warmup=warmup,
@@ -190,7 +193,7 @@ def train(
             if not resume:
                 trainer.start_over()
             elif trainer.resume():
-                stderr.print(f"going on behind step {trainer.step} of {steps}")
+                stderr.print(f"continuing after step {trainer.step} of {steps}")
             with progress(trainer.step, steps) as report:
                 trainer.run(report)
             if processes.first:
@@ -199,12 +202,12 @@ def train(
 
 
 def build_model(variant: str | None, classes: tuple[str, ...], recipe: Recipe, init: Path | None) -> CATSeg:
-    """The model to train, on the CPU, with random weights or those of the file `init`.
+    """Build the model to train, on the CPU, with random weights or those of the file `init`.
 
     Args:
-        variant: its name; by default what `init` is for.
+        variant: name of the variant; by default that of `init`.
         classes: class names.
-        recipe: of the training.
+        recipe: the training recipe.
         init: a checkpoint of CAT-Seg or of CLIP.
 
     Raises:
@@ -236,7 +239,7 @@ def build_model(variant: str | None, classes: tuple[str, ...], recipe: Recipe, i
 
 @contextmanager
 def progress(first: int, steps: int) -> Iterator[Callable[[Step], None]]:
-    """Yields what is called after each step: a bar on a terminal, else a line every half minute."""
+    """Yield a function to call after each step: it shows a bar on a terminal, or a line every half minute."""
     if not stderr.is_terminal:
         yield _Lines(first, steps)
         return

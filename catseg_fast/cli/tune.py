@@ -30,7 +30,7 @@ EXAMPLES = (
 
 def tune(
     op: Annotated[
-        list[str] | None, choice("--op", TUNABLE_OPS, "What to tune, repeatable; by default all of")
+        list[str] | None, choice("--op", TUNABLE_OPS, "Op to tune, repeatable; by default all of")
     ] = None,
     dtype: Annotated[str, choice("--dtype", tuple(DTYPES), "Type of the tensors")] = "fp16",
     classes: Annotated[
@@ -38,8 +38,8 @@ def tune(
         typer.Option(
             metavar="N",
             min=1,
-            help="Size of a vocabulary, repeatable. Classes go in steps of at most 256 / crops; vocabularies "
-            "that differ in the number of steps alone are one.",
+            help="Size of a vocabulary, repeatable. Steps have at most 256 / crops classes; vocabularies "
+            "that differ only in the number of steps count once.",
         ),
     ] = [150, 1203],  # noqa: B006
     crops: Annotated[
@@ -49,19 +49,19 @@ def tune(
         Path | None,
         typer.Option(
             "--output", "-o", metavar="FOLDER", callback=check_folder,
-            help="Where GPU/OP.json go; by default where they are found: ~/.cache/catseg-fast/configs.",
+            help="Folder of GPU/OP.json; by default the one that kernels use: ~/.cache/catseg-fast/configs.",
         ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(metavar="M", min=0, help="Stop after this time; what is complete is kept.")
+        float | None, typer.Option(metavar="M", min=0, help="Stop after this time; keep finished kernels.")
     ] = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Time the Triton kernels' launch configs on this machine's GPU, and use the fastest from now on.
 
-    Each op has some candidates, of which the fastest that computes what the default one does is kept. Nothing
-    else should run on the GPU meanwhile. What is found adds to what the folder holds, and is written kernel
-    by kernel: it can be interrupted at any time.
+    Of each op's candidates, the fastest with the same results as the default is kept. Nothing else should run
+    on the GPU meanwhile. Results are added to the folder kernel by kernel, so that the command can be
+    interrupted at any time.
     """
     with plain_errors(debug):
         import torch
@@ -104,10 +104,10 @@ def _default_folder() -> Path:
 
 
 def _require_gpu() -> torch.device:
-    """The current GPU.
+    """Return the current GPU.
 
     Raises:
-        RunError: if there is none on which kernels can be timed; the message has what there is.
+        RunError: if there is no GPU on which kernels can be timed; the message says what was found.
     """
     import torch
 
@@ -124,7 +124,7 @@ def _require_gpu() -> torch.device:
     from catseg_fast.kernels.launch.checks import INTERPRETED
 
     if INTERPRETED:
-        raise RunError("tune: TRITON_INTERPRET is set; what the interpreter takes says nothing of the GPU")
+        raise RunError("tune: TRITON_INTERPRET is set; the interpreter's times say nothing about the GPU")
     return device
 
 
@@ -142,7 +142,7 @@ def _report_faults(outcome: Outcome) -> None:
 
 
 def results_table(outcomes: list[Outcome]) -> Table:
-    """A line a kernel and shape: times, what the best config gains, and what came of the candidates."""
+    """Return a table with one row per kernel and shape: times, speedup, and numbers of candidates."""
     table = Table("op", "kernel", "shape", "default", "best", "gain", "timed", "failed", "wrong")
     for outcome in outcomes:
         problem = outcome.tunable.problem

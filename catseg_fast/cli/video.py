@@ -1,4 +1,4 @@
-"""Videos and folders of frames through the model: decoding and writing run beside it, frame by frame."""
+"""Segmentation of videos and folders of frames; decoding and writing run in parallel with the model."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Clips:
     Args:
         model: has its classes, with what is asked for.
         classes: the class names.
-        about: as of `catseg_fast.cli.batch.Batch`.
+        about: as in `catseg_fast.cli.batch.Batch`.
         alpha: share of the colours in the overlay.
         every: segment only each Nth frame.
         rate: frames per second of folders.
-        overwrite: also do videos whose results are up to date.
-        threads: for painting and writing.
+        overwrite: also segment videos whose results are up to date.
+        threads: number of threads for painting and writing.
     """
 
     model: Labelling
@@ -131,7 +131,7 @@ class Clips:
 
 
 def _decoded(pool: ThreadPoolExecutor, frames: Frames) -> Iterator[Frame]:
-    """The frames, of which a few are decoded ahead by a pool of one thread."""
+    """Yield the frames; a few are decoded ahead by a pool of one thread."""
     source = iter(frames)
     for job in ahead(pool, lambda _: next(source, None), itertools.count(), 3):
         frame = job.result()
@@ -141,7 +141,7 @@ def _decoded(pool: ThreadPoolExecutor, frames: Frames) -> Iterator[Frame]:
 
 
 class _Results:
-    """The files of a video's results; at its end they are put in place, complete or not.
+    """The files of a video's results, which are put in place at its end, complete or not.
 
     Attributes:
         complete: whether all frames are in them.
@@ -217,7 +217,7 @@ class _Results:
         os.replace(self.scratch / "overlay.mp4", target)
         identity = {
             "path": place_of(self.clip.path),
-            "content": self.digest if self.complete else None,  # another run does it again
+            "content": self.digest if self.complete else None,  # the next run segments it again
             "files": {path.name: result_digest(path) for path in (target, self.labels)},
         }
         height, width = self.size

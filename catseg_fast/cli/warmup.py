@@ -1,4 +1,4 @@
-"""`catseg-fast warmup`: what first calls wait for, done ahead. Torch is imported when it runs."""
+"""`catseg-fast warmup`: preparation of first calls. Torch is imported when it runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXAMPLES = (
 
 
 def parse_sizes(values: list[str]) -> list[tuple[int, int]]:
-    """(height, width) of each HxW."""
+    """Return (height, width) of each HxW."""
     sizes = []
     for value in values:
         match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", value)
@@ -59,11 +59,10 @@ def warmup(
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
-    """Do ahead what a process's first calls wait for, and keep it on disk.
+    """Prepare first calls: encode the class names, and compile and check kernels, all kept on disk.
 
-    That is text features, compiled kernels, and the check of these kernels. The next process with the same
-    weights, classes and options, on a GPU of the same kind, finds them. Prints the folders that they are in,
-    which can be copied into a container.
+    The next process with the same weights, classes and options finds them, on a GPU of the same kind. The
+    command prints their folders, which can be copied into a container.
     """
     sizes = parse_sizes(size)
     weights = weights_or_bundled(weights, variant)

@@ -8,6 +8,8 @@ from catseg_fast.errors import InputError
 from catseg_fast.text.class_lists import read_classes
 from catseg_fast.text.fold import Fold
 
+CLASSES = "classes.json"
+UNFINISHED = "classes.unfinished.json"  # its name while `catseg-fast dataset` works on the folder
 MOST_CLASSES = 65535  # the last of 16 bits' values is where no class is right
 
 
@@ -18,7 +20,9 @@ def read_class_list(root: Path) -> tuple[tuple[str, ...], Fold | None]:
         FileNotFoundError: if there is no `classes.json` in it.
         InputError: if that is not a list of 1 to 65535 names.
     """
-    path = root / "classes.json"
+    path = root / CLASSES
+    if not path.exists() and (root / UNFINISHED).exists():
+        raise FileNotFoundError(f"{root} is incomplete: repeat `catseg-fast dataset`, which was interrupted")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; a data set needs it, a JSON list of class names")
     classes = read_classes(path)

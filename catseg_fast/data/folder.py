@@ -52,7 +52,7 @@ class FolderDataset:
     - `annotations/NAME.png`: each pixel's class index, as an 8- or 16-bit grey PNG, or as one with a palette,
       whose colours do not matter;
     - `classes.json`: the class names, a list of strings; or, for evaluation, an object with the names of each
-      class, which are told apart and count as the class.
+      class, which compete separately and count as the class.
 
     A pixel where no class is right holds its PNG's largest value, 255 or 65535. With more than 255 classes,
     255 is a class's index, and only a 16-bit PNG can leave pixels out.
@@ -105,7 +105,7 @@ class FolderDataset:
 
         Raises:
             IndexError: if there is no such entry.
-            InputError: if a file cannot be read, an annotation is no index map, its size is not the
+            InputError: if a file cannot be read, an annotation is not an index map, its size is not the
                 picture's, or it holds an index that is neither a class's nor the one to ignore.
         """
         name, image_path, path = self.names[index], self._images[index], self._annotations[index]
@@ -143,7 +143,8 @@ def read_annotation(path: Path, classes: int) -> Tensor:
     """The class indices int64 `[H, W]` of an 8- or 16-bit PNG, as `FolderDataset` tells.
 
     Raises:
-        InputError: if the file cannot be read, is no index map, or holds an index beyond `classes` classes.
+        InputError: if the file cannot be read, is not an index map, or holds an index beyond `classes`
+            classes.
     """
     array = read_index_map(path)
     largest = np.iinfo(array.dtype).max
@@ -172,7 +173,7 @@ def read_index_map(path: Path) -> np.ndarray:
         with open_regular(path) as file, Image.open(file) as image:
             problem = _why_no_index_map(image)
             array = None if problem else np.array(image)
-    except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
+    except Exception as error:  # damaged files raise errors of many types
         raise InputError(f"{path}: cannot read the annotation: {error}") from error
     if array is None:
         raise InputError(f"{path}: expected class indices of 8 or 16 bits, got {problem}")

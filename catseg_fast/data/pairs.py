@@ -73,8 +73,9 @@ def _files(folder: Path, notice: Callable[[str], object]) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     found, others = [], 0
+    unreadable: list[OSError] = []
     seen: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=unreadable.append, followlinks=True):
         here = os.stat(parent)
         if (here.st_dev, here.st_ino) in seen:  # a link that leads back
             folders.clear()
@@ -87,6 +88,8 @@ def _files(folder: Path, notice: Callable[[str], object]) -> list[Path]:
         found += kept
     if others:
         notice(f"{folder}: left out {others} files that are not images by their suffixes")
+    if unreadable:
+        notice(f"{folder}: left out {len(unreadable)} folders that cannot be read")
     return sorted(found)
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from catseg_fast.data.class_list import MOST_CLASSES
+from catseg_fast.data.class_list import CLASSES, MOST_CLASSES, UNFINISHED
 from catseg_fast.data.folder import ignore_label_of, read_index_map
 from catseg_fast.data.pairs import Pair, find_pairs
 from catseg_fast.errors import InputError
-from catseg_fast.files import open_regular, read_text, replacing
+from catseg_fast.files import open_regular, read_text, replacing, sweep
 from catseg_fast.identity import content_digest, png_mark, read_png_mark
 from catseg_fast.inference.images import image_size
 from catseg_fast.text.fold import ClassNames
@@ -40,7 +40,8 @@ def import_dataset(
     Folders are searched with all folders in them, as of `catseg_fast.data.pairs.find_pairs`.
 
     What an earlier call has made is kept where it is what this one would make, and made again otherwise.
-    Files of others are never replaced.
+    Files of others are never replaced. Until the call has ended there is no `classes.json`, so that nothing
+    reads a half of the folder.
 
     Args:
         images: folder of pictures.
@@ -57,8 +58,8 @@ def import_dataset(
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        InputError: if there are no annotations, one has no image or another size than it, cannot be read or
-            holds a value of no class, there are too many classes, or `target` has other classes.
+        InputError: if there are no annotations, one has no image or another size than its image, cannot be
+            read or holds a value of no class, there are too many classes, or `target` has other classes.
         OSError: if writing fails; FileExistsError if a file is in the way that no call has made.
     """
     if len(classes) > MOST_CLASSES:
@@ -66,21 +67,63 @@ def import_dataset(
     pairs = find_pairs(images, annotations, notice)
     for folder in ("images", "annotations"):
         (target / folder).mkdir(parents=True, exist_ok=True)
-    _write_classes(target / "classes.json", classes)
+        sweep(target / folder)  # nothing may be written to it any more
+    work = _Work(target, classes)
     there: dict[str, list[Path]] = defaultdict(list)
     for path in (target / "images").iterdir():
         there[path.stem].append(path)
     advance(0, len(pairs))
     for done, pair in enumerate(pairs, 1):
-        _import_pair(pair, _indices(pair.annotation, len(classes), first), target, there[pair.name], copy)
+        _import_pair(pair, _indices(pair.annotation, len(classes), first), work, there[pair.name], copy)
         advance(done, len(pairs))
+    work.end()
     names = {pair.name for pair in pairs}
     if others := sum(path.stem not in names for path in (target / "annotations").glob("*.png")):
         notice(f"{target}: also has {others} images that are not in {images}")
     return len(pairs)
 
 
-def _import_pair(pair: Pair, indices: np.ndarray, target: Path, there: Sequence[Path], copy: bool) -> None:
+class _Work:
+    """The folder that is made. Its class list has another name from the first change to the end.
+
+    Attributes:
+        target: the folder.
+        resumed: whether an earlier call has not come to its end.
+
+    Raises:
+        ValueError: if the folder has other classes.
+    """
+
+    def __init__(self, target: Path, classes: ClassNames) -> None:
+        self.target = target
+        names = classes if isinstance(classes, Mapping) else list(classes)
+        self._text = json.dumps(names, indent=0, ensure_ascii=False) + "\n"
+        self._complete, self._unfinished = target / CLASSES, target / UNFINISHED
+        for path in (self._complete, self._unfinished):
+            if path.exists() and read_text(path) != self._text:
+                raise InputError(f"{path}: the folder has other classes; choose another")
+        self.resumed = self._unfinished.exists()
+        self._begun = self.resumed and not self._complete.exists()
+
+    def begin(self) -> None:
+        """Call this before each change."""
+        if self._begun:
+            return
+        if self._complete.exists():
+            os.replace(self._complete, self._unfinished)
+        else:
+            with replacing(self._unfinished) as temporary:
+                temporary.write_text(self._text, encoding="utf-8")
+        self._begun = True
+
+    def end(self) -> None:
+        """Call this when everything is in its place."""
+        if not self._complete.exists():
+            self.begin()
+            os.replace(self._unfinished, self._complete)
+
+
+def _import_pair(pair: Pair, indices: np.ndarray, work: _Work, there: Sequence[Path], copy: bool) -> None:
     """Put a picture and its index map in their places; `there` are the files of its name in `images`."""
     size = image_size(pair.image)
     if indices.shape != size:
@@ -88,8 +131,8 @@ def _import_pair(pair: Pair, indices: np.ndarray, target: Path, there: Sequence[
         raise InputError(
             f"{pair.annotation}: the annotation is {sizes[0]}, its image {pair.image} is {sizes[1]}"
         )
-    image = target / "images" / f"{pair.name}{pair.image.suffix}"
-    written = target / "annotations" / f"{pair.name}.png"
+    image = work.target / "images" / f"{pair.name}{pair.image.suffix}"
+    written = work.target / "annotations" / f"{pair.name}.png"
     placed = list(there) == [image] and _is_placed(pair.image, image, copy)
     same = _holds(written, indices)
     if placed and same:
@@ -97,13 +140,16 @@ def _import_pair(pair: Pair, indices: np.ndarray, target: Path, there: Sequence[
     ours = read_png_mark(written) is not None
     if os.path.lexists(written) and not (ours or same):
         raise _in_the_way(written)
+    # A call that was killed may have put the picture there in the other way, and no index map yet.
+    ours = ours or (work.resumed and all(_same_content(path, pair.image) for path in there))
+    if there and not (placed or ours):
+        raise _in_the_way(there[0])
+    work.begin()
     if there and not placed:
-        if not ours:
-            raise _in_the_way(there[0])
         # The index map goes last, as it tells that these are ours.
         for path in there:
             path.unlink()
-        written.unlink()
+        written.unlink(missing_ok=True)
     if not placed:
         _place(pair.image, image, copy)
     if not (same and written.exists()):
@@ -115,7 +161,14 @@ def _is_placed(source: Path, target: Path, copy: bool) -> bool:
     """Check whether `target` is a link to `source`, or has its content."""
     if target.is_symlink():
         return not copy and os.readlink(target) == str(source.resolve())
-    return content_digest(source) == content_digest(target)
+    return _same_content(source, target)
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    try:
+        return content_digest(one) == content_digest(other)
+    except (OSError, ValueError):  # a link that leads nowhere
+        return False
 
 
 def _holds(path: Path, indices: np.ndarray) -> bool:
@@ -144,17 +197,6 @@ def _indices(path: Path, classes: int, first: int) -> np.ndarray:
         )
     indices[~known] = ignore_label_of(classes)
     return indices.astype(np.uint8 if classes <= 255 else np.uint16)
-
-
-def _write_classes(path: Path, classes: ClassNames) -> None:
-    names = classes if isinstance(classes, Mapping) else list(classes)
-    text = json.dumps(names, indent=0, ensure_ascii=False) + "\n"
-    if path.exists():
-        if read_text(path) != text:
-            raise InputError(f"{path}: the folder has other classes; choose another")
-        return
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _place(source: Path, target: Path, copy: bool) -> None:

@@ -51,7 +51,7 @@ class Conductor:
         """Run the calls of rank 0 until it ends; called on the other ranks.
 
         Raises:
-            RankError: if a rank is gone, or cannot go on.
+            RankError: if a rank has ended, or cannot continue.
         """
         while (asked := self._agree([]))[0]:
             shapes, top_k = asked

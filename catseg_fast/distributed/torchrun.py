@@ -84,7 +84,7 @@ def join(device: str | torch.device, *, objects: bool = False, needed_by: str = 
     Args:
         device: where the model runs, `own_device(...)`; nccl is used between GPUs, gloo else.
         objects: exchange Python objects on the CPU, with days of patience, rather than tensors on the device.
-        needed_by: the option that cannot do without torchrun; by default a process may be alone.
+        needed_by: the option that cannot do without torchrun; by default a single process is enough.
 
     Raises:
         RunError: if `needed_by` is given and torchrun did not start this process.

@@ -125,7 +125,7 @@ class _Checker:
         self._candidate = candidate
         self._dtype = candidate.plan.embed.dtype
         self._exact = torch.float64 if self._dtype == torch.float32 else torch.float32
-        self.collects_at_once = candidate.collects_at_once
+        self.collects_at_once, self.repeats = candidate.collects_at_once, False
         self.wrong: dict[str, str] = {}
 
     def embed_cost_volume(self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution) -> Tensor:

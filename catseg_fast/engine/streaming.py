@@ -82,7 +82,7 @@ class Stages(Protocol):
 
 @dataclass(frozen=True)
 class _Entry:
-    """What makes a chunk from tensors; the key has all that it depends on besides these and the plan."""
+    """A function of a chunk and its inputs; the key has all that it depends on besides them and the plan."""
 
     key: object
     run: Callable[..., Tensor]
@@ -271,9 +271,9 @@ class Stream:
         return self.stages.as_one(("decode", enter.key), run, out, self.flag, *guidance, *enter.inputs)
 
     def _entry(self, index: int, crops: slice, classes: slice) -> _Entry | None:
-        """How a chunk comes to the window blocks of layer `index`, or to the decoder behind the last one.
+        """Return the way of a chunk to layer `index`'s window blocks, or to the decoder after the last layer.
 
-        None where that is not by kernels alone.
+        None if it is not only by kernels.
         """
         resolution, plan = self.image.resolution, self.plan
         if index == 0:

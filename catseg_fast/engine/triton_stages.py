@@ -70,15 +70,13 @@ class TritonStages:
 
     @property
     def repeats(self) -> bool:
-        """Whether launches are prepared now."""
+        """True if launches are prepared now."""
         if self._calls is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
         return not listing()
 
     def as_one(self, key: object, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        """Return `run(*inputs)`, which calls several stages; all their launches are prepared as one, if they
-        can be.
-        """
+        """Return `run(*inputs)`, which calls several stages; if possible, launches are prepared as one."""
         if self._calls is None or recording():
             return run(*inputs)
         out: Tensor = self._calls(key, run, *inputs)

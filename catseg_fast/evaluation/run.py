@@ -103,13 +103,13 @@ def evaluate(
     Args:
         data: images and their labels.
         segmenter: what is evaluated: uint8 `[3, H, W]` to class indices `[H, W]`; -1 where no class fits.
-        classes: number of classes that are told apart; by default the data set's. The data set's are the
+        classes: number of classes that are distinguished; by default the data set's. The data set's are the
             first of them.
         fold: the class of each label of `segmenter`, where classes have several: `[0, 1, 1]` if labels 1 and
             2 are of class 1. By default labels are classes. A model that was given the names of each class
             folds by itself.
         ignore_unlabelled: whether pixels with the label -1 are left out; otherwise they are wrong answers.
-        limit: evaluate the first so many images alone.
+        limit: number of images to evaluate; by default all.
         ledger: keeps each record; images that it has are not done again, if the label maps that were written
             and compared with are still the same.
         save_labels: folder for each image's label map, NAME.png of 16 bits.

@@ -36,9 +36,9 @@ class EncodedImage:
     Attributes:
         features: dense CLIP features of the picture's B crops, `[B, 1 + h*w, C]`, on the model's device.
         guidance: the three guidance maps `[B, C, H, W]`, from coarse to fine.
-        readout: how the crops make up the picture.
-        dtype: type of the weights at that time; under autocast the features have another one.
-        image: the picture, as a `Segmentation` keeps it.
+        readout: conversion of the crops' logits to the picture.
+        dtype: type of the weights at that time; under autocast the features have another type.
+        image: the picture, as kept by a `Segmentation`.
     """
 
     features: Tensor
@@ -49,7 +49,7 @@ class EncodedImage:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it holds."""
+        """Size of its tensors in bytes."""
         return sum(x.nbytes for x in (self.features, *self.guidance))
 
     def check(self, like: Tensor, sliding_window: bool | None) -> None:
@@ -160,7 +160,7 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class _Constants:
-    """Owns what follows from the configuration only."""
+    """Owner of cached values that depend only on the configuration."""
 
 
 _CONSTANTS = _Constants()

@@ -51,6 +51,6 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
         lines["memory"] = (
             f"{format_bytes(schedule.total_bytes)} above weights, inputs and answer "
             f"({format_bytes(schedule.fixed_bytes)} + {format_bytes(schedule.class_bytes)} a class in a "
-            f"step); {format_bytes(schedule.budget)} may be taken"
+            f"step); the budget is {format_bytes(schedule.budget)}"
         )
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())

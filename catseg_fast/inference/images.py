@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-from functools import cache
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TypeAlias
 
@@ -32,10 +31,8 @@ ImageLike: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
 )
 
-# Interpolating a float image in 0..255 may overshoot by rounding alone.
+# Interpolating a float image in 0..255 may overshoot by rounding.
 _ROUNDING = 1e-3
-# Pillow only recognises the first five; EPS it hands to Ghostscript.
-_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 _CHANNELS = (1, 3, 4)
 _EXPECTED = (
     "a path, a URL, a file's content as bytes, a binary file, a PIL image, a numpy array [H, W, 3] or a "
@@ -155,15 +152,6 @@ def check_max_pixels(max_pixels: int | None) -> int | None:
     if max_pixels is not None and max_pixels <= 0:
         raise InputError(f"max_pixels: {max_pixels} is not positive; None is no limit")
     return max_pixels
-
-
-@cache
-def picture_suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of the formats that Pillow decodes."""
-    extensions = Image.registered_extensions()
-    return frozenset(
-        suffix for suffix, kind in extensions.items() if kind in Image.OPEN and kind not in _NOT_DECODED
-    )
 
 
 def _from_picture(image: Image.Image, name: str) -> Tensor:

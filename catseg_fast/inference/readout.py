@@ -1,7 +1,7 @@
 """Label maps from logits, by chunks of classes: no tensor grows with the number of classes.
 
-Every operation before the maximum (sigmoid, resizes, averages of crops) treats each class alone, so that the
-result equals the argmax over all classes at once, ties included.
+Every operation before the maximum (sigmoid, resizes, averages of crops) treats each class separately, so that
+the result equals the argmax over all classes at once, ties included.
 """
 
 from __future__ import annotations
@@ -103,13 +103,13 @@ class Readout:
 
 
 class Target(Protocol):
-    """Takes in probabilities; nothing changes before the last step that can fail."""
+    """A consumer of probabilities; it changes nothing before the last step that can fail."""
 
     def reset(self) -> None:
-        """Forget all that was taken in."""
+        """Discard all probabilities."""
 
     def update(self, first: int, probabilities: Tensor, rows: slice = ALL) -> None:
-        """Take in `probabilities [t, H, W]` of classes `first`, `first + 1`, …; chunks come in order.
+        """Add `probabilities [t, H, W]` of classes `first`, `first + 1`, …; chunks come in order.
 
         Args:
             first: number of the first class.
@@ -119,7 +119,7 @@ class Target(Protocol):
 
 
 def reader(readout: Readout, target: Target, backend: str = "torch") -> Callable[[slice, Tensor], None]:
-    """A consumer of `Engine.stream` that reads logits out into a target, anew, few classes at a time.
+    """Return a consumer of `Engine.stream` that reads logits out into a reset target, few classes at a time.
 
     If memory runs out in between, and the chunk comes again, nothing is taken in twice.
     A label map on the back end "triton" is read out by a kernel.
@@ -146,7 +146,7 @@ def reader(readout: Readout, target: Target, backend: str = "torch") -> Callable
 
 
 def _update_by_kernel(readout: Readout, target: LabelMap, classes: slice, logits: Tensor) -> None:
-    """`target.update(classes.start, readout(logits))` by a kernel, all or nothing."""
+    """Compute `target.update(classes.start, readout(logits))` by a kernel, completely or not at all."""
     from catseg_fast.kernels.label_map.op import update_label_map  # triton exists for Linux only
 
     visible = readout.visible or tuple(logits.shape[2:])
@@ -162,7 +162,7 @@ def read_all(
     backend: str,
     store: LogitStore | None = None,
 ) -> Callable[[slice, Tensor], None]:
-    """A `reader` of several pictures, `crops` each, that also puts the logits by where there is a store."""
+    """Return a `reader` of several pictures, `crops` each, that also adds the logits to a store, if given."""
     readers = [reader(*pair, backend) for pair in zip(readouts, targets, strict=True)]
 
     def consume(classes: slice, logits: Tensor) -> None:
@@ -199,14 +199,14 @@ class Probabilities:
         self.maps = torch.empty(classes, *size, device=device)
 
     def reset(self) -> None:
-        """Nothing to do: every map is written."""
+        """Do nothing, as every map is written."""
 
     def update(self, first: int, probabilities: Tensor, rows: slice = ALL) -> None:
         self.maps[first : first + len(probabilities), rows] = probabilities
 
 
 class LabelMap:
-    """The best class of each pixel and its probability; of equal ones, the first.
+    """The best class of each pixel and its probability; the first among equal ones.
 
     Attributes:
         scores: float32 `[H, W]`.
@@ -227,7 +227,7 @@ class LabelMap:
 
 
 class TopClasses:
-    """The k best classes of each pixel and their probabilities, best first; of equal ones, the first.
+    """The k best classes of each pixel and their probabilities, best first; in order among equal ones.
 
     Args:
         count: k.

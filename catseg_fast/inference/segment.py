@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 def label(
     model: CATSeg, encoded: Sequence[EncodedImage], top_k: int | None, keep_logits: bool = False
 ) -> list[Segmentation]:
-    """Label encoded pictures together; arguments as of `CATSeg.segment`.
+    """Label encoded pictures together; arguments as in `CATSeg.segment`.
 
     Raises:
         InputError: if `top_k` is not positive.
-        RunError: if logits are wanted of classes that are shared with other processes.
+        RunError: if logits are requested of classes that are split over processes.
     """
     if top_k is not None and top_k <= 0:
         raise InputError(f"top_k: {top_k} is not positive")
@@ -99,7 +99,7 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
     weights = engine.recordings.number(weights_state(module_tensors(model, buffers=True)))
     key = ("label", readout, weights, limit, engine.recording_key(plan, vocabulary, schedule))
     answer = engine.recordings(key, [pixels], run, finish)
-    # What overflows fp16 is computed again, which a recording cannot decide.
+    # A call that overflows fp16 is computed again, which a recording cannot do.
     return finish(run(pixels, checked=True)) if answer.scores.isnan().any() else answer
 
 
@@ -115,9 +115,9 @@ def read_out(
     """Run the aggregator on pictures' crops together, and read each one's logits out into its target.
 
     Args:
-        target_bytes: what the targets hold.
-        store: also takes in the logits.
-        schedule: how the aggregator runs; by default what memory allows.
+        target_bytes: size of the targets.
+        store: store to which the logits are added.
+        schedule: schedule of the aggregator; by default by the available memory.
     """
     crops = [len(image.features) for image in encoded]
     readouts = [image.readout for image in encoded]

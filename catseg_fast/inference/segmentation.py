@@ -30,7 +30,7 @@ class Segmentation:
     Attributes:
         labels: index into `classes` of each pixel's best class, int32 `[H, W]`, on the CPU; -1 where that
             class's probability is below `min_score`.
-        scores: the best class's probability, float32 `[H, W]`, on the CPU, whatever `min_score`.
+        scores: the best class's probability, float32 `[H, W]`, on the CPU, for any `min_score`.
         classes: the class names; of a fold, those of its classes.
         top_labels, top_scores: the best k classes and their probabilities, best first, `[k, H, W]`, where
             they were asked for.
@@ -175,7 +175,7 @@ class Segmentation:
             image: as of `overlay`.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: as of `overlay`; or if there is no such format.
+            FileNotFoundError, TypeError, ValueError: as in `overlay`; or if there is no such format.
             FileExistsError: if a file is there that is not a result of this picture.
             ImportError: if a format needs a package that is not installed.
         """

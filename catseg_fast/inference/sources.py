@@ -26,7 +26,7 @@ def is_url(image: str) -> bool:
 
 
 def local_path(url: str, name: str) -> Path | None:
-    """The path that a file URL means; None for an http or https URL.
+    """Return the path of a file URL; None for an http or https URL.
 
     Raises:
         InputError: if a file URL names another machine.
@@ -40,7 +40,7 @@ def local_path(url: str, name: str) -> Path | None:
 
 
 def fetch(url: str, name: str) -> bytes:
-    """The content at an http or https URL.
+    """Return the content of an http or https URL.
 
     Raises:
         RunError: if the server cannot be reached, answers with an error or takes too long.
@@ -68,7 +68,7 @@ def fetch(url: str, name: str) -> bytes:
 
 
 def _read(answer: IO[bytes], url: str, name: str, deadline: float) -> bytes:
-    """All of an answer's content, as long as it stays within the limits."""
+    """Read an answer's content within the limits."""
     content = bytearray()
     while block := answer.read1(_BLOCK) if hasattr(answer, "read1") else answer.read(_BLOCK):
         content += block

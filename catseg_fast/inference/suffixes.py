@@ -1,4 +1,4 @@
-"""The suffixes of picture files. Without torch."""
+"""Suffixes of picture files, without torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Files that users get: overlays, label maps, summaries, statistics. May import ground modules only."""
+"""Files for users: overlays, label maps, summaries, statistics. It may import ground modules only."""

@@ -26,8 +26,8 @@ def write_rle(path: Path, labelled: Labelled) -> None:
 def write_polygons(path: Path, labelled: Labelled) -> None:
     """Write a COCO file with polygons along the pixels' edges.
 
-    A polygon of COCO has no holes: a hole is joined to the outline by a line of no width, so that the decoded
-    polygons give the same pixels again.
+    As polygons in COCO have no holes, a line of zero width joins a hole to the outline, so that the decoded
+    polygons give the same pixels.
     """
     from rasterio.features import shapes
 

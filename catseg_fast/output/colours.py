@@ -1,4 +1,4 @@
-"""Colours of classes: near the colour that a class's name says, and away from what is beside it."""
+"""Colours of classes: near the colour in a class's name, and different from adjacent classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLUE = 0.58  # the first class's hue
 _SATURATION = np.array([0.85, 0.55, 1.0])
 _VALUE = np.array([0.95, 1.0, 0.7, 0.85, 0.55])
 
-# Colour words besides the CSS names, which Pillow knows; and CSS names whose colour is not what people mean.
+# Colour words besides the CSS names of Pillow, and CSS names whose usual meaning differs.
 _WORDS = {
     "amber": (255, 175, 0), "blond": (235, 210, 140), "blonde": (235, 210, 140), "brown": (130, 80, 45),
     "ebony": (35, 32, 34), "emerald": (30, 165, 100), "golden": (235, 185, 45), "green": (30, 150, 50),
@@ -34,7 +34,7 @@ _ANYWHERE = 70.0  # distance of the colours themselves to keep from those of all
 
 
 def class_colours(count: int) -> Colours:
-    """Colours of `count` classes, uint8 `[count, 3]`: those of neighbouring indices differ clearly.
+    """Return colours of `count` classes, uint8 `[count, 3]`; those of neighbouring indices differ clearly.
 
     Hues step by the golden ratio, so that any prefix covers the circle evenly; saturation and value cycle
     with coprime periods. A class's colour does not depend on `count`.
@@ -49,7 +49,7 @@ def class_colours(count: int) -> Colours:
 
 
 def named_colour(name: str) -> tuple[int, int, int] | None:
-    """The colour that the first colour word in a class's name stands for: red of "red car, crimson car"."""
+    """Return the colour of the first colour word in a class's name: red for "red car, crimson car"."""
     for word in re.findall(r"[a-z]+", name.lower()):
         if word in _WORDS:
             return _WORDS[word]
@@ -60,7 +60,7 @@ def named_colour(name: str) -> tuple[int, int, int] | None:
 
 
 def shades(colour: tuple[int, int, int], count: int) -> Colours:
-    """Colours around one that still go by its name, uint8 `[count, 3]`; the first is the colour itself."""
+    """Return shades of a colour with the same name, uint8 `[count, 3]`; the first is the colour itself."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(x / 255 for x in colour))
     lightness = float(np.dot(colour, (0.299, 0.587, 0.114)) / 255)
     up = _TO_WHITE if lightness < 0.85 else 0.0
@@ -83,11 +83,11 @@ def colours_for(
     photo: NDArray[np.uint8],
     alpha: float = 0.55,
 ) -> Colours:
-    """Colours of classes over a picture, uint8 `[T, 3]`.
+    """Return colours of classes over a picture, uint8 `[T, 3]`.
 
     A class with a colour word in its name has a shade of that colour. The others have those of
-    `class_colours`. Where two classes that touch would look alike, the smaller one takes another shade, or
-    another colour if its name says none; a class that says none gives way to those that do.
+    `class_colours`. If two adjacent classes would look alike, the smaller one gets another shade, or another
+    colour if its name has no colour word. A class without a colour word is changed before one with it.
 
     Args:
         classes: the class names.
@@ -120,7 +120,7 @@ def colours_for(
 
 
 def palette(classes: Sequence[str]) -> Colours:
-    """Colours of classes that are the same over every picture, uint8 `[T, 3]`."""
+    """Return colours of classes that are the same for every picture, uint8 `[T, 3]`."""
     return _by_name(classes)[0]
 
 

@@ -28,7 +28,7 @@ class Labelled:
         labels: indices into `classes` `[H, W]`; negative ones belong to no class.
         classes: the class names.
         file_name: the picture's.
-        mark: the value of the mark that tells whose result it is.
+        mark: the value of the mark that identifies the picture of the result.
     """
 
     labels: NDArray[np.integer]
@@ -46,9 +46,9 @@ class Format:
     """Writer of a result's file, or folder of files.
 
     Attributes:
-        suffix: of its name, after the stem.
+        suffix: end of its name, after the stem.
         write: writes it to a path.
-        check: raises if it cannot be written for so many classes.
+        check: raises if it cannot be written for a number of classes.
     """
 
     suffix: str
@@ -60,7 +60,7 @@ def check_formats(names: Sequence[str], classes: int) -> None:
     """Check that results can be written in formats.
 
     Raises:
-        InputError: if there is no such format, or it does not hold so many classes.
+        InputError: if there is no such format, or it cannot hold this many classes.
         MissingPackageError: if it needs a package that is not installed.
     """
     for name in names:
@@ -72,7 +72,9 @@ def check_formats(names: Sequence[str], classes: int) -> None:
 def _write_palette(path: Path, labelled: Labelled) -> None:
     labels = labelled.labels
     if (labels < 0).any() and len(labelled.classes) > UNLABELLED:
-        raise InputError(f"formats: palette: {len(labelled.classes)} classes leave no index for none of them")
+        raise InputError(
+            f"formats: palette: {len(labelled.classes)} classes leave no index for pixels of none"
+        )
     picture = Image.fromarray(np.where(labels < 0, UNLABELLED, labels).astype(np.uint8))
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(labelled.classes)] = palette(labelled.classes)

@@ -1,8 +1,8 @@
 """Names in any script, drawn with fonts that have their characters.
 
-A name is drawn in one font if one has all of it, else piece by piece. Fonts are asked in this order: Pillow's
-own for ASCII, matplotlib's DejaVu Sans (Latin, Greek, Cyrillic and more), those of the system. What none of
-them has is written as an escape, never as a box.
+A name is drawn in one font if possible, otherwise in several. Fonts are tried in this order: Pillow's own for
+ASCII, matplotlib's DejaVu Sans (Latin, Greek, Cyrillic and more), those of the system. Characters that no
+font has are written as escapes, never as boxes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Piece = tuple[str, str | None]  # text, and the file of its font; None for Pillow's own
 
-PREFIX = 400  # characters of a name that are looked at: far more than the widest legend shows
+PREFIX = 400  # characters of a name that are used: far more than the widest legend shows
 MARKS = 8  # combining characters that are kept on one letter
 _SUFFIXES = (".ttf", ".otf", ".ttc")
 _SYSTEM_FOLDERS = {
@@ -40,7 +40,7 @@ _NEVER = ("lastresort", "last-resort", "emoji", "adobeblank", "notdef")
 
 
 def text_width(text: str, size: int) -> float:
-    """The width of a text in pixels."""
+    """Return the width of a text in pixels."""
     return sum(_font(path, size).getlength(piece) for piece, path in _pieces(text))
 
 
@@ -90,7 +90,7 @@ def _pieces(text: str) -> tuple[Piece, ...]:
 
 
 def _letters(text: str) -> Iterator[str]:
-    """Characters with the marks that belong to them; what is invisible by itself is left out."""
+    """Yield characters with their marks; those that are invisible are skipped."""
     letter = ""
     for character in text:
         category = unicodedata.category(character)
@@ -165,7 +165,7 @@ def _is_usable(path: str) -> bool:
         return False
     try:
         _face(path)
-    except Exception:  # damaged files raise whatever the library stumbles over
+    except Exception:  # damaged files raise errors of many types
         return False
     return True
 

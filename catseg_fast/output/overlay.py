@@ -20,11 +20,11 @@ _OUTLINE = (190, 190, 196)
 _SMALLEST_SIDE = 360  # with a legend, smaller pictures are enlarged by a whole number
 _SMALLEST_FONT = 13
 _LONGEST_NAME = 12  # in ems
-UNLABELLED_VALUE = 65535  # of the label -1 in 16 bits
+UNLABELLED_VALUE = 65535  # stands for the label -1 in 16 bits
 
 
 def class_shares(labels: Tensor, count: int) -> Tensor:
-    """The share of the pixels of `labels` [H, W] that each of `count` classes has: float64 `[count]`.
+    """Return the share of the pixels of `labels` [H, W] of each of `count` classes: float64 `[count]`.
 
     Pixels with the label -1 have no class: the shares then add up to less than 1.
 
@@ -55,15 +55,15 @@ def overlay(
     colours: Colours | None = None,
     present: float = 0.0,
 ) -> Image.Image:
-    """Blend the classes' colours over an image and list the classes present beside it.
+    """Blend the classes' colours over an image, and list the present classes beside it.
 
-    Where no class fits, the image stays as it is.
+    Where no class fits, the image is unchanged.
 
     Args:
         image: `[3, H, W]`, RGB in 0..255.
         labels: integers `[H, W]`, indices into `classes`; -1 where no class fits.
         classes: class names.
-        alpha: share of the colours, 0 (the image alone) to 1 (the colours alone).
+        alpha: share of the colours, 0 (only the image) to 1 (only the colours).
         legend: whether to add the panel; small pictures are then enlarged to go with its text.
         max_legend: classes in the legend, those with the largest areas; the rest is summed up.
         colours: of the classes, uint8 `[T, 3]`; by default those that `colours_for` chooses for this picture.
@@ -109,7 +109,7 @@ def overlay(
 
 
 def label_png(labels: Tensor) -> Image.Image:
-    """The label map `[H, W]` as a 16-bit grey image: vocabularies pass 255. The label -1 is stored as 65535.
+    """Return the label map `[H, W]` as a 16-bit grey image; the label -1 is stored as 65535.
 
     Raises:
         InputError: if a label does not fit 16 bits.

@@ -1,8 +1,8 @@
-"""Whose a file in an output folder is: a result of this picture, of another picture, or not of this package.
+"""Owners of files in an output folder: this picture, another picture, or not this package.
 
 A result's JSON file has an "identity": the picture's place and content, and the content of its other files.
-These have a mark with the picture's place, so that they are known when a run was killed before the JSON file,
-which is removed first and written last.
+These have a mark with the picture's place, so that they are recognised if a run was killed before it wrote
+the JSON file, which is removed first and written last.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from catseg_fast.files import read_text
 from catseg_fast.identity import content_digest, place_digest, place_of, read_mark, read_png_mark
 
 PNG_SUFFIXES = (".overlay.png", ".labels.png")
-# What is also written if asked for, as of `catseg_fast.output.formats`; the masks are a folder.
+# Optional files (`catseg_fast.output.formats`); the masks are a folder.
 FORMAT_SUFFIXES = (".palette.png", ".masks", ".coco-rle.json", ".coco-polygons.json", ".top.npz")
 VIDEO_SUFFIXES = (".overlay.mp4", ".labels")  # the labels are a folder of frames
 TILED_SUFFIXES = (".overlay.png", ".labels.tif")  # of a picture that was segmented in tiles
-OTHER_SUFFIXES = (*FORMAT_SUFFIXES, *VIDEO_SUFFIXES, ".labels.tif")  # what not every result has
+OTHER_SUFFIXES = (*FORMAT_SUFFIXES, *VIDEO_SUFFIXES, ".labels.tif")  # files that not every result has
 
 
 class Owner(Enum):
-    """Whose the files of a stem are."""
+    """Owner of the files of a stem."""
 
     NOBODY = auto()  # there are none
     THIS_PICTURE = auto()
@@ -35,12 +35,12 @@ class Owner(Enum):
 
 
 def owner_of(folder: Path, stem: str, picture: Path | None) -> Owner:
-    """Whose `stem`.json, `stem`.overlay.png, `stem`.labels.png and files of other formats in `folder` are.
+    """Return the owner of `stem`.json, `stem`.overlay.png, `stem`.labels.png and other formats' files.
 
     Args:
-        folder: of results.
-        stem: of their names.
-        picture: that the question is about; with None, results of any picture are this picture's.
+        folder: folder of the results.
+        stem: stem of their names.
+        picture: the picture in question; with None, results of any picture are this picture's.
     """
     result = folder / f"{stem}.json"
     images = [path for suffix in PNG_SUFFIXES if os.path.lexists(path := folder / (stem + suffix))]
@@ -69,7 +69,7 @@ def owner_of(folder: Path, stem: str, picture: Path | None) -> Owner:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The content of a result's JSON file; None if it is anything else, or cannot be read."""
+    """Return the content of a result's JSON file; None for other files, or if it cannot be read."""
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
@@ -112,7 +112,7 @@ def is_result(path: Path) -> bool:
 
 
 def _is_empty(path: Path) -> bool:
-    """Files can be left empty when the power fails, and folders when a run is killed."""
+    """Check for an empty file, as after a power failure, or an empty folder, as of a killed run."""
     if path.is_dir():
         return not any(path.iterdir())
     return path.is_file() and path.stat().st_size == 0

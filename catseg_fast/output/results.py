@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def summarise(segmentation: Segmentation) -> list[dict[str, Any]]:
-    """Each class's index, name, share of the pixels and mean score there (None without pixels).
+    """Return each class's index, name, share of the pixels and mean score there (None without pixels).
 
-    With `min_score`, the last entry has the index -1 and is of the pixels that no class fits; its mean score
-    is that of their best classes.
+    With `min_score`, the last entry, with the index -1, is for pixels that no class fits; its mean score is
+    that of their best classes.
     """
     classes, labels, scores = segmentation.classes, segmentation.labels, segmentation.scores
     shares = class_shares(labels, len(classes))
@@ -67,26 +67,26 @@ def save_segmentation(
 
     With `top_labels`, `stem`.top.npz is also written.
 
-    The JSON file is removed first and written last. It vouches for the others by their content, so that a
-    result that was interrupted is never taken for a complete one. Files of earlier results in formats that
-    are not written now are removed.
+    The JSON file is removed first and written last. It has digests of the other files, so that an interrupted
+    result is never mistaken for a complete one. Files of earlier results in formats that are not written now
+    are removed.
 
     Args:
-        folder: where to; it is made if need be.
-        stem: how the files' names start.
+        folder: folder of the files, made if necessary.
+        stem: start of the files' names.
         image: `[3, H, W]`, RGB in 0..255; or a function that reads it when its turn comes.
         segmentation: the image's.
         about: further entries at the head of the JSON file.
         alpha: share of the colours in the overlay.
         picture: the file that `image` was read from; only results of the same file are replaced.
-        digest: of its content, as of `catseg_fast.identity.content_digest`.
+        digest: digest of its content, by `catseg_fast.identity.content_digest`.
         formats: names of other formats, of `catseg_fast.output.formats.FORMATS`.
-        present: least share of the pixels of a class in the legend and the JSON file; by default, all
-            classes that occur.
+        present: smallest share of the pixels for a class to be in the legend and the JSON file; by default,
+            all classes that occur.
         summary: what `summarise` says of the segmentation, whose scores are then not looked at.
 
     Returns:
-        The classes in the JSON file, as of `summarise`.
+        The classes in the JSON file, by `summarise`.
 
     Raises:
         OSError: if writing fails; FileExistsError if a file is there that is not a result of this picture.
@@ -187,5 +187,5 @@ def require_ours(folder: Path, stem: str, picture: Path | None) -> None:
         suffixes = (*PNG_SUFFIXES, ".json", *OTHER_SUFFIXES)
         names = ", ".join(stem + suffix for suffix in suffixes)
         raise FileExistsError(
-            f"{folder}: one of {names} is there and is not a result of catseg-fast; it is not replaced"
+            f"{folder}: one of {names} exists and is not a result of catseg-fast; it is not replaced"
         )

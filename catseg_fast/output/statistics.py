@@ -35,7 +35,7 @@ def check_target(path: Path) -> None:
                 f"{path}: Parquet needs pyarrow: pip install 'catseg-fast[batch]'; a .json file needs nothing"
             ) from None
     if os.path.lexists(path) and not _is_statistics(path):
-        raise FileExistsError(f"{path} is there and does not hold statistics; choose another file")
+        raise FileExistsError(f"{path} exists and does not hold statistics; choose another file")
 
 
 def _is_statistics(path: Path) -> bool:
@@ -48,12 +48,12 @@ def _is_statistics(path: Path) -> bool:
         with open_regular(path) as file:
             start, row = file.readline(), file.readline(2**20).strip()
         return start == b"[\n" and (row == b"]" or json.loads(row.removesuffix(b",")).keys() == COLUMNS)
-    except Exception:  # damaged files raise whatever the format's reader stumbles over
+    except Exception:  # damaged files raise errors of many types
         return False
 
 
 def write_statistics(path: Path, results: Iterable[Path]) -> int:
-    """Write what `results`, the pictures' JSON files, say; whole, or not at all. Returns the number of rows.
+    """Write the statistics of `results`, the pictures' JSON files, atomically; return the number of rows.
 
     Columns: image, width, height, index, class, pixels, share (of the picture's pixels), mean_score.
     """

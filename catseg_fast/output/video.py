@@ -18,10 +18,10 @@ class VideoWriter:
     """Encodes pictures as an MP4 file, H.264 where PyAV has it; `close` completes the file.
 
     Args:
-        path: where to.
+        path: the file.
         size: (height, width) of all pictures.
-        rate: pictures per second, for players that go by it; each is shown at its own time.
-        mark: the value of the mark that tells whose result the file is.
+        rate: pictures per second, for players that use it; each picture is shown at its own time.
+        mark: the value of the mark that identifies the picture of the result.
     """
 
     def __init__(self, path: Path, size: tuple[int, int], rate: Fraction, mark: str) -> None:
@@ -53,7 +53,7 @@ class VideoWriter:
         self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        """Write what is still held back, and the file's index."""
+        """Write buffered frames, and the file's index."""
         try:
             if self._last >= 0:
                 self._container.mux(self._stream.encode(None))

@@ -69,7 +69,7 @@ class ReadyList:
 
 
 def ready_list(name: str) -> ReadyList:
-    """Return a list by its name, whatever its case.
+    """Return a list by its name, in any case.
 
     Raises:
         InputError: if it is not one of `READY_LISTS`.
@@ -108,7 +108,7 @@ def read_classes(path: Path) -> Names:
 
     Raises:
         OSError: if the file cannot be read.
-        InputError: if it is of another kind, damaged, or empty, or no regular file.
+        InputError: if it is of another kind, damaged or empty, or not a regular file.
     """
     suffix = path.suffix.lower()
     if suffix not in (".txt", ".json"):

@@ -154,7 +154,7 @@ def _digest(ids: Tensor) -> str:
 
 
 def _groups(tokens: dict[str, Tensor], texts: int | None) -> list[list[str]]:
-    """The names in groups of about so many texts, at least one class in each; in one for None."""
+    """Return the names in groups of about `texts` texts, with at least one class; None for a single group."""
     groups: list[list[str]] = []
     count = 0
     for name, ids in tokens.items():

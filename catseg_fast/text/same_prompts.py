@@ -8,7 +8,7 @@ from math import gcd
 
 from catseg_fast.config import Version
 from catseg_fast.errors import quoted
-from catseg_fast.notices import warn
+from catseg_fast.text.notices import warn
 from catseg_fast.text.tokens import tokenize_classes
 
 LISTED = 20

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from catseg_fast._version import __version__
@@ -18,6 +19,7 @@ from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 
 KEPT = 2
+TRAINING = "catseg-fast train"  # in the weights' metadata
 
 
 class Checkpoints:
@@ -42,14 +44,18 @@ class Checkpoints:
 
         Raises:
             OSError: if it cannot be written, for example because the disk is full; earlier checkpoints
-            remain.
+                remain.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step)
         write_torch_file(path, content)
+        self.prune()
+        return path
+
+    def prune(self) -> None:
+        """Remove all but the last checkpoints; a run that was killed may have left one more."""
         for old in self.steps()[:-KEPT]:
             self.path(old).unlink(missing_ok=True)
-        return path
 
     def load(self) -> dict[str, Any] | None:
         """Return the last checkpoint that can be read, on the CPU; None if there is none.
@@ -78,6 +84,15 @@ class Checkpoints:
             self.path(step).unlink()
 
 
+def is_exported(path: Path) -> bool:
+    """Check whether a file is one that `export` has written."""
+    try:
+        with safe_open(path, "pt") as file:
+            return bool((file.metadata() or {}).get("written_by") == TRAINING)
+    except (OSError, SafetensorError):
+        return False
+
+
 def export(state_dict: Mapping[str, Tensor], path: Path, dtype: torch.dtype, variant: str) -> None:
     """Write weights as safetensors under upstream's keys, with floating-point numbers in `dtype`.
 
@@ -88,5 +103,5 @@ def export(state_dict: Mapping[str, Tensor], path: Path, dtype: torch.dtype, var
         key: value.to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
         for key, value in state_dict.items()
     }
-    metadata = {"format": "pt", "variant": variant, "catseg_fast": __version__}
+    metadata = {"format": "pt", "variant": variant, "catseg_fast": __version__, "written_by": TRAINING}
     write_weights(path, tensors, metadata)

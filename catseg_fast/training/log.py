@@ -6,9 +6,19 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from catseg_fast.files import replacing
+from catseg_fast.files import open_regular, replacing
 
 LOG = "log.jsonl"
+
+
+def is_log(path: Path) -> bool:
+    """Check whether a file is empty, or starts as the log of a run does, whole or cut."""
+    start = b'{"step": '
+    try:
+        with open_regular(path) as file:
+            return start.startswith(file.read(len(start)))
+    except (OSError, ValueError):
+        return False
 
 
 class Log:

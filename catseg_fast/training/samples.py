@@ -1,7 +1,7 @@
 """Samples of a run: an endless shuffled stream of crops, with random access to any step.
 
-Everything follows from the recipe's seed and a crop's position in the stream, so that a run that goes on
-after an interruption sees what it would have seen, whatever the number of workers.
+Everything follows from the recipe's seed and a crop's position in the stream, so that a run that continues
+after an interruption sees the same samples, for any number of workers.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ JOINT, SPLIT = "attn.in_proj_weight", tuple(f"attn.{part}_proj_weight" for part 
 
 
 def load_start(model: CATSeg, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Copy a checkpoint into a model, all of it or its CLIP alone; names and shapes must agree.
+    """Copy a checkpoint into a model, all of it or only its CLIP; names and shapes must agree.
 
     Args:
         model: on any device.

@@ -162,6 +162,8 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
+        if self.processes.first:
+            self.checkpoints.prune()
         self.processes.barrier()
 
     def export(self, dtype: torch.dtype) -> Path:

@@ -290,6 +290,12 @@ def counted(self: Any, own: Any, *arguments: Any) -> Tensor:
     return answer
 
 
+def patch_class(a: Any) -> None:
+    """Replace a method of an aggregator's class, which no other aggregator has."""
+    *_, kind = (kind for kind in type(a).__mro__ if kind.__name__ == "Patched")  # not the engine's, before it
+    kind.conv_decoder = lambda self, x, g, own=kind.conv_decoder: -own(self, x, g)  # type: ignore[attr-defined]
+
+
 def replace_weights(a: Any) -> None:
     state = {name: 1.1 * x if x.is_floating_point() else x for name, x in a.state_dict().items()}
     state = {name: a.state_dict()[name] if name.endswith("attn_mask") else x for name, x in state.items()}
@@ -327,6 +333,7 @@ LATER: dict[str, Alteration] = {
     "a module replaced": lambda a: setattr(a, "head", nn.Conv2d(16, 1, 3, padding=1)),
     "a bias removed": lambda a: setattr(a.head, "bias", None),
     "another class": lambda a: override(first_block(a), finish=lambda self, own, x: own(self, x) + x),
+    "a method of the class": lambda a: patch_class(a),
     "forward": lambda a: setattr(classes_of(a).attention, "forward", lambda x, g: 0.5 * x),
     "layers": lambda a: a.layers.append(a.layers[0]),
     "pruned": lambda a: prune.l1_unstructured(first_block(a).mlp.fc1, "weight", 0.5),
@@ -336,6 +343,7 @@ LATER: dict[str, Alteration] = {
     "an opened gate": lambda a: first_block(a).gate.fill_(0.5),
 }
 BEFORE: dict[str, Alteration] = {
+    "a method of the class": lambda a: setattr(a, "__class__", type("Patched", (type(a),), {})),
     "a filled buffer": lambda a: buffer(a, 1.0),
     "an opened gate": lambda a: gate(a, 0.0),
 }

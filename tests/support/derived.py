@@ -77,7 +77,7 @@ class OtherCostVolume(Aggregator):
 
 
 class TemperatureAdapter(Adapter):
-    """Of `WithTemperature`."""
+    """Adapter of `WithTemperature`."""
 
     def inputs(
         self, aggregator: nn.Module, image: Tensor, text: Tensor, guidance: Any, temperature: float
@@ -94,7 +94,7 @@ class TemperatureAdapter(Adapter):
 
 
 class RotatedAdapter(Adapter):
-    """Of `RotatedMaps`, with one prompt per class and two maps."""
+    """Adapter of `RotatedMaps`, with one prompt per class and two maps."""
 
     prompts = 1
 

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 
+from catseg_fast.checkpoints.hub import BUNDLED
 from catseg_fast.checkpoints.stand_ins import FUNCTIONS, NAMES
 
 Case = tuple[str, bytes]  # what it is, and the file
@@ -231,13 +233,26 @@ def valid_files(folder: Path) -> dict[str, bytes]:
         "b": torch.tensor([True, False]),
         "c": torch.ones(3).half(),
     }
-    files = {"safetensors": save(content)}
     arrays = {"a": np.arange(6.0), "b": np.arange(4, dtype=">i2"), "step": np.float64(1)}
+    with safe_open(BUNDLED["demo"], "pt") as file:
+        weights = {key: torch.full((2, 3), float(index)) for index, key in enumerate(file.keys())}
+    upstream = {
+        "model": weights,
+        "optimizer": {
+            "state": {index: {"step": 3.0, "exp_avg": torch.zeros(2)} for index in range(20)},
+            "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999), "params": list(range(20))}],
+        },
+        "scheduler": {"last_epoch": 79_999, "base_lrs": [1e-4], "_last_lr": [0.0]},
+        "iteration": 79_999,
+    }
     writers: dict[str, Callable[[Path], None]] = {
+        "upstream": lambda path: torch.save(upstream, path),
+        "upstream, older": lambda path: torch.save(upstream, path, _use_new_zipfile_serialization=False),
         "zip": lambda path: torch.save({"model": content, "step": 3}, path),
         "older": lambda path: torch.save({"model": content}, path, _use_new_zipfile_serialization=False),
         "numpy": lambda path: torch.save(arrays, path),
     }
+    files = {"safetensors": save(content), "upstream, safetensors": save(weights)}
     for label, write in writers.items():
         path = folder / f"valid-{label}.pth"
         write(path)

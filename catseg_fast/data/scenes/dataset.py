@@ -90,7 +90,7 @@ def write_dataset(
 ) -> None:  # fmt: skip
     """Write scenes as `images/`, `annotations/` and `classes.json`; what is there already stays.
 
-    Each scene depends on split, seed, size and its own number alone.
+    Each scene only depends on split, seed, size and its own number.
 
     Args:
         folder: is made if need be.
@@ -116,7 +116,6 @@ def write_dataset(
             if other := next((folder / name).iterdir(), None):
                 raise FileExistsError(f"{other} is not of generated scenes; choose another folder")
     _write_once(folder / "scenes.json", {"split": split, "seed": seed, "size": list(size)})
-    _write_once(folder / "classes.json", SPLITS[split].class_names)
     missing = [n for n in range(count) if not (folder / "annotations" / f"{n:06}.png").exists()]
     draw = partial(_write_scene, folder, split, seed, size)
     for _ in range(count - len(missing)):
@@ -124,6 +123,8 @@ def write_dataset(
     with ProcessPoolExecutor(processes) as pool:
         for _ in pool.map(draw, missing, chunksize=4):
             advance()
+    # Last, as without it nothing reads the folder.
+    _write_once(folder / "classes.json", SPLITS[split].class_names)
 
 
 def _write_scene(folder: Path, split: str, seed: int, size: tuple[int, int], number: int) -> None:

@@ -30,7 +30,7 @@ Size = tuple[int, int]
 class ModelGraphs:
     """`CATSeg.segment` for pictures of some sizes, one recording each; `CATSeg.cuda_graph` makes it.
 
-    Classes, weights and settings are those of the time of recording: a call after a change raises.
+    Classes, weights and settings are those of the recording: a call after a change raises an error.
 
     Args:
         model: in evaluation mode.
@@ -65,18 +65,18 @@ class ModelGraphs:
 
     @property
     def sizes(self) -> list[Size]:
-        """The (height, width) that were recorded."""
+        """The recorded (height, width)."""
         return list(self._recordings)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def __call__(self, image: ImageLike) -> Segmentation | Tensor:
-        """The segmentation of a picture of a recorded size, or its probabilities `[T, H, W]` on the device.
+        """Return the segmentation of a picture of a recorded size, or its probabilities `[T, H, W]`.
 
-        What overflows fp16 is computed again without the recording, in bf16 and with a warning.
+        A call that overflows fp16 is computed again without the recording, in bf16 and with a warning.
 
         Raises:
             RunError: if classes, weights or settings have changed since the recording.
-            InputError: if the picture has another size; as `CATSeg.segment`.
+            InputError: if the picture has another size; otherwise as in `CATSeg.segment`.
         """
         pixels = load_image(image, max_pixels=self.model.max_pixels)
         size = (pixels.shape[1], pixels.shape[2])
@@ -103,7 +103,7 @@ class ModelGraphs:
         return segmentation
 
     def _record(self, size: Size, record: Callable[[Callable[[], Any]], Callable[[], Any]]) -> Any:
-        """The buffer that the pixels go to, and what replays the call on it."""
+        """Return the buffer for the pixels, and the replay of the call on it."""
         model, buffer = self.model, torch.zeros(3, *size, device=self.model.device)
         crops = model.window.count if self.sliding_window else 1
         total = len(model.classes)
@@ -123,7 +123,7 @@ class ModelGraphs:
         return Readout(size, self.model.window if self.sliding_window else None)
 
     def _read_out(self, pixels: Tensor, schedule: Schedule | None = None, checked: bool = True) -> Any:
-        """The target that the picture's logits were read out into."""
+        """Read the picture's logits out, and return the target."""
         model, size = self.model, (pixels.shape[1], pixels.shape[2])
         target: Probabilities | LabelMap = LabelMap(size, model.device)
         if self.probabilities:

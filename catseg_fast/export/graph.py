@@ -29,8 +29,8 @@ from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
 from catseg_fast.errors import InputError
+from catseg_fast.export.target import FORMAT, check_target
 from catseg_fast.files import temporary_folder
-from catseg_fast.onnx_target import check_target
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
 if TYPE_CHECKING:
@@ -119,12 +119,12 @@ def export_onnx(
     crops: int = 1,
     begin: Callable[[str], object] = lambda stage: None,
 ) -> list[Path]:
-    """Write the model as ONNX, with what is needed to use it beside it; all of it, or nothing.
+    """Write the model as ONNX, with the files that are needed to use it; all of them, or nothing.
 
     Args:
         model: in evaluation mode, in fp32; its classes become the vocabulary that comes with it.
-        path: the .onnx file. Beside it come NAME.json, which tells inputs, outputs and how to go on, and
-            NAME.classes.npz with the classes' names and text features; where weights near 2 GB,
+        path: the .onnx file. Next to it are NAME.json, which describes inputs, outputs and the next steps,
+            NAME.classes.npz with the classes' names and text features, and, if the weights are near 2 GB,
             NAME.onnx.data.
         crops: images B of a call.
         begin: called with the name of each stage at its start.
@@ -135,6 +135,7 @@ def export_onnx(
     Raises:
         FileNotFoundError, ValueError: if the path has no folder or another suffix, or the model is not in
             evaluation mode and fp32.
+        FileExistsError: if a file beside the .onnx would be replaced that is not of an earlier export.
         ImportError: if onnx or onnxscript is missing (`pip install "catseg-fast[export]"`).
     """
     path = check_target(path)
@@ -157,8 +158,11 @@ def export_onnx(
         np.savez(folder / f"{path.stem}.classes.npz", classes=np.array(model.classes), text_features=text)
         card = json.dumps(describe(model, path, crops), indent=2, ensure_ascii=False) + "\n"
         (folder / f"{path.stem}.json").write_text(card, encoding="utf-8", errors="backslashreplace")
-        names = sorted((file.name for file in folder.iterdir()), key=lambda name: name == path.name)
-        for name in names:  # the model itself last
+        # The card tells whose files these are. The model vouches for them: it is removed first, written last.
+        order = {f"{path.stem}.json": 0, path.name: 2}
+        names = sorted((file.name for file in folder.iterdir()), key=lambda name: order.get(name, 1))
+        path.unlink(missing_ok=True)
+        for name in names:
             os.replace(folder / name, path.with_name(name))
     return [path.with_name(name) for name in reversed(names)]
 
@@ -186,7 +190,7 @@ def describe(model: CATSeg, path: Path, crops: int) -> dict[str, Any]:
     window, side = model.window, 4 * model.variant.feature_resolution[0]
     text = f"[classes, {len(model.templates)}, {model.variant.clip.embed_dim}]"
     return {
-        "format": "catseg-fast onnx 1",
+        "format": f"{FORMAT} 1",
         "catseg_fast": __version__,
         "variant": model.variant.name,
         "model": path.name,
