@@ -23,6 +23,7 @@ CROP_SIZE = 384
 OVERLAP = 0.333
 SLIDING_RESOLUTION = (640, 640)
 IGNORE_LABEL = 255
+MAX_PIXELS = 200_000_000  # of a picture's file, unless the caller allows more
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from catseg_fast.checkpoints.checkpoint import (
     recognise_variant,
     resolve,
 )
-from catseg_fast.config import Variant, get_variant
+from catseg_fast.config import MAX_PIXELS, Variant, get_variant
 from catseg_fast.console import late_progress
 from catseg_fast.engine.class_parallel import SOFTMAX, ClassShare
 from catseg_fast.engine.engine import Engine
@@ -31,10 +31,10 @@ from catseg_fast.engine.precision import text_dtype
 from catseg_fast.engine.recording import AFTER, Recorder
 from catseg_fast.engine.terms import VocabularyTerms
 from catseg_fast.errors import InputError, RunError
-from catseg_fast.inference.encoding import EncodedImage, encode
+from catseg_fast.inference.encoding import LARGE_PIXELS, EncodedImage, encode
 from catseg_fast.inference.explain import explain
 from catseg_fast.inference.graphs import ModelGraphs
-from catseg_fast.inference.images import ImageLike, load_image
+from catseg_fast.inference.images import ImageLike, as_floats, check_max_pixels, load_image, load_pixels
 from catseg_fast.inference.readout import (
     Probabilities,
     Readout,
@@ -67,6 +67,7 @@ class CATSeg(reference_model.CATSeg):
             free. `engine` has further settings.
         text_cache: True to keep text features in the user's cache folder, so that the next start with the
             same classes encodes none; False for not; another folder; or a `FeaturesCache` with its own limit.
+        max_pixels: most pixels of a picture's file, looked up before it is decoded; None for no limit.
         **kwargs: further arguments of `catseg_fast.reference.model.CATSeg`.
     """
 
@@ -82,13 +83,14 @@ class CATSeg(reference_model.CATSeg):
         max_classes: int | Literal["upstream"] | None = "upstream",
         memory_budget: int | str | None = None,
         text_cache: bool | str | os.PathLike[str] | FeaturesCache = True,
+        max_pixels: int | None = MAX_PIXELS,
         **kwargs: Any,
     ) -> None:
         names, fold = (None, None) if classes is None else split_fold(classes)
         super().__init__(variant, names, **kwargs)
         self._fold = fold
         self.text_encoder = TextEncoder(FeaturesCache.of(text_cache))
-        self.backend = backend
+        self.backend, self.max_pixels = backend, check_max_pixels(max_pixels)
         if max_classes != "upstream":
             self.max_classes = max_classes
         self.engine.memory_budget = memory_budget
@@ -359,10 +361,10 @@ class CATSeg(reference_model.CATSeg):
             overlap: pixels that a tile shares with the next one; by default an eighth.
 
         Raises:
-            FileNotFoundError, TypeError, ValueError: if the image cannot be read or is none, it was encoded
-                otherwise, no classes are set, `top_k` is not positive, or `min_score` is not in 0..1;
-                or if tiles are smaller than the model's window, overlap by more than half, or come with an
-                encoded picture, `top_k` or `keep_logits`.
+            FileNotFoundError, TypeError, ValueError: if the image cannot be read, has more than `max_pixels`,
+                is none, or was encoded otherwise; if no classes are set, `top_k` is not positive, or
+                `min_score` is not in 0..1; or if tiles are smaller than the model's window, overlap by more
+                than half, or come with an encoded picture, `top_k` or `keep_logits`.
         """
         _check_min_score(min_score)
         if tiles is None and overlap is not None:
@@ -378,19 +380,23 @@ class CATSeg(reference_model.CATSeg):
         if tiles is not None:
             if isinstance(image, EncodedImage) or keep_logits or top_k is not None:
                 raise InputError("tiles: not with an encoded picture, top_k or keep_logits")
-            pixels = load_image(image)
+            pixels = load_image(image, max_pixels=self.max_pixels)
             tiled = segment_tiles(
                 self, pixels, tiles, overlap, sliding_window=sliding_window, min_score=min_score
             )  # fmt: skip
             return replace(tiled, image=kept_image(image, pixels))
         if isinstance(image, EncodedImage) or keep_logits:
             answer = label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
-        else:
-            sliding = self.sliding_window if sliding_window is None else sliding_window
-            pixels = load_image(image, device=self.device)
-            readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
+            return answer.with_min_score(min_score)
+        sliding = self.sliding_window if sliding_window is None else sliding_window
+        pixels = self._load(image)
+        readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
+        if pixels.dtype != torch.uint8:
             answer = replace(self._label(pixels, readout, top_k), image=kept_image(image, pixels))
-        return answer.with_min_score(min_score)
+            return answer.with_min_score(min_score)
+        encoded = replace(self._encode([pixels], [readout])[0], image=kept_image(image, pixels))
+        del pixels  # a large picture's, before the labels take as much memory
+        return label(self, [encoded], top_k)[0].with_min_score(min_score)
 
     def segment_batch(
         self,
@@ -479,6 +485,13 @@ class CATSeg(reference_model.CATSeg):
             else:
                 yield image, Readout(size, None, (height, width))
 
+    def _load(self, image: ImageLike) -> Tensor:
+        """A picture's pixels `[3, H, W]` on the device: floats, or bytes of a large one."""
+        pixels = load_pixels(image, max_pixels=self.max_pixels)
+        if pixels.dtype == torch.uint8 and pixels[0].numel() > LARGE_PIXELS:
+            return pixels.to(self.device)
+        return as_floats(pixels, self.device)
+
     def _encode_all(
         self, images: Sequence[ImageLike | EncodedImage], sliding_window: bool | None
     ) -> list[EncodedImage]:
@@ -489,7 +502,7 @@ class CATSeg(reference_model.CATSeg):
             if isinstance(image, EncodedImage):
                 image.check(self.aggregator.conv1.weight, sliding_window)
                 continue
-            pixels.append(load_image(image, device=self.device))
+            pixels.append(self._load(image))
             sources.append(kept_image(image, pixels[-1]))
             height, width = pixels[-1].shape[-2:]
             readouts.append(Readout((height, width), self.window if sliding else None))
@@ -502,7 +515,7 @@ class CATSeg(reference_model.CATSeg):
         share = self.engine.share
         if share is None:
             return encode(self, images, readouts)
-        pixels = [(image.shape, int(image.long().sum())) for image in images]
+        pixels = [(image.shape, _sum(image)) for image in images]
         with share.together(self.device, pixels, readouts):
             return encode(self, images, readouts)
 
@@ -517,6 +530,11 @@ class CATSeg(reference_model.CATSeg):
         if self._vocabulary is None or not all(map(operator.is_, self._vocabulary[0], key)):
             self._vocabulary = (key, self.engine.vocabulary(text[None], self.max_classes, plan))
         return self._vocabulary[1]
+
+
+def _sum(image: Tensor) -> int:
+    """The sum of an image's values, without a copy of all of them."""
+    return sum(int(part.long().sum()) for part in image.flatten().split(2**24))
 
 
 def _check_min_score(min_score: float | None) -> None:

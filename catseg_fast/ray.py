@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from catseg_fast.errors import InputError, InputTypeError, MissingPackageError
-from catseg_fast.inference.images import load_image
+from catseg_fast.inference.images import load_pixels
 from catseg_fast.labels import check_min_score
 from catseg_fast.model import CATSeg
 from catseg_fast.output.overlay import label_png
@@ -121,7 +121,7 @@ class _Segmenter:
             raise InputError(f"column: a row has {', '.join(row)}, not {column or ' or '.join(COLUMNS)}")
         kept = {name: value for name, value in row.items() if name != column or COLUMNS.get(name, True)}
         try:
-            image = load_image(row[column], column)
+            image = load_pixels(row[column], column, self.model.max_pixels)
         except (OSError, TypeError, ValueError) as error:
             if self.on_error == "raise":
                 raise

@@ -63,9 +63,13 @@ class SlidingWindow:
     def crops(self, image: Tensor) -> Tensor:
         """Return crops `[N + 1, 3, crop_size, crop_size]` of `image [3, H, W]`, the whole image last."""
         side = self.crop_size
-        resized = resize(image[None], self.resolution)[0]
+        return self.cut(resize(image[None], self.resolution)[0], resize(image[None], (side, side))[0])
+
+    def cut(self, resized: Tensor, whole: Tensor) -> Tensor:
+        """`crops` of an image that was resized to `resolution`, and to a crop's size."""
+        side = self.crop_size
         windows = [resized[:, top : top + side, left : left + side] for top, left in self.corners()]
-        return torch.stack([*windows, resize(image[None], (side, side))[0]])
+        return torch.stack([*windows, whole])
 
     def merge(self, logits: Tensor) -> Tensor:
         """Probabilities `[T, *resolution]` from the crops' `logits [N + 1, T, h, w]`.

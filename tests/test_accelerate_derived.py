@@ -129,7 +129,7 @@ class Failing(TemperatureAdapter):
         (Failing(), "the adapter's Failing.inputs fails: KeyError: 'image'"),
         (Adapter(), "the adapter's Adapter.example fails: NotImplementedError"),
     ],
-    ids=str,
+    ids=lambda x: type(x).__name__ if isinstance(x, Adapter) else x,
 )
 def test_wrong_adapters_are_refused(adapter: Adapter, reason: str) -> None:
     aggregator = make_aggregator(WithTemperature)

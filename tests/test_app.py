@@ -27,10 +27,13 @@ gradio = pytest.importorskip("gradio", reason="needs gradio: pip install 'catseg
 
 from catseg_fast.app.page import OWN, Page, build_page, serve  # noqa: E402
 from catseg_fast.app.viewer import heat_data, viewer_data  # noqa: E402
+from catseg_fast.app.visitors import Kept  # noqa: E402
 from catseg_fast.app.workbench import MAX_SIDE, Workbench, load_photo, read_names  # noqa: E402
 from catseg_fast.cli.app import check_free  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("app")
+
+VISITOR = gradio.Request(session_hash="a")
 
 STREET = Path(__file__).parent.parent / "examples" / "street.png"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -135,10 +138,11 @@ def test_heat_is_the_score_map(model: CATSeg, photo: Path) -> None:
 def test_pixels_with_a_low_score_are_shown_as_none(model: CATSeg, photo: Path) -> None:
     loaded, answer, _ = Workbench(model).segment(photo, CLASSES, sliding_window=False)
     page, least = Page(model), answer.scores.median().item()
-    assert page.view(None, least) is None
-    everything = page.view((loaded, answer), 0)
+    assert "classes" not in page.view(least, VISITOR)
+    page.visitors.put("a", Kept(loaded, answer))
+    everything = page.view(0, VISITOR)
     assert all(entry["colour"] for entry in everything["classes"])
-    view = page.view((loaded, answer), least)
+    view = page.view(least, VISITOR)
     *classes, none = view["classes"]
     below = answer.scores < least
     assert (none["index"], none["name"], none["colour"]) == (-1, "none of these", None)
@@ -153,12 +157,14 @@ def test_classes_with_several_names_are_those_that_are_shown(model: CATSeg, phot
     text, note = page.pick("pas-20b")
     assert text == "pas-20b"
     assert "MIT" in note
-    state, view, picker, *_ = page.segment(None, str(photo), text, "auto", "all", "whole")
-    assert state[1].classes[-1] == "background"
+    view, picker, *_ = page.segment(str(photo), text, "auto", "all", "whole", 0, VISITOR)
+    kept = page.visitors.get("a")
+    assert kept is not None
+    assert kept.segmentation.classes[-1] == "background"
     assert view["total"] == 21
     assert len(picker["choices"] if isinstance(picker, dict) else picker.choices) == 21
-    page.score_map(state, 20)
-    page.segment(state, str(photo), "sky; tree", "auto", "all", "whole")
+    page.score_map(20, VISITOR)
+    page.segment(str(photo), "sky; tree", "auto", "all", "whole", 0, VISITOR)
     assert model.fold is None
 
 
@@ -191,7 +197,7 @@ def test_names_and_lists(model: CATSeg) -> None:
 def test_errors_are_messages(model: CATSeg, photo: Path, path: str | None, text: str, message: str) -> None:
     path = str(photo) if path == "PHOTO" else path
     with pytest.raises(gradio.Error) as caught:
-        Page(model).segment(None, path, text, "auto", "all", "whole")
+        Page(model).segment(path, text, "auto", "all", "whole", 0, VISITOR)
     assert message in caught.value.message
 
 

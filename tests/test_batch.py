@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from catseg_fast import CATSeg
-from catseg_fast.cli.batch import Batch, Decoded, Outcome
+from catseg_fast.cli.batch import Batch, Decoded, Outcome, _Job
 from catseg_fast.cli.inputs import Picture, find_pictures
 from catseg_fast.cli.resume import fingerprint, finished
 from catseg_fast.errors import InputError
@@ -156,9 +156,9 @@ def test_decoding_runs_ahead_of_the_model(
     segment, save = CATSeg.segment, Batch._write
     calls: list[object] = []
 
-    def decode(self: Batch, picture: Picture) -> Decoded:
+    def decode(self: Batch, job: _Job) -> Decoded:
         read.release()
-        return Decoded(load_image(picture.path), None)
+        return Decoded(load_image(job.picture.path), None)
 
     def slow(self: CATSeg, image: torch.Tensor) -> object:
         calls.append(image)

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -318,3 +320,17 @@ def test_many_labels_of_one_class_as_upstreams_pascal_voc_with_background() -> N
         evaluate(Data(), lambda image: labels, fold=[])
     with pytest.raises(ValueError, match="labels: 58 is not one of 58 classes"):
         evaluate(Data(), lambda image: labels.clamp(min=58), fold=fold.owners[:-1])
+
+
+@torch.no_grad()
+def test_stages_whose_launches_are_prepared_together_are_recorded_one_by_one() -> None:
+    model = tiny_model(backend="torch")
+    stages = model.engine.stages(model.engine.plan())
+    together = SimpleNamespace(**vars(stages))  # functions of a module
+    together.repeats, together.as_one = True, lambda *_: pytest.fail("stages are called together")
+    with (
+        mock.patch.object(type(model.engine), "stages", return_value=together),
+        record_activations(model.engine) as largest,
+    ):
+        model.segment(picture(24, 36), sliding_window=False)
+    assert {"embed_cost_volume", "decode"} <= largest.keys()

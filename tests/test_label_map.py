@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from catseg_fast.inference.readout import LabelMap, Probabilities, Readout, TopClasses, reader
+from catseg_fast.inference.readout import (
+    READOUT_BYTES,
+    LabelMap,
+    Probabilities,
+    Readout,
+    TopClasses,
+    reader,
+)
 from catseg_fast.reference.inference import SlidingWindow, resize
+from support.live_bytes import LiveBytes
 
 SIZE = (13, 17)
 CPU = torch.device("cpu")
@@ -74,10 +82,10 @@ def test_a_chunk_that_comes_again_is_not_taken_in_twice(monkeypatch: pytest.Monk
     top = TopClasses(5, SIZE, CPU)
     update, calls = top.update, iter(range(100))
 
-    def failing(first: int, probabilities: Tensor) -> None:
+    def failing(first: int, probabilities: Tensor, rows: slice) -> None:
         if next(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        update(first, probabilities)
+        update(first, probabilities, rows)
 
     monkeypatch.setattr(top, "update", failing)
     consume = reader(Readout(SIZE), top)
@@ -87,6 +95,73 @@ def test_a_chunk_that_comes_again_is_not_taken_in_twice(monkeypatch: pytest.Monk
         consume(classes, logits[:, classes])
     expected = Readout(SIZE)(logits).argsort(dim=0, descending=True, stable=True)
     assert torch.equal(top.labels, expected.int())
+
+
+@pytest.mark.parametrize("visible", [None, (5, 4)])
+@pytest.mark.parametrize("window", [None, SlidingWindow(8, 0.25, (20, 26))])
+def test_strips_add_up_to_the_map(
+    window: SlidingWindow | None, visible: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any number of rows, for every target, and with all classes in one chunk or in several."""
+    size = (61, 47)
+    logits = torch.randn(1 if window is None else window.count, 7, 6, 6)
+    readout = Readout(size, window, visible if window is None else None)
+    whole = readout(logits)
+    for bytes_, strips in ((1, 61), (32 * 47 * 10, 7), (32 * 47 * 20, 4)):
+        monkeypatch.setattr("catseg_fast.inference.readout.READOUT_BYTES", bytes_)
+        assert len(readout.rows) == strips
+        targets = Probabilities(7, size, CPU), LabelMap(size, CPU), TopClasses(3, size, CPU)
+        for target in targets:
+            consume = reader(readout, target)
+            for classes in (slice(0, 2), slice(2, 7)):
+                consume(classes, logits[:, classes])
+        maps, best, top = targets
+        torch.testing.assert_close(maps.maps, whole, rtol=0, atol=1e-6)
+        assert torch.equal(best.labels, maps.maps.argmax(dim=0).int())
+        assert torch.equal(best.scores, maps.maps.amax(dim=0))
+        expected = whole.sort(dim=0, descending=True).values[:3]
+        torch.testing.assert_close(top.scores, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(whole.gather(0, top.labels.long()), expected, rtol=0, atol=1e-6)
+
+
+def test_strips_that_come_again_are_not_taken_in_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out between two strips of a class: those before it are not taken in again."""
+    monkeypatch.setattr("catseg_fast.inference.readout.READOUT_BYTES", 1)
+    logits = torch.randn(1, 5, 6, 6, generator=torch.Generator().manual_seed(1))
+    maps, taken = Probabilities(5, SIZE, CPU), []
+    update = maps.update
+
+    def failing(first: int, probabilities: Tensor, rows: slice) -> None:
+        if len(taken) == 2 * SIZE[0] + 3:  # the fourth row of the third class
+            taken.append(None)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        taken.append((first, rows.start))
+        update(first, probabilities, rows)
+
+    monkeypatch.setattr(maps, "update", failing)
+    consume = reader(Readout(SIZE), maps)
+    with pytest.raises(torch.OutOfMemoryError):
+        consume(slice(0, 4), logits[:, :4])
+    for classes in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        consume(classes, logits[:, classes])
+    taken.remove(None)
+    assert len(taken) == len(set(taken)) == 5 * SIZE[0]
+    torch.testing.assert_close(maps.maps, Readout(SIZE)(logits), rtol=0, atol=1e-6)
+
+
+def test_a_large_picture_takes_a_bounded_working_memory() -> None:
+    """Of 24 megapixels: above the answer, no more than `class_bytes`, which does not grow with them."""
+    size = (4000, 6000)
+    readout = Readout(size, SlidingWindow(8, 0.25, (20, 26)))
+    assert readout.window is not None
+    logits = torch.randn(readout.window.count, 3, 6, 6)
+    target = LabelMap(size, CPU)
+    consume = reader(readout, target)
+    with LiveBytes() as live:
+        consume(slice(0, 3), logits)
+    assert readout.class_bytes < READOUT_BYTES + 2**20
+    assert live.peak <= readout.class_bytes
+    assert len(readout.rows) > 10
 
 
 def test_small_images_show_a_part_of_the_map_as_upstream_does() -> None:

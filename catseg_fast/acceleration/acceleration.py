@@ -13,9 +13,9 @@ from typing_extensions import Self
 from catseg_fast.acceleration.adapted import AdaptedAggregator
 from catseg_fast.acceleration.adapters import Adapter
 from catseg_fast.acceleration.finding import find_aggregators, nearest_candidate
+from catseg_fast.acceleration.layers import Mismatch
 from catseg_fast.acceleration.part import Part
 from catseg_fast.acceleration.pieces import find_pieces
-from catseg_fast.acceleration.reading import Mismatch
 from catseg_fast.acceleration.swapping import install, is_accelerated, uninstall
 from catseg_fast.acceleration.whole import WholeAggregator
 from catseg_fast.aggregator import Aggregator

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from catseg_fast.acceleration import trial
 from catseg_fast.acceleration.adapters import Adapter
+from catseg_fast.acceleration.layers import Mismatch
 from catseg_fast.acceleration.part import Inputs
-from catseg_fast.acceleration.reading import Mismatch, read_aggregator
+from catseg_fast.acceleration.reading import read_aggregator
 from catseg_fast.acceleration.trial import Random, Resolution
 from catseg_fast.acceleration.whole import GuardedEngine, WholeAggregator, make_inputs, max_classes
 from catseg_fast.engine.streaming import Stream

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.acceleration.reading import Mismatch, unwrapped
+from catseg_fast.acceleration.layers import Mismatch, unwrapped
 from catseg_fast.reference.window_attention import shifted_window_mask
 
 LEAST_PAD_LEN = 4

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.acceleration.reading import WEIGHT_HOOKS
+from catseg_fast.acceleration.layers import WEIGHT_HOOKS
 
 TENSORS = ("_parameters", "_buffers")
 TABLES = ("_modules", "_forward_pre_hooks", "_forward_hooks")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from catseg_fast.acceleration.guards import Guard
-from catseg_fast.acceleration.reading import Mismatch
+from catseg_fast.acceleration.layers import Mismatch
 from catseg_fast.acceleration.swapping import base_of, own_code
 
 # Kinds of calls that are remembered.

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from catseg_fast.acceleration.guards import PART
-from catseg_fast.acceleration.reading import Mismatch
+from catseg_fast.acceleration.layers import Mismatch
 
 METHODS = ("forward", "conv_decoder")
 

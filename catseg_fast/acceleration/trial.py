@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from catseg_fast.acceleration.comparing import differs
 from catseg_fast.acceleration.copies import copy_for_trial, lower_pad_len, shrink
-from catseg_fast.acceleration.reading import Mismatch
+from catseg_fast.acceleration.layers import Mismatch
 from catseg_fast.acceleration.swapping import own_code
 
 CROPS = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,20 @@ from typing import Any
 import gradio as gr
 import numpy as np
 from PIL import Image
-from torch import OutOfMemoryError
+from starlette.middleware import Middleware
+from torch import OutOfMemoryError, Tensor
 
 from catseg_fast._version import __version__
+from catseg_fast.app.guard import Guard, others_wait
+from catseg_fast.app.jobs import Jobs, Stopped
+from catseg_fast.app.limits import Limits
 from catseg_fast.app.viewer import heat_data, report_html, viewer_data
-from catseg_fast.app.workbench import Loaded, Workbench, read_names
+from catseg_fast.app.visitors import Kept, Visitors
+from catseg_fast.app.workbench import Workbench, read_names
 from catseg_fast.console import stdout
 from catseg_fast.data.scenes import draw_scene
 from catseg_fast.data.scenes.words import HELD_OUT
-from catseg_fast.errors import CATSegError
+from catseg_fast.errors import CATSegError, InputError
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
 from catseg_fast.text.class_lists import DATA_SET_LISTS, ready_list, separator_notes
@@ -35,15 +41,42 @@ _FONTS = ["ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "sans
 _MONOSPACE = ["ui-monospace", "SF Mono", "Consolas", "DejaVu Sans Mono", "monospace"]
 
 
+def picture(**options: Any) -> gr.Image:
+    """Return a component for a picture that the visitor chooses; its value is the file as it was uploaded.
+
+    Gradio's component decodes the file, and writes it again in 8 bits. A subclass is no way out: Gradio
+    writes a stub file beside the module of each.
+
+    Args:
+        **options: of `gradio.Image`.
+    """
+    component = gr.Image(type="filepath", **options)
+    component.preprocess = lambda payload: payload.path if payload else None
+    return component
+
+
 class Page:
     """Handlers of the page's events.
 
-    A visitor's state is the encoded picture and the last segmentation. If vocabulary, back end or max_classes
-    change, the picture is not encoded again.
+    Of each visitor the encoded picture and the last segmentation are kept. If vocabulary, back end or
+    max_classes change, the picture is not encoded again.
+
+    Args:
+        model: of any classes.
+        limits: of what visitors may take.
+        others_wait: tells whether calls wait in the queue.
     """
 
-    def __init__(self, model: CATSeg) -> None:
-        self.bench = Workbench(model)
+    def __init__(
+        self,
+        model: CATSeg,
+        limits: Limits | None = None,
+        others_wait: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.bench = Workbench(model, self.limits.kept // 4)
+        self.visitors = Visitors(self.limits.visitors, self.limits.kept, HOUR)
+        self.jobs = Jobs(self.limits.seconds, self.limits.seconds_shared, others_wait)
 
     def pick(self, name: str) -> tuple[Any, str]:
         """Return a ready list for the text box (its names, or the list's name), and its source."""
@@ -57,81 +90,102 @@ class Page:
 
     def segment(
         self,
-        state: tuple[Loaded, Segmentation] | None,
         path: str | None,
         text: str,
         backend: str,
         limit: str,
         sliding: str,
-        min_score: float = 0.0,
+        min_score: float,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:
-        """Return the new state, the viewer's value, the choice of classes, no score map, and the report."""
+        """Return the viewer's value, the choice of classes, no score map, and the report."""
+        session = _session(request)
         if path is None:
             raise gr.Error("Drop a picture first.", print_exception=False)
         try:
             names = read_names(text)
+            if len(names) > self.limits.names:
+                raise InputError(f"classes: {len(names):,} names; this page takes {self.limits.names:,}")
             for note in separator_notes(names):
                 gr.Info(escape(note))
             progress(0, desc="Segmenting")
-            loaded, segmentation, report = self.bench.segment(
-                path,
-                names,
-                state and state[0],
-                backend=backend,
-                max_classes=None if limit == "all" else int(limit),
-                sliding_window=sliding == "crops",
-                progress=lambda done, total: progress((done, total), desc="Class names"),
-            )
-        except VISITOR_ERRORS as error:
+            before = self.visitors.get(session)
+            with self.jobs.running(session):
+                loaded, segmentation, report = self.bench.segment(
+                    path,
+                    names,
+                    before.loaded if before else None,
+                    backend=backend,
+                    max_classes=None if limit == "all" else int(limit),
+                    sliding_window=sliding == "crops",
+                    progress=lambda done, total: progress((done, total), desc="Class names"),
+                )
+        except (*VISITOR_ERRORS, Stopped) as error:
             raise gr.Error(escape(str(error)), print_exception=False) from error
-        state = (loaded, segmentation)
-        classes, view = segmentation.classes, self.view(state, min_score)
+        kept = self.visitors.put(session, Kept(loaded, segmentation))
+        classes, view = segmentation.classes, _view(loaded.photo, segmentation, min_score)
         found = [entry["index"] for entry in view["classes"] if entry["colour"]]
         rest = sorted(set(range(len(classes))) - set(found))
         choices = [(classes[index], index) for index in (*found, *rest)]
-        picker = gr.Dropdown(choices=choices, value=None, visible=True)
-        return state, view, picker, None, report_html(report)
+        has_scores = kept is not None and kept.segmentation.logits is not None
+        picker = gr.Dropdown(choices=choices, value=None, visible=has_scores)
+        return view, picker, None, report_html(report)
 
-    def view(self, state: tuple[Loaded, Segmentation] | None, min_score: float) -> Any:
+    def view(self, min_score: float, request: gr.Request) -> Any:
         """Return the viewer's value, in which pixels whose best class has a lower score have no class."""
-        if state is None:
-            return None
-        loaded, segmentation = state
-        return viewer_data(loaded.photo, segmentation.with_min_score(min_score or None))
+        kept = self.visitors.get(_session(request))
+        return _view(kept.loaded.photo, kept.segmentation, min_score) if kept else gr.skip()
 
-    def score_map(self, state: tuple[Loaded, Segmentation] | None, index: int | None) -> Any:
+    def score_map(self, index: int | None, request: gr.Request) -> Any:
         """Return the value of the score map's viewer for a class."""
-        if state is None or index is None:
+        if index is None:
             return None
-        loaded, segmentation = state
-        return heat_data(loaded.photo, segmentation, int(index))
+        kept = self.visitors.get(_session(request))
+        if kept is None:
+            raise gr.Error("Your last answer is no longer kept: segment again.", print_exception=False)
+        if kept.segmentation.logits is None:
+            raise gr.Error("Scores of so many classes are not kept.", print_exception=False)
+        return heat_data(kept.loaded.photo, kept.segmentation, int(index))
+
+    def leave(self, request: gr.Request) -> None:
+        """Stop the call of a visitor who has closed the page, and drop what is kept."""
+        self.jobs.stop(_session(request))
+        self.visitors.forget(_session(request))
 
     def pick_class(self, event: gr.EventData) -> int:
         """Return the class whose entry in the legend was clicked."""
         return int(event._data["index"])
 
 
-def build_page(model: CATSeg, untrained: bool = False, bundled: bool = False) -> gr.Blocks:
+class PageBlocks(gr.Blocks):
+    """The page's components, and what their events call."""
+
+    handlers: Page
+
+
+def build_page(
+    model: CATSeg, untrained: bool = False, bundled: bool = False, limits: Limits | None = None
+) -> PageBlocks:
     """Build the page for a model; it loads nothing from other servers.
 
     Args:
         model: with any classes, back end and `max_classes`; the last two are the page's defaults.
         untrained: warn that the labels mean nothing.
         bundled: say that the weights know generated scenes only.
+        limits: of what visitors may take.
     """
-    page = Page(model)
     scene, scene_names = example_scene()
-    with gr.Blocks(
+    with PageBlocks(
         title="catseg-fast", analytics_enabled=False, fill_width=True, delete_cache=(HOUR, HOUR)
     ) as blocks:
+        page = blocks.handlers = Page(model, limits, lambda: others_wait(blocks))
         gr.HTML(_head(model, untrained, bundled), elem_id="cf-head")
-        state = gr.State(None, time_to_live=HOUR)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=300):
-                image = gr.Image(
-                    scene, format="png", type="filepath", label="Picture",
-                    sources=["upload", "clipboard"], height=260, elem_id="cf-image", buttons=[],
+                image = picture(
+                    value=scene, format="png", label="Picture", sources=["upload", "clipboard"], height=260,
+                    elem_id="cf-image", buttons=[],
                 )  # fmt: skip
                 text = gr.Textbox(
                     "; ".join(scene_names), label="Classes", lines=3, max_lines=8, elem_id="cf-classes",
@@ -142,7 +196,9 @@ def build_page(model: CATSeg, untrained: bool = False, bundled: bool = False) ->
                     value=OWN, label="Or a data set's classes", elem_id="cf-list",
                 )  # fmt: skip
                 note = gr.HTML("", elem_id="cf-note")
-                go = gr.Button("Segment", variant="primary", elem_id="cf-go", size="lg")
+                with gr.Row():
+                    go = gr.Button("Segment", variant="primary", elem_id="cf-go", size="lg", scale=3)
+                    stop = gr.Button("Stop", elem_id="cf-stop", size="lg", scale=1, min_width=80)
                 with gr.Accordion("Settings", open=False):
                     backend = gr.Radio(page.bench.backends(), value=model.backend, label="Back end")
                     limit = gr.Radio(
@@ -174,34 +230,44 @@ def build_page(model: CATSeg, untrained: bool = False, bundled: bool = False) ->
                 )  # fmt: skip
         names.input(page.pick, names, [text, note], api_visibility="private", show_progress="hidden")
         text.input(lambda: (OWN, ""), None, [names, note], api_visibility="private", show_progress="hidden")
-        go.click(
-            page.segment, [state, image, text, backend, limit, sliding, least],
-            [state, viewer, picker, heat, report],
+        call = go.click(
+            page.segment, [image, text, backend, limit, sliding, least], [viewer, picker, heat, report],
             concurrency_limit=1, api_visibility="private", show_progress="full", show_progress_on=[viewer],
         )  # fmt: skip
-        picker.change(
-            page.score_map, [state, picker], heat, api_visibility="private", show_progress="minimal"
-        )
-        least.release(page.view, [state, least], viewer, api_visibility="private", show_progress="hidden")
+        stop.click(None, None, None, cancels=[call], api_visibility="private")
+        picker.change(page.score_map, picker, heat, api_visibility="private", show_progress="minimal")
+        least.release(page.view, least, viewer, api_visibility="private", show_progress="hidden")
         viewer.select(page.pick_class, None, picker, api_visibility="private", show_progress="hidden")
+        blocks.unload(page.leave)
     return blocks
 
 
-def serve(page: gr.Blocks, host: str, port: int, browser: bool = False, wait: bool = True) -> str:
+def serve(page: PageBlocks, host: str, port: int, browser: bool = False, wait: bool = True) -> str:
     """Serve the page, with `wait` until an interruption; return its address."""
     theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=_FONTS, font_mono=_MONOSPACE).set(
         block_title_background_fill="transparent", block_title_text_color="*body_text_color",
         block_title_padding="0", block_title_text_weight="600",
     )  # fmt: skip
-    _, url, _ = page.queue().launch(
+    limits = page.handlers.limits
+    guard = Middleware(Guard, limits=limits, blocks=lambda: page, leave=page.handlers.jobs.stop)
+    _, url, _ = page.queue(max_size=limits.waiting).launch(
         server_name=host, server_port=port, share=False, inbrowser=browser, prevent_thread_lock=True,
         quiet=True, theme=theme, css=_read("page.css"), footer_links=[], ssr_mode=False,
-        enable_monitoring=False,
+        enable_monitoring=False, max_file_size=limits.upload, app_kwargs={"middleware": [guard]},
+        state_session_capacity=10 * limits.visitors,
     )  # fmt: skip
     if wait:
         stdout.print(f"The page is on {url} (Ctrl+C ends it)")
         page.block_thread()
     return str(url)
+
+
+def _session(request: gr.Request) -> str:
+    return request.session_hash or ""
+
+
+def _view(photo: Tensor, segmentation: Segmentation, min_score: float) -> dict[str, Any]:
+    return viewer_data(photo, segmentation.with_min_score(min_score or None))
 
 
 def example_scene() -> tuple[Image.Image, list[str]]:

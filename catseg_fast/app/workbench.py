@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from PIL import Image, ImageOps
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from catseg_fast.app.memory_meter import MemoryMeter
 from catseg_fast.backend import BACKENDS, choose_backend
+from catseg_fast.config import MAX_PIXELS
 from catseg_fast.engine.schedule import format_bytes
 from catseg_fast.errors import RunError
 from catseg_fast.files import file_digest, open_regular
 from catseg_fast.inference.encoding import EncodedImage
-from catseg_fast.inference.images import load_image
+from catseg_fast.inference.images import load_bytes
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.model import CATSeg
 from catseg_fast.text.class_lists import Names, parse_classes
@@ -64,10 +66,15 @@ class Report:
 
 
 class Workbench:
-    """One model for all visitors of the page; only one can call `segment` at a time."""
+    """One model for all visitors of the page; only one can call `segment` at a time.
 
-    def __init__(self, model: CATSeg) -> None:
-        self.model = model
+    Args:
+        model: of any classes.
+        most_logits: bytes of logits that an answer may have; above them, it has none.
+    """
+
+    def __init__(self, model: CATSeg, most_logits: int = 2**29) -> None:
+        self.model, self.most_logits = model, most_logits
         self._text_ready: tuple[str, ...] = ()
 
     def backends(self) -> list[str]:
@@ -103,7 +110,7 @@ class Workbench:
         with MemoryMeter(model.device) as meter:
             if loaded is None or loaded.key != key:
                 start = time.perf_counter()
-                photo = load_photo(path)
+                photo = load_photo(path, model.max_pixels)
                 loaded = Loaded(key, photo, model.encode(photo, sliding_window=sliding_window))
                 encoding = self._since(start)
             start = time.perf_counter()
@@ -112,10 +119,16 @@ class Workbench:
             if self._text_ready != model.classes:
                 text, self._text_ready = self._since(start), model.classes
             start = time.perf_counter()
-            segmentation = model.segment(loaded.encoded, keep_logits=True)
+            logits = len(loaded.encoded.features) * len(model.classes) * self._class_bytes()
+            segmentation = model.segment(loaded.encoded, keep_logits=logits <= self.most_logits)
             aggregation = self._since(start)
         plan = model.explain(len(loaded.encoded.features))
         return loaded, segmentation, Report(encoding, text, aggregation, meter.taken, meter.peak, plan)
+
+    def _class_bytes(self) -> int:
+        """Bytes of a class's logits in a crop."""
+        height, width = self.model.variant.feature_resolution
+        return 4 * (4 * height) * (4 * width)
 
     def _since(self, start: float) -> float:
         if self.model.device.type == "cuda":
@@ -156,14 +169,15 @@ def read_names(text: str) -> Names:
     return parse_classes(text.replace("\n", ";"))
 
 
-def load_photo(path: str | Path) -> Tensor:
+def load_photo(path: str | Path, max_pixels: int | None = MAX_PIXELS) -> Tensor:
     """Load an upright picture, uint8 `[3, H, W]`, at most `MAX_SIDE` pixels wide and high.
 
     Raises:
-        FileNotFoundError, ValueError: if it cannot be read.
+        FileNotFoundError, ValueError: if it cannot be read, or has more than `max_pixels`.
     """
-    photo = load_image(path).round().byte()
+    photo = load_bytes(path, max_pixels=max_pixels)
     if max(photo.shape) <= MAX_SIDE:
         return photo
-    picture = Image.fromarray(photo.permute(1, 2, 0).numpy())
-    return load_image(ImageOps.contain(picture, (MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)).byte()
+    size, method = (MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS
+    channels = [ImageOps.contain(Image.fromarray(channel.numpy()), size, method) for channel in photo]
+    return torch.stack([torch.from_numpy(np.array(channel)) for channel in channels])

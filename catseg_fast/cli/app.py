@@ -15,6 +15,7 @@ from catseg_fast.cli.options import (
     Backend,
     Device,
     Dtype,
+    MaxPixels,
     Seed,
     TextCache,
     VariantName,
@@ -23,6 +24,7 @@ from catseg_fast.cli.options import (
     default_classes,
     weights_or_bundled,
 )
+from catseg_fast.config import MAX_PIXELS
 from catseg_fast.console import Debug, plain_errors, say_note, stderr
 from catseg_fast.errors import MissingPackageError, RunError
 
@@ -49,6 +51,10 @@ def app(
     dtype: Dtype = "float32",
     backend: Backend = "auto",
     text_cache: TextCache = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
+    max_names: Annotated[
+        int, typer.Option("--max-names", metavar="N", min=1, help="Most class names of a visitor's call.")
+    ] = 5000,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
@@ -69,6 +75,7 @@ def app(
         if bundled:
             say_note(BUNDLED_NOTE)
         try:
+            from catseg_fast.app.limits import Limits
             from catseg_fast.app.page import build_page, serve
         except ImportError as error:
             raise MissingPackageError(
@@ -78,9 +85,10 @@ def app(
         with stderr.status("Loading the model …"):
             model = build_model(
                 file, variant, default_classes(weights), seed, device=device, dtype=dtype,
-                backend=backend, text_cache=text_cache,
+                backend=backend, text_cache=text_cache, max_pixels=max_pixels,
             )  # fmt: skip
-        serve(build_page(model, untrained=weights is None, bundled=bundled), host, port, browser)
+        page = build_page(model, untrained=weights is None, bundled=bundled, limits=Limits(names=max_names))
+        serve(page, host, port, browser)
 
 
 def check_free(host: str, port: int) -> None:

@@ -19,6 +19,7 @@ from catseg_fast.cli.options import (
     DTYPES,
     ClassesList,
     Device,
+    MaxPixels,
     Seed,
     TextCache,
     VariantName,
@@ -27,6 +28,7 @@ from catseg_fast.cli.options import (
     note_separators,
     weights_or_bundled,
 )
+from catseg_fast.config import MAX_PIXELS
 from catseg_fast.console import (
     Debug,
     choice,
@@ -137,6 +139,7 @@ def evaluate(
     ] = False,
     device: Device = None,
     text_cache: TextCache = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:  # fmt: skip
@@ -181,7 +184,7 @@ def evaluate(
         target = own_device(device or str(default_device()))
         for name in backend:
             choose_backend(name, target)  # fail before anything is loaded
-        dataset = FolderDataset(data)
+        dataset = FolderDataset(data, max_pixels)
         classes = tuple(names)
         written = output / "results.json"
         check_target(written)

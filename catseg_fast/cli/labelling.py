@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -113,8 +114,8 @@ class Labelling:
     min_score: float | None = None
     present: float | None = None
 
-    def segment(self, image: Tensor) -> Segmentation:
-        """Label a picture `[3, H, W]`."""
+    def segment(self, image: Tensor | Path) -> Segmentation:
+        """Label a picture `[3, H, W]`, or a file."""
         return self.model.segment(image, **self._asked).with_min_score(self.min_score)
 
     def segment_batch(self, images: Sequence[Tensor]) -> list[Segmentation]:

@@ -88,6 +88,13 @@ TextCache = Annotated[
         help="Keep the class names' text features in the user's cache folder for the next run.",
     ),
 ]
+MaxPixels = Annotated[
+    int,
+    typer.Option(
+        "--max-pixels", metavar="N", min=1,
+        help="Most pixels of a picture, looked up before it is decoded: memory grows with them.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of untrained weights.")]
 # fmt: on
 

@@ -36,6 +36,7 @@ from catseg_fast.cli.options import (
     ClassesList,
     Device,
     Dtype,
+    MaxPixels,
     Seed,
     SlidingWindow,
     TextCache,
@@ -46,6 +47,7 @@ from catseg_fast.cli.options import (
     note_on_bundled,
     weights_or_bundled,
 )
+from catseg_fast.config import MAX_PIXELS
 from catseg_fast.console import (
     Debug,
     choice,
@@ -135,6 +137,7 @@ def segment(
     fps: FPS = 25,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
     text_cache: TextCache = True,
+    max_pixels: MaxPixels = MAX_PIXELS,
     seed: Seed = 0,
     class_parallel: Annotated[
         bool,
@@ -190,7 +193,7 @@ def segment(
             model = build_model(
                 file, variant, names, seed, device=device, dtype=dtype,
                 sliding_window=sliding_window, backend=backend, text_cache=text_cache,
-                memory_budget=memory,
+                memory_budget=memory, max_pixels=max_pixels,
             )  # fmt: skip
             from catseg_fast.cli.resume import fingerprint
 
@@ -222,7 +225,7 @@ def segment(
         if tiles is None:
             work = Batch(
                 labelling, about, alpha=alpha, formats=formats, size=batch, overwrite=overwrite,
-                present=present,
+                present=present, max_pixels=max_pixels,
             )  # fmt: skip
             outcomes = _segment_all(work, pictures, debug)
         else:

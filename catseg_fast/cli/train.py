@@ -12,8 +12,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from catseg_fast.backend import default_device
-from catseg_fast.cli.options import Device
-from catseg_fast.config import VARIANTS
+from catseg_fast.cli.options import Device, MaxPixels
+from catseg_fast.config import MAX_PIXELS, VARIANTS
 from catseg_fast.console import Debug, choice, output_folder, plain_errors, say_note, stderr, stdout
 from catseg_fast.data.class_list import read_class_list
 from catseg_fast.distributed.torchrun import join, own_device
@@ -126,6 +126,7 @@ def train(
         typer.Option("--random-synonyms", help="Call a class by one of its synonyms, drawn each step (v2)."),
     ] = False,
     precision: Annotated[str, choice("--precision", PRECISIONS, "Type of the computation")] = "fp32",
+    max_pixels: MaxPixels = MAX_PIXELS,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     workers: Annotated[
         int, typer.Option(metavar="N", min=0, help="Processes that load pictures; 0 for none.")
@@ -180,7 +181,7 @@ def train(
             colour=colour, classes_per_step=classes_per_step, random_synonyms=random_synonyms,
             precision=precision, seed=seed,
         )  # fmt: skip
-        pictures = FolderDataset(data)
+        pictures = FolderDataset(data, max_pixels)
         device = own_device(device or str(default_device()))
         with join(device) as processes:
             model = build_model(variant, pictures.classes, recipe, start).to(device)

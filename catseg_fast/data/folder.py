@@ -18,11 +18,12 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from catseg_fast.config import MAX_PIXELS
 from catseg_fast.data.class_list import read_class_list
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 from catseg_fast.identity import content_digest
-from catseg_fast.inference.images import load_image
+from catseg_fast.inference.images import check_max_pixels, image_size, load_bytes
 
 READERS = 4  # threads that read files for the fingerprint
 # Tags of TIFF and their values.
@@ -56,6 +57,10 @@ class FolderDataset:
     A pixel where no class is right holds its PNG's largest value, 255 or 65535. With more than 255 classes,
     255 is a class's index, and only a 16-bit PNG can leave pixels out.
 
+    Args:
+        root: the folder.
+        max_pixels: most pixels of a picture, looked up before it is decoded; None for no limit.
+
     Attributes:
         classes: the class names.
         fold: the names of each class, where `classes.json` has several of them.
@@ -68,8 +73,8 @@ class FolderDataset:
             there are none, or `classes.json` is not a list of 1 to 65535 names.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | os.PathLike[str], max_pixels: int | None = MAX_PIXELS) -> None:
+        self.root, self.max_pixels = Path(root), check_max_pixels(max_pixels)
         self.classes, self.fold = read_class_list(self.root)
         self.ignore_label = ignore_label_of(len(self.classes))
         images, annotations = files_by_name(self.root / "images"), files_by_name(self.root / "annotations")
@@ -104,12 +109,20 @@ class FolderDataset:
                 picture's, or it holds an index that is neither a class's nor the one to ignore.
         """
         name, image_path, path = self.names[index], self._images[index], self._annotations[index]
-        image = load_image(image_path).round().byte()  # files hold 8 bits
+        image = load_bytes(image_path, max_pixels=self.max_pixels)
         labels = read_annotation(Path(path), len(self.classes))
         if labels.shape != image.shape[1:]:
             sizes = [f"{size[1]}x{size[0]}" for size in (labels.shape, image.shape[1:])]
             raise InputError(f"{path}: the annotation is {sizes[0]}, its image {image_path} is {sizes[1]}")
         return {"image": image, "sem_seg": labels, "name": name}
+
+    def pixels(self, index: int) -> int:
+        """The pixels of an entry's image by its header; 0 for an image that cannot be read."""
+        try:
+            height, width = image_size(Path(self._images[index]), max_pixels=self.max_pixels)
+        except (OSError, ValueError):
+            return 0
+        return height * width
 
     def fingerprint(self) -> str:
         """A hash of the classes, and of the names and contents of all files, each of which is read."""

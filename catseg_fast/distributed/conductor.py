@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from catseg_fast.engine.class_parallel import waiting
+from catseg_fast.inference.images import ImageLike, load_bytes
 
 if TYPE_CHECKING:
     from catseg_fast.inference.segmentation import Segmentation
@@ -30,9 +31,10 @@ class Conductor:
         self.model = model
         self._group: Any = dist.new_group(backend="gloo", timeout=REST)
 
-    def segment(self, image: Tensor, *, top_k: int | None = None) -> Segmentation:
-        """Run `CATSeg.segment` with `[3, H, W]`, uint8 on the CPU, on all ranks; called on rank 0."""
-        return self.segment_batch([image], top_k=top_k)[0]
+    def segment(self, image: ImageLike, *, top_k: int | None = None) -> Segmentation:
+        """Run `CATSeg.segment` with a picture on the CPU, in 8 bits, on all ranks; called on rank 0."""
+        pixels = load_bytes(image, max_pixels=self.model.max_pixels)
+        return self.segment_batch([pixels], top_k=top_k)[0]
 
     def segment_batch(self, images: Sequence[Tensor], *, top_k: int | None = None) -> list[Segmentation]:
         """Run `CATSeg.segment_batch` with such pictures on all ranks; called on rank 0."""

@@ -50,6 +50,7 @@ class _Recorder:
         self._stages, self._names, self._largest = stages, names, largest
 
     collects_at_once = False  # as in torch: nothing is written to the state
+    repeats = False  # each stage is called by itself
 
     def __getattr__(self, stage: str) -> Any:
         function = getattr(self._stages, stage)

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from catseg_fast.ahead import ahead
-from catseg_fast.data.folder import read_index_map
+from catseg_fast.ahead import Room, ahead
+from catseg_fast.data.folder import FolderDataset, read_index_map
 from catseg_fast.data.resize import shortest_edge_size
 from catseg_fast.distributed.torchrun import Processes
 from catseg_fast.errors import InputError
@@ -40,6 +40,7 @@ Segmenter = Callable[[Tensor], Tensor]  # image uint8 [3, H, W] to class indices
 # The size that upstream's evaluation gives images, before the model sees them.
 SHORTEST, LONGEST = 640, 2560
 READERS = 2  # threads that read the next images
+PIXELS = 100_000_000  # of all images in memory together; one with more of them comes when there is no other
 
 
 class Data(Protocol):
@@ -142,8 +143,10 @@ def evaluate(
         ledger.open(processes.rank)
     keeping = nullcontext() if ledger is None else closing(ledger)
     with keeping, ThreadPoolExecutor(READERS) as readers:
-        for done, job in enumerate(ahead(readers, data.__getitem__, todo, READERS), 1):
+        jobs = ahead(readers, data.__getitem__, todo, READERS, _pixels_of(data), Room(PIXELS))
+        for done, job in enumerate(jobs, 1):
             entry = job.result()
+            del job  # which keeps the entry
             if activations is not None:
                 activations.clear()
             start = time.perf_counter()
@@ -167,8 +170,14 @@ def evaluate(
             if ledger is not None:
                 ledger.add(record)
             advance(done, len(todo))
+            del entry, labels  # before the next one is read, which may be large
     records = processes.gather(records)
     return [records[name] for name in names]
+
+
+def _pixels_of(data: Data) -> Callable[[int], int]:
+    """The pixels of a data set's images by index, where the data set can tell them before it reads them."""
+    return data.pixels if isinstance(data, FolderDataset) else lambda index: 0
 
 
 @dataclass(frozen=True)

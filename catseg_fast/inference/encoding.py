@@ -11,18 +11,22 @@ import torch
 from torch import Tensor
 
 from catseg_fast.backend import choose_backend
-from catseg_fast.config import CLIP_PIXEL_MEAN, CLIP_PIXEL_STD, PIXEL_MEAN, PIXEL_STD
+from catseg_fast.config import CLIP_PIXEL_MEAN, CLIP_PIXEL_STD, CROP_SIZE, PIXEL_MEAN, PIXEL_STD
 from catseg_fast.engine import precision
 from catseg_fast.engine.kept import kept
 from catseg_fast.errors import InputError
 from catseg_fast.inference.images import ImageLike
 from catseg_fast.inference.readout import Readout
 from catseg_fast.inference.tower import forget, reduced_clip, replace_type
-from catseg_fast.reference.inference import pad_to_multiple
+from catseg_fast.reference.inference import pad_to_multiple, resize
 from catseg_fast.reference.model import channels
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
+
+
+# Above so many pixels, memory counts for more than the time of a few more calls.
+LARGE_PIXELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,8 @@ def _crops(image: Tensor, readout: Readout, model: CATSeg) -> tuple[Tensor, Tens
 
     Only v1's backbone is shown the second ones; without it they are the first ones.
     """
+    if image.dtype == torch.uint8:
+        return _crops_of_bytes(image, readout, model)
     crops = image[None] if readout.window is None else readout.window.crops(image)
     normalised = [_normalise(crops, CLIP_PIXEL_MEAN, CLIP_PIXEL_STD)]
     if model.backbone is not None:
@@ -128,6 +134,29 @@ def _crops(image: Tensor, readout: Readout, model: CATSeg) -> tuple[Tensor, Tens
     if readout.visible is not None:  # upstream's call
         normalised = [pad_to_multiple(x, model.size_divisibility) for x in normalised]
     return normalised[0], normalised[-1]
+
+
+def _crops_of_bytes(image: Tensor, readout: Readout, model: CATSeg) -> tuple[Tensor, Tensor]:
+    """Return `_crops` of a large uint8 image, without a float copy of all its channels.
+
+    They are resized before they are normalised.
+    """
+    window = readout.window
+    if window is not None:
+        side = window.crop_size
+        crops = other = window.cut(_resize(image, window.resolution), _resize(image, (side, side)))
+    else:
+        side = model.variant.clip.input_size
+        crops = other = _resize(image, (side, side))[None]
+        if model.backbone is not None and side != CROP_SIZE:
+            other = _resize(image, (CROP_SIZE, CROP_SIZE))[None]
+    clip_images = _normalise(crops, CLIP_PIXEL_MEAN, CLIP_PIXEL_STD)
+    return clip_images, clip_images if model.backbone is None else _normalise(other, PIXEL_MEAN, PIXEL_STD)
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize uint8 `[3, H, W]` to float32 `[3, *size]`, a channel at a time."""
+    return torch.cat([resize(channel[None, None].to(torch.float32), size)[0] for channel in image])
 
 
 class _Constants:

@@ -78,7 +78,7 @@ class ModelGraphs:
             RunError: if classes, weights or settings have changed since the recording.
             InputError: if the picture has another size; otherwise as in `CATSeg.segment`.
         """
-        pixels = load_image(image)
+        pixels = load_image(image, max_pixels=self.model.max_pixels)
         size = (pixels.shape[1], pixels.shape[2])
         if size not in self._recordings:
             raise InputError(f"image: its size {size} was not recorded; recorded are {self.sizes}")

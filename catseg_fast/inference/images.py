@@ -5,21 +5,25 @@ from __future__ import annotations
 import io
 import math
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import IO, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import Image
 from torch import Tensor
 
+from catseg_fast.config import MAX_PIXELS
 from catseg_fast.errors import InputError, InputTypeError
-from catseg_fast.files import open_regular
+from catseg_fast.inference.decoding import (
+    Upright,
+    check_pixels,
+    names,
+    opened,
+    opened_content,
+    orientation_of,
+    upright_size,
+)
 from catseg_fast.inference.sources import describe_source, fetch, is_url, local_path
 from catseg_fast.inference.transfer import to_device
 
@@ -29,18 +33,6 @@ ImageLike: TypeAlias = (
 
 # Interpolating a float image in 0..255 may overshoot by rounding.
 _ROUNDING = 1e-3
-_WARNINGS = Lock()  # the filters are the whole process's, and pictures may be read in threads
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # from the orientation as it is stored
-_SIDEWAYS = (5, 6, 7, 8)
-_TIFF_WIDTH, _TIFF_LENGTH = 256, 257
 _CHANNELS = (1, 3, 4)
 _EXPECTED = (
     "a path, a URL, a file's content as bytes, a binary file, a PIL image, a numpy array [H, W, 3] or a "
@@ -48,14 +40,19 @@ _EXPECTED = (
 )
 
 
-def load_image(image: ImageLike, name: str = "image", device: torch.device | None = None) -> Tensor:
+def load_image(
+    image: ImageLike,
+    name: str = "image",
+    max_pixels: int | None = MAX_PIXELS,
+    device: torch.device | None = None,
+) -> Tensor:
     """Turn any accepted image into a float32 tensor [3, H, W] of RGB values in 0..255.
 
     Files and PIL images are turned upright by their EXIF orientation and converted to 8-bit RGB from any
     mode (16-bit greys are scaled down, an alpha channel is dropped). Arrays are `[H, W]`, `[H, W, C]` or
     `[C, H, W]`, tensors `[C, H, W]`, with C = 1, 3 or 4 channels, and either may have a leading 1. Both hold
     uint8 or floating values in 0..255; one channel is repeated to three, and the fourth, alpha, is dropped.
-    An array that could be read both ways, such as `[3, 5, 3]`, is `[H, W, C]`.
+    An array that could be read both ways, such as `[3, 5, 3]`, is `[H, W, C]`. A tensor stays on its device.
 
     A string that starts with `http://` or `https://` is fetched, of at most 256 MiB within a minute;
     `file://` names a file. Bytes are a file's content, and a file object is read from its start.
@@ -63,47 +60,72 @@ def load_image(image: ImageLike, name: str = "image", device: torch.device | Non
     Args:
         image: what to read.
         name: the argument's name in error messages.
+        max_pixels: most pixels of a file or PIL image, looked up before it is decoded; None for no limit.
         device: where the values go; 8-bit ones become floats there. By default they stay where they are.
 
     Raises:
         FileNotFoundError: if the path does not exist.
-        InputError: if a file cannot be decoded, or a shape or value is not an image's.
+        InputError: if a file cannot be decoded or has too many pixels, or a shape or value is not an image's.
         InputTypeError: if the object or its dtype is not supported.
         RunError: if a URL cannot be fetched.
     """
+    return as_floats(load_pixels(image, name, max_pixels), device)
+
+
+def as_floats(pixels: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return what `load_pixels` gives as contiguous float32, on a device; bytes go there as they are."""
+    if device is not None:
+        pixels = to_device(pixels, device)
+    if pixels.dtype == torch.float32:
+        return pixels
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def load_pixels(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
+    """Do as `load_image`, but keep 8-bit values as uint8, a quarter of the memory.
+
+    Pixels that come as bytes are not copied, and need not be contiguous.
+    """
+    check_max_pixels(max_pixels)
     if isinstance(image, str) and is_url(image):
         path = local_path(image, name)
         if path is None:
-            return _from_array(_read_content(io.BytesIO(fetch(image, name)), repr(image), name), name, device)
+            return _from_content(io.BytesIO(fetch(image, name)), repr(image), name, max_pixels)
         image = path
     if isinstance(image, str | os.PathLike):
-        return _from_array(_read(Path(image), name), name, device)
+        with opened(Path(image), name, max_pixels) as file:
+            return _from_picture(file, f"{name}: {str(image)!r}")
     if isinstance(image, bytes | bytearray | memoryview):
-        return _from_array(_read_content(io.BytesIO(image), describe_source(image), name), name, device)
+        return _from_content(io.BytesIO(image), describe_source(image), name, max_pixels)
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise InputError(f"{name}: the image is empty ({image.width}x{image.height})")
+        check_pixels(image.size, max_pixels, f"{name}: the image")
         try:
-            array = _decode(image)
+            return _from_picture(image, name)
         except Exception as error:  # an opened file is decoded only now
+            if names(error, name):
+                raise
             raise InputError(f"{name}: cannot decode the image: {error}") from error
-        return _from_array(array, name, device)
     if isinstance(image, np.ndarray):
-        return _from_array(image, name, device)
+        return _from_array(image, name)
     if isinstance(image, Tensor):
-        return _from_tensor(image, name, device)
+        return _from_tensor(image, name)
     if hasattr(image, "read"):
-        return _from_array(_read_content(_binary(image, name), describe_source(image), name), name, device)
+        return _from_content(_binary(image, name), describe_source(image), name, max_pixels)
     raise InputTypeError(f"{name}: expected {_EXPECTED}, got {type(image).__name__}")
 
 
-def image_size(path: Path, name: str = "image") -> tuple[int, int]:
+def load_bytes(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
+    """Do as `load_image`, rounded to uint8."""
+    pixels = load_pixels(image, name, max_pixels)
+    return pixels if pixels.dtype == torch.uint8 else pixels.round().byte()
+
+
+def image_size(path: Path, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> tuple[int, int]:
     """Return the (H, W) that `load_image` gives for a file, from its header; errors as of `load_image`."""
-    with _errors_of(path, name), open_regular(path) as file, _open(file) as image:
-        width, height = image.size
-        if isinstance(image, TiffImageFile):  # some versions of Pillow swap the sides of `size`
-            width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_LENGTH]
-        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+    with opened(path, name, max_pixels) as image:
+        return upright_size(image)
 
 
 def check_upright(path: Path) -> None:
@@ -113,28 +135,42 @@ def check_upright(path: Path) -> None:
         InputError: if its EXIF orientation turns it.
     """
     try:
-        with open_regular(path) as file, _open(file) as image:
-            orientation = _orientation(image)
+        with opened(path, "image", None) as image:
+            orientation = orientation_of(image)
     except Exception:  # of a size or a kind that Pillow does not read
         return
     if orientation != 1:
         raise InputError(f"{path}: EXIF orientation {orientation} turns it; store it upright to use tiles")
 
 
-def _read(path: Path, name: str) -> np.ndarray:
-    """Decode a file to an array for `_from_array`."""
-    with _errors_of(path, name), open_regular(path) as file, _open(file) as image:
-        return _decode(image)
+def check_max_pixels(max_pixels: int | None) -> int | None:
+    """Return a limit of pixels.
+
+    Raises:
+        InputError: if it is not positive.
+    """
+    if max_pixels is not None and max_pixels <= 0:
+        raise InputError(f"max_pixels: {max_pixels} is not positive; None is no limit")
+    return max_pixels
 
 
-def _read_content(file: BinaryIO, source: str, name: str) -> np.ndarray:
-    """Decode an open file to an array for `_from_array`; `source` is what errors call it."""
-    try:
-        with _open(file) as image:
-            return _decode(image)
-    except Exception as error:  # damaged files raise errors of many types
-        reason = "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{name}: cannot read {source}: {reason}") from error
+def _from_picture(image: Image.Image, name: str) -> Tensor:
+    """Decode an opened image."""
+    picture = Upright(image)
+    dtype = torch.float32 if picture.floating else torch.uint8
+    pixels = torch.empty(3, picture.height, picture.width, dtype=dtype)
+    for rows, strip in picture.strips():
+        values = torch.from_numpy(strip)
+        pixels[:, rows] = values.permute(2, 0, 1) if values.ndim == 3 else values
+    if not picture.floating:
+        return pixels
+    return _validated(pixels[:1], [picture.height, picture.width], name)
+
+
+def _from_content(file: BinaryIO, source: str, name: str, max_pixels: int | None) -> Tensor:
+    """Decode an open file; `source` is what errors call it."""
+    with opened_content(file, source, name, max_pixels) as image:
+        return _from_picture(image, f"{name}: {source}")
 
 
 def _binary(file: Any, name: str) -> BinaryIO:
@@ -153,62 +189,7 @@ def _binary(file: Any, name: str) -> BinaryIO:
     return io.BytesIO(content)
 
 
-@contextmanager
-def _errors_of(path: Path, name: str) -> Iterator[None]:
-    """Give errors of reading a file the argument's name and the path."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
-    except IsADirectoryError:
-        raise InputError(f"{name}: {str(path)!r} is a folder, not an image") from None
-    except Exception as error:  # damaged files raise errors of many types
-        raise InputError(f"{name}: cannot read {str(path)!r}: {error}") from error
-
-
-def _open(file: BinaryIO) -> Image.Image:
-    """Pillow warns from 89 megapixels on, which cameras reach; twice that it still refuses."""
-    with _WARNINGS, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file)
-
-
-def _decode(image: Image.Image) -> np.ndarray:
-    """An upright copy of a PIL image: uint8 [H, W, 3] or [H, W], or floats [H, W] for mode `F`."""
-    image.load()  # reading a TIFF turns it
-    if (method := _TURNS.get(_orientation(image))) is not None:
-        image = image.transpose(method)
-    if image.mode == "F":
-        return np.array(image)
-    if image.mode.startswith("I"):
-        return _eight_bit(np.array(image))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1..8; 1 if there is none, or none that can be read.
-
-    `ImageOps.exif_transpose` also writes all other tags again, and fails for values that it reads but cannot
-    write, such as the rational -1/0.
-    """
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation if orientation in _TURNS else 1
-    except Exception:  # damaged tags raise errors of many types
-        return 1
-
-
-def _eight_bit(grey: np.ndarray) -> np.ndarray:
-    """Scale a 16-bit grey [H, W] to uint8; Pillow's mode `I` (int32) holds one too in some formats."""
-    low, high = int(grey.min()), int(grey.max())
-    if low < 0 or high > 65535:
-        raise InputError(f"expected 16-bit grey values, got {low}..{high}")
-    return ((grey.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-
-
-def _from_array(array: np.ndarray, name: str, device: torch.device | None) -> Tensor:
+def _from_array(array: np.ndarray, name: str) -> Tensor:
     shape = list(array.shape)
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]
@@ -220,17 +201,16 @@ def _from_array(array: np.ndarray, name: str, device: torch.device | None) -> Te
         raise InputTypeError(
             f"{name}: expected an array of uint8 or floating values in 0..255, got {array.dtype}"
         )
-    array = np.atleast_3d(array)
+    channels_first = np.atleast_3d(array).transpose(2, 0, 1)[:3]  # without alpha
     if array.dtype == np.uint8:
-        values = torch.from_numpy(np.require(array, requirements=["C", "W"])).permute(2, 0, 1)
-        return _from_bytes(values, shape, name, device)
-    channels_first = array.transpose(2, 0, 1)[:3]  # without alpha
+        values = torch.from_numpy(np.require(np.atleast_3d(array), requirements=["C", "W"]))
+        return _rgb(values.permute(2, 0, 1)[:3], shape, name)
     with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
         values = torch.from_numpy(np.array(channels_first, dtype=np.float32, order="C"))
-    return _from_floats(values, shape, name, device)
+    return _validated(values, shape, name)
 
 
-def _from_tensor(tensor: Tensor, name: str, device: torch.device | None) -> Tensor:
+def _from_tensor(tensor: Tensor, name: str) -> Tensor:
     shape = list(tensor.shape)
     if tensor.ndim == 4 and shape[0] == 1:
         tensor = tensor[0]
@@ -242,27 +222,13 @@ def _from_tensor(tensor: Tensor, name: str, device: torch.device | None) -> Tens
             f"{name}: expected a tensor of uint8 or floating values in 0..255, got {str(tensor.dtype)[6:]}"
         )
     if tensor.dtype == torch.uint8:
-        return _from_bytes(tensor, shape, name, device)
-    return _from_floats(tensor[:3].to(torch.float32), shape, name, device)
+        return _rgb(tensor[:3], shape, name)
+    return _validated(tensor[:3].to(torch.float32), shape, name)
 
 
-def _from_bytes(values: Tensor, shape: list[int], name: str, device: torch.device | None) -> Tensor:
-    """Return 8-bit values `[C, H, W]` that came as an input of `shape` as RGB in float32."""
-    _check_not_empty(values, shape, name)
-    if device is not None:
-        values = to_device(values, device)
-    values = values[:3].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return values.expand(3, -1, -1).contiguous()
-
-
-def _check_not_empty(values: Tensor, shape: list[int], name: str) -> None:
-    if values.numel() == 0:
-        raise InputError(f"{name}: the image is empty, got shape {shape}")
-
-
-def _from_floats(values: Tensor, shape: list[int], name: str, device: torch.device | None) -> Tensor:
+def _validated(values: Tensor, shape: list[int], name: str) -> Tensor:
     """Check float32 `values` [1 or 3, H, W] that came as an input of `shape`; return them as RGB."""
-    _check_not_empty(values, shape, name)
+    rgb = _rgb(values, shape, name).contiguous()
     low, high = (bound.item() for bound in values.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = values.numel() - int(values.isfinite().sum())
@@ -281,5 +247,11 @@ def _from_floats(values: Tensor, shape: list[int], name: str, device: torch.devi
             f"{name}: expected values in 0..255, got {got} in the image of shape {shape}, "
             f"which looks like 0..1; multiply by 255{hint}"
         )
-    values = values.expand(3, -1, -1).contiguous()
-    return values if device is None else to_device(values, device)
+    return rgb
+
+
+def _rgb(values: Tensor, shape: list[int], name: str) -> Tensor:
+    """Return `values` [1 or 3, H, W] that came as an input of `shape` as [3, H, W]."""
+    if values.numel() == 0:
+        raise InputError(f"{name}: the image is empty, got shape {shape}")
+    return values.expand(3, -1, -1)

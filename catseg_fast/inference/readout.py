@@ -6,12 +6,13 @@ the result equals the argmax over all classes at once, ties included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from catseg_fast.kernels.label_map import plain
@@ -21,6 +22,9 @@ Size = tuple[int, int]
 
 # Working memory for the classes that are read out at a time.
 READOUT_BYTES = 2**26
+# Of a pixel and class: its probability, twice while it is made, the maximum, its index, and what is chosen.
+_PIXEL_BYTES = 32
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,35 @@ class Readout:
         visible = self.visible or tuple(logits.shape[2:])
         return plain.read_out(logits.float(), self.size, self.description, visible)
 
+    def strips(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield all rows, some at a time, and their probabilities `[t, rows, width]`.
+
+        A large picture comes in several strips: they add up to the whole map, but for rounding.
+        """
+        height, width = self.size
+        if not self._in_strips:
+            yield slice(0, height), self(logits)
+            return
+        visible = self.visible or tuple(logits.shape[2:])
+        coarse = plain.coarse_probabilities(logits.float(), self.description, visible)
+        size = (coarse.shape[1], width)
+        wide = F.interpolate(coarse[None], size=size, mode="bilinear", align_corners=False)[0]
+        for rows in self.rows:
+            yield rows, plain.resize_rows(wide, height, rows)
+
+    @property
+    def rows(self) -> list[slice]:
+        """The rows of each strip."""
+        height, width = self.size
+        step = height
+        if self._in_strips:
+            step = max(1, READOUT_BYTES // (_PIXEL_BYTES * width))
+        return [slice(start, min(start + step, height)) for start in range(0, height, step)]
+
+    @property
+    def _in_strips(self) -> bool:
+        return self._whole_bytes > READOUT_BYTES
+
     @property
     def description(self) -> tuple[int, ...]:
         """The window as the ops take it: resolution, side of a crop and stride; empty without one."""
@@ -51,11 +84,22 @@ class Readout:
     @property
     def class_bytes(self) -> int:
         """Working memory for one class: its maps at every size on the way, twice where one makes another."""
-        pixels = 3 * self.size[0] * self.size[1]
-        if self.window is not None:
-            side, (height, width) = self.window.crop_size, self.window.resolution
-            pixels += 2 * self.window.count * side**2 + 3 * height * width
-        return 4 * pixels
+        if not self._in_strips:
+            return self._whole_bytes
+        rows = self.window.resolution[0] if self.window is not None else max(self.visible or (0,))
+        return self._coarse_bytes + 4 * rows * self.size[1] + READOUT_BYTES
+
+    @property
+    def _coarse_bytes(self) -> int:
+        if self.window is None:
+            return 0
+        side, (height, width) = self.window.crop_size, self.window.resolution
+        return 4 * (2 * self.window.count * side**2 + 3 * height * width)
+
+    @property
+    def _whole_bytes(self) -> int:
+        """Working memory for one class where all rows come at once."""
+        return 12 * self.size[0] * self.size[1] + self._coarse_bytes
 
 
 class Target(Protocol):
@@ -64,29 +108,39 @@ class Target(Protocol):
     def reset(self) -> None:
         """Discard all probabilities."""
 
-    def update(self, first: int, probabilities: Tensor) -> None:
-        """Add `probabilities [t, H, W]` of classes `first`, `first + 1`, …; chunks come in order."""
+    def update(self, first: int, probabilities: Tensor, rows: slice = ALL) -> None:
+        """Add `probabilities [t, H, W]` of classes `first`, `first + 1`, …; chunks come in order.
+
+        Args:
+            first: number of the first class.
+            probabilities: of all rows, or of some of them, `[t, rows, W]`.
+            rows: which ones.
+        """
 
 
 def reader(readout: Readout, target: Target, backend: str = "torch") -> Callable[[slice, Tensor], None]:
     """Return a consumer of `Engine.stream` that reads logits out into a reset target, few classes at a time.
 
-    If memory runs out meanwhile, and the chunk comes again, its first classes are not added twice.
+    If memory runs out in between, and the chunk comes again, nothing is taken in twice.
     A label map on the back end "triton" is read out by a kernel.
     """
     target.reset()
     if backend == "triton" and isinstance(target, LabelMap):
         return partial(_update_by_kernel, readout, target)
     step = max(1, READOUT_BYTES // readout.class_bytes)
-    taken = 0
+    whole = isinstance(target, TopClasses)  # it takes all rows at once
+    taken = [0] * (1 if whole else len(readout.rows))  # classes, by strip
 
     def consume(classes: slice, logits: Tensor) -> None:
-        nonlocal taken
-        for start in range(max(taken, classes.start), classes.stop, step):
+        for start in range(max(min(taken), classes.start), classes.stop, step):
             stop = min(start + step, classes.stop)
             part = slice(start - classes.start, stop - classes.start)
-            target.update(start, readout(logits[:, part]))
-            taken = stop
+            strips = [(ALL, readout(logits[:, part]))] if whole else readout.strips(logits[:, part])
+            for index, (rows, probabilities) in enumerate(strips):
+                first = max(start, taken[index])
+                if first < stop:
+                    target.update(first, probabilities[first - start :], rows)
+                    taken[index] = stop
 
     return consume
 
@@ -147,8 +201,8 @@ class Probabilities:
     def reset(self) -> None:
         """Do nothing, as every map is written."""
 
-    def update(self, first: int, probabilities: Tensor) -> None:
-        self.maps[first : first + len(probabilities)] = probabilities
+    def update(self, first: int, probabilities: Tensor, rows: slice = ALL) -> None:
+        self.maps[first : first + len(probabilities), rows] = probabilities
 
 
 class LabelMap:
@@ -167,8 +221,9 @@ class LabelMap:
         self.scores.fill_(-1)
         self.labels.zero_()
 
-    def update(self, first: int, probabilities: Tensor) -> None:
-        self.scores, self.labels = plain.best_classes(probabilities, self.scores, self.labels, first)
+    def update(self, first: int, probabilities: Tensor, rows: slice = ALL) -> None:
+        scores, labels = plain.best_classes(probabilities, self.scores[rows], self.labels[rows], first)
+        self.scores[rows], self.labels[rows] = scores, labels
 
 
 class TopClasses:
@@ -198,7 +253,7 @@ class TopClasses:
         self.scores, self.labels = self.scores[:0], self.labels[:0]
         self._seen, self._last = 0, -1  # number of classes so far, and the last of them
 
-    def update(self, first: int, probabilities: Tensor) -> None:
+    def update(self, first: int, probabilities: Tensor, rows: slice = ALL) -> None:
         names = range(first, first + len(probabilities))
         owners = list(names) if self.owners is None else [self.owners[name] for name in names]
         classes = list(dict.fromkeys(owners))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from catseg_fast.errors import InputError, InputTypeError
-from catseg_fast.inference.images import ImageLike, load_image
+from catseg_fast.inference.images import ImageLike, load_bytes
 from catseg_fast.inference.readout import LabelMap, Readout, TopClasses
 from catseg_fast.inference.sources import is_url
 from catseg_fast.inference.transfer import to_host
@@ -197,7 +197,7 @@ class Segmentation:
         source = self.image if image is None else image
         if source is None:
             raise InputError("image: this answer does not know its picture; pass image=")
-        pixels = load_image(source).cpu()
+        pixels = load_bytes(source, max_pixels=None).cpu()
         if pixels.shape[1:] != self.labels.shape:
             expected = "x".join(map(str, reversed(self.labels.shape)))
             raise InputError(
@@ -230,4 +230,6 @@ def kept_image(image: ImageLike, pixels: Tensor) -> ImageLike:
     again = isinstance(image, os.PathLike | bytes | bytearray | memoryview) or not hasattr(image, "read")
     if isinstance(image, str):
         again = not is_url(image)
-    return image if again else pixels.round().byte().cpu()  # files hold 8 bits
+    if again:
+        return image
+    return (pixels if pixels.dtype == torch.uint8 else pixels.round().byte()).cpu()  # files hold 8 bits

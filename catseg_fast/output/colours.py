@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageColor
 
+from catseg_fast.output.strips import row_strips
+
 Colours = NDArray[np.uint8]
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -76,7 +78,10 @@ def shades(colour: tuple[int, int, int], count: int) -> Colours:
 
 
 def colours_for(
-    classes: Sequence[str], labels: NDArray[np.integer], photo: NDArray[np.uint8], alpha: float = 0.55
+    classes: Sequence[str],
+    labels: NDArray[np.integer],
+    photo: NDArray[np.uint8],
+    alpha: float = 0.55,
 ) -> Colours:
     """Return colours of classes over a picture, uint8 `[T, 3]`.
 
@@ -92,14 +97,7 @@ def colours_for(
     """
     count = len(classes)
     colours, named = _by_name(classes)
-    pixels = np.bincount(labels.ravel().astype(np.int64) + 1, minlength=count + 1)[1:]
-    present = pixels.nonzero()[0]
-    pixels = pixels[present]
-    ranks = np.searchsorted(present, np.arange(count))
-    index = np.append(ranks, len(present))[labels]  # the last one where no class fits
-    sums = [np.bincount(index.ravel(), photo[..., c].ravel(), len(present) + 1) for c in range(3)]
-    means = np.stack(sums, axis=1)[:-1] / pixels[:, None]
-    beside = _touching(index, len(present) + 1)
+    pixels, present, means, beside = _areas(labels, photo, count)
     reach = alpha * _ADJACENT
     spare = class_colours(count + _CANDIDATES)[count:]
     seen = np.empty_like(means)  # each class's pixels on average, its colour over them
@@ -139,6 +137,32 @@ def _by_name(classes: Sequence[str]) -> tuple[Colours, dict[int, tuple[int, int,
     for colour, indices in alike.items():
         colours[indices] = shades(colour, len(indices))
     return colours, named
+
+
+def _areas(
+    labels: NDArray[np.integer], photo: NDArray[np.uint8], count: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Return, of the classes that occur, pixel counts, indices, mean pixels, and which of them touch.
+
+    Indices of all rows at once would take 8 bytes per pixel.
+    """
+    strips = row_strips(*labels.shape)
+    pixels = np.zeros(count, np.int64)
+    for rows in strips:
+        pixels += np.bincount(labels[rows].ravel().astype(np.int64) + 1, minlength=count + 1)[1:]
+    present = pixels.nonzero()[0]
+    last = len(present)  # where no class fits
+    place = np.append(np.searchsorted(present, np.arange(count)), last)
+    sums = np.zeros((last + 1, 3))
+    beside = np.zeros((last + 1, last + 1), bool)
+    for rows in strips:
+        index = place[labels[rows]].ravel()
+        for channel in range(3):
+            sums[:, channel] += np.bincount(index, photo[rows, :, channel].ravel(), last + 1)
+        edge = labels[max(0, rows.start - 1) : rows.stop]  # with the row above
+        beside |= _touching(place[edge], last + 1)
+    pixels = pixels[present]
+    return pixels, present, sums[:-1] / pixels[:, None], beside
 
 
 def _touching(index: NDArray[np.integer], count: int) -> NDArray[np.bool_]:

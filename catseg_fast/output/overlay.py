@@ -13,6 +13,7 @@ from catseg_fast.errors import InputError
 from catseg_fast.labels import NONE, NONE_NAME
 from catseg_fast.output.colours import Colours, colours_for
 from catseg_fast.output.lettering import draw_text, shorten, text_width
+from catseg_fast.output.strips import row_strips
 
 _PAPER, _INK, _FAINT = (250, 250, 250), (35, 35, 40), (120, 120, 128)
 _OUTLINE = (190, 190, 196)
@@ -33,7 +34,15 @@ def class_shares(labels: Tensor, count: int) -> Tensor:
     low, high = labels.min().item(), labels.max().item()
     if low < NONE or high >= count:
         raise InputError(f"labels: expected values in 0..{count - 1} for {count} classes, got {low}..{high}")
-    return torch.bincount(labels.flatten().long() + 1, minlength=count + 1)[1:].double() / labels.numel()
+    return count_pixels(labels, count)[1:].double() / labels.numel()
+
+
+def count_pixels(labels: Tensor, count: int) -> Tensor:
+    """The pixels without a class, and of each of `count` classes: int64 `[1 + count]`."""
+    pixels = torch.zeros(count + 1, dtype=torch.int64, device=labels.device)
+    for rows in row_strips(*labels.shape):
+        pixels += torch.bincount(labels[rows].flatten().long() + 1, minlength=count + 1)
+    return pixels
 
 
 def overlay(
@@ -78,18 +87,25 @@ def overlay(
         )
     shares = class_shares(labels, len(classes))
     factor = max(1, round(_SMALLEST_SIDE / max(labels.shape))) if legend else 1
-    photo = _to_numpy(image.round().byte().permute(1, 2, 0), factor)
+    pixels = image if image.dtype == torch.uint8 else image.round().byte()
+    photo = _to_numpy(pixels.permute(1, 2, 0), factor)
     label_map = _to_numpy(labels, factor)
     if colours is None:
         colours = colours_for(classes, label_map, photo, alpha)
-    paint, none = colours[label_map], label_map == NONE
-    paint[none] = photo[none]
-    paint[_contours(label_map)] = 255
-    blended = Image.blend(Image.fromarray(photo), Image.fromarray(paint), alpha)
-    if not legend:
-        return blended
-    unlabelled = float((labels == NONE).double().mean())
-    return _with_legend(blended, _entries(shares, unlabelled, classes, colours, max_legend, present))
+    height, width = label_map.shape
+    if legend:
+        unlabelled = float(count_pixels(labels, len(classes))[0]) / labels.numel()
+        entries = _entries(shares, unlabelled, classes, colours, max_legend, present)
+        canvas = _with_legend((width, height), entries)
+    else:
+        canvas = Image.new("RGB", (width, height))
+    for rows in row_strips(height, width):  # nothing of the picture's size is made beside the canvas
+        part, paint = np.ascontiguousarray(photo[rows]), colours[label_map[rows]]
+        none = label_map[rows] == NONE
+        paint[none] = part[none]
+        paint[_contours(label_map, rows)] = 255
+        canvas.paste(Image.blend(Image.fromarray(part), Image.fromarray(paint), alpha), (0, rows.start))
+    return canvas
 
 
 def label_png(labels: Tensor) -> Image.Image:
@@ -101,23 +117,31 @@ def label_png(labels: Tensor) -> Image.Image:
     low, high = labels.min().item(), labels.max().item()
     if low < NONE or high >= UNLABELLED_VALUE:
         raise InputError(f"labels: a 16-bit PNG holds 0..{UNLABELLED_VALUE - 1} and -1, got {low}..{high}")
-    return Image.fromarray(labels.cpu().numpy().astype(np.int64).astype(np.uint16))  # -1 becomes 65535
+    return Image.fromarray(labels.cpu().numpy().astype(np.int32).astype(np.uint16))  # -1 becomes 65535
+
+
+def compact_labels(labels: Tensor, count: int) -> Tensor:
+    """Labels of `count` classes, -1 among them, in the smallest signed type that holds them."""
+    dtype = torch.int8 if count <= 128 else torch.int16 if count <= 32768 else torch.int32
+    return labels.to(dtype)
 
 
 def _to_numpy(pixels: Tensor, factor: int) -> np.ndarray:
     """Pixels `[H, W, …]`, each repeated `factor` times in both directions."""
     if factor > 1:
         pixels = pixels.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
-    return pixels.cpu().contiguous().numpy()
+    return pixels.cpu().numpy()
 
 
-def _contours(labels: np.ndarray) -> np.ndarray:
-    """Find the lines between classes: bool `[H, W]`, thicker on larger pictures."""
+def _contours(labels: np.ndarray, rows: slice) -> np.ndarray:
+    """Find the lines between classes in some rows: bool `[rows, W]`, thicker on larger pictures."""
     width = max(1, round(labels.size**0.5 / 700))
-    lines = np.zeros(labels.shape, bool)
-    lines[width:] |= labels[width:] != labels[:-width]
-    lines[:, width:] |= labels[:, width:] != labels[:, :-width]
-    return lines
+    above = min(width, rows.start)
+    part = labels[rows.start - above : rows.stop]
+    lines = np.zeros(part.shape, bool)
+    lines[width:] |= part[width:] != part[:-width]
+    lines[:, width:] |= part[:, width:] != part[:, :-width]
+    return lines[above:]
 
 
 # A line of the legend: name, share of the pixels, and colour; None where the picture stays as it is.
@@ -139,9 +163,10 @@ def _entries(
     return entries, [share for _, share in present[len(shown) :]]
 
 
-def _with_legend(picture: Image.Image, legend: tuple[list[_Entry], list[float]]) -> Image.Image:
-    """`picture` with a panel of the largest classes on its right, at a scale that suits its size."""
-    em = max(_SMALLEST_FONT, round((picture.width * picture.height) ** 0.5 / 58))
+def _with_legend(size: tuple[int, int], legend: tuple[list[_Entry], list[float]]) -> Image.Image:
+    """Room for a picture of `size`, and a panel of the largest classes on its right, at a suitable scale."""
+    width, height = size
+    em = max(_SMALLEST_FONT, round((width * height) ** 0.5 / 58))
     shown, rest = legend
     names = [shorten(name, em, _LONGEST_NAME * em) for name, _, _ in shown]
     percents = [_percent(share) for _, share, _ in shown]
@@ -150,23 +175,22 @@ def _with_legend(picture: Image.Image, legend: tuple[list[_Entry], list[float]])
         percents.append(_percent(sum(rest)))
 
     margin, row, swatch = em, round(1.7 * em), em
-    name_at = picture.width + margin + swatch + round(0.6 * em)
+    name_at = width + margin + swatch + round(0.6 * em)
     percent_end = round(
         name_at
         + max(text_width(name, em) for name in names)
         + em
         + max(text_width(percent, em) for percent in percents)
     )
-    size = (percent_end + margin, max(picture.height, row * len(names) + 2 * margin))
+    size = (percent_end + margin, max(height, row * len(names) + 2 * margin))
     canvas = Image.new("RGB", size, _PAPER)
-    canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
     for i, (name, percent) in enumerate(zip(names, percents, strict=True)):
         middle = margin + i * row + row // 2
         ink = _FAINT
         if i < len(shown):
             ink = _INK
-            left, top = picture.width + margin, middle - swatch // 2
+            left, top = width + margin, middle - swatch // 2
             box, colour = (left, top, left + swatch, top + swatch), shown[i][2]
             # White is on white paper without an outline.
             draw.rounded_rectangle(box, radius=em // 4, fill=colour, outline=_OUTLINE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from catseg_fast.files import temporary_folder
 from catseg_fast.identity import place_digest, place_of, png_mark, result_digest
 from catseg_fast.labels import NONE, NONE_NAME
 from catseg_fast.output.formats import FORMATS, Labelled, check_formats
-from catseg_fast.output.overlay import UNLABELLED_VALUE, class_shares, label_png, overlay
+from catseg_fast.output.overlay import UNLABELLED_VALUE, class_shares, count_pixels, label_png, overlay
 from catseg_fast.output.ownership import OTHER_SUFFIXES, PNG_SUFFIXES, Owner, owner_of
+from catseg_fast.output.strips import row_strips
 from catseg_fast.output.top_classes import TOP_SUFFIX, write_top_classes
 
 if TYPE_CHECKING:
@@ -29,10 +30,13 @@ def summarise(segmentation: Segmentation) -> list[dict[str, Any]]:
     With `min_score`, the last entry, with the index -1, is for pixels that no class fits; its mean score is
     that of their best classes.
     """
-    classes, labels = segmentation.classes, segmentation.labels.flatten().long()
-    shares = class_shares(segmentation.labels, len(classes))
-    pixels = torch.bincount(labels + 1, minlength=len(classes) + 1)
-    sums = torch.bincount(labels + 1, segmentation.scores.double().flatten(), len(classes) + 1)
+    classes, labels, scores = segmentation.classes, segmentation.labels, segmentation.scores
+    shares = class_shares(labels, len(classes))
+    pixels = count_pixels(labels, len(classes))
+    sums = torch.zeros(len(classes) + 1, dtype=torch.float64)
+    for part in row_strips(*labels.shape):
+        indices, weights = labels[part].flatten().long() + 1, scores[part].double().flatten()
+        sums += torch.bincount(indices, weights, len(classes) + 1)
     rows = zip(classes, shares.tolist(), (sums / pixels)[1:].tolist(), strict=True)
     summary = [
         {"index": index, "name": name, "share": share, "mean_score": mean if share else None}
@@ -48,7 +52,7 @@ def summarise(segmentation: Segmentation) -> list[dict[str, Any]]:
 def save_segmentation(
     folder: Path,
     stem: str,
-    image: Tensor,
+    image: Tensor | Callable[[], Tensor],
     segmentation: Segmentation,
     about: Mapping[str, Any],
     alpha: float = 0.55,
@@ -57,6 +61,7 @@ def save_segmentation(
     digest: str | None = None,
     formats: Sequence[str] = (),
     present: float | None = None,
+    summary: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Write `stem`.overlay.png, `stem`.labels.png (16 bits), files in other formats, and `stem`.json.
 
@@ -69,7 +74,7 @@ def save_segmentation(
     Args:
         folder: folder of the files, made if necessary.
         stem: start of the files' names.
-        image: `[3, H, W]`, RGB in 0..255.
+        image: `[3, H, W]`, RGB in 0..255; or a function that reads it when its turn comes.
         segmentation: the image's.
         about: further entries at the head of the JSON file.
         alpha: share of the colours in the overlay.
@@ -78,6 +83,7 @@ def save_segmentation(
         formats: names of other formats, of `catseg_fast.output.formats.FORMATS`.
         present: smallest share of the pixels for a class to be in the legend and the JSON file; by default,
             all classes that occur.
+        summary: what `summarise` says of the segmentation, whose scores are then not looked at.
 
     Returns:
         The classes in the JSON file, by `summarise`.
@@ -89,17 +95,19 @@ def save_segmentation(
         ImportError: if a format needs a package that is not installed.
     """
     check_formats(formats, len(segmentation.classes))
-    classes = [entry for entry in summarise(segmentation) if entry["share"]]
+    classes = [entry for entry in summary or summarise(segmentation) if entry["share"]]
     if present is not None:
         classes = [entry for entry in classes if entry["share"] >= present or entry["index"] == NONE]
     height, width = segmentation.labels.shape
     folder.mkdir(parents=True, exist_ok=True)
     mark = "" if picture is None else place_digest(picture)
-    names = [stem + suffix for suffix in PNG_SUFFIXES]
+    overlay_name, map_name = names = [stem + suffix for suffix in PNG_SUFFIXES]
     with temporary_folder(folder) as scratch:
-        painted = overlay(image, segmentation.labels, segmentation.classes, alpha, present=present or 0.0)
-        for name, png in zip(names, (painted, label_png(segmentation.labels)), strict=True):
-            png.save(scratch / name, pnginfo=png_mark(mark))
+        label_png(segmentation.labels).save(scratch / map_name, pnginfo=png_mark(mark))
+        pixels = image() if callable(image) else image
+        painted = overlay(pixels, segmentation.labels, segmentation.classes, alpha, present=present or 0.0)
+        painted.save(scratch / overlay_name, pnginfo=png_mark(mark))
+        del pixels, painted
         file_name = stem if picture is None else picture.name
         labelled = Labelled(segmentation.labels.numpy(), segmentation.classes, file_name, mark)
         for format in dict.fromkeys(formats):

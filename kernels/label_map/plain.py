@@ -24,10 +24,24 @@ def update_label_map(
 
 def read_out(logits: Tensor, size: Sequence[int], window: Sequence[int], visible: Sequence[int]) -> Tensor:
     """Return probabilities `[t, *size]` of `logits [B, t, h, w]`; arguments as in `op.update_label_map`."""
+    return _resize(coarse_probabilities(logits, window, visible)[None], size)[0]
+
+
+def coarse_probabilities(logits: Tensor, window: Sequence[int], visible: Sequence[int]) -> Tensor:
+    """Return probabilities `[t, R, S]`, before they are resized to the answer's size."""
     if window:
-        return _resize(_merge(logits, window)[None], size)[0]
-    probabilities = logits[:1].sigmoid()[..., : visible[0], : visible[1]]
-    return _resize(probabilities, size)[0]
+        return _merge(logits, window)
+    return logits[0].sigmoid()[..., : visible[0], : visible[1]]
+
+
+def resize_rows(wide: Tensor, height: int, rows: slice) -> Tensor:
+    """Rows of `wide [t, R, W]` resized to `[t, height, W]`; equal to the whole's but for rounding."""
+    position = torch.arange(rows.start, rows.stop, device=wide.device, dtype=wide.dtype) + 0.5
+    position = (position * (wide.shape[1] / height) - 0.5).clamp_(min=0)
+    above = position.long()
+    below = (above + 1).clamp_(max=wide.shape[1] - 1)
+    share = (position - above)[:, None]
+    return (wide[:, above] * (1 - share)).addcmul_(wide[:, below], share)
 
 
 def best_classes(probabilities: Tensor, scores: Tensor, labels: Tensor, first: int) -> tuple[Tensor, Tensor]:
