@@ -132,7 +132,9 @@ class Part(ABC):
         if self.refusal is not None:
             return f"{title}: the model's own code, because {self.refusal}"
         other = sorted({v.reason for v in self.verdicts.values() if v.reason is not None})
-        checked = f"{len(self.verdicts)} kinds of input compared" if self.verify else "not compared"
+        count = len(self.verdicts)
+        kinds = "1 kind" if count == 1 else f"{count} kinds"
+        checked = f"{kinds} of input compared" if self.verify else "not compared"
         tail = (
             "" if not other else f", {len(other)} of which stay with the model's own code: {'; '.join(other)}"
         )
