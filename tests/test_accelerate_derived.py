@@ -125,7 +125,7 @@ class Failing(TemperatureAdapter):
 @pytest.mark.parametrize(
     ("adapter", "reason"),
     [
-        (Forgetful(), "it computes something else"),
+        (Forgetful(), "it computes something different"),
         (Failing(), "the adapter's Failing.inputs fails: KeyError: 'image'"),
         (Adapter(), "the adapter's Adapter.example fails: NotImplementedError"),
     ],

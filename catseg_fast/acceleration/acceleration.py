@@ -81,24 +81,24 @@ def accelerate(
 ) -> Acceleration:
     """Let the aggregators in a model run in the engine; they keep their parameters and their arguments.
 
-    Aggregators are found by their structure. Where one as a whole computes something else than upstream's,
-    its window blocks, class layers and decoder run in the engine, as far as they are upstream's.
+    Aggregators are found by their structure. If an aggregator as a whole computes something different from
+    upstream's, those of its window blocks, class layers and decoder that are upstream's run in the engine.
 
-    The model is never answered for by a guess. Its code is compared with the engine's on a copy; the first
-    call of each kind (shapes, types) is computed by both; and whatever changes afterwards, such as weights,
-    hooks, attributes or sub-modules, is noticed. Where they differ, the model's own code runs, with a warning
-    that says why. So it does, without one, in training mode and where gradients are wanted.
+    Nothing is guessed. The model's code is compared with the engine's on a copy; the first call of each kind
+    (shapes, types) is computed by both; and later changes, such as to weights, hooks, attributes or
+    submodules, are noticed. Where the answers differ, the model's own code runs, with a warning that says
+    why. It also runs, without a warning, in training mode and if gradients are required.
 
     Args:
         model: an aggregator built like upstream's, or any model that holds one.
         backend: "auto", "triton" or "torch".
-        memory_budget: bytes (or "2GiB") that a call may take; by default what is free.
+        memory_budget: bytes (or "2GiB") that a call may take; by default, the free memory.
         verify: compare the engine's answers with the model's own, at once and at the first call of each kind.
         adapters: by class of aggregator, how its calls map to upstream's.
 
     Raises:
         InputError: a ValueError that starts with "model:", if nothing in it can run in the engine, or
-            something has an engine already; the message says what differs. The model is then as before.
+            some part already has an engine; the message says what differs. The model is then unchanged.
         RuntimeError: if the back end cannot run.
     """
     if check_backend(backend) == "reference":
@@ -146,7 +146,7 @@ def accelerate(
 
 
 class _Pieces:
-    """The parts of an aggregator, or of something with such parts, one by one; once."""
+    """The parts of an aggregator, or of a module with such parts, each found once."""
 
     def __init__(
         self, acceleration: Acceleration, module: nn.Module, name: str, backend: str, verify: bool

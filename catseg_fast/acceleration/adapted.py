@@ -105,6 +105,6 @@ def _asked(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """
     try:
         return method(*args, **kwargs)
-    except Exception as error:  # of code that nobody has seen
+    except Exception as error:  # unknown code may raise anything
         name = method.__qualname__
         raise Mismatch(f"the adapter's {name} fails: {type(error).__name__}: {error}") from error

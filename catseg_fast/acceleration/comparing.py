@@ -1,4 +1,4 @@
-"""Telling whether two computations are the same but for rounding."""
+"""Comparison of two computations that may differ only by rounding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COARSE = 5e-2
 
 
 def differs(ours: Tensor, own: Tensor) -> str | None:
-    """Return how far two answers differ; None if not more than rounding explains."""
+    """Return how far two answers differ; None if rounding explains it."""
     if ours.shape != own.shape:
         return f"its answer is {tuple(own.shape)}, the engine's {tuple(ours.shape)}"
     pair = _comparable(ours, own)
@@ -30,7 +30,7 @@ def differs(ours: Tensor, own: Tensor) -> str | None:
 
 
 def differs_roughly(ours: Tensor, truth: Tensor) -> str | None:
-    """Return how far an answer in 16 bits is off, from one in fp32; None if not more than 16 bits explain."""
+    """Return how far an answer in 16 bits is from one in fp32; None if 16 bits explain it."""
     pair = _comparable(ours, truth)
     if isinstance(pair, str):
         return pair
@@ -39,7 +39,7 @@ def differs_roughly(ours: Tensor, truth: Tensor) -> str | None:
 
 
 def differs_in_16_bits(ours: Tensor, own: Tensor, truth: Tensor) -> str | None:
-    """Return how far an answer is off; None if not more than twice as far as the model's own, from fp32."""
+    """Return how far an answer is off; None if at most twice as far from fp32 as the model's own."""
     if not ours.shape == own.shape == truth.shape:
         return f"its answer is {tuple(own.shape)}, the engine's {tuple(ours.shape)}"
     flat = [_constant(x) for x in (ours, own, truth)]
@@ -61,9 +61,9 @@ def differs_in_16_bits(ours: Tensor, own: Tensor, truth: Tensor) -> str | None:
 
 
 def _comparable(ours: Tensor, own: Tensor) -> tuple[Tensor, Tensor] | str:
-    """Both without maps of one value, such as those of dropped classes, and without what is no number.
+    """Return both without maps of a single value, such as those of dropped classes, and without NaN.
 
-    Such a value may be far from all others, beside which no difference would be seen.
+    Such a value can be so large that no difference would be seen beside it.
     """
     flat, ours = _constant(own), ours.to(own.dtype)
     if not torch.equal(flat, _constant(ours)):
@@ -78,7 +78,7 @@ def _comparable(ours: Tensor, own: Tensor) -> tuple[Tensor, Tensor] | str:
 
 
 def _constant(logits: Tensor) -> Tensor:
-    """The maps `[B, T]` of one value among logits `[B, T, H, W]`; none in other tensors."""
+    """Return which maps `[B, T]` have a single value among logits `[B, T, H, W]`; none in other tensors."""
     if logits.ndim != 4:
         return torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
     return (logits == logits[..., :1, :1]).flatten(2).all(dim=-1)

@@ -2,7 +2,7 @@
 
 The numbers that a model happens to have can hide what its code does: a zero-initialised gate, a buffer that
 a checkpoint fills later. So that a trial is quick, windows are made as small as the shift and the pooling
-allow, and as few classes count as many; what has one window, or several, keeps that.
+allow, and few classes count as many; a map of one window stays one, and a map of several keeps several.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def copy_for_trial(module: nn.Module) -> nn.Module:
     """
     try:
         duplicate: nn.Module = copy.deepcopy(module)
-    except Exception as error:  # of whatever the module's attributes do
+    except Exception as error:  # whatever the module's attributes raise
         raise Mismatch(f"it cannot be copied for a trial: {error}") from error
     duplicate = strip(duplicate).eval().requires_grad_(False).double()
     randomise(duplicate)

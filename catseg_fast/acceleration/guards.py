@@ -1,4 +1,4 @@
-"""Noticing that modules have changed since they were looked at, in a few microseconds per call."""
+"""Detection of changes to modules, in a few microseconds per call."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _training = itemgetter("training")
 
 
 class Guard:
-    """A picture of modules: their classes, attributes, hooks and children, and the tensors that they hold.
+    """A snapshot of modules: their classes, attributes, hooks and children, and the tensors that they hold.
 
-    What is compared at each call is whole lists, at the speed of C. Values written through `.data` leave no
-    trace: on a CPU, one number of each tensor is compared for that.
+    Each call compares whole lists, which is done in C. Values written through `.data` leave no trace, so on a
+    CPU one number of each tensor is compared as well.
 
     Args:
         modules: by name; hooks on the one whose name is empty are not watched.
@@ -74,13 +74,13 @@ class Guard:
         self.take_weights()
 
     def take_weights(self) -> None:
-        """Look at the tensors again."""
+        """Take a new snapshot of the tensors."""
         self._no_tensors, self._tables, self._held = _pictures(self._dicts, TENSORS)
         self._objects = [x for table in self._tables for x in table.values()]
         self._tensors = [x for x in self._objects if x is not None]
         self._tensors += [x for _, _, x in self._loose]
         self._tracked = [x for x in self._tensors if not x.is_inference()]
-        self._versions = sum(map(_version, self._tracked))  # none ever falls
+        self._versions = sum(map(_version, self._tracked))  # these counters never decrease
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._samples = [view for view in map(_sample, self._tensors) if view is not None]
         self._sampled = b"".join(self._samples)

@@ -206,7 +206,7 @@ def _wrong_kind(layer: nn.Module, path: str, expected: str) -> Mismatch:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Does not fill new tensors: the meta device takes its time for that."""
+    """Mode in which new tensors are not filled, which takes time even on the meta device."""
 
     fills = (Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_)
 

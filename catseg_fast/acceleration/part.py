@@ -1,4 +1,4 @@
-"""A part of a model that runs in the engine: when it may, and what is done when it may not.
+"""A part of a model that runs in the engine, and the cases in which its own code runs.
 
 The model's own code answers a call
 
@@ -27,7 +27,7 @@ from catseg_fast.acceleration.swapping import base_of, own_code
 # Kinds of calls that are remembered.
 MOST_KINDS = 1024
 
-# So often a module may change from one call to the next before it is left alone.
+# Number of changes between one call and the next after which a module is left alone.
 MOST_CHANGES = 4
 
 Inputs = tuple[Any, ...]
@@ -113,17 +113,17 @@ class Part(ABC):
             self.refusal = None
         except Mismatch as mismatch:
             self.refusal = str(mismatch)
-        except Exception as error:  # of code that nobody has seen
+        except Exception as error:  # unknown code may raise anything
             self.refusal = f"it cannot be read: {type(error).__name__}: {error}"
         self.take_guard()
 
     def take_guard(self) -> None:
-        """Note what the module is now."""
+        """Take a snapshot of the module."""
         self.device = next((x.device for x in self.module.parameters()), torch.device("cpu"))
         self.guard = Guard(self.watched(), type(self.module))
 
     def is_unchanged(self) -> bool:
-        """Check that the module is what it was when it was looked at."""
+        """Check that the module has not changed since the snapshot."""
         return self.guard is not None and self.guard.same_code() and self.guard.same_weights()
 
     def explain(self) -> str:

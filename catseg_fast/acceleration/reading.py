@@ -1,4 +1,4 @@
-"""Exact reading of modules built like upstream's: the reference's counterpart, with the very same tensors.
+"""Exact reading of modules built like upstream's: the reference's counterpart, with the same tensors.
 
 Sizes, kinds of layers and their settings are read, never assumed; what the engine cannot honour is a
 `Mismatch` that names it. What a module's own code does with its layers cannot be read: `trial.py` compares

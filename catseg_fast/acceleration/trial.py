@@ -1,4 +1,4 @@
-"""A module's own code against the engine's, on a copy with random numbers (`copies.py`)."""
+"""Comparison of a module's own code with the engine's, on a copy with random numbers (`copies.py`)."""
 
 from __future__ import annotations
 
@@ -91,5 +91,7 @@ def _compare(
             if dtype not in engines:
                 engines[dtype] = prepare(duplicate, dtype)
             if (reason := differs(engines[dtype](*inputs), own)) is not None:
-                raise Mismatch(f"it computes something else than upstream's ({reason} on random numbers)")
+                raise Mismatch(
+                    f"it computes something different from upstream's ({reason} on random numbers)"
+                )
             break

@@ -23,7 +23,7 @@ from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.schedule import free_bytes
 from catseg_fast.reference.shapes import check_shapes
 
-# What the module's own code holds of a class at a position, in units of the hidden channels: around an MLP,
+# Memory of the module's own code per class and position, in units of the hidden channels: around an MLP,
 # or around the scores of a window attention.
 OWN_NUMBERS = 16
 
@@ -143,7 +143,7 @@ class WholeAggregator(Part):
 
 
 def max_classes(aggregator: nn.Module) -> int | None:
-    """Above how many classes an aggregator drops some: its own setting, or upstream's `pad_len`."""
+    """Return the number of classes above which an aggregator drops some, such as upstream's `pad_len`."""
     if isinstance(aggregator, reference.Aggregator):
         return aggregator.max_classes
     return getattr(aggregator, "pad_len", 0) or None
@@ -175,7 +175,7 @@ def make_inputs(
     scale: float,
     prompts: int | None = None,
 ) -> tuple[Any, ...]:
-    """Random features of some classes, which are more or less like those of some positions, and guidance."""
+    """Return random features of classes, which resemble those of some positions, and guidance."""
     height, width = size or aggregator.layers[0].swin_block.block_1.input_resolution
     prompts = prompts or aggregator.conv1.in_channels
     features = _width(aggregator.text_guidance_projection, 2) or 64

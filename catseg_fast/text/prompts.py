@@ -106,7 +106,7 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
     """The class names as a tuple, after checks.
 
     Raises:
-        InputTypeError: if `classes` is one string or a set, or holds something else than strings.
+        InputTypeError: if `classes` is one string or a set, or holds anything other than strings.
         InputError: if there is no class, a name or one of its synonyms is blank or not valid Unicode, or a
             name is listed twice.
     """

@@ -1,4 +1,4 @@
-"""Products in a kernel's code whose sums start at something else than zero.
+"""Products in a kernel's code whose sums do not start at zero.
 
 Triton compiles `tl.dot(a, b) + c` to a sum that starts at `c`. In fp32 each of its steps is then rounded like
 a number of c's size, where adding `c` at the end rounds once. This file runs as a program of its own, without
