@@ -364,7 +364,7 @@ def test_files_of_others_are_not_replaced(name: str, tmp_path: Path) -> None:
     before = foreign.read_bytes()
     result = invoke("--data", str(tmp_path / "data"), "--output", str(foreign.parent))
     assert result.exit_code == 1
-    assert f"{name} is there and is not of a run of training" in result.stderr
+    assert f"{name} exists and does not belong to a training run" in result.stderr
     assert foreign.read_bytes() == before
 
 

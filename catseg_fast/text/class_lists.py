@@ -19,7 +19,7 @@ EVERYDAY_CLASSES = (
     "dog", "cat", "wall", "floor", "window", "door", "table", "chair", "plant", "food", "book",
 )
 
-# What the scenes that the package's own weights know are made of: all grounds, and some things.
+# Contents of the scenes that the bundled weights know: all grounds, and some things.
 SCENE_CLASSES = (
     "wooden floor", "brick wall", "grass", "sand", "water", "tiled floor", "cloudy sky", "gravel",
     "checked orange heart", "checked white square", "checked turquoise cross", "dotted purple cross",
@@ -35,7 +35,7 @@ READY_LISTS = (*DATA_SET_LISTS, NOUNS)
 # One name per class, or each class's names, as `CATSeg.set_classes` takes them.
 Names = list[str] | dict[str, list[str]]
 
-# Characters that look like a separator, or separate elsewhere, but are a part of the name here.
+# Characters that look like a separator, or are one elsewhere, but belong to the name here.
 _LOOKALIKES = {
     "\uff1b": "a full-width semicolon",
     "\ufe54": "a small semicolon",
@@ -86,7 +86,7 @@ def ready_list(name: str) -> ReadyList:
 
 
 def parse_classes(text: str) -> Names:
-    """The names of "sky; tree; person, man": semicolons separate classes, commas a class's synonyms.
+    """Parse "sky; tree; person, man": semicolons separate classes, commas a class's synonyms.
 
     The name of a ready list, such as "ade-150", stands for its classes.
 
@@ -99,7 +99,7 @@ def parse_classes(text: str) -> Names:
 
 
 def read_classes(path: Path) -> Names:
-    """The class names in a text file in UTF-8.
+    """Read class names from a text file in UTF-8.
 
     A .txt file has one class per line; blank lines are skipped, and a "#" at a line's start or after white
     space starts a comment. A .json file has a list of strings; or an object with the names of each class,
@@ -132,10 +132,10 @@ def read_classes(path: Path) -> Names:
 
 
 def read_flat_classes(path: Path, purpose: str) -> list[str]:
-    """`read_classes`, where each class has one name.
+    """Read classes that have one name each; see `read_classes`.
 
     Raises:
-        InputError: if a class has several; the message begins with the path and says what for they are not.
+        InputError: if a class has several; the message begins with the path and names the purpose.
     """
     names = read_classes(path)
     if isinstance(names, dict):
@@ -144,7 +144,7 @@ def read_flat_classes(path: Path, purpose: str) -> list[str]:
 
 
 def separator_notes(names: Names, file: bool = False) -> list[str]:
-    """Remarks on names that may be several classes, written with separators that are none.
+    """Return remarks on names that may be several classes with other separators.
 
     Args:
         names: as read.
@@ -172,7 +172,7 @@ def separator_notes(names: Names, file: bool = False) -> list[str]:
 
 
 def _read_utf8(path: Path) -> str:
-    """The text of a file, without a byte order mark.
+    """Return the text of a file, without a byte order mark.
 
     Raises:
         OSError: if it cannot be read.
@@ -192,7 +192,7 @@ def _read_utf8(path: Path) -> str:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which Python would keep the last of two equal keys."""
+    """Make a dict of a JSON object, and refuse repeated keys, of which Python would keep the last."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -202,7 +202,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _from_object(content: dict[str, Any], path: Path) -> Names:
-    """The names in a JSON object: by class, or by index."""
+    """Return the names in a JSON object: by class, or by index."""
     labels = content.get("id2label")
     if not isinstance(labels, dict):
         labels = content

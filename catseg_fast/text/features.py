@@ -43,7 +43,7 @@ def encode_classes(
         clip: the text tower; the features have its device and type.
         tokens: token ids of each class's prompts, from `tokenize_classes`.
         prompts: templates P per class.
-        batch_size: texts per call of the text tower; by default as suits the device.
+        batch_size: texts per call of the text tower; by default, what suits the device.
         dtype: type of the text tower's matrix products (`torch.autocast`); by default the weights'.
         progress: called with the number of texts done and the number of all.
     """
@@ -80,7 +80,7 @@ class TextEncoder:
     """Encodes classes with a text tower, except those whose features are in a cache.
 
     Args:
-        cache: where features are looked for and kept; None for nowhere.
+        cache: cache of features; None for no cache.
     """
 
     def __init__(self, cache: FeaturesCache | None) -> None:
@@ -95,7 +95,7 @@ class TextEncoder:
         dtype: torch.dtype,
         progress: Progress | None = None,
     ) -> Tensor:
-        """`encode_classes`, and in the weights' type where the values of a 16-bit `dtype` overflow.
+        """Encode as `encode_classes` does, again in the weights' type if a 16-bit `dtype` overflows.
 
         Classes with equal tokens are encoded once. Features of a cache equal those that would be computed,
         except for rounding: that depends on what else is in a batch.
@@ -136,7 +136,7 @@ class TextEncoder:
         return sum(map(len, tokens)) >= WORTH_CACHING.get(device, WORTH_CACHING["cuda"])
 
     def _key(self, clip: DenseCLIP, prompts: int, dtype: torch.dtype) -> str:
-        """A hash of all that decides a class's features, except its tokens."""
+        """Return a hash of everything that determines a class's features, except its tokens."""
         parameters = clip.text_parameters()
         state = weights_state(parameters)
         if self._hashed is None or self._hashed[0] != state:
@@ -147,7 +147,7 @@ class TextEncoder:
 
 
 def _digest(ids: Tensor) -> str:
-    """A hash of a class's tokens: of its prompts' texts, as the text tower sees them."""
+    """Return a hash of a class's tokens, that is of its prompts as the text tower sees them."""
     used = int((ids != 0).sum(dim=1).max())
     values = ids[:, :used].to(torch.int32).contiguous().numpy()
     return hashlib.sha256(f"{values.shape}".encode() + values.tobytes()).hexdigest()[:32]

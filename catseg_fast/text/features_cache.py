@@ -37,7 +37,7 @@ class FeaturesCache:
     """Text features of classes in a folder.
 
     Args:
-        folder: where; by default `text-features` in the package's cache folder of the user.
+        folder: the cache's folder; by default `text-features` in the user's cache folder of the package.
         limit: bytes that the files may take together.
     """
 
@@ -51,7 +51,7 @@ class FeaturesCache:
 
     @classmethod
     def of(cls, setting: bool | str | os.PathLike[str] | FeaturesCache) -> FeaturesCache | None:
-        """The cache that a setting asks for: the user's (True), none (False), a folder's, or itself.
+        """Return the cache that a setting asks for: the user's (True), none (False), a folder's, or itself.
 
         Raises:
             InputTypeError: if the setting is something else.
@@ -67,7 +67,7 @@ class FeaturesCache:
         )
 
     def load(self, key: str, names: set[str]) -> dict[str, Tensor]:
-        """The entries among `names` that are there, on the CPU; a new vocabulary begins."""
+        """Return the existing entries among `names`, on the CPU; a new vocabulary begins."""
         self._used, self._closed = set(), False
         found: dict[str, Tensor] = {}
         with self._warn_of_folder():
@@ -83,7 +83,7 @@ class FeaturesCache:
         return found
 
     def store(self, key: str, entries: Mapping[str, Tensor]) -> None:
-        """Add entries, if they fit beside what the vocabulary has already; else warn, once."""
+        """Add entries, if they fit beside the vocabulary's present ones; else warn once."""
         if self._closed:
             return
         size = sum(map(_size, self._used)) + sum(tensor.nbytes for tensor in entries.values())
@@ -112,7 +112,7 @@ class FeaturesCache:
         return sorted(self.folder.glob(f"{key}/{HEX}.safetensors"))
 
     def _read(self, path: Path, names: set[str] | None = None) -> dict[str, Tensor]:
-        """A file's entries, or those among `names`; none, with a warning, where it is broken."""
+        """Return a file's entries, or those among `names`; none, with a warning, if it is broken."""
         try:
             with safe_open(path, "pt") as file:
                 checksums = file.metadata() or {}
@@ -131,7 +131,7 @@ class FeaturesCache:
         return entries
 
     def _evict(self) -> None:
-        """Remove what was not used for longest until the limit holds, and what killed processes left."""
+        """Remove the least recently used files above the limit, and those of killed processes."""
         files = sorted(self._files(), key=_last_use)
         excess = sum(map(_size, files)) - self.limit
         for path in files:
@@ -168,7 +168,7 @@ def _checksum(tensor: Tensor) -> str:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, 0 where another process has removed it."""
+    """Return the bytes of a file; 0 if another process has removed it."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

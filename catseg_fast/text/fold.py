@@ -22,8 +22,8 @@ class Fold:
     """The class of each name.
 
     Attributes:
-        classes: what labels are indices into.
-        names: what the model tells apart, those of the first class first.
+        classes: class names; labels are indices into them.
+        names: names that compete, those of the first class first.
         owners: the index of each name's class, ascending.
     """
 
@@ -60,17 +60,17 @@ class Fold:
 
     @property
     def by_class(self) -> dict[str, list[str]]:
-        """The names of each class."""
+        """Return the names of each class."""
         return {label: list(self.names[self.names_of(index)]) for index, label in enumerate(self.classes)}
 
     def names_of(self, index: int) -> slice:
-        """The indices of a class's names."""
+        """Return the indices of a class's names."""
         first = self.owners.index(index)
         return slice(first, first + self.owners.count(index))
 
 
 def split_fold(classes: ClassNames) -> tuple[Sequence[str], Fold | None]:
-    """Return the names that compete, and how they are folded; None where each is a class of its own."""
+    """Return the names that compete, and how they are folded; None if each is a class of its own."""
     if not isinstance(classes, Mapping):
         return classes, None
     fold = Fold.of(classes)

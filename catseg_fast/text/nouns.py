@@ -1,4 +1,4 @@
-"""Some ten thousand nouns for things that can be seen: WordNet's, as timm lists them for ImageNet-12k."""
+"""About eleven thousand nouns for things that can be seen: WordNet's, as timm lists them for ImageNet-12k."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def nouns() -> dict[str, Any]:
-    """The fields of a `ReadyList`; the names are read from the installed timm.
+    """Return the fields of a `ReadyList`; the names are read from the installed timm.
 
     A class's name is its synset's first lemma that no class before it has: CLIP cannot tell a bird's "crane"
-    from a machine's. Where all are taken, the synset is left out.
+    from a machine's. If all are taken, the synset is left out.
     """
     from timm.data import ImageNetInfo  # takes seconds
 

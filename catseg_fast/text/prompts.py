@@ -35,7 +35,7 @@ _TEMPLATES = {
 
 
 def get_templates(prompt_ensemble: str | Sequence[str]) -> tuple[str, ...]:
-    """Prompt templates of a named ensemble, or the given ones after a check.
+    """Return the templates of a named ensemble, or the given ones after a check.
 
     Raises:
         InputTypeError: if a template is not a string, or they have no order.
@@ -76,10 +76,10 @@ def _check_template(template: str) -> None:
 
 
 def _ordered(items: Iterable[Any], name: str, kind: str) -> tuple[Any, ...]:
-    """The items as a tuple.
+    """Return the items as a tuple.
 
     Raises:
-        InputTypeError: if they have no order of their own, or are none.
+        InputTypeError: if they are not a sequence, or have no order.
     """
     found = type(items).__name__
     if isinstance(items, AbstractSet) and not isinstance(items, KeysView):
@@ -103,7 +103,7 @@ def _imagenet_templates() -> tuple[str, ...]:
 
 
 def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, ...]:
-    """The class names as a tuple, after checks.
+    """Return the class names as a tuple, after checks.
 
     Raises:
         InputTypeError: if `classes` is one string or a set, or holds anything other than strings.
@@ -135,7 +135,7 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
 
 
 def synonyms(label: str, version: Version) -> list[str]:
-    """The names that stand for a class: v1 averages over all synonyms, v2 takes the first.
+    """Return the names that stand for a class: v1 averages over all synonyms, v2 takes the first.
 
     Synonyms are separated by a comma and a space; "a,b" is one name.
     """
@@ -144,7 +144,7 @@ def synonyms(label: str, version: Version) -> list[str]:
 
 
 def class_prompts(label: str, templates: Sequence[str], version: Version) -> list[str]:
-    """Prompts of a class, all synonyms of the first template first."""
+    """Return the prompts of a class, all synonyms of the first template first."""
     return [
         template.format(*[name] * template.count("{}"))
         for template in templates

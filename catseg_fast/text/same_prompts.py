@@ -1,4 +1,4 @@
-"""Classes that a model cannot tell apart, since their prompts have the same tokens."""
+"""Classes that a model cannot tell apart, because their prompts have the same tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LISTED = 20
 def warn_of_same_prompts(
     classes: Sequence[str], templates: Sequence[str], version: Version, context_length: int
 ) -> None:
-    """Warn of classes that are never the best one, since an earlier class has the same prompts."""
+    """Warn of classes that are never the best one, because an earlier class has the same prompts."""
     groups = same_prompts(classes, templates, version, context_length)
     if not groups:
         return
@@ -38,10 +38,10 @@ def warn_of_same_prompts(
 def same_prompts(
     classes: Sequence[str], templates: Sequence[str], version: Version, context_length: int = 77
 ) -> list[list[int]]:
-    """The indices of classes with the same prompts, for each group of two or more.
+    """Return the indices of classes with the same prompts, for each group of two or more.
 
     Case, white space and the order of synonyms do not count. Templates are the same for all classes, so that
-    one of them tells.
+    comparing one suffices.
     """
     groups: dict[tuple[tuple[bytes, int], ...], list[int]] = {}
     for index, tokens in enumerate(tokenize_classes(classes, templates[:1], version, context_length)):

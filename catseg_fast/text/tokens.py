@@ -1,4 +1,4 @@
-"""Prompts to CLIP's token ids.
+"""Conversion of prompts to CLIP's token ids.
 
 Cleaning a text (ftfy, HTML entities) takes most of a tokenizer's time. Of plain ASCII without "&" it changes
 only case and white space, and no token spans white space. So the tokens of a plain text are those of its
@@ -28,7 +28,7 @@ LONGEST_TOKEN = 32  # bytes
 
 
 def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
-    """CLIP token ids `[len(texts), context_length]`, zero after the end of the text.
+    """Return CLIP token ids `[len(texts), context_length]`, zero after the end of the text.
 
     Raises:
         InputError: if a text has more tokens than `context_length` (CLIP would silently truncate it).
@@ -54,7 +54,7 @@ def tokenize(texts: Sequence[str], context_length: int = 77) -> Tensor:
 def tokenize_classes(
     classes: Sequence[str], templates: Sequence[str], version: Version, context_length: int = 77
 ) -> list[Tensor]:
-    """Token ids of each class's prompts, `[P * synonyms, context_length]` each.
+    """Return the token ids of each class's prompts, `[P * synonyms, context_length]` each.
 
     Raises:
         InputError: if a prompt is too long; the error names the class.

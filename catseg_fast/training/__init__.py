@@ -1,4 +1,4 @@
-"""Training: upstream's recipe, on one process or several, that can be killed and continued."""
+"""Training: upstream's recipe, in one process or several; a run that was killed can be continued."""
 
 from catseg_fast.training.recipe import Recipe
 from catseg_fast.training.trainer import Trainer

@@ -41,14 +41,14 @@ class Log:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, **values: float) -> None:
-        """Write down a step's values."""
+        """Write a step's values."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"train/{name}", value, step)
 
     def flush(self) -> None:
-        """Let everything be in the files."""
+        """Write everything to the files."""
         self._file.flush()
         if self._board is not None:
             self._board.flush()
@@ -61,7 +61,7 @@ class Log:
 
 
 def _cut(path: Path, first_step: int) -> None:
-    """Leave the lines before a step; a line that a killed process left unfinished goes."""
+    """Keep the lines before a step; an unfinished line of a killed process is removed."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

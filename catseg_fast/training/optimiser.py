@@ -14,10 +14,10 @@ UNDECAYED = ("relative_position_bias_table", "absolute_pos_embed")
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Trained parameters by learning rate and weight decay.
+    """Group trained parameters by learning rate and weight decay.
 
     Returns:
-        One dict a group, for the optimiser: "params", "multiplier" of the learning rate, "weight_decay".
+        One dict per group, for the optimiser: "params", "multiplier" of the learning rate, "weight_decay".
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, the learning rates still to be set."""
+    """Return AdamW over `parameter_groups`; learning rates are set by `set_learning_rate`."""
     return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, fused=True)
 
 

@@ -1,4 +1,4 @@
-"""Whose the files in a run's output folder are."""
+"""Ownership of the files in a run's output folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from catseg_fast.training.trainer import WEIGHTS
 
 
 def check_output(folder: Path) -> None:
-    """Check that a run whose results go to a folder will not replace files of others.
+    """Check that a run whose results go to a folder will not replace other files.
 
     Raises:
         FileExistsError: if it would.
@@ -19,4 +19,6 @@ def check_output(folder: Path) -> None:
     for name, is_ours in ((WEIGHTS, is_exported), (LOG, is_log)):
         path = folder / name
         if os.path.lexists(path) and not is_ours(path):
-            raise FileExistsError(f"{path} is there and is not of a run of training; choose another folder")
+            raise FileExistsError(
+                f"{path} exists and does not belong to a training run; choose another folder"
+            )

@@ -18,26 +18,26 @@ class Recipe:
 
     Attributes:
         steps: optimiser steps.
-        batch_size: pictures in a step, over all processes.
+        batch_size: pictures per step, over all processes.
         accumulate: parts in which each process works through its pictures of a step.
         lr: largest learning rate, of everything but CLIP and v1's backbone.
-        warmup: steps in which the learning rate rises to what the cosine says.
+        warmup: steps in which the learning rate rises linearly to the cosine's value.
         clip_multiplier, backbone_multiplier: of the learning rate of CLIP and of v1's guidance backbone,
             which is not trained at 0.
         weight_decay: of everything but normalisations and embeddings.
         clip_grad: largest norm of the gradient of all parameters together; 0 for no limit.
-        clip_finetune: what of CLIP is trained, as in `CATSeg`.
-        pooling: side of the class attention's average pooling; the weights fit any other one as well.
+        clip_finetune: trained part of CLIP, as in `CATSeg`.
+        pooling: side of the class attention's average pooling; weights do not depend on it.
         crop_size: side of the pictures in pixels.
         min_sizes: lengths of which one is drawn for a picture's shorter side before it is cropped; by default
-            `crop_size` alone.
-        category_max_ratio: a crop is drawn again where one class has a larger share of it.
+            only `crop_size`.
+        category_max_ratio: a crop is drawn again if one class has a larger share of it.
         colour: whether brightness, contrast, saturation and hue are changed at random.
         classes_per_step: aggregate the classes that a step's pictures have and, up to this number, others
             drawn at random; None for all classes.
         random_synonyms: draw one of a class's synonyms each step, where the model takes the first (v2).
         precision: "fp32", "fp16" or "bf16"; the last two by autocast.
-        seed: of everything random.
+        seed: seed of all random numbers.
 
     Raises:
         InputError: if a value makes no sense; the message names it.

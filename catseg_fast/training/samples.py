@@ -18,7 +18,7 @@ from catseg_fast.labels import class_indices
 from catseg_fast.training.augment import augment
 from catseg_fast.training.recipe import Recipe
 
-# What random numbers are for: each purpose has a stream of its own.
+# Purposes of random numbers; each has its own stream.
 ORDER, AUGMENTATION, CLASSES, MODEL = range(4)
 
 
@@ -35,12 +35,12 @@ class Pictures(Protocol):
 
 
 def generator(recipe: Recipe, purpose: int, *position: int) -> np.random.Generator:
-    """Random numbers of a purpose at a position of the run."""
+    """Return the generator of a purpose at a position of the run."""
     return np.random.default_rng((recipe.seed, purpose, *position))
 
 
 class Crops(Dataset[dict[str, Any]]):
-    """The stream: the crops of all pictures in a random order, then in another one, and so on."""
+    """Endless stream: the crops of all pictures in a random order, then in another, and so on."""
 
     def __init__(self, pictures: Pictures, recipe: Recipe) -> None:
         self.pictures, self.recipe = pictures, recipe
@@ -67,7 +67,7 @@ class Crops(Dataset[dict[str, Any]]):
 def step_batches(
     crops: Crops, first_step: int, *, rank: int = 0, processes: int = 1, workers: int = 0, pin: bool = False
 ) -> Iterator[list[dict[str, Any]]]:
-    """One process's crops of every step from `first_step` on."""
+    """Yield one process's crops of every step from `first_step` on."""
     total, steps = crops.recipe.batch_size, crops.recipe.steps
     share = total // processes
     positions = [
@@ -87,7 +87,7 @@ def step_batches(
 def choose_classes(
     labels: Sequence[Tensor], total: int, ignore_label: int, count: int | None, rng: np.random.Generator
 ) -> Tensor:
-    """The classes that a step aggregates, ascending: those in `labels`, and others drawn up to `count`."""
+    """Return a step's classes, ascending: those in `labels`, and others drawn up to `count`."""
     if count is None or count >= total:
         return torch.arange(total)
     seen = torch.zeros(total, dtype=torch.bool)
@@ -100,7 +100,7 @@ def choose_classes(
 
 
 def remap(labels: Tensor, classes: Tensor, total: int, ignore_label: int) -> Tensor:
-    """Labels as indices into `classes`, which hold all that occur; the ignore label stays."""
+    """Return labels as indices into `classes`, which hold all that occur; the ignore label stays."""
     table = torch.full((max(total, ignore_label + 1),), ignore_label)
     table[classes] = torch.arange(len(classes))
     return table[labels]

@@ -21,7 +21,7 @@ def load_start(model: CATSeg, state_dict: Mapping[str, Tensor], source: str) -> 
     Args:
         model: on any device.
         state_dict: upstream's, its part under `clip_model`, or that of a CLIP from OpenAI or open_clip.
-        source: what to call it in an error.
+        source: its name in errors.
 
     Raises:
         InputError: if it does not fit; the model is as before.
@@ -34,11 +34,11 @@ def load_start(model: CATSeg, state_dict: Mapping[str, Tensor], source: str) -> 
 
 
 def variant_of(state_dict: Mapping[str, Tensor], source: str) -> Variant:
-    """Return the variant that a checkpoint is of; for CLIP only, one that has it, v2 where there is one.
+    """Return a checkpoint's variant; for CLIP only, one that has it, v2 if possible.
 
     Args:
         state_dict: as for `load_start`.
-        source: what to call it in an error.
+        source: its name in errors.
 
     Raises:
         InputError: if it is neither, or no variant has this CLIP.
@@ -59,13 +59,13 @@ def variant_of(state_dict: Mapping[str, Tensor], source: str) -> Variant:
 
 
 def clip_tower(clip: Mapping[str, Tensor]) -> tuple[int, int]:
-    """The channels and the number of layers of a CLIP's image tower."""
+    """Return the channels and the number of layers of a CLIP's image tower."""
     blocks = {key.split(".")[3] for key in clip if key.startswith("visual.transformer.resblocks.")}
     return len(clip["visual.conv1.weight"]), len(blocks)
 
 
 def clip_alone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """CLIP's parameters under its own names, where there is nothing else."""
+    """Return CLIP's parameters under its own names, if there are no others."""
     if state_dict and all(key.startswith(CLIP) for key in state_dict):
         return {key.removeprefix(CLIP): value for key, value in state_dict.items()}
     return dict(state_dict) if "visual.conv1.weight" in state_dict else None

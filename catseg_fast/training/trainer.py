@@ -45,7 +45,7 @@ class Step:
         loss: mean over the step's pictures.
         lr: base learning rate.
         grad_norm: of all parameters' gradient, before it is clipped.
-        classes: how many were aggregated.
+        classes: number of aggregated classes.
         seconds: from the last step's end to this one's.
     """
 
@@ -62,8 +62,8 @@ class Trainer:
 
     Args:
         model: on this process's device, with the weights to start from, and the recipe's pooling.
-        pictures: a `catseg_fast.data.folder.FolderDataset`, or what is like it.
-        recipe: how.
+        pictures: a `catseg_fast.data.folder.FolderDataset`, or a similar object.
+        recipe: settings of the run.
         output: folder of checkpoints, log and final weights.
         processes: this process among those of the run; by default the only one.
         workers: processes that load pictures, for each process of the run; 0 for none.
@@ -101,14 +101,14 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=self.autocast == torch.float16)
         self.parallel: nn.Module = model
         if self.processes.count > 1:
-            # A softmax's key biases, and what CLIP's dense features leave out, have no gradient.
+            # Biases of attention's keys, and layers that CLIP's dense features skip, have no gradient.
             self.parallel = DistributedDataParallel(
                 model, gradient_as_bucket_view=True, find_unused_parameters=True
             )
         self.step = 0
 
     def resume(self) -> bool:
-        """Go on from the last checkpoint in the output folder; whether there is one.
+        """Continue from the last checkpoint in the output folder; return whether there is one.
 
         Raises:
             InputError: if it is damaged, or of another recipe or data set; the message says what differs.
@@ -138,7 +138,7 @@ class Trainer:
             self.checkpoints.clear()
 
     def run(self, report: Callable[[Step], None] = lambda _: None) -> None:
-        """Take the steps that are left, and save what they lead to.
+        """Take the remaining steps and save the result.
 
         Args:
             report: called after each step.
@@ -194,7 +194,7 @@ class Trainer:
             report(result)
 
     def _take(self, batch: list[dict[str, Any]]) -> tuple[float, float, float, int]:
-        """One optimiser step: loss, learning rate, gradient norm, classes."""
+        """Take an optimiser step; return loss, learning rate, gradient norm, classes."""
         recipe, rank = self.recipe, self.processes.rank
         # What the model draws follows from the step, so that it is the same after an interruption.
         torch.manual_seed(int(generator(recipe, MODEL, self.step, rank).integers(2**63)))
@@ -237,7 +237,7 @@ class Trainer:
         ]
 
     def _check_finite(self, loss: float, norm: float, names: list[str]) -> None:
-        """Raise a RuntimeError unless the loss is finite, and the gradient where nothing scales it."""
+        """Raise a RuntimeError unless the loss is finite, and the gradient if nothing scales it."""
         what = None
         if not _finite(loss):
             what = f"the loss is {loss}"
@@ -284,7 +284,7 @@ class Trainer:
 
 
 def draw_synonyms(labels: Sequence[str], rng: Any) -> list[str]:
-    """One synonym of each class; where two classes would get the same, the whole label in its place."""
+    """Draw a synonym per class; if two classes would get the same one, keep the whole label."""
     drawn = []
     for label in labels:
         names = synonyms(label, "v1")
