@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import predictions, raw_runs, records, traffic
+from bench.host_table import host_table
 from bench.plots import profile_parts
 from bench.raw_runs import DEFAULT_CONFIGS, ENGINE, GRAPH, MODEL, REFERENCE, WAYS
 from bench.records import Record
@@ -218,6 +219,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "cpu": cpu,
     "cpu-other": other_cpu,
     "predicted": lambda results: predictions.bounds(results.folder),
+    "host": lambda results: host_table(results.folder),
     "roofline": roofline,
     "predicted-kernels": lambda results: predictions.kernels(results.folder),
     "predicted-calls": lambda results: predictions.calls(results.folder),
