@@ -141,7 +141,7 @@ def test_dropout_keeps_its_noise() -> None:
     aggregator.eval()
     answers = [aggregator(*make_inputs()) for _ in range(3)]
     assert torch.equal(answers[1], answers[2])
-    assert acceleration.explain().startswith("the model (aggregator): the engine; 1 kinds")
+    assert acceleration.explain().startswith("the model (aggregator): the engine; 1 kind of input compared")
 
 
 @torch.no_grad()
