@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from torch import Tensor
 from bench.cases import Call, Case
 from catseg_fast import reference
 from catseg_fast.backend import why_no_triton
+from catseg_fast.engine.precision import tf32
 from catseg_fast.engine.recording import Recorder
 from catseg_fast.reference.window_attention import WindowAttention
 
@@ -65,20 +64,6 @@ class Baseline:
         if self.prepare is _autotuned and (case.variant, case.classes) != AUTOTUNED:
             return f"takes minutes to compile, and does so only for {AUTOTUNED[0]}, T={AUTOTUNED[1]}"
         return None
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Set whether fp32 products and convolutions may be rounded to TF32."""
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [flag.allow_tf32 for flag in flags]
-    for flag in flags:
-        flag.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
 
 
 class FusedWindowAttention(WindowAttention):

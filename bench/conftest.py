@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import records
-from bench.baselines import BASELINES, tf32
+from bench.baselines import BASELINES
 from bench.cases import aggregator_cases, scaling_cases
 from bench.measure import THREADS, device_name
 from bench.meter import Meter
+from catseg_fast.engine.precision import tf32
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.nn.modules import module as all_modules
 from catseg_fast.acceleration.guards import Guard
 from catseg_fast.acceleration.layers import Mismatch
 from catseg_fast.acceleration.swapping import base_of, own_code
+from catseg_fast.engine.precision import tf32
 
 # Kinds of calls that are remembered.
 MOST_KINDS = 1024
@@ -219,7 +219,7 @@ class Part(ABC):
 
     def _first(self, kind: object, args: Sequence[Any], kwargs: dict[str, Any], inputs: Inputs) -> Any:
         """Answer the first call of a kind: by the module's own code, and note whether the engine agrees."""
-        with torch.no_grad(), _exact_products():
+        with torch.no_grad(), tf32(False):
             answer, reason = self.compare(args, kwargs, inputs)
         if reason is not None:
             self.warn(f"for this kind of input it computes something else ({reason})")
@@ -273,17 +273,3 @@ def _ambient(device: torch.device) -> object:
     """Return everything that an answer depends on besides the arguments."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Let fp32 products and convolutions on a GPU be computed in fp32, not in TF32."""
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for switch, allowed in zip(switches, before, strict=True):
-            switch.allow_tf32 = allowed

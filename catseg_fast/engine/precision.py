@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,20 @@ ROUNDS = 5
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INPUT_PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Set whether PyTorch may round the inputs of fp32 products and convolutions on a GPU to TF32."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 def check_precision(dtype: torch.dtype | None) -> torch.dtype | None:

@@ -8,8 +8,7 @@ classes are repeated, so that torch computes only these, while every class is co
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from catseg_fast.engine import torch_stages
 from catseg_fast.engine.class_memory import ClassMemory, LinearMemory
 from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock, cast, map_tensors
+from catseg_fast.engine.precision import tf32
 from catseg_fast.engine.schedule import Schedule
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import BlockGuidance, ImageTerms, VocabularyTerms
@@ -64,7 +64,7 @@ def wrong_stages(candidate: TritonStages, image: ImageTerms, direct: bool) -> di
         overflows in torch, too, is not compared.
     """
     checker = _Checker(candidate)
-    with _full_precision():
+    with tf32(False):
         run_stream(checker, candidate.plan, image, direct)
     return checker.wrong
 
@@ -255,17 +255,3 @@ class _Checker:
 
 def _error(x: Tensor, truth: Tensor) -> float:
     return (x.to(truth.dtype) - truth).abs().max().item()
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Let PyTorch's products and convolutions compute in fp32, not in TF32."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
