@@ -24,7 +24,7 @@ from catseg_fast.engine.class_memory import new_memory
 from catseg_fast.engine.folding import Plan, build_plan, wide
 from catseg_fast.engine.precision import compute_dtype
 from catseg_fast.engine.schedule import usual_chunk
-from catseg_fast.engine.streaming import Stages
+from catseg_fast.engine.stages import Stages
 from catseg_fast.engine.terms import block_guidance, decoder_guidance_maps
 from catseg_fast.errors import InputError
 

@@ -30,10 +30,12 @@ from catseg_fast.engine.schedule import (
     plan_schedule,
 )
 from catseg_fast.engine.selection import best_classes, class_scores
-from catseg_fast.engine.streaming import Consumer, Stages, Stream, run_streams
+from catseg_fast.engine.stages import Stages
+from catseg_fast.engine.streaming import Consumer, Stream, run_streams
 from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
+from catseg_fast.engine.whole_call import Answer, run_call
 from catseg_fast.errors import RunError
-from catseg_fast.weights import module_tensors, weights_state
+from catseg_fast.weights import WeightsState, module_tensors
 
 if TYPE_CHECKING:
     from catseg_fast.engine.triton_stages import TritonStages
@@ -167,7 +169,7 @@ class Engine:
         if self._differentiable() or torch.compiler.is_compiling():
             with self._without_autocast():
                 return build_plan(self.aggregator, dtype)
-        state = weights_state(module_tensors(self.aggregator))
+        state = WeightsState(module_tensors(self.aggregator))
         if dtype not in self._plans or self._plans[dtype][0] != state:
             # The cached plan must be usable by later calls in any mode.
             with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
@@ -188,7 +190,8 @@ class Engine:
         if self._differentiable(text_feats) or torch.compiler.is_compiling() or text_feats.is_inference():
             return self.vocabulary(text_feats, max_classes, plan)
         # The terms hold the text's storage, so that its address is not reused by another tensor.
-        key = (weights_state([text_feats]), text_feats.shape, text_feats.stride(), max_classes)
+        place = (text_feats.data_ptr(), text_feats.device, text_feats.dtype, text_feats._version)
+        key = (place, text_feats.shape, text_feats.stride(), max_classes)
         kept = self._vocabulary
         if kept is None or kept[0] != key or kept[1] is not plan:
             kept = self._vocabulary = (key, plan, self.vocabulary(text_feats, max_classes, plan))
@@ -227,7 +230,7 @@ class Engine:
         schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
 
         def run(img_feats: Tensor, *maps: Tensor) -> Tensor:
-            answer = _Answer(img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype))
+            answer = Answer(img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype))
             given = iter(maps)
             guidance = [None if x is None else next(given) for x in appearance_guidance]
             self.stream(img_feats, vocabulary, guidance, max_classes, lambda: answer, plan, schedule)
@@ -338,7 +341,7 @@ class Engine:
                 count,
                 lambda: run_streams(streams(None if flag is None else flag.clone()), begin()),
             )
-            run_streams(streams(flag), begin())
+            run_call(streams(flag), begin())
             return flag is None or self._all_ranks(not bool(flag))
 
     def schedule_of(
@@ -472,22 +475,6 @@ class Engine:
             return False
         tensors = itertools.chain(inputs, self.aggregator.parameters())
         return any(x is not None and x.requires_grad for x in tensors)
-
-
-class _Answer:
-    """Collects the logits of all classes; stages may write to it directly."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-    def slot(self, classes: slice) -> Tensor:
-        """Return the memory for the logits of some classes."""
-        return self.logits[:, classes]
-
-    def __call__(self, classes: slice, part: Tensor) -> None:
-        place = self.slot(classes)
-        if torch.compiler.is_compiling() or part.data_ptr() != place.data_ptr():
-            place[:] = part
 
 
 # `torch.compile` treats this as a constant, since it cannot trace the queries of the machine. All that

@@ -18,7 +18,7 @@ from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
 from catseg_fast.inference.segment import read_out
 from catseg_fast.inference.segmentation import Segmentation
-from catseg_fast.weights import module_tensors, weights_state
+from catseg_fast.weights import WeightsState, module_tensors
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -138,7 +138,7 @@ def _settings(model: CATSeg) -> dict[str, Any]:
     engine = model.engine
     return {
         "classes": (model.classes, model.fold),
-        "weights": weights_state(module_tensors(model, buffers=True)),
+        "weights": WeightsState(module_tensors(model, buffers=True)),
         "device": model.device,
         "precision": (engine.precision, engine.input_precision, engine.plan().embed.dtype),
         "backend": model.backend,

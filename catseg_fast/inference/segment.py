@@ -23,7 +23,7 @@ from catseg_fast.inference.readout import (
 )
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.reference.model import as_map
-from catseg_fast.weights import module_tensors, weights_state
+from catseg_fast.weights import WeightsState, module_tensors
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -96,7 +96,7 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
     if not engine.records(device, schedule):
         answer, certain = finish(run(pixels)), image_type(model) == model.dtype
         return answer if certain or not answer.scores.isnan().any() else finish(run(pixels, checked=True))
-    weights = engine.recordings.number(weights_state(module_tensors(model, buffers=True)))
+    weights = engine.recordings.number(WeightsState(module_tensors(model, buffers=True)))
     key = ("label", readout, weights, limit, engine.recording_key(plan, vocabulary, schedule))
     answer = engine.recordings(key, [pixels], run, finish)
     # A call that overflows fp16 is computed again, which a recording cannot do.
