@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from catseg_fast.engine.triton_stages import TritonStages
 
 # Asking a GPU for its free memory takes longer than a kernel. A call that needs less than 1/AMPLE of the
-# memory that was free is scheduled without asking again; if memory does run out, the stream continues in
-# smaller steps.
+# memory that was free is scheduled without asking again, as is one within a given budget; if memory does run
+# out, the stream continues in smaller steps.
 AMPLE = 4
 SCHEDULES = 64
 
@@ -227,7 +227,7 @@ class Engine:
         asked = self.precision is not None or torch.is_autocast_enabled(img_feats.device.type)
         dtype = self._compute_dtype() if asked else self.aggregator.conv1.weight.dtype
         output_bytes = B * T * 16 * H * W * dtype.itemsize
-        schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
+        schedule: Schedule | None = None
 
         def run(img_feats: Tensor, *maps: Tensor) -> Tensor:
             answer = Answer(img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype))
@@ -237,23 +237,34 @@ class Engine:
             return answer.logits
 
         inputs = [img_feats, *(x for x in appearance_guidance if x is not None)]
-        if not self.records(img_feats.device, schedule):
-            return run(*inputs)
-        guided = tuple(x is not None for x in appearance_guidance)
-        key = ("logits", guided, max_classes, dtype, self.recording_key(plan, vocabulary, schedule))
-        logits = self.recordings(key, inputs, run, Tensor.clone)
+        logits, key = None, None
+        if self.may_record(img_feats.device):
+            guided = tuple(x is not None for x in appearance_guidance)
+            key = ("logits", guided, max_classes, dtype, self.recording_key(plan, vocabulary))
+            logits = self.recordings.replay(key, inputs, Tensor.clone)
+        if logits is None:
+            schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
+            if key is None or schedule.policy == "offload":
+                return run(*inputs)
+            logits = self.recordings(key, inputs, run, Tensor.clone)
+        if bool(logits.isfinite().all()):
+            return logits
         # A call that overflows fp16 is computed again, which a recording cannot do.
-        return logits if bool(logits.isfinite().all()) else run(*inputs)
+        schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
+        return run(*inputs)
 
-    def records(self, device: torch.device, schedule: Schedule) -> bool:
-        """Check whether a call may be answered by a recording."""
-        if self.graphs == "off" or self.share is not None or schedule.policy == "offload":
+    def may_record(self, device: torch.device) -> bool:
+        """Check whether a call may be answered by a recording, unless its state is offloaded."""
+        if self.graphs == "off" or self.share is not None:
             return False
         return self.recordings.serves(device) and not self._differentiable()
 
-    def recording_key(self, plan: Plan, vocabulary: VocabularyTerms, schedule: Schedule) -> object:
-        """Return everything that a recorded run of the stages depends on besides its inputs."""
-        settings = (self.backend, self.input_precision, schedule.policy, schedule.chunk)
+    def recording_key(self, plan: Plan, vocabulary: VocabularyTerms) -> object:
+        """Return everything that a recorded run of the stages depends on besides its inputs.
+
+        The schedule is not part of it: a recording holds its memory, and what is free no longer matters.
+        """
+        settings = (self.backend, self.input_precision, self.policy, self.chunk, self.memory_budget)
         ambient = ambient_settings(self.aggregator.conv1.weight.device)
         return (weakref.ref(plan), weakref.ref(vocabulary), settings, ambient)
 
@@ -393,7 +404,8 @@ class Engine:
         schedule = plan_schedule(
             sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes
         )
-        if sizes.device.type == "cuda" and schedule.total_bytes * AMPLE < schedule.budget:
+        ample = sizes.device.type == "cuda" and schedule.total_bytes * AMPLE < schedule.budget
+        if ample or (budget is not None and schedule.policy == "resident"):
             if len(self._schedules) >= SCHEDULES:
                 self._schedules.clear()
             self._schedules[key] = schedule

@@ -146,7 +146,7 @@ class Stream:
             try:
                 step(slice(start, stop))
             except RuntimeError as error:
-                if not self.shrinks or not out_of_memory(error) or stop - start == 1:
+                if not self.shrinks or stop - start == 1 or not may_continue(error, self.image.features):
                     raise
                 if self.chunk == self.schedule.chunk:
                     warnings.warn(
@@ -311,6 +311,11 @@ def run_streams(streams: Sequence[Stream], consume: Consumer) -> None:
     streams[0].for_each_chunk(streams[0].vocabulary.classes, decode)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Check whether an error says that memory ran out."""
+def may_continue(error: RuntimeError, x: Tensor) -> bool:
+    """Check whether a call on the device of `x` can continue in smaller steps after an error.
+
+    It can if memory ran out, but not while a graph is recorded, which would have all steps in it.
+    """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

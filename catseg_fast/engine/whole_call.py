@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from catseg_fast.engine.class_memory import new_memory
-from catseg_fast.engine.streaming import Consumer, Stream, out_of_memory, run_streams
+from catseg_fast.engine.streaming import Consumer, Stream, may_continue, run_streams
 from catseg_fast.engine.terms import ImageTerms, VocabularyTerms
 
 STEPS = 16  # most steps of a call whose launches are prepared as one; their arguments take memory
@@ -43,7 +43,7 @@ def run_call(streams: Sequence[Stream], consume: Consumer) -> None:
             _run_as_one(streams[0], consume)
             return
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if not may_continue(error, streams[0].image.features):
                 raise
     run_streams(streams, consume)
 

@@ -22,7 +22,10 @@ from catseg_fast.kernels.launch.checks import TRITON
 SPREADING = ((3, 6),)
 PACKING = ((3, 7), (3, 8))
 
+MOST_PLACES = 32  # sets of addresses for which the arguments of a launch are kept
+
 Start = Callable[..., Any]
+Bound = tuple[Start, tuple[Any, ...]]
 Expand = Callable[..., tuple[Any, ...]]
 
 
@@ -51,12 +54,24 @@ class DirectLaunch:
         x, y, z = (*grid, *(1,) * (3 - len(grid)))
         self._grid = (x, y, z)
         self._launcher = _Launcher.of(compiled)
+        used = [buffer for _, buffer, _ in pointers] + [buffer for _, _, buffer, _ in descriptors]
+        self._buffers = list(dict.fromkeys(used))
+        self._bound: dict[tuple[int, ...], Bound] = {}
 
-    def bind(self, addresses: Sequence[int], stream: int) -> tuple[Start, tuple[Any, ...]]:
+    def bind(self, addresses: Sequence[int], stream: int) -> Bound:
         """Return a function and its arguments that launch the kernel on buffers at `addresses`.
 
         They can be used any number of times, by several threads at once.
         """
+        place = (stream, *[addresses[buffer] for buffer in self._buffers])
+        bound = self._bound.get(place)
+        if bound is None:
+            if len(self._bound) >= MOST_PLACES:
+                self._bound.clear()
+            bound = self._bound[place] = self._make(addresses, stream)
+        return bound
+
+    def _make(self, addresses: Sequence[int], stream: int) -> Bound:
         values = self._values.copy()
         for index, buffer, offset in self._pointers:
             values[index] = addresses[buffer] + offset

@@ -18,14 +18,11 @@ import torch
 from torch import Tensor
 
 from catseg_fast.kernels.launch.checks import INTERPRETED
-from catseg_fast.kernels.launch.direct import DirectLaunch, Start, with_base
+from catseg_fast.kernels.launch.direct import MOST_PLACES, Bound, DirectLaunch, with_base
 from catseg_fast.kernels.launch.launcher import record
 from catseg_fast.kernels.launch.notes import Notes, NotPreparable
 from catseg_fast.kernels.launch.places import Step
 from catseg_fast.kernels.launch.sharing import share
-
-Bound = tuple[Start, tuple[Any, ...]]
-MOST_PLACES = 32  # sets of addresses for which the arguments of launches are kept
 
 
 class Prepared:
