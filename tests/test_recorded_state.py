@@ -18,21 +18,32 @@ from catseg_fast import CATSeg
 from catseg_fast.engine import recording, schedule
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.recording import GraphCache, Recorder
-from catseg_fast.inference import tower
+from catseg_fast.inference import segmentation, tower
 from catseg_fast.inference.graphs import ModelGraphs
 from support.aggregators import features, make_aggregator
 from support.recorders import ReplayAgain, ReplayWatched, recorded
-from support.tiny import CLASSES, picture, tiny_model
+from support.tiny import picture, tiny_model
 
-SIZE = (24, 36)
+SIZE, CLASSES = (24, 36), ("wall", "sky", "tree")
+
+
+def small_model() -> CATSeg:
+    made = tiny_model(classes=CLASSES, sliding_window=False)
+    made.backend = "torch"
+    return made
 
 
 @pytest.fixture
 def model() -> CATSeg:
-    made = tiny_model(classes=CLASSES)
-    made.backend = "torch"
+    made = small_model()
     recorded(made.engine, ReplayWatched)
     return made
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let answers be copied, as they are on their way from a GPU."""
+    monkeypatch.setattr(segmentation, "to_host", lambda *tensors: [x.clone() for x in tensors])
 
 
 def other_classes(model: CATSeg) -> Iterator[None]:
@@ -90,19 +101,19 @@ def test_memory_that_a_recording_reads_is_not_freed(
     model: CATSeg, change: Callable[[CATSeg], Iterator[None]]
 ) -> None:
     """Settings that are changed and set back are those of an old recording, which may be of freed tensors."""
-    plain = tiny_model(classes=CLASSES)
     image = picture(*SIZE)
+    expected = small_model().segment(image)
 
     def check() -> None:
-        for _ in range(4):
-            answer, expected = model.segment(image), plain.segment(image)
+        for _ in range(3):
+            answer = model.segment(image)
             torch.testing.assert_close(answer.scores, expected.scores, rtol=0, atol=1e-6)
             assert torch.equal(answer.labels, expected.labels)
 
     check()
-    assert model.engine.recordings.replays == 2
-    with contextmanager(change)(plain), contextmanager(change)(model):
-        for _ in range(4):
+    assert model.engine.recordings.replays == 1
+    with contextmanager(change)(model):
+        for _ in range(3):
             model.segment(image)
     check()
 
@@ -153,6 +164,7 @@ def test_inputs_that_change_in_place() -> None:
     engine = Engine(aggregator)
     cache = recorded(engine, ReplayWatched)
     image, text, guidance = features(aggregator, 4)
+    text = text.clone()  # it was expanded
     for call in range(12):
         changed = (image, guidance[0], text)[call // 4]
         changed.add_(0.1)
@@ -177,7 +189,7 @@ def test_answers_belong_to_the_caller() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=str)
 def test_recordings_serve_every_mode(model: CATSeg, mode: Any) -> None:
-    expected = tiny_model(classes=CLASSES).segment(picture(*SIZE))
+    expected = small_model().segment(picture(*SIZE))
     for first in (mode, torch.no_grad):
         with first():
             for _ in range(4):
@@ -195,12 +207,12 @@ def test_no_random_numbers_are_drawn(model: CATSeg) -> None:
 
 
 @torch.no_grad()
-def test_threads_that_share_a_model(model: CATSeg) -> None:
-    plain = tiny_model(classes=CLASSES)
+def test_threads_that_share_a_model(model: CATSeg, copied: None) -> None:
+    plain = small_model()
     images = [picture(*SIZE, f"picture {number}") for number in range(4)]
     expected = [plain.segment(image) for image in images]
     with ThreadPoolExecutor(3) as pool:
-        answers = list(pool.map(lambda number: model.segment(images[number % 4]), range(24)))
+        answers = list(pool.map(lambda number: model.segment(images[number % 4]), range(16)))
     for number, answer in enumerate(answers):
         torch.testing.assert_close(answer.scores, expected[number % 4].scores, rtol=0, atol=1e-6)
     assert model.engine.recordings.replays
@@ -382,9 +394,8 @@ def hold(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 @torch.no_grad()
-def test_recordings_on_request_hold_what_they_read() -> None:
-    model, image = tiny_model(classes=CLASSES), picture(*SIZE)
-    model.backend = "torch"
+def test_recordings_on_request_hold_what_they_read(copied: None) -> None:
+    model, image = small_model(), picture(*SIZE)
     graphs = ModelGraphs(model, [SIZE], hold)
     expected = graphs(image)
     model.set_classes(CLASSES[::-1])
@@ -396,7 +407,7 @@ def test_recordings_on_request_hold_what_they_read() -> None:
 
 
 def test_recordings_on_request_end_with_pytorch_s_settings() -> None:
-    model, image = tiny_model(classes=CLASSES[:2], sliding_window=False), picture(*SIZE)
+    model, image = small_model(), picture(*SIZE)
     graphs = ModelGraphs(model, [SIZE], hold)
     graphs(image)
     message = "PyTorch's settings of precision and autocast changed since the recording"
@@ -406,8 +417,8 @@ def test_recordings_on_request_end_with_pytorch_s_settings() -> None:
 
 
 @torch.no_grad()
-def test_threads_that_share_recordings_on_request() -> None:
-    model = tiny_model(classes=CLASSES[:2], sliding_window=False)
+def test_threads_that_share_recordings_on_request(copied: None) -> None:
+    model = small_model()
     graphs = ModelGraphs(model, [SIZE], hold)
     images = [picture(*SIZE, f"picture {number}") for number in range(4)]
     expected = [model.segment(image) for image in images]
@@ -422,13 +433,26 @@ def test_a_weight_that_takes_the_place_of_another() -> None:
     """A tensor that was freed leaves its address, and a new one has the version that it had."""
     aggregator = make_aggregator()
     engine = Engine(aggregator)
-    inputs = features(aggregator, 3)
     modules = [module for module in aggregator.modules() if isinstance(module, nn.Linear)]
     same = 0
-    for value, module in ((value, module) for module in modules for value in (0.01, 0.02)):
-        shape, address = module.weight.shape, module.weight.data_ptr()
+    for module in modules:
+        module.weight = nn.Parameter(torch.zeros_like(module.weight))
+        plan, shape, address = engine.plan(), module.weight.shape, module.weight.data_ptr()
         del module.weight
-        module.weight = nn.Parameter(torch.full(shape, value, dtype=torch.float64))
+        module.weight = nn.Parameter(torch.ones(shape, dtype=torch.float64))
         same += module.weight.data_ptr() == address
-        torch.testing.assert_close(engine.logits(*inputs, None), aggregator(*inputs), rtol=1e-11, atol=1e-11)
-    print(f"{same} of {2 * len(modules)} at the same address")
+        assert engine.plan() is not plan
+    print(f"{same} of {len(modules)} at the same address")
+
+
+@torch.no_grad()
+def test_a_plan_stays_while_weights_do() -> None:
+    aggregator = make_aggregator()
+    engine = Engine(aggregator)
+    plan = engine.plan()
+    assert engine.plan() is plan
+    for module in aggregator.modules():  # other objects, with the same tensors
+        module._parameters = dict(module._parameters)  # type: ignore[assignment]
+    assert engine.plan() is plan
+    aggregator.head.bias.add_(1)
+    assert engine.plan() is not plan

@@ -68,6 +68,7 @@ class ReplayWatched(ReplayAgain):
     """Fails at a replay if memory that the recording reads was freed; a CUDA graph would read garbage."""
 
     def __call__(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        run()  # computes what is kept, such as text features
         reads = _Reads()
         with reads:
             run()
