@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -55,23 +56,22 @@ class DirectLaunch:
         self._grid = (x, y, z)
         self._launcher = _Launcher.of(compiled)
         used = [buffer for _, buffer, _ in pointers] + [buffer for _, _, buffer, _ in descriptors]
-        self._buffers = list(dict.fromkeys(used))
+        self._own = itemgetter(0, 0, *[1 + buffer for buffer in dict.fromkeys(used)])
         self._bound: dict[tuple[int, ...], Bound] = {}
 
-    def bind(self, addresses: Sequence[int], stream: int) -> Bound:
-        """Return a function and its arguments that launch the kernel on buffers at `addresses`.
+    def bind(self, place: tuple[int, ...]) -> Bound:
+        """Return a function and its arguments that launch the kernel.
 
         They can be used any number of times, by several threads at once.
-        """
-        place = (stream, *[addresses[buffer] for buffer in self._buffers])
-        bound = self._bound.get(place)
-        if bound is None:
-            if len(self._bound) >= MOST_PLACES:
-                self._bound.clear()
-            bound = self._bound[place] = self._make(addresses, stream)
-        return bound
 
-    def _make(self, addresses: Sequence[int], stream: int) -> Bound:
+        Args:
+            place: the stream, and the address of each buffer.
+        """
+        own = self._own(place)
+        return self._bound.get(own) or self._make(own, place)
+
+    def _make(self, own: tuple[int, ...], place: tuple[int, ...]) -> Bound:
+        stream, *addresses = place
         values = self._values.copy()
         for index, buffer, offset in self._pointers:
             values[index] = addresses[buffer] + offset
@@ -82,7 +82,12 @@ class DirectLaunch:
             arguments = (*self._grid, stream, *launcher.settings, values)
         else:
             arguments = (*self._grid, stream, *launcher.settings, *values)
-        return launcher.start, arguments if launcher.expand is None else launcher.expand(*arguments)
+        if launcher.expand is not None:
+            arguments = launcher.expand(*arguments)
+        if len(self._bound) >= MOST_PLACES:
+            self._bound.clear()
+        bound = self._bound[own] = (launcher.start, arguments)
+        return bound
 
 
 @dataclass(frozen=True)

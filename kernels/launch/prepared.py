@@ -80,8 +80,7 @@ class Prepared:
 
     def _bind(self, place: tuple[int, ...]) -> list[Bound]:
         """Return the launches on a stream and buffers at addresses, which an allocator uses again."""
-        stream, *addresses = place
-        bound = [launch.bind(addresses, stream) for launch in self._launches]
+        bound = [launch.bind(place) for launch in self._launches]
         if len(self._bound) >= MOST_PLACES:
             self._bound.clear()
         self._bound[place] = bound
