@@ -149,7 +149,7 @@ def measure_launch(classes: int, library: ctypes.CDLL, owner: type, *methods: st
     with ExitStack() as stack:
         for name in methods:
             stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
-        for _ in range(ROUNDS):
+        for _ in range(10 * ROUNDS):
             spent.append([])
             before = library.fake_launches()
             call()
