@@ -22,10 +22,10 @@ import torch
 from bench.fake_gpu import fake_gpu, make_call
 from catseg_fast.config import VARIANTS
 from catseg_fast.engine import fourier
+from catseg_fast.engine.compiling import Job, compile_jobs
 from catseg_fast.engine.self_check import random_plan, run_stream
 from catseg_fast.engine.terms import image_terms
 from catseg_fast.engine.triton_stages import TritonStages
-from catseg_fast.kernels.launch.compiling import Job, compile_jobs
 from catseg_fast.kernels.launch.launcher import record
 
 

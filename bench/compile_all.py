@@ -23,12 +23,12 @@ import torch
 
 from bench.cases import CROPS
 from catseg_fast.engine import tuner
+from catseg_fast.engine.compiling import Job
 from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.engine.tuner import Tunable
 from catseg_fast.kernels import OPS, TUNABLE_OPS, load
 from catseg_fast.kernels.launch import configs
 from catseg_fast.kernels.launch.capability import assume, capability_of
-from catseg_fast.kernels.launch.compiling import Job
 from catseg_fast.kernels.launch.launcher import Launch, record
 
 CLASSES = (150, 1203)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-from catseg_fast.kernels.launch.compiling import ptxas
+from catseg_fast.environment import ptxas
 
 # Of the CPU benchmarks; the figures in the documentation are for two.
 THREADS = min(2, torch.get_num_threads())

@@ -14,13 +14,12 @@ import torch
 
 from catseg_fast.engine import tuner
 from catseg_fast.engine.tuner import Tunable
-from catseg_fast.environment import describe_environment
+from catseg_fast.environment import describe_configs, describe_environment
 from catseg_fast.inference import explain
-from catseg_fast.kernels import TUNABLE_OPS, load
+from catseg_fast.kernels import TUNABLE_OPS
 from catseg_fast.kernels.launch import configs
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.configs import Problem
-from catseg_fast.kernels.launch.origins import describe
 from catseg_fast.kernels.window_attention import mlp
 from support.gpus import fake_gpus
 from support.tiny import tiny_model
@@ -97,7 +96,7 @@ def test_an_h200_finds_its_own(user: Path, monkeypatch: pytest.MonkeyPatch) -> N
             others.remove((path.stem, entry["kernel"], sizes))
     assert len(others) < len(ours)
     assert all(ours[key][0] == asdict(ours[key][1]) for key in others)
-    assert "measured on NVIDIA H200" in describe(map(load, TUNABLE_OPS), CUDA, torch.float16)
+    assert "measured on NVIDIA H200" in describe_configs(CUDA, torch.float16)
 
 
 def test_an_h100_borrows_them(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,15 +104,15 @@ def test_an_h100_borrows_them(user: Path, monkeypatch: pytest.MonkeyPatch) -> No
     of_h200 = chosen()
     fake_gpus(monkeypatch, H100)
     assert chosen() == of_h200
-    assert "borrowed from NVIDIA H200, of the same compute capability 9.0; " in describe(
-        map(load, TUNABLE_OPS), CUDA, torch.float16
+    assert "borrowed from NVIDIA H200, of the same compute capability 9.0; " in describe_configs(
+        CUDA, torch.float16
     )
 
 
 def test_an_a100_has_the_defaults(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, A100)
     assert chosen() == problems()
-    assert describe(map(load, TUNABLE_OPS), CUDA, torch.float16) == (
+    assert describe_configs(CUDA, torch.float16) == (
         "defaults (none were measured in fp16 at compute capability 8.0); "
         "`catseg-fast tune` measures this GPU's own"
     )

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from catseg_fast.engine import first_call, self_check
+from catseg_fast.engine.compiling import Job, compile_jobs
 from catseg_fast.engine.terms import image_terms
 from catseg_fast.engine.triton_stages import TritonStages
+from catseg_fast.environment import ptxas
 from catseg_fast.files import user_cache
-from catseg_fast.kernels.launch.compiling import Job, compile_jobs, ptxas
 from catseg_fast.kernels.launch.launcher import listing, record
 from support.engines import make_engine, make_inputs_of, make_terms
 
@@ -149,7 +150,7 @@ import json, sys
 import torch
 import triton
 from bench.fake_gpu import fake_gpu
-from catseg_fast.kernels.launch.compiling import Job, compile_jobs
+from catseg_fast.engine.compiling import Job, compile_jobs
 from catseg_fast.kernels.launch.launcher import record
 from support import no_gpu_driver
 from support.engines import make_engine, make_inputs_of

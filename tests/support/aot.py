@@ -29,10 +29,13 @@ from typing import Any
 import torch
 import triton
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from catseg_fast.kernels import OPS, load
 from catseg_fast.kernels.launch.capability import CAPABILITIES
-from catseg_fast.kernels.launch.compiling import compile_launch
 from catseg_fast.kernels.launch.launcher import Launch
+from support.compiling import compile_launch
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "bench" / "results" / "resources.json"

@@ -19,8 +19,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from catseg_fast.kernels import OPS
-from catseg_fast.kernels.launch.compiling import source_of
 from support import aot
+from support.compiling import source_of
 
 
 def products_that_start_elsewhere(ttir: str) -> list[str]:
