@@ -25,6 +25,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+pytest_plugins = ["support.fixtures"]
+
 GPU = torch.cuda.is_available()
 _numbers = itertools.count()
 
@@ -55,7 +57,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter() -> Iterator[None]:
     """Leave out what the interpreter does besides running the kernels."""
-    with interpreter.overflow_checks(False), interpreter.one_search_per_launch():
+    with interpreter.overflow_checks(False), interpreter.quick():
         yield
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from importlib.metadata import metadata
 from io import StringIO
 from pathlib import Path
@@ -23,9 +24,11 @@ import torch.distributed as dist
 import typer
 from typer.testing import CliRunner
 
+import catseg_fast
 from catseg_fast import VARIANTS
 from catseg_fast.checkpoints import hub
 from catseg_fast.cli.main import app
+from catseg_fast.text import class_lists
 from support.documents import DOCUMENTS, ROOT, SMALL, TINY, blocks, calls, make_checkout
 
 # Options that make a command small enough; of an option that comes twice the last counts.
@@ -37,13 +40,9 @@ SHORT = {
     "warmup": ["--device", "cpu", "--whole"],
 }
 READ_ALONE = ("app", "tune", "export")
-NOT_HERE = {
-    ".",
-    "cd",
-    "git",
-    "pre-commit",
-    "python3",
-}  # the way into a checkout; README's two commands are CI's
+# The way into a checkout; README's two commands are CI's.
+NOT_HERE = (".", "cd", "git", "pre-commit", "python3")
+FEW = 4  # classes of each ready list
 
 
 @pytest.fixture
@@ -55,6 +54,14 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(hub.BUNDLED, "demo", tmp_path / "model_base.pth")
     for name in ("v2-vitl", "v2-vitb"):
         monkeypatch.setitem(VARIANTS, name, TINY)
+    whole_list = class_lists.ready_list
+
+    def short_list(name: str) -> class_lists.ReadyList:
+        ready = whole_list(name)
+        return replace(ready, classes=list(ready.classes)[:FEW])
+
+    for module in (catseg_fast, class_lists):
+        monkeypatch.setattr(module, "ready_list", short_list)
     return tmp_path
 
 

@@ -200,18 +200,18 @@ def test_the_command_writes_and_keeps_formats(tmp_path: Path, monkeypatch: pytes
     command = ("segment", "photo.png", "--whole", "--classes", "sky; tree", "--device", "cpu")
     formats = ("--format", "masks", "--format", "coco-polygons")
     run(*command)
-    assert "there already" in run(*command)
-    assert "there already" not in run(*command, *formats)
-    assert "there already" in run(*command, *formats)
+    assert "up to date" in run(*command)
+    assert "up to date" not in run(*command, *formats)
+    assert "up to date" in run(*command, *formats)
     folder = Path("segmented")
     with Image.open(folder / "photo.labels.png") as image:
         labels = np.array(image)
     for mask in (folder / "photo.masks").iterdir():
         with Image.open(mask) as image:
             np.testing.assert_array_equal(np.array(image), labels == int(mask.name.partition("-")[0]))
-    assert "there already" in run(*command)  # more is there than is asked for
+    assert "up to date" in run(*command)  # more is there than is asked for
     next((folder / "photo.masks").iterdir()).unlink()
-    assert "there already" not in run(*command, *formats)
+    assert "up to date" not in run(*command, *formats)
     assert [found.path for found in find_pictures([Path()], Path("elsewhere"))] == [Path("photo.png")]
 
 

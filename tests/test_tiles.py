@@ -303,8 +303,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("aerial.tif", "--tiles", "400", "--overlap", "200").startswith("0: ")
     with rasterio.open("segmented/aerial.labels.tif") as labels:
         assert labels.shape == (400, 420)
-    assert "there already" in run("aerial.tif", "--tiles", "400", "--overlap", "200")
-    assert "there already" not in run("aerial.tif", "--tiles", "400")
+    assert "up to date" in run("aerial.tif", "--tiles", "400", "--overlap", "200")
+    assert "up to date" not in run("aerial.tif", "--tiles", "400")
     answer = run("aerial.tif", "--tiles", "100")
     assert answer.startswith("1: ")
     assert "tiles: 100 is smaller than the model's window of 384 pixels" in " ".join(answer.split())
