@@ -132,11 +132,11 @@ class _Replacements:
 
 def _construct_once() -> Callable[..., None]:
     """Return the constructor of block types, which constructs each one once."""
-    known: dict[tuple[type, str, tuple[int, ...]], dict[str, Any]] = {}
+    known: dict[tuple[type, str, type, tuple[int, ...]], dict[str, Any]] = {}
 
     def construct_once(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = tuple([getattr(size, "value", size) for size in shape])
-        key = type(element_ty), element_ty.name, sizes
+        key = type(element_ty), element_ty.name, type(shape), sizes
         if key not in known:
             OWN[tl.block_type](self, element_ty, shape)
             numel, wrapped = tl.constexpr(self.numel), tl.tuple([tl.constexpr(size) for size in self.shape])
