@@ -14,7 +14,15 @@ from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.model import CATSeg
 from catseg_fast.text.prompts import get_templates
 from catseg_fast.text.tokens import tokenize
-from support.golden_models import CASES, build_model, cases, clip_config, constructor_arguments, golden_image
+from support.golden_models import (
+    CASES,
+    build_model,
+    cases,
+    clip_config,
+    constructor_arguments,
+    golden_image,
+    parameters,
+)
 from support.golden_rule import Meta, assert_output, check_sha_weights, fill, load_case, make_inputs
 
 
@@ -54,7 +62,7 @@ def test_every_case_is_covered() -> None:
     assert sorted(cases("module") + cases("model") + cases("part")) == CASES
 
 
-@pytest.mark.parametrize("name", cases("module"))
+@pytest.mark.parametrize("name", parameters(cases("module")))
 def test_module(name: str) -> None:
     case = load_case(name)
     _, meta = case

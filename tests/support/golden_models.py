@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from catseg_fast.config import CLIP_PIXEL_MEAN, VARIANTS, CLIPConfig, ResNetConfig, SwinConfig, Variant
@@ -13,6 +16,15 @@ from catseg_fast.reference.model import CATSeg
 from support.golden_rule import GOLDEN, Meta, check_sha_weights, fill, load_case
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+
+# Cases of many classes that have shorter ones of their kind: `…_T33_…`, and for the selection of classes
+# `agg_v2_T300_B2_p22`.
+LONG = ("agg_v1_T150_p11", "agg_v2_T150_p11", "agg_v2_T300_p11")
+
+
+def parameters(names: Iterable[str]) -> list[ParameterSet]:
+    """Return cases as parameters of a test, the long ones marked as slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in names]
 
 
 def cases(kind: str) -> list[str]:
