@@ -1,4 +1,4 @@
-"""Settings of all tests. Without a GPU, kernels run in Triton's interpreter, which is chosen at decoration."""
+"""Settings of all tests. Without a GPU, kernels run in Triton's interpreter, chosen when they are decorated."""
 
 from __future__ import annotations
 
