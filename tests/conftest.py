@@ -1,4 +1,4 @@
-"""Settings of all tests. Without a GPU, kernels run in Triton's interpreter, chosen when they are decorated."""
+"""Settings of all tests; without a GPU, kernels run in Triton's interpreter."""
 
 from __future__ import annotations
 
