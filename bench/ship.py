@@ -1,4 +1,4 @@
-"""Add the launch configs that a campaign tuned to the package, where kernels find them without tuning.
+"""Add the launch configs that a campaign tuned to the package, where kernels find them without configs.
 
     python -m bench.ship results/h200
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from catseg_fast.engine import tuner
-from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch import config_files
 
 PACKAGE = Path(__file__).parent.parent / "catseg_fast" / "configs"
 TUNED = Path("cache", "catseg-fast", "configs")  # in a folder of results
@@ -25,8 +25,8 @@ def ship(results: Path, package: Path = PACKAGE) -> dict[Path, int]:
     shipped = {}
     for path in sorted((results / TUNED).glob("*/*.json")):
         gpu = path.parent.name
-        entries = tuning.read(path, gpu)
-        target = tuning.config_path(package, gpu, path.stem)
+        entries = config_files.read(path, gpu)
+        target = config_files.config_path(package, gpu, path.stem)
         for entry in entries:
             tuner.save(target, gpu, entry)
         shipped[target] = len(entries)

@@ -17,7 +17,7 @@ from catseg_fast.engine.tuner import Tunable
 from catseg_fast.environment import describe_configs, describe_environment
 from catseg_fast.inference import explain
 from catseg_fast.kernels import TUNABLE_OPS
-from catseg_fast.kernels.launch import configs
+from catseg_fast.kernels.launch import config_files, configs
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.window_attention import mlp
@@ -27,7 +27,7 @@ from support.tiny import tiny_model
 CUDA = torch.device("cuda", 0)
 H200, H100, A100 = ("NVIDIA H200", 90, 132), ("NVIDIA H100 PCIe", 90, 114), ("NVIDIA A100-SXM4-80GB", 80, 108)
 DEFAULT = mlp.MLPConfig(rows=128, hidden=64, num_warps=8, num_stages=2)
-SHIPPED = sorted(configs.SHIPPED.glob("*/*.json"))
+SHIPPED = sorted(config_files.SHIPPED.glob("*/*.json"))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def shipped(user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package's empty folder of configs."""
-    monkeypatch.setattr(configs, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(config_files, "SHIPPED", tmp_path / "shipped")
     return tmp_path / "shipped"
 
 
@@ -53,7 +53,7 @@ def put(folder: Path, gpu: str, rows: int, capability: int | None, count: int | 
     }  # fmt: skip
     entry |= {} if capability is None else {"capability": capability}
     entry |= {} if count is None else {"multiprocessors": count}
-    path = configs.config_path(folder, gpu, "window_block")
+    path = config_files.config_path(folder, gpu, "window_block")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([entry]))
     configs.clear()
@@ -123,7 +123,7 @@ def test_what_comes_with_the_package_is_of_todays_kernels() -> None:
     assert {path.parent.name for path in SHIPPED} == {"nvidia-h200"}
     known = {(p.op, p.kernel, p.precision, tuple(sorted(p.sizes))): p for p in problems()}
     for path in SHIPPED:
-        for entry in configs.read(path, path.parent.name):
+        for entry in config_files.read(path, path.parent.name):
             sizes = tuple(sorted((k, v) for k, v in entry["shape"].items() if k != "crop_classes"))
             problem = known[path.stem, entry["kernel"], entry["precision"], sizes]
             assert entry.get("version", 1) == problem.config.version
@@ -146,7 +146,7 @@ def test_a_config_of_another_version_of_a_kernel_is_ignored(
         Tunable(problem(), (DEFAULT,), lambda _: pytest.fail("is not run")), {DEFAULT: 1.0}
     )
     tuner.save(path, H200[0], outcome.entry(H200[0]))
-    (entry,) = configs.read(path, H200[0])
+    (entry,) = config_files.read(path, H200[0])
     assert entry["version"] == mlp.MLPConfig.version
     assert rows() == 128
 
@@ -203,7 +203,7 @@ def test_a_broken_file_of_another_gpu_is_named_and_the_call_goes_on(
 ) -> None:
     fake_gpus(monkeypatch, H100)
     put(shipped, "NVIDIA H20", 16, 90, 78)
-    path = configs.config_path(shipped, "NVIDIA H200", "window_block")
+    path = config_files.config_path(shipped, "NVIDIA H200", "window_block")
     path.parent.mkdir()
     path.write_text("[{")
     with pytest.warns(UserWarning, match="nvidia-h200.window_block.json: not used") as caught:
@@ -216,7 +216,7 @@ def test_a_file_of_another_gpu_in_a_gpus_folder_is_named(
 ) -> None:
     fake_gpus(monkeypatch, H100)
     other = put(shipped, H200[0], 64, 90)
-    own = configs.config_path(user, H100[0], "window_block")
+    own = config_files.config_path(user, H100[0], "window_block")
     own.parent.mkdir(parents=True)
     own.write_text(other.read_text())
     with pytest.warns(UserWarning, match="1 of 1 entries: entry 0 is for another GPU, 'NVIDIA H200'"):

@@ -18,7 +18,7 @@ from bench.measure import Timing
 from bench.records import append
 from bench.runner import Outcome, Step
 from catseg_fast.engine import tuner
-from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch import config_files, configs
 from catseg_fast.kernels.window_attention import mlp
 from support.bench_records import make_record
 from support.gpus import fake_gpus
@@ -212,18 +212,18 @@ def test_tuned_configs_of_a_campaign_go_into_the_package(
 ) -> None:
     """A GPU has its defaults until configs for it are in the package, and from then on those."""
     gpu, package = "NVIDIA H200", tmp_path / "package"
-    monkeypatch.setattr(tuning, "SHIPPED", package)
+    monkeypatch.setattr(config_files, "SHIPPED", package)
     fake_gpus(monkeypatch, (gpu, 90, 132))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of the user"))
 
-    def problem(hidden: int) -> tuning.Problem:
+    def problem(hidden: int) -> configs.Problem:
         x = torch.empty(5, 51, 576, 128, dtype=torch.bfloat16, device="meta")
         sizes = {"positions": 576, "channels": 128, "hidden": hidden}
-        return tuning.Problem.of("window_block", "mlp", mlp.MLPConfig, x, "ieee", **sizes)
+        return configs.Problem.of("window_block", "mlp", mlp.MLPConfig, x, "ieee", **sizes)
 
     def chosen(hidden: int) -> object:
-        tuning.clear()
-        return tuning.choose(problem(hidden), torch.device("cuda", 0), mlp.default_config)
+        configs.clear()
+        return configs.choose(problem(hidden), torch.device("cuda", 0), mlp.default_config)
 
     default = mlp.default_config(90, problem(512))
 
@@ -234,7 +234,7 @@ def test_tuned_configs_of_a_campaign_go_into_the_package(
             "shape": {"positions": 576, "channels": 128, "hidden": hidden, "crop_classes": 255},
             "config": asdict(replace(default, rows=rows)),
         }  # fmt: skip
-        tuner.save(tuning.config_path(folder, gpu, "window_block"), gpu, entry)
+        tuner.save(config_files.config_path(folder, gpu, "window_block"), gpu, entry)
 
     assert ship.ship(tmp_path, package) == {}
     assert chosen(512) == chosen(256) == default
