@@ -1,4 +1,4 @@
-"""Timing of launch configs on a GPU; the fastest are saved in the files of `kernels/launch/config_files.py`."""
+"""Timing of launch configs on a GPU; the fastest are saved in files of `kernels/launch/config_files.py`."""
 
 from __future__ import annotations
 
