@@ -1,4 +1,4 @@
-"""Launch configs that come with the package: which GPU takes whose."""
+"""Launch configs that come with the package: which GPU uses which."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ SHIPPED = sorted(config_files.SHIPPED.glob("*/*.json"))
 
 @pytest.fixture
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's empty folder of configs."""
+    """Empty folder of a user's configs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "catseg-fast" / "configs"
 
 
 @pytest.fixture
 def shipped(user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package's empty folder of configs."""
+    """Empty folder of the package's configs."""
     monkeypatch.setattr(config_files, "SHIPPED", tmp_path / "shipped")
     return tmp_path / "shipped"
 
 
 def put(folder: Path, gpu: str, rows: int, capability: int | None, count: int | None = None) -> Path:
-    """Write a config of the MLP that is told by its rows."""
+    """Write a config of the MLP that is recognised by its rows."""
     entry: dict[str, Any] = {
         "kernel": "mlp", "version": mlp.MLPConfig.version, "dtype": "fp16", "precision": "ieee", "gpu": gpu,
         "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": 255},
@@ -119,7 +119,7 @@ def test_an_a100_has_the_defaults(user: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_comes_with_the_package_is_of_todays_kernels() -> None:
-    """A kernel that changes takes its outdated configs with it: raise its config's version, delete theirs."""
+    """If a kernel changes, raise its config's version and delete its outdated configs."""
     assert {path.parent.name for path in SHIPPED} == {"nvidia-h200"}
     known = {(p.op, p.kernel, p.precision, tuple(sorted(p.sizes))): p for p in problems()}
     for path in SHIPPED:
@@ -134,7 +134,7 @@ def test_what_comes_with_the_package_is_of_todays_kernels() -> None:
 def test_a_config_of_another_version_of_a_kernel_is_ignored(
     shipped: Path, user: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if it still could be used, without a word; tuning replaces it."""
+    """It is ignored without a warning, even if it could still be used; tuning replaces it."""
     fake_gpus(monkeypatch, H200)
     path = put(user, H200[0], 32, 90)
     assert rows() == 32
@@ -224,7 +224,7 @@ def test_a_file_of_another_gpu_in_a_gpus_folder_is_named(
 
 
 def test_without_a_home_folder_the_call_goes_on(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's user may be only a number."""
+    """In a container, a user may have no name and no home."""
     fake_gpus(monkeypatch, H200)
     put(shipped, H200[0], 64, 90)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

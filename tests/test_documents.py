@@ -1,7 +1,7 @@
 """Every code block of README and docs/ runs as printed, top to bottom, in a folder with the files it names.
 
-What is too long is shortened by options at its end. What needs a GPU, a server or other processes is read by
-the command that it calls, but not run: other tests do that at a size of their own.
+Commands that take too long are shortened by options at their end. Commands that need a GPU, a server or other
+processes only parse their arguments: other tests run them at another size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from catseg_fast.cli.main import app
 from catseg_fast.text import class_lists
 from support.documents import DOCUMENTS, ROOT, SMALL, TINY, blocks, calls, make_checkout
 
-# Options that make a command small enough; of an option that comes twice the last counts.
+# Options that make a command fast enough; of an option that is given twice, the last one counts.
 SHORT = {
     "segment": ["--device", "cpu", "--whole"],
     "scenes": ["--count", "2"],
@@ -98,7 +98,7 @@ def run_module(words: list[str]) -> None:
 
 
 def collect(words: list[str]) -> None:
-    """Pytest takes the arguments and finds tests; these run elsewhere."""
+    """Check that pytest accepts the arguments and finds tests, which run elsewhere."""
     if words[0] == "-n":  # the whole test suite, which is what CI runs
         return
     call = [sys.executable, "-m", "pytest", *words, "--collect-only", "-q", "-p", "no:cacheprovider"]

@@ -10,7 +10,7 @@ from support.golden_models import build_model, cases, constructor_arguments, gol
 from support.golden_rule import assert_output, fill, load_case, make_inputs
 
 FLOOR = 5e-6
-MANY = 40  # classes of which no second answer, a label map, is computed
+MANY = 40  # classes from which on no label map, a second call, is computed
 
 
 @pytest.mark.parametrize("name", parameters(name for name in cases("module") if name.startswith("agg_")))

@@ -1,4 +1,4 @@
-"""Every figure in README.md and BENCHMARKS.md is that of a file in bench/results."""
+"""Every figure in README.md and BENCHMARKS.md comes from a file in bench/results."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ best = RESULT.find(ENGINE, "v2-vitl, T=847, B=5, fp16, best 256")
 best_reference = RESULT.find(REFERENCE, "v2-vitl, T=847, B=5, best 256")
 model = RESULT.find("engine", MODEL)
 
-# What the text says by figures that are not in a table, and what they are in the results.
+# Figures in the text that are not in a table, and their values in the results.
 CLAIMS: dict[str, Callable[[], str]] = {
     "10.3x as fast as upstream's way at T=150": lambda: ratio(reference.median, graph.median),
     "9.4x at T=1203": lambda: ratio(large_reference.median, large_graph.median),
@@ -92,7 +92,7 @@ CLAIMS: dict[str, Callable[[], str]] = {
     "312 TFLOP/s and 2.0 TB/s for an A100": lambda: assumed("A100"),
     "3.4x that time per class": lambda: ratio(per_class(), (bound("T=1000") - bound("T=150")) / 850),
 }
-NOT_MEASURED = {  # an aim, what was seen of this machine's noise, and a computed size
+NOT_MEASURED = {  # an aim, the noise that was observed on this machine, and a computed size
     "45 %", "25 ms", "20 %", "0.3 MB", "5 %", "10 MB",
 }  # fmt: skip
 
@@ -108,7 +108,7 @@ def graph_in_steps_of_256() -> Record:
 
 
 def predicted_model() -> float:
-    """Seconds of a whole picture in a graph, if its aggregator took what the prototypes take."""
+    """Return the seconds of a whole picture in a graph, if its aggregator took as long as the prototypes."""
     prototypes = predictions.read_prototypes(RESULTS)
     milliseconds = predictions.call_milliseconds(prototypes, "prototype", 150)
     return RESULT.find(f"engine, {GRAPH}", MODEL).median - graph.median + milliseconds / 1e3
@@ -139,7 +139,7 @@ def assumed(chip: str) -> str:
 
 
 def texts() -> dict[str, str]:
-    """README's and BENCHMARKS' text on figures, without tables and code, and class_parallel's whole text."""
+    """Return README's and BENCHMARKS' text on figures without tables and code, and class_parallel's text."""
     found = {}
     for name in ("README.md", "BENCHMARKS.md", "docs/class_parallel.md"):
         text = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)

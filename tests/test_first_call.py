@@ -1,4 +1,4 @@
-"""The first call on a GPU: what it launches is listed, compiled side by side and checked, once."""
+"""The first call on a GPU: its launches are listed, compiled in parallel and checked, once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_lists_what_a_call_launches(policy: str) -> None:
 
 @pytest.fixture
 def ready(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A record of `get_ready` without a compiler: compiled kernels, and the number of checks."""
+    """Record of `get_ready` without a compiler: compiled kernels, and the number of checks."""
     seen: dict[str, Any] = {"jobs": [], "checks": 0, "wrong": {}}
 
     def compile_all(jobs: list[Job], device: torch.device, advance: Any) -> dict[Job, str]:

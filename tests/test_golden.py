@@ -27,7 +27,7 @@ from support.golden_rule import Meta, assert_output, check_sha_weights, fill, lo
 
 
 def record(model: CATSeg) -> dict[str, Tensor]:
-    """Let the model's next forward leave its intermediate results in the returned dict."""
+    """Let the model's next forward pass leave its intermediate results in the returned dict."""
     recorded: dict[str, Tensor] = {}
     encode_images, logits = model.encode_images, model.logits
 
@@ -97,7 +97,7 @@ def test_model(name: str) -> None:
 
 
 def first_of_batch(case: tuple[dict[str, Any], Meta]) -> dict[str, Any]:
-    """Output descriptions of a case of two images, cut down (with the arrays) to the first image."""
+    """Return the outputs of a case of two images, reduced (with the arrays) to the first image."""
     arrays, meta = case
     specs = {}
     for name, spec in meta["outputs"].items():

@@ -18,7 +18,7 @@ from support.measured_configs import CPU, CUDA, DEFAULT, GPU, entry, problem, pu
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """The user's folder of configs and the package's, both empty."""
+    """Folders of the user's and the package's configs, both empty."""
     return use_empty_folders(tmp_path, monkeypatch)
 
 

@@ -1,4 +1,4 @@
-"""Counts per class, and the scores that are made of them."""
+"""Counts per class, and the scores that are computed from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.scores import IGNORE, slow_scores
 
 
 def random_maps(seed: int, classes: int, size: tuple[int, int] = (13, 17)) -> tuple[Tensor, Tensor]:
-    """Labels and truth; some classes occur in one alone, some in neither, some pixels do not count."""
+    """Return labels and truth; some classes occur in one or neither of them, and some pixels do not count."""
     generator = np.random.default_rng(seed)
     labels = generator.choice(np.arange(0, classes, 2), size)
     truth = np.where(generator.random(size) < 0.4, labels, generator.integers(0, max(1, classes - 2), size))

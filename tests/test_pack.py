@@ -1,4 +1,4 @@
-"""A campaign in a folder, for a machine without a network, and the way back of its results."""
+"""A campaign packed for a machine without a network, and the import of its results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.bench_records import make_record
 ROOT = Path(__file__).parent.parent
 NONE = pack.Wheels(())
 
-# Stands in for the campaign: writes its arguments where the results go.
+# Stands in for the campaign: writes its arguments to the folder of results.
 CAMPAIGN = """
 import sys
 from pathlib import Path

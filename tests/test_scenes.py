@@ -1,4 +1,4 @@
-"""Generated scenes: what they are made of, what is held out, and the folders that they are written to."""
+"""Generated scenes: their content, held-out combinations, and the folders to which they are written."""
 
 from __future__ import annotations
 

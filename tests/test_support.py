@@ -1,4 +1,4 @@
-"""The tests' own helpers: what they are to find, they find."""
+"""Helpers of the tests: they find the faults that they look for."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_one_tile_is_the_picture(model: CATSeg, image: Tensor) -> None:
 
 
 def test_memory_does_not_grow_with_the_picture(model: CATSeg) -> None:
-    """Each tile is read once, and logits are kept of the rows of tiles that the next band needs."""
+    """Each tile is read once, and only logits that the next band of tiles needs are kept."""
     image, grid = picture(260, 64).byte(), TileGrid((260, 64), 64, 16)
     read, kept = [], []
 

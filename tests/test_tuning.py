@@ -46,7 +46,7 @@ WORKLOADS = [
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """The user's folder of configs and the package's, both empty."""
+    """Folders of the user's and the package's configs, both empty."""
     return use_empty_folders(tmp_path, monkeypatch)
 
 
@@ -80,7 +80,7 @@ def test_the_default_is_the_first_candidate(op):
 @interpreted
 @pytest.mark.parametrize("op", TUNABLE_OPS)
 def test_tunables_run_and_the_candidates_agree(op):
-    """The default, and the candidate with the largest tiles."""
+    """Run the default, and the candidate with the largest tiles."""
     variants = [TINY, replace(TINY, prompts=1)] if op == "embed_cost_volume" else [TINY]
     for tunable in (tunable for sizes in variants for tunable in tunables_of(op, sizes)):
         largest = max(
@@ -141,7 +141,7 @@ def test_tunes_on_a_gpu(op):
 
 
 def make_tunable(*times: float | str) -> tuple[Tunable, Callable[[Callable[[], object]], float]]:
-    """A kernel with a candidate for each time, or for a fault, and a timer that knows the times."""
+    """Return a kernel with a candidate for each time, or for a fault, and a timer that knows the times."""
     found = tunables_of("window_block", TINY, torch.float32)
     original = next(tunable for tunable in found if tunable.problem.kernel == "qkv")
     configs = [replace(original.candidates[0], num_stages=number) for number, _ in enumerate(times, 1)]
@@ -217,7 +217,7 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     first, timer = make_tunable(3.0, 2.0)
     second = replace(first, problem=first.problem._replace(classes=1000))
     advanced: list[None] = []
-    # The clock goes on by a second per look: at the start, at each default, then before each candidate.
+    # The clock advances by a second per reading: at the start, at each default, then before each candidate.
     outcomes = list(
         tuner.tune_all(
             [first, second],
@@ -310,7 +310,7 @@ def test_command(folders, monkeypatch, tmp_path):
         ((10, 3), 100),
         ((11, 0), 100),
         ((12, 0), 89),
-        ((12, 1), 89),  # 99 KB of shared memory for a program, not 227
+        ((12, 1), 89),  # 99 KB of shared memory per program, not 227
     ],
 )
 def test_default_configs_fit_gpus_between_those_that_are_known(capability, expected, monkeypatch):
