@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def patched(data: bytes, entry: str, place: int, value: bytes, central: bool = True) -> bytes:
-    """Return an archive with bytes of an entry's header changed, in the table of contents or before the entry."""
+    """Return an archive with bytes of an entry's header changed, in the table of contents or before it."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         start = archive.getinfo(entry).header_offset
         if central:

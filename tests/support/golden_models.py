@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from catseg_fast.config import CLIP_PIXEL_MEAN, VARIANTS, CLIPConfig, ResNetConfig, SwinConfig, Variant
 from catseg_fast.reference.model import CATSeg
-from support.golden_rule import GOLDEN, Meta, check_sha_weights, fill, load_case
+from support.golden_rule import GOLDEN, Meta, check_sha_weights, fill, load_meta
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
@@ -29,7 +30,12 @@ def parameters(names: Iterable[str]) -> list[ParameterSet]:
 
 def cases(kind: str) -> list[str]:
     """Return the names of the cases of a kind: "module", "model" or "part"."""
-    return [name for name in CASES if load_case(name)[1]["kind"] == kind]
+    return [name for name, found in _kinds().items() if found == kind]
+
+
+@cache
+def _kinds() -> dict[str, str]:
+    return {name: load_meta(name)["kind"] for name in CASES}
 
 
 def clip_config(dims: dict[str, int]) -> CLIPConfig:

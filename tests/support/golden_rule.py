@@ -115,6 +115,13 @@ def load_case(name: str) -> Case:
         return arrays, json.loads(str(file["meta"]))
 
 
+def load_meta(name: str) -> Meta:
+    """Return the metadata of golden/`name`.npz."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        meta: Meta = json.loads(str(file["meta"]))
+        return meta
+
+
 def make_inputs(meta: Meta) -> dict[str, Tensor]:
     """Return every input of a case by name, checked against its stored hash."""
     inputs = {}
