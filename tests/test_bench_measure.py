@@ -91,6 +91,7 @@ def test_a_plot_shows_the_best_profile_of_each_size_with_one_order_of_kernels(
     assert bars == [4, 1, 3, 2, 2, 5, 1, 2]
 
 
+@pytest.mark.xdist_group("operations")  # which are counted once per process
 def test_the_h200s_report_has_its_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     paths = sorted((report.OUTPUT.parent / "h200").glob("*.json"))

@@ -165,6 +165,7 @@ def test_the_gate_stops_numbers_that_are_none() -> None:
         gate.check(torch.zeros(3), torch.zeros(4), truth)
 
 
+@pytest.mark.xdist_group("operations")  # which are counted once per process
 @pytest.mark.parametrize("variant", ["v2-vitl", "v1-vitl-swinb"])
 def test_operations_are_those_of_the_design(variant: str) -> None:
     """By design: GFLOP per class and crop of the reference, and at most of the restructured maths."""
@@ -186,6 +187,7 @@ def test_operations_of_stages_are_those_of_the_design() -> None:
     assert (reference["decode"] or 0) / 2e6 == pytest.approx(1138, abs=10)
 
 
+@pytest.mark.xdist_group("operations")  # which are counted once per process
 def test_dropped_classes_cost_their_selection_alone() -> None:
     few, all_aggregated, dropping = (
         call_flop(Case("v2-vitl", classes, dtype=torch.float16, max_classes=kept))
