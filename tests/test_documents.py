@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,10 +47,18 @@ FEW = 4  # classes of each ready list
 SHORT_CODE = {"range(100)": f"range({FEW})"}  # of Python
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the documents name."""
+    folder = tmp_path_factory.mktemp("checkout")
+    make_checkout(folder)
+    return folder
+
+
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which blocks run, with a tiny model's weights as upstream's."""
-    make_checkout(tmp_path)
+def checkout(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which blocks run, with a tiny model's weights in place of upstream's."""
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "_download", lambda *_: tmp_path / "model_base.pth")
     monkeypatch.setitem(hub.BUNDLED, "demo", tmp_path / "model_base.pth")
