@@ -214,7 +214,7 @@ def test_a_port_that_is_taken_is_named() -> None:
         check_free("203.0.113.1", port)
 
 
-def test_the_command_serves_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_serves_only_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = save_tiny_checkpoint(tmp_path)
     served = []
     monkeypatch.setattr("catseg_fast.app.page.serve", lambda *arguments: served.append(arguments[1:]))

@@ -179,7 +179,7 @@ def test_decoding_runs_ahead_of_the_model(
     assert len(calls) == 4
 
 
-def test_one_of_a_batch_that_fails_fails_alone(
+def test_only_one_of_a_batch_fails(
     photos: Path, model: CATSeg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segment = CATSeg.segment

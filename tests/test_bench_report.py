@@ -188,7 +188,7 @@ def test_operations_of_stages_are_those_of_the_design() -> None:
 
 
 @pytest.mark.xdist_group("operations")  # which are counted once per process
-def test_dropped_classes_cost_their_selection_alone() -> None:
+def test_dropped_classes_cost_only_their_selection() -> None:
     few, all_aggregated, dropping = (
         call_flop(Case("v2-vitl", classes, dtype=torch.float16, max_classes=kept))
         for classes, kept in ((256, None), (512, None), (512, 256))
@@ -226,7 +226,7 @@ def test_no_speed_is_measured_of_a_wrong_baseline() -> None:
         measure("aggregator", meter, Case("v1-vitl-swinb", 2), wrong)
 
 
-def test_peak_memory_is_that_of_each_call_alone() -> None:
+def test_peak_memory_is_that_of_one_call() -> None:
     sizes = (2**26, 2**28, 2**25, 2**26)
     peaks = [peak_memory.measure(partial, bytearray, size) for size in sizes]
     if None in peaks:

@@ -80,7 +80,7 @@ def test_all_else_must_be_equal(folders, changes):
     assert rows_of(problem()) == 64
 
 
-def test_precision_is_of_fp32_alone(folders):
+def test_precision_matters_only_in_fp32(folders):
     put(folders[0], [entry(16), entry(32, dtype="fp32"), entry(64, dtype="fp32", precision="tf32x3")])
     assert rows_of(problem(precision="tf32x3")) == 16
     assert rows_of(problem(dtype=torch.float32)) == 32

@@ -52,7 +52,7 @@ def test_scores_are_those_of_torchmetrics() -> None:
     assert counts.scores()["fwIoU"] == pytest.approx(weighted.item(), abs=1e-6)
 
 
-def test_classes_that_no_picture_has_count_in_one_mean_alone() -> None:
+def test_classes_that_no_picture_has_count_in_only_one_mean() -> None:
     truth, labels = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 0, 1, 3]])
     scores = ClassCounts.of(labels, truth, 5, IGNORE).scores()
     assert scores["mIoU"] == pytest.approx((1 + 1 / 2) / 2)

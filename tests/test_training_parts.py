@@ -172,7 +172,7 @@ def test_colours_change_and_labels_do_not() -> None:
     assert changed >= 4
 
 
-def test_crops_follow_from_seed_and_position_alone() -> None:
+def test_crops_depend_only_on_seed_and_position() -> None:
     recipe = Recipe(steps=6, batch_size=4, crop_size=32, seed=3)
     whole = list(step_batches(Crops(Blocks(), recipe), 0))
     assert [len(batch) for batch in whole] == [4] * 6
@@ -251,7 +251,7 @@ def test_the_log_forgets_what_is_done_again(tmp_path: Path) -> None:
     assert [(entry["step"], entry["loss"]) for entry in entries] == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 9.0)]
 
 
-def test_a_run_may_start_from_clip_alone() -> None:
+def test_a_run_may_start_from_only_clip() -> None:
     source, target = tiny_model(), tiny_model()
     with torch.no_grad():
         for parameter in source.parameters():
