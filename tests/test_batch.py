@@ -179,9 +179,7 @@ def test_decoding_runs_ahead_of_the_model(
     assert len(calls) == 4
 
 
-def test_only_one_of_a_batch_fails(
-    photos: Path, model: CATSeg, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_one_of_a_batch_fails(photos: Path, model: CATSeg, monkeypatch: pytest.MonkeyPatch) -> None:
     segment = CATSeg.segment
 
     def picky(self: CATSeg, image: torch.Tensor) -> object:

@@ -22,6 +22,7 @@ from catseg_fast.reference.model import normalise
 from support.tiny import CLASSES, V1, V2, close, picture, tiny_model
 
 NAMES = [f"thing {index}" for index in range(11)]  # more than the 8 classes that v2 pads to
+pytestmark = pytest.mark.xdist_group("export")  # one process exports
 
 
 def reference_logits(model: CATSeg, images: Tensor) -> Tensor:

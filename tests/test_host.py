@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # By classes and best classes, for five crops: the most launches, copies and fills of a call.
 CASES = {(150, None): 60, (1203, None): 220, (847, 256): 180}
+pytestmark = pytest.mark.xdist_group("host")  # one process counts
 
 
 def run(*options: str) -> str:

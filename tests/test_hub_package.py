@@ -80,6 +80,8 @@ with torch.no_grad():
 print(json.dumps(errors))
 """
 
+pytestmark = pytest.mark.xdist_group("hub")  # one process packs
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:

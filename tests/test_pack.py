@@ -39,6 +39,8 @@ def in_a_checkout() -> bool:
 
 needs_git = pytest.mark.skipif(not in_a_checkout(), reason="packs what git tracks")
 
+pytestmark = pytest.mark.xdist_group("pack")  # one process packs
+
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:

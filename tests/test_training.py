@@ -24,6 +24,7 @@ from support.training_run import CLASSES, Blocks, make_trainer, trained
 
 TESTS = Path(__file__).parent
 PATHS = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+pytestmark = pytest.mark.xdist_group("training")  # one process makes the run to compare with
 
 
 @pytest.fixture(scope="module")
