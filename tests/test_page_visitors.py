@@ -70,7 +70,7 @@ def client(server: tuple[str, PageBlocks]) -> Client:
 
 @contextmanager
 def held(page: Any) -> Iterator[threading.Event]:
-    """Let calls wait inside PyTorch's sort, so that they can be stopped at any time."""
+    """Let calls wait, with operations of PyTorch meanwhile, at which they can be stopped."""
     go, inside = threading.Event(), threading.Event()
     segment = page.bench.segment
 
