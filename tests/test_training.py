@@ -1,4 +1,4 @@
-"""Runs: interrupted ones, several processes, parts of a batch, failures."""
+"""Training runs: interruptions, several processes, parts of a batch, failures."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from support.training_run import CLASSES, Blocks, make_trainer, trained
 
 TESTS = Path(__file__).parent
 PATHS = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+pytestmark = pytest.mark.xdist_group("training")  # one process makes the run to compare with
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """Folder and weights of a whole run."""
+    """Folder and weights of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     trainer = make_trainer(folder)
     trainer.run()
@@ -95,7 +96,7 @@ def test_a_batch_in_parts_is_the_whole_batch(
 
 
 def assert_trained_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Adam makes a whole step of the smallest gradient, so where that is rounding alone the signs differ."""
+    """Adam makes a whole step of any gradient, so signs differ where the gradient is only rounding."""
     start = dict(make_trainer(Path()).model.named_parameters())
     moved = torch.cat([(expected[name] - start[name].detach()).flatten() for name in expected])
     apart = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
