@@ -21,12 +21,13 @@ def module_tensors(module: nn.Module, buffers: bool = False) -> list[Tensor]:
     """
     found: list[Tensor | None] = []
     modules: list[nn.Module | None] = [module]
-    for each in modules:  # which grows
+    while modules:
+        each = modules.pop()
         if each is not None:
             found += each._parameters.values()
             if buffers:
                 found += each._buffers.values()
-            modules += each._modules.values()
+            modules += reversed(each._modules.values())
     return [tensor for tensor in found if tensor is not None]
 
 
