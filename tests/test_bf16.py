@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from catseg_fast.kernels import OPS, load
+from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.launch.op import Random, Sizes
 from support import bf16
 from support.accuracy import assert_no_worse_than_eager, upcast
@@ -105,11 +106,7 @@ def parts(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [pytest.param(name, sizes, id=f"{name}-{i}") for name in OPS for i, sizes in enumerate(load(name).odd)],
-)
-def test_ops_match_their_plain_form(name: str, sizes: Sizes) -> None:
+def check(name: str, sizes: Sizes) -> None:
     op = load(name)
     inputs = op.make_inputs(sizes, Random(BF16, DEVICE))
     truth = op.plain(**{key: upcast(value) for key, value in inputs.items()})
@@ -118,3 +115,29 @@ def test_ops_match_their_plain_form(name: str, sizes: Sizes) -> None:
             assert_no_worse_than_eager(ours, eager, exact.double())
         else:
             assert (ours == exact).float().mean() >= 0.999
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [pytest.param(name, sizes, id=f"{name}-{i}") for name in OPS for i, sizes in enumerate(load(name).odd)],
+)
+def test_ops_match_their_plain_form(name: str, sizes: Sizes) -> None:
+    check(name, sizes)
+
+
+PUBLISHED = {  # widths, with fewer positions
+    "window_block": Sizes(1, 3, 5, 10, window=5, shift=2),
+    "class_collect": Sizes(1, 33, 2, 2),
+    "class_apply": Sizes(1, 65, 1, 3),
+    "decode": Sizes(1, 1, 8, 8),
+    "embed_cost_volume": Sizes(1, 3, 5, 8, features=128),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.usefixtures("default_configs")
+def test_default_configs(name: str, capability: int) -> None:
+    with assume(capability):
+        check(name, PUBLISHED[name])

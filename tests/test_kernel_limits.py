@@ -89,6 +89,39 @@ def test_decoder_weights_in_the_middle_of_16_bytes() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
+SMALL = {
+    "embed_cost_volume": (Sizes(1, 3, 3, 4, 16, features=20), Sizes(1, 2, 2, 3, 7, features=9, prompts=3)),
+    "window_block": (Sizes(1, 1, 2, 4, 32, heads=2, window=2, shift=1, hidden=48),),
+    "class_collect": (Sizes(1, 3, 1, 2, 32, 2, streamed=True), Sizes(1, 3, 2, 2, 48, 3, pooling=(2, 2))),
+    "class_apply": (Sizes(1, 3, 1, 2, 32, 2, hidden=48), Sizes(1, 3, 2, 2, 48, 3, pooling=(2, 2))),
+    "decode": (Sizes(1, 1, 8, 8, 16, decoder=(16, 16)),),
+    "update_label_map": (Sizes(5, 2, 2, 2), Sizes(1, 2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [pytest.param(name, sizes, id=f"{name}-{i}") for name in OPS for i, sizes in enumerate(SMALL[name])],
+)
+def test_nan_in_any_input_is_seen(name: str, sizes: Sizes) -> None:
+    """The result is NaN where torch's is."""
+    op, inputs = load(name), make(name, sizes)
+    tensors = [x for value in inputs.values() for x in (value if isinstance(value, list) else [value])]
+    copies = inputs["weights"][-2] if name == "decode" else None  # packed: it holds 24 copies of each number
+    for x in tensors:
+        if x is copies or not isinstance(x, Tensor) or not x.is_floating_point():
+            continue
+        first = (0,) * x.ndim
+        before = x[first].clone()
+        x[first] = torch.nan
+        found, expected = (call(**inputs) for call in (op.triton, op.plain))
+        x[first] = before
+        pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+        nan = [(ours.isnan(), theirs.isnan()) for ours, theirs in pairs]
+        assert any(ours.any() for ours, _ in nan)
+        assert all((ours >= theirs).all() for ours, theirs in nan)
+
+
 @triton.jit
 def largest_kernel(x_ptr, y_ptr, out_ptr):
     x, y = tl.load(x_ptr), tl.load(y_ptr)
