@@ -23,6 +23,7 @@ from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.kernel import Call, record_calls
 from catseg_fast.kernels.launch.op import Random, Sizes
+from catseg_fast.kernels.launch.prepared import PreparedCalls
 from support import races
 from support.engines import make_engine, make_inputs_of
 from support.races import Hazard, watch
@@ -229,6 +230,24 @@ def test_a_call_has_no_hazards(policy: str) -> None:
             read(slice(start, start + 2), logits[:1, start : start + 2])
     assert not dangerous(hazards)
     assert logits.isfinite().any()
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("small_programs")
+def test_repeated_launches_that_share_buffers_have_no_hazards() -> None:
+    """No buffer of a launch overlaps another one."""
+    inputs = DECLARED["decode"].make_inputs(SMALL["decode"][1], Random(torch.float16, torch.device("cpu")))
+    x, calls = inputs.pop("x"), PreparedCalls()
+
+    def decode(x: Tensor) -> Tensor:
+        out: Tensor = DECLARED["decode"].triton(x, **inputs)
+        return out
+
+    with watch(np.random.default_rng(0).permutation) as hazards:
+        results = [calls("decode", decode, x) for _ in range(3)]
+    assert calls.repeated == 1
+    assert not dangerous(hazards)
+    assert torch.equal(results[2], results[0])
 
 
 # Sizes of every kernel, some of which fit a tile.
