@@ -31,12 +31,15 @@ from catseg_fast.kernels.launch.checks import check_destination, check_like, che
 from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 
 MAX_CHANNELS = 256
+MAX_HEAD = 64  # channels; the sums of a head with 128 do not fit in registers, and take minutes to compile
 
 
-def unsupported(channels: int) -> str | None:
+def unsupported(channels: int, heads: int) -> str | None:
     """Return why the kernels cannot run a layer of these sizes; None if they can."""
     if channels % 16 or channels > MAX_CHANNELS:
         return f"{channels} channels; expected a multiple of 16 up to {MAX_CHANNELS}"
+    if channels > MAX_HEAD * heads:
+        return f"{channels} channels in {heads} heads; expected at most {MAX_HEAD} per head"
     return None
 
 
@@ -271,8 +274,8 @@ def _check(
         expected = f"[B, t, {height * width}, C] for resolution {height}x{width}, with B, t and C above 0"
         raise ValueError(f"x: has shape {list(x.shape)}; expected {expected}")
     C = x.shape[3]
-    if reason := unsupported(C):
-        raise ValueError(f"x: has {reason}")
+    if reason := unsupported(C, heads):
+        raise ValueError(f"x, heads: {reason}")
     if C % heads:
         raise ValueError(f"heads: {heads} do not divide {C} channels")
     if text is not None:
