@@ -134,8 +134,9 @@ PUBLISHED = {  # widths, with fewer positions
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "capability", [pytest.param(x, marks=() if x == 90 else pytest.mark.slow) for x in CAPABILITIES]
+)
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.usefixtures("default_configs")
 def test_default_configs(name: str, capability: int) -> None:
