@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
 from catseg_fast.kernels.launch.launcher import record
-from catseg_fast.kernels.launch.op import Random, Sizes
+from catseg_fast.kernels.launch.op import Form, Random, Sizes
 from catseg_fast.kernels.window_attention import qkv
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,6 +51,25 @@ def test_programs_of_more_classes_give_the_same_bits(monkeypatch: pytest.MonkeyP
         found = qkv.launch(*arguments, input_precision="ieee", config=config)
     assert launches[0].grid == (1, 1, 4)
     assert torch.equal(found, expected)
+
+
+def test_launches_on_the_gpu_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, which cannot read the memory of another one."""
+    current, launched = [0], []
+
+    @contextmanager
+    def device(gpu: torch.device) -> Iterator[None]:
+        current.append(gpu.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr("catseg_fast.kernels.launch.op.capability_of", lambda device: 90)
+    form = Form(lambda x: launched.append((x.device.index, current[-1])))
+    for index in (0, 1, 0):
+        replace(decoder.OP, forms=(form,)).launch(SimpleNamespace(device=torch.device("cuda", index)))
+    assert launched == [(0, 0), (1, 1), (0, 0)]
 
 
 def apart(x: Tensor, dimension: int, distance: int = 2**30) -> Tensor:

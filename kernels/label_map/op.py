@@ -83,7 +83,7 @@ def _update_label_map(
     window: Sequence[int],
     visible: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    best: tuple[Tensor, Tensor] = _launch(logits, scores, labels, first, window, visible)
+    best: tuple[Tensor, Tensor] = OP.launch(logits, scores, labels, first, window, visible)
     return best
 
 
