@@ -115,5 +115,8 @@ def default_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let kernels in the interpreter take a GPU's default configs (`capability.assume`)."""
     from catseg_fast.kernels.launch.kernel import Kernel  # triton exists for Linux only
 
-    unset = property(lambda self: None, lambda self, value: None)
+    def keep(kernel: Kernel[Any], value: Any) -> None:  # of a kernel that is imported meanwhile
+        vars(kernel)["interpreter_config"] = value
+
+    unset = property(lambda self: None, keep)
     monkeypatch.setattr(Kernel, "interpreter_config", unset, raising=False)
