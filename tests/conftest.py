@@ -54,8 +54,12 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter() -> Iterator[None]:
-    """Leave out what the interpreter does besides running the kernels."""
-    with interpreter.overflow_checks(False), interpreter.one_search_per_launch():
+    """Leave out what the interpreter does besides running the kernels, and let it treat NaN as a GPU does."""
+    with (
+        interpreter.overflow_checks(False),
+        interpreter.one_search_per_launch(),
+        interpreter.nan_as_on_gpu(),
+    ):
         yield
 
 
