@@ -129,8 +129,8 @@ SMALL = {
         Sizes(2, 3, 3, 4, channels=7, features=9, prompts=3),
     ),
     "window_block": (
-        Sizes(2, 3, 4, 6, channels=32, heads=2, window=2, shift=1, hidden=48),
-        Sizes(1, 2, 3, 6, channels=48, heads=3, window=3, hidden=17, guided=False),
+        Sizes(2, 2, 2, 4, channels=32, heads=2, window=2, shift=1, hidden=48),
+        Sizes(1, 1, 3, 6, channels=48, heads=3, window=3, hidden=17, guided=False),
     ),
     "class_collect": (
         Sizes(2, 7, 2, 3, channels=32, heads=2, streamed=True),
@@ -145,7 +145,7 @@ SMALL = {
         Sizes(1, 1, 8, 8, channels=16, decoder=(16, 16), guided=False),
         Sizes(2, 1, 2, 3, channels=9, decoder=(6, 12), group=3),
     ),
-    "update_label_map": (Sizes(5, 2, 2, 2), Sizes(1, 2, 3, 2)),
+    "update_label_map": (Sizes(5, 1, 2, 2), Sizes(1, 2, 2, 2)),
 }
 DECLARED = {name: load(name) for name in OPS}
 
@@ -217,11 +217,11 @@ def test_costs_of_one_prompt_need_their_barrier(monkeypatch: pytest.MonkeyPatch)
 def test_a_call_has_no_hazards(policy: str) -> None:
     """Several chunks, the best classes per crop, and a label map."""
     engine = make_engine(
-        window_size=2, feature_resolution=(4, 4), pooling_size=(2, 2), num_layers=1, pad_len=0
+        window_size=2, feature_resolution=(2, 2), pooling_size=(2, 1), num_layers=1, pad_len=0
     )
     engine.precision, engine.policy, engine.chunk = torch.float16, policy, 2
     image, text, guidance = make_inputs_of(engine.aggregator, 3, 2)
-    few = [x[..., : x.shape[-2] // 6, : x.shape[-1] // 6] for x in (image, *guidance)]
+    few = [x[..., : x.shape[-2] // 12, : x.shape[-1] // 12] for x in (image, *guidance)]
     target = LabelMap((25, 30), image.device)
     read = reader(Readout((25, 30)), target, "triton")
     with watch(np.random.default_rng(0).permutation) as hazards:
@@ -236,7 +236,8 @@ def test_a_call_has_no_hazards(policy: str) -> None:
 @pytest.mark.usefixtures("small_programs")
 def test_repeated_launches_that_share_buffers_have_no_hazards() -> None:
     """No buffer of a launch overlaps another one."""
-    inputs = DECLARED["decode"].make_inputs(SMALL["decode"][1], Random(torch.float16, torch.device("cpu")))
+    sizes = Sizes(1, 1, 1, 2, channels=16, decoder=(16, 16))
+    inputs = DECLARED["decode"].make_inputs(sizes, Random(torch.float16, torch.device("cpu")))
     x, calls = inputs.pop("x"), PreparedCalls()
 
     def decode(x: Tensor) -> Tensor:
@@ -324,7 +325,7 @@ def test_every_config_has_no_hazards(name: str, sizes: Sizes, capability: int, d
         with watch(generator.permutation) as hazards:
             run(name, sizes, dtype, in_place=True)
         assert not dangerous(hazards)
-        for call in calls:
+        for call in calls if capability == 90 else ():  # with the configs of all capabilities
             for config in tried(call):
                 expected = call.copy().run(config)
                 with watch(generator.permutation) as hazards:
