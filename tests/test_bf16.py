@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from catseg_fast.kernels import OPS, load
 from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.launch.op import Random, Sizes
 from support import bf16
-from support.accuracy import assert_no_worse_than_eager, upcast
+from support.accuracy import assert_matches_its_plain_form
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = torch.bfloat16
@@ -102,19 +101,9 @@ def test_products_are_summed_in_fp32() -> None:
     torch.testing.assert_close(out, a.float() @ b.float() + c, rtol=1e-6, atol=1e-5)
 
 
-def parts(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
 def check(name: str, sizes: Sizes) -> None:
     op = load(name)
-    inputs = op.make_inputs(sizes, Random(BF16, DEVICE))
-    truth = op.plain(**{key: upcast(value) for key, value in inputs.items()})
-    for ours, eager, exact in zip(*map(parts, (op.triton(**inputs), op.plain(**inputs), truth)), strict=True):
-        if ours.is_floating_point():
-            assert_no_worse_than_eager(ours, eager, exact.double())
-        else:
-            assert (ours == exact).float().mean() >= 0.999
+    assert_matches_its_plain_form(op, op.make_inputs(sizes, Random(BF16, DEVICE)))
 
 
 @pytest.mark.parametrize(
