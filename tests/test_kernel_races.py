@@ -18,7 +18,7 @@ from torch import Tensor
 from catseg_fast.inference.readout import LabelMap, Readout, reader
 from catseg_fast.kernels import OPS, load
 from catseg_fast.kernels.label_map import merge, update
-from catseg_fast.kernels.launch import configs
+from catseg_fast.kernels.launch import config_files
 from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.kernel import Call, record_calls
@@ -299,7 +299,7 @@ def tried(call: Call) -> list[LaunchConfig]:
     """The configs of a kernel's call on all GPUs, without those that differ in scheduling only."""
     kernel, problem = call.kernel, call.problem
     found = [config for capability in CAPABILITIES for config in kernel.candidates(capability, problem)]
-    for path in configs.SHIPPED.glob(f"*/{problem.op}.json"):
+    for path in config_files.SHIPPED.glob(f"*/{problem.op}.json"):
         entries = json.loads(path.read_text())
         found += [problem.config(**x["config"]) for x in entries if x["kernel"] == problem.kernel]
     plain = {"num_stages": 1, "maxnreg": None}
