@@ -14,7 +14,7 @@ from catseg_fast.acceleration.adapters import Adapter
 from catseg_fast.acceleration.layers import Mismatch
 from catseg_fast.acceleration.part import Inputs
 from catseg_fast.acceleration.reading import read_aggregator
-from catseg_fast.acceleration.trial import Random, Resolution
+from catseg_fast.acceleration.trial import Factors, Random, Resolution
 from catseg_fast.acceleration.whole import GuardedEngine, WholeAggregator, make_inputs, max_classes
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.errors import InputError
@@ -35,9 +35,9 @@ class AdaptedAggregator(WholeAggregator):
         adapter = self.adapter
 
         def examples(
-            aggregator: Any, size: Resolution | None, random: Random, classes: int, scale: float
+            aggregator: Any, size: Resolution | None, random: Random, classes: int, factors: Factors
         ) -> tuple[Any, ...]:
-            inputs = make_inputs(aggregator, size, random, classes, scale, adapter.prompts)
+            inputs = make_inputs(aggregator, size, random, classes, factors, adapter.prompts)
             return _asked(adapter.example, aggregator, *inputs)
 
         def prepare(aggregator: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from catseg_fast.acceleration import trial
 from catseg_fast.acceleration.comparing import differs, differs_in_16_bits, differs_roughly
 from catseg_fast.acceleration.part import Inputs, Part
 from catseg_fast.acceleration.reading import read_aggregator
-from catseg_fast.acceleration.trial import CROPS, Random, Resolution
+from catseg_fast.acceleration.trial import CROPS, Factors, Random, Resolution, by_crop
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.schedule import free_bytes
@@ -172,7 +172,7 @@ def make_inputs(
     size: Resolution | None,
     random: Random,
     classes: int,
-    scale: float,
+    factors: Factors,
     prompts: int | None = None,
 ) -> tuple[Any, ...]:
     """Return random features of classes, which resemble those of some positions, and guidance."""
@@ -187,10 +187,10 @@ def make_inputs(
     decoder = aggregator.decoder_guidance_projection
     channels += [0, 0] if decoder is None else [_width(projection, 4) for projection in decoder]
     guidance = [
-        random.normal(CROPS, count, k * height, k * width) * scale if count else None
+        by_crop(random.normal(CROPS, count, k * height, k * width), factors) if count else None
         for count, k in zip(channels, (1, 2, 4), strict=False)
     ]
-    return image * scale, text * scale, guidance
+    return by_crop(image, factors), by_crop(text, factors), guidance
 
 
 def prepare(aggregator: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -6,6 +6,8 @@ resolution, and a selection of classes that runs in fp32 only.
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -304,18 +306,24 @@ ARGUMENTS: dict[str, Any] = {
 
 def make_aggregator(kind: type[Aggregator] = Aggregator, **changes: Any) -> Aggregator:
     """An aggregator in evaluation mode, with weights by the golden rule."""
-    aggregator = kind(**changes).eval()
+    return copy.deepcopy(_filled(kind, tuple(changes.items())))
+
+
+@functools.cache
+def _filled(kind: type[Aggregator], changes: tuple[tuple[str, Any], ...]) -> Aggregator:
+    aggregator = kind(**dict(changes)).eval()
     fill(aggregator, "sem_seg_head.predictor.transformer.")
     return aggregator
 
 
+@functools.cache
 def make_inputs(
     classes: int = 3,
     crops: int = 1,
     resolution: tuple[int, int] = (8, 8),
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Arguments of an aggregator of `ARGUMENTS`."""
+    """Arguments of an aggregator of `ARGUMENTS`; they are not to be changed in place."""
     key, (H, W) = f"derived:{classes}:{crops}:{resolution}", resolution
     image = det(f"{key}:image", (crops, 24, H, W))
     text = make_input(f"{key}:text", "text", (crops, classes, 2, 24))
