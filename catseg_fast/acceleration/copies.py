@@ -20,6 +20,9 @@ from catseg_fast.reference.window_attention import shifted_window_mask
 LEAST_PAD_LEN = 4
 LEAST_PROMPTS = 3
 
+# By how much the weights of a head are larger than others, so that what bounds the answer shows.
+LARGE = 30.0
+
 # So many random numbers are drawn, and repeated in place of more: a prime number, so that no two rows of a
 # weight are alike.
 DRAWN = 65_521
@@ -70,6 +73,7 @@ def _random_tensors(module: nn.Module) -> dict[int, Tensor]:
         elif x.shape[0] == 1 and x.ndim == 3:  # padding tokens
             values = 0.7 * values
         else:
+            values = values * (LARGE if len(x) == 1 else 1.0)
             values = values * (1.5 / max(1, x.numel() // max(1, len(x))) ** 0.5)
         found[id(x)] = nn.Parameter(values, requires_grad=False)
     for name, x in buffers.items():

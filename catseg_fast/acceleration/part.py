@@ -272,4 +272,5 @@ def _is_plain(item: Any) -> bool:
 def _ambient(device: torch.device) -> object:
     """Return everything that an answer depends on besides the arguments."""
     kind = device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return (autocast, torch.is_grad_enabled(), torch.is_inference_mode_enabled())

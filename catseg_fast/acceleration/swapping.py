@@ -56,11 +56,23 @@ def install(module: nn.Module, method: str, part: Callable[..., Any]) -> None:
     vars(module).setdefault(PART, {})[method] = part
 
 
-def uninstall(module: nn.Module) -> None:
-    """Give a module its class back; nothing happens if that was done, or it has another class by now."""
-    vars(module).pop(PART, None)
-    if _BASE in vars(type(module)):
+def uninstall(module: nn.Module, method: str, part: Callable[..., Any]) -> None:
+    """Give a module its method back; nothing happens if another part is installed, or none."""
+    parts = vars(module).get(PART, {})
+    if parts.get(method) is not part:
+        return
+    del parts[method]
+    if parts:
+        return
+    del vars(module)[PART]
+    if _BASE in vars(type(module)):  # else it has another class by now
         module.__class__ = base_of(module)
+
+
+def installed(module: nn.Module, method: str) -> Callable[..., Any] | None:
+    """Return what is called in place of a module's method."""
+    part: Callable[..., Any] | None = vars(module).get(PART, {}).get(method)
+    return part
 
 
 def is_accelerated(module: nn.Module) -> bool:

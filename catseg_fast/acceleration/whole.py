@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -26,6 +27,9 @@ from catseg_fast.reference.shapes import check_shapes
 # Memory of the module's own code per class and position, in units of the hidden channels: around an MLP,
 # or around the scores of a window attention.
 OWN_NUMBERS = 16
+
+# Of random features of a crop, how much is in the half of the channels that the classes have.
+FAINT = 0.05
 
 
 class GuardedEngine(Engine):
@@ -175,14 +179,21 @@ def make_inputs(
     factors: Factors,
     prompts: int | None = None,
 ) -> tuple[Any, ...]:
-    """Return random features of classes, which resemble those of some positions, and guidance."""
+    """Return random features and guidance.
+
+    Classes of the first crop are very like a position, like none, and the contrary of one, in turn; those of
+    the second are all but orthogonal to its positions: what treats classes apart by their scores shows.
+    """
     height, width = size or aggregator.layers[0].swin_block.block_1.input_resolution
     prompts = prompts or aggregator.conv1.in_channels
     features = _width(aggregator.text_guidance_projection, 2) or 64
     image = random.normal(CROPS, features, height, width)
-    places = random.index(height * width, CROPS, classes)
-    alike = image.flatten(2).gather(2, places[:, None].expand(-1, features, -1)).transpose(1, 2)
-    text = alike[:, :, None] + random.normal(CROPS, classes, prompts, features)
+    text = random.normal(CROPS, classes, prompts, features)
+    places = random.index(height * width, classes)
+    for index, likeness in zip(range(classes), itertools.cycle((10.0, 0.0, -1.0)), strict=False):
+        text[0, index] += likeness * image[0].flatten(1)[:, places[index]]
+    image[1, features // 2 :] *= FAINT
+    text[1, ..., : features // 2] *= FAINT
     channels = [_width(aggregator.guidance_projection, 4)]
     decoder = aggregator.decoder_guidance_projection
     channels += [0, 0] if decoder is None else [_width(projection, 4) for projection in decoder]

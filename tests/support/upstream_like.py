@@ -153,6 +153,9 @@ class ClassTransformerLayer(nn.Module):
     def pad(self, tokens: Tensor, padding: Tensor, T: int) -> Tensor:
         return torch.cat([tokens, padding.expand(len(tokens), self.pad_len - T, -1)], dim=1)
 
+    def enlarge(self, branch: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(branch, size=size, mode="bilinear", align_corners=True)
+
     def tokens(self, x: Tensor, guidance: Tensor | None) -> Tensor:
         x = x + self.attention(self.norm1(x), guidance)
         return x + self.MLP(self.norm2(x))
@@ -170,7 +173,7 @@ class ClassTransformerLayer(nn.Module):
                 guidance = self.pad(guidance, self.padding_guidance, T)
         tokens = self.tokens(tokens, guidance)[:, :T]
         branch = rearrange(tokens, "(b h w) t c -> (b t) c h w", h=h, w=w)
-        branch = F.interpolate(branch, size=(H, W), mode="bilinear", align_corners=True)
+        branch = self.enlarge(branch, (H, W))
         return x + rearrange(branch, "(b t) c h w -> b c t h w", b=B)
 
 
@@ -218,6 +221,11 @@ class Up(nn.Module):
         return self.conv(x)
 
 
+def cosines(img_feats: Tensor, text_feats: Tensor) -> Tensor:
+    image, text = F.normalize(img_feats, dim=1), F.normalize(text_feats, dim=-1)
+    return torch.einsum("bchw,btpc->bpthw", image, text)
+
+
 def project(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU())
 
@@ -244,8 +252,7 @@ class Aggregator(nn.Module):
         self.head = nn.Conv2d(second, 1, 3, padding=1)
 
     def correlation(self, img_feats: Tensor, text_feats: Tensor) -> Tensor:
-        image, text = F.normalize(img_feats, dim=1), F.normalize(text_feats, dim=-1)
-        return torch.einsum("bchw,btpc->bpthw", image, text)
+        return cosines(img_feats, text_feats)
 
     def score(self, corr: Tensor) -> Tensor:
         return corr.amax(dim=(1, 3, 4))
