@@ -43,14 +43,16 @@ OWN_TIME = ("v1-vitl-swinb", "v2-vitl")
 ROUNDS = 5
 
 
-def seconds(call: Callable[[], object], rounds: int = 1) -> float:
+def seconds(call: Callable[[], object], rounds: int) -> float:
     """Return the least CPU time of a call."""
-    times = []
-    for _ in range(rounds):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return min(times)
+    return min(timed(call)[0] for _ in range(rounds))
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the CPU time of a call, and its answer."""
+    start = time.process_time()
+    answer = call()
+    return time.process_time() - start, answer
 
 
 def arguments(variant: str, prompts: int) -> dict[str, Any]:
@@ -77,7 +79,12 @@ def own_time(variant: str) -> dict[str, float]:
     call = seconds(lambda: aggregator(*given), ROUNDS)
     whole = seconds(lambda: accelerate(aggregator).restore(), ROUNDS)
     guard = Guard(dict(aggregator.named_modules()), type(aggregator))
-    looks = [seconds(lambda: guard.same_code() and guard.same_weights()) for _ in range(1000)]
+    looks = []
+    for _ in range(1000):
+        start = time.perf_counter()
+        same = guard.same_code() and guard.same_weights()
+        looks.append(time.perf_counter() - start)
+        assert same
     return {"call": call, "accelerate": whole, "look": statistics.median(looks)}
 
 
@@ -97,11 +104,9 @@ def gain(name: str) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         acceleration = accelerate(aggregator)
-    expected = own_code(*given)
-    own = seconds(lambda: own_code(*given))
-    aggregator(*given)
-    answer = aggregator(*given)
-    accelerated = seconds(lambda: aggregator(*given))
+    own, expected = timed(lambda: own_code(*given))
+    aggregator(*given)  # which compares
+    accelerated, answer = timed(lambda: aggregator(*given))
     return {
         "own": own,
         "accelerated": accelerated,

@@ -66,14 +66,16 @@ class GlobalNames:
         return None
 
     def _follow(self, item: object) -> None:
-        if isinstance(item, type):
-            if item not in self.classes:
-                self.classes[item] = None
-                for name, value in vars(item).items():
-                    if name != "__init__":
-                        self._follow_all(_functions(value))
-        else:
-            self._follow_all(_functions(item))
+        functions = list(_functions(item))
+        if functions:
+            self._follow_all(functions)
+            return
+        kind = item if isinstance(item, type) else type(item)  # whose methods may be called
+        if kind not in self.classes and _package(kind) in self._packages:
+            self.classes[kind] = None
+            for name, value in vars(kind).items():
+                if name != "__init__":
+                    self._follow_all(_functions(value))
 
     def _follow_all(self, functions: Iterable[FunctionType]) -> None:
         for function in functions:

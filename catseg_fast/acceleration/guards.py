@@ -58,7 +58,7 @@ class Guard:
         self._dicts = [vars(module) for module in every]
         self._lengths = list(map(len, self._dicts))
         self._types = list(map(type, every))
-        kinds = dict.fromkeys(k for t in (*self._types, *classes) for k in t.__mro__ if _is_own(k))
+        kinds = dict.fromkeys(kind for t in (*self._types, *classes) for kind in t.__mro__)
         watched = [(values, key) for m, values in zip(every, self._dicts, strict=True) for key in _watched(m)]
         self._loose = [(values, key, x) for values, key in watched if isinstance(x := values[key], Tensor)]
         self._keys = [
@@ -71,8 +71,8 @@ class Guard:
         attributes = [vars(m)[key] for m, keys in zip(every, self._keys, strict=True) for key in keys]
         self._inside = list(_containers(attributes))
         self._pictures = list(map(_copied, self._inside))
-        self._globals = GlobalNames([*kinds, *filter(callable, attributes)])
-        self._classes = list({**kinds, **self._globals.classes})
+        self._globals = GlobalNames([*filter(_is_own, kinds), *filter(callable, attributes)])
+        self._classes = [k for k in {**kinds, **self._globals.classes} if k not in (object, nn.Module)]
         self._class_views = [vars(kind) for kind in self._classes]
         self._class_dicts = [dict(view) for view in self._class_views]
         modal = (vars(module) for module in every if type(module) not in STEADY)

@@ -103,12 +103,11 @@ class Decoder(Piece):
     method = "conv_decoder"
 
     def watched(self) -> dict[str, nn.Module]:
-        names = ("decoder1", "decoder2", "head")
-        return {
-            ".".join(filter(None, (name, inner))): module
-            for name in names
-            for inner, module in getattr(self.module, name).named_modules()
-        }
+        watched = {"": self.module}
+        for name in ("decoder1", "decoder2", "head"):
+            for inner, module in getattr(self.module, name).named_modules():
+                watched[".".join(filter(None, (name, inner)))] = module
+        return watched
 
     def copied(self) -> nn.Module:
         bare = copy.copy(self.module)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
@@ -83,6 +84,18 @@ def by_closure(a: Any) -> None:
     a.set_gain = set_gain
 
 
+class Offset:
+    value = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + self.value
+
+
+def with_a_callable(a: Any) -> None:
+    a.offset = Offset()
+    override(a, aggregate=lambda self, own, *args: self.offset(own(self, *args)))
+
+
 def halved(img_feats: Tensor, text_feats: Tensor) -> Tensor:
     return torch.einsum("bchw,btpc->bpthw", img_feats, text_feats)
 
@@ -137,6 +150,12 @@ LATER: dict[str, Alteration] = {
     "a setting in a list": lambda a: a.settings.layers[0].update(scale=2.0),
     "a variable of a closure": lambda a: a.set_gain(2.0),
     "a function of the module": lambda a: setattr(upstream_like, "cosines", halved),
+    "a method of torch's class": lambda a: setattr(
+        nn.LayerNorm, "forward", lambda self, x: 2 * F.layer_norm(x, x.shape[-1:], self.weight, self.bias)
+    ),
+    "torch's function": lambda a: setattr(F, "interpolate", lambda x, **options: 2 * x),
+    "a callable's class": lambda a: setattr(Offset, "__call__", lambda self, x: x + 1),
+    "a callable's value": lambda a: setattr(a.offset, "value", 1.0),
     "a function's code": lambda a: setattr(upstream_like.cosines, "__code__", halved.__code__),
     "the module's elu": lambda a: setattr(
         upstream_like, "F", SimpleNamespace(**{**vars(upstream_like.F), "elu": torch.relu})
@@ -151,6 +170,8 @@ BEFORE: dict[str, Alteration] = {
     "a setting": by_settings,
     "a setting in a list": by_settings,
     "a variable of a closure": by_closure,
+    "a callable's class": with_a_callable,
+    "a callable's value": with_a_callable,
     "a method of the class": lambda a: setattr(a, "__class__", type("Patched", (type(a),), {})),
     "a filled buffer": lambda a: buffer(a, 1.0),
     "an opened gate": lambda a: gate(a, 0.0),
