@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from catseg_fast import accelerate
 from catseg_fast.errors import InputError
+from support.alterations import OTHER
 from support.derived import RotatedAdapter, RotatedMaps
 from support.later_alterations import Adapted
 from support.process_group import single_process_group
@@ -92,6 +93,19 @@ def test_a_compiled_wrapper_of_what_is_accelerated_later() -> None:
     own = copy.deepcopy(aggregator)
     compiled = torch.compile(aggregator, backend="eager")
     accelerate(aggregator)
+    assert_same(compiled, own, 3)
+
+
+def test_compiled_calls_are_compared_and_guarded() -> None:
+    aggregator = make_aggregator()
+    OTHER["many classes otherwise"](aggregator)
+    own = copy.deepcopy(aggregator)
+    acceleration = accelerate(aggregator)
+    assert acceleration.engines
+    compiled = torch.compile(aggregator, backend="eager")
+    assert_same(compiled, own, 3, 12)
+    for net in (aggregator, own):
+        net.head.register_forward_hook(lambda module, inputs, output: 2 * output)
     assert_same(compiled, own, 3)
 
 

@@ -149,7 +149,7 @@ class Part(ABC):
         inputs = self.bind(args, kwargs)
         if inputs is None or not self._may_run(inputs):
             return getattr(base_of(self.module), self.method)(self.module, *args, **kwargs)
-        if torch.compiler.is_compiling() or not self.verify:
+        if not self.verify:
             with torch.no_grad():
                 return self.run(inputs)
         kind = (_kind(inputs), _ambient(self.device), self.settings())
@@ -166,11 +166,9 @@ class Part(ABC):
         if self.module.training:
             return False
         if torch.is_grad_enabled() and self._wants_gradients(inputs):
-            if not torch.compiler.is_compiling() and self.refusal is None:
+            if self.refusal is None:
                 self.warn("gradients are wanted", "the model's own code runs; call under torch.no_grad()")
             return False
-        if torch.compiler.is_compiling():
-            return self.refusal is None
         if (
             torch.jit.is_tracing()  # type: ignore[attr-defined]
             or all_modules._global_forward_hooks

@@ -105,14 +105,24 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _dispatcher(base: type[nn.Module], method: str) -> Callable[..., Any]:
+    def run(self: nn.Module, part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if _state.own_code:
+            return getattr(base, method)(self, *args, **kwargs)
+        return part(*args, **kwargs)
+
+    # What a part looks at before each call cannot be compiled, nor left out.
+    run_uncompiled = torch.compiler.disable(run, reason="accelerate() compares and watches the model")
+
     @functools.wraps(getattr(base, method))
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         part = self.__dict__.get(PART, {}).get(method)
         if part is None or part.module is not self:
             return getattr(base, method)(self, *args, **kwargs)
-        if not torch.compiler.is_compiling() and _state.own_code:
+        if not torch.compiler.is_compiling():
+            return run(self, part, *args, **kwargs)
+        if self.training:
             return getattr(base, method)(self, *args, **kwargs)
-        return part(*args, **kwargs)
+        return run_uncompiled(self, part, *args, **kwargs)
 
     return call
 

@@ -36,7 +36,7 @@ class GuardedEngine(Engine):
     """An engine whose weights its owner watches."""
 
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
-        kept = None if torch.compiler.is_compiling() else self._plans.get(dtype or self._compute_dtype())
+        kept = self._plans.get(dtype or self._compute_dtype())
         return super().plan(dtype) if kept is None else kept[1]
 
     def computes_in(self) -> torch.dtype:
