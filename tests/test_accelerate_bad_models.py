@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import weight_norm
 
 from catseg_fast import accelerate, reference
 from catseg_fast.acceleration import whole
 from catseg_fast.errors import InputError, InputTypeError
-from support.alterations import first_block, override
+from support.alterations import classes_of, first_block, override
 from support.upstream_like import Aggregator, make_aggregator, make_inputs
 
 
@@ -110,6 +112,7 @@ def test_compiling_after_accelerating() -> None:
     own = copy.deepcopy(aggregator)(*make_inputs())
     accelerate(aggregator)
     compiled = torch.compile(aggregator, backend="eager")
+    warnings.simplefilter("error", RuntimeWarning)
     for _ in range(2):
         torch.testing.assert_close(compiled(*make_inputs()), own, rtol=0, atol=5e-5)
 
@@ -123,6 +126,18 @@ def test_weights_that_are_no_numbers() -> None:
     accelerate(aggregator)
     for _ in range(2):
         assert torch.equal(aggregator(*make_inputs()).isnan(), own.isnan())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_a_hook_has_computed_with_its_gradient() -> None:
+    aggregator = make_aggregator()
+    weight_norm(classes_of(aggregator).MLP[0])
+    own = aggregator(*make_inputs())
+    assert classes_of(aggregator).MLP[0].weight.grad_fn is not None
+    assert list(accelerate(aggregator).engines) == [""]
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(aggregator(*make_inputs()), own, rtol=0, atol=5e-5)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from catseg_fast import accelerate
-from support import upstream_like
+from support import upstream_layers, upstream_like
 from support.later_alterations import BEFORE, LATER, Offset
 from support.upstream_like import assert_equal, make_aggregator, make_inputs
 
@@ -23,7 +23,7 @@ def functions_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what a change does to the module of the classes."""
     for owner, name in (
         (upstream_like, "cosines"),
-        (upstream_like, "F"),
+        (upstream_layers, "F"),
         (F, "interpolate"),
         (nn.LayerNorm, "forward"),
         (Offset, "__call__"),

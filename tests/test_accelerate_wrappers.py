@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from catseg_fast import accelerate
 from catseg_fast.errors import InputError
-from support.alterations import OTHER
-from support.derived import RotatedAdapter, RotatedMaps
+from support.derived import RotatedMaps
 from support.later_alterations import Adapted
 from support.process_group import single_process_group
-from support.upstream_like import Aggregator, assert_equal, make_aggregator, make_inputs
+from support.upstream_like import Aggregator, assert_equal, assert_same, make_aggregator, make_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:model:RuntimeWarning", "ignore::DeprecationWarning")
 
@@ -34,15 +31,6 @@ class Predictor(nn.Module):
     def forward(self, *arguments: Any) -> Tensor:
         answer: Tensor = self.transformer(*arguments)
         return answer
-
-
-def assert_same(model: Any, own: nn.Module, *numbers: int) -> None:
-    with torch.no_grad():
-        for classes in numbers or (3, 7):
-            batch = make_inputs(classes, 2)
-            expected = own(*batch)
-            for call in range(2):
-                assert_equal(model(*batch), expected, (classes, call))
 
 
 @pytest.mark.parametrize("first", ["accelerate", "wrap"])
@@ -86,37 +74,6 @@ def test_sharding_after_accelerating(kind: str, tmp_path: Path) -> None:
         else:
             model = FullyShardedDataParallel(aggregator, device_id=torch.device("cpu"))
         assert_same(model, own)
-
-
-def test_a_compiled_wrapper_of_what_is_accelerated_later() -> None:
-    aggregator = make_aggregator()
-    own = copy.deepcopy(aggregator)
-    compiled = torch.compile(aggregator, backend="eager")
-    accelerate(aggregator)
-    assert_same(compiled, own, 3)
-
-
-def test_compiled_calls_are_compared_and_guarded() -> None:
-    aggregator = make_aggregator()
-    OTHER["many classes otherwise"](aggregator)
-    own = copy.deepcopy(aggregator)
-    acceleration = accelerate(aggregator)
-    assert acceleration.engines
-    compiled = torch.compile(aggregator, backend="eager")
-    assert_same(compiled, own, 3, 12)
-    for net in (aggregator, own):
-        net.head.register_forward_hook(lambda module, inputs, output: 2 * output)
-    assert_same(compiled, own, 3)
-
-
-def test_tracing_records_the_models_own_code() -> None:
-    aggregator = make_aggregator()
-    own = copy.deepcopy(aggregator)
-    accelerate(aggregator)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(aggregator, make_inputs(3, 2), check_trace=False)
-        assert torch.equal(traced(*make_inputs(3, 2)), own(*make_inputs(3, 2)))
 
 
 @pytest.mark.parametrize("kind", [Aggregator, RotatedMaps], ids=["whole", "parts"])
@@ -246,31 +203,3 @@ def test_restoring_after_changes() -> None:
     assert_same(aggregator, own)
     accelerate(aggregator)
     assert_same(aggregator, own)
-
-
-@torch.no_grad()
-def test_threads_do_not_get_each_others_cost_volume() -> None:
-    aggregator = make_aggregator(RotatedMaps, pad_len=0)
-    own = copy.deepcopy(aggregator)
-    accelerate(aggregator, adapters={RotatedMaps: RotatedAdapter()})
-    image, text, guidance = make_inputs(9, 2)
-    batches = [([k * image + k, image.roll(k, 3)], text[:, :, :1], guidance) for k in range(1, 5)]
-    expected = [own(*batch) for batch in batches]
-    aggregator(*batches[0])
-    start, wrong = threading.Barrier(len(batches)), list[str]()
-
-    def call(index: int) -> None:
-        with torch.no_grad():
-            start.wait()
-            for _ in range(5):
-                try:
-                    assert_equal(aggregator(*batches[index]), expected[index], index)
-                except AssertionError as error:
-                    wrong.append(str(error))
-
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(batches))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong

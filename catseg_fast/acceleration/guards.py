@@ -20,8 +20,8 @@ TABLES = ("_modules", "_forward_pre_hooks", "_forward_hooks")
 
 PART = "_catseg_fast_part"  # the attribute that acceleration itself adds
 
-# What every module has and is not watched, or is watched by other means.
-UNWATCHED = frozenset(vars(nn.Module())) | {PART}
+# What every module has and is not watched, or is watched by other means; the last is torch.compile's.
+UNWATCHED = frozenset(vars(nn.Module())) | {PART, "_is_torch_compile"}
 
 # What computes the same in training and in evaluation.
 STEADY = frozenset(
@@ -59,10 +59,12 @@ class Guard:
         self._lengths = list(map(len, self._dicts))
         self._types = list(map(type, every))
         kinds = dict.fromkeys(kind for t in (*self._types, *classes) for kind in t.__mro__)
-        watched = [(values, key) for m, values in zip(every, self._dicts, strict=True) for key in _watched(m)]
+        self._names = list(map(_watched, every))
+        watched = [(v, key) for v, keys in zip(self._dicts, self._names, strict=True) for key in keys]
         self._loose = [(values, key, x) for values, key in watched if isinstance(x := values[key], Tensor)]
         self._keys = [
-            [key for key in _watched(module) if not isinstance(vars(module)[key], Tensor)] for module in every
+            [key for key in keys if not isinstance(values[key], Tensor)]
+            for values, keys in zip(self._dicts, self._names, strict=True)
         ]
         self._getters = [
             (itemgetter(*keys), values) for keys, values in zip(self._keys, self._dicts, strict=True) if keys
@@ -101,7 +103,7 @@ class Guard:
         """Check classes, attributes, hooks and children, and what the code refers to."""
         try:
             return (
-                list(map(len, self._dicts)) == self._lengths
+                (list(map(len, self._dicts)) == self._lengths or self._same_names())
                 and list(map(type, self._modules.values())) == self._types
                 and not any(self._empty)
                 and self._filled == self._contents
@@ -113,6 +115,13 @@ class Guard:
             )
         except (KeyError, RuntimeError, ValueError, TypeError):  # an attribute is gone, or is another tensor
             return False
+
+    def _same_names(self) -> bool:
+        """Check that modules have no other attributes but those that are not watched."""
+        if list(map(_watched, self._modules.values())) != self._names:
+            return False
+        self._lengths = list(map(len, self._dicts))
+        return True
 
     def same_weights(self) -> bool:
         """Check that the tensors are the same ones, not written to."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from support import upstream_like
+from support import upstream_layers, upstream_like
 from support.alterations import (
     Alteration,
     Lora,
@@ -158,7 +158,7 @@ LATER: dict[str, Alteration] = {
     "a callable's value": lambda a: setattr(a.offset, "value", 1.0),
     "a function's code": lambda a: setattr(upstream_like.cosines, "__code__", halved.__code__),
     "the module's elu": lambda a: setattr(
-        upstream_like, "F", SimpleNamespace(**{**vars(upstream_like.F), "elu": torch.relu})
+        upstream_layers, "F", SimpleNamespace(**{**vars(F), "elu": torch.relu})
     ),
     "double": lambda a: a.double(),
     "a filled buffer": lambda a: a.gain.fill_(1.5),
