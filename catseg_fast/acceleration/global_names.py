@@ -50,6 +50,12 @@ class GlobalNames:
             and list(map(_content, self._cells)) == self._contents
         )
 
+    def contents(self) -> Iterator[Any]:
+        """Return all values."""
+        for values, names in self._names.values():
+            yield from map(values.get, names)
+        yield from self._contents
+
     def difference(self) -> str | None:
         """Return what has changed; None if nothing has."""
         pairs = zip(self._names.values(), self._values, strict=True)

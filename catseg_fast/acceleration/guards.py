@@ -77,6 +77,9 @@ class Guard:
         self._classes = [k for k in {**kinds, **self._globals.classes} if k not in (object, nn.Module)]
         self._class_views = [vars(kind) for kind in self._classes]
         self._class_dicts = [dict(view) for view in self._class_views]
+        inside = (c.values() if isinstance(c, dict) else c for c in self._inside)
+        hidden = chain(chain.from_iterable(inside), self._globals.contents())
+        self._hidden = [x for x in hidden if isinstance(x, Tensor)]
         modal = (vars(module) for module in every if type(module) not in STEADY)
         self._modal = [values for values in modal if "training" in values]
         inner = [vars(module) for name, module in modules.items() if name]
@@ -94,6 +97,7 @@ class Guard:
         self._objects = [x for table in self._tables for x in table.values()]
         self._tensors = [x for x in self._objects if x is not None]
         self._tensors += [x for _, _, x in self._loose]
+        self._tensors += self._hidden
         self._tracked = [x for x in self._tensors if not x.is_inference()]
         self._versions = sum(map(_version, self._tracked))  # these counters never decrease
         self._addresses = list(map(Tensor.data_ptr, self._tensors))

@@ -61,11 +61,13 @@ class Adapted(nn.Module):
 
 
 def by_settings(a: Any) -> None:
-    a.settings = SimpleNamespace(cost=SimpleNamespace(gain=1.0), layers=[{"scale": 1.0}])
+    a.settings = SimpleNamespace(cost=SimpleNamespace(gain=1.0), layers=[{"scale": 1.0}, torch.ones(())])
     override(
         a,
         correlation=lambda self, own, *args: own(self, *args) * self.settings.cost.gain,
-        aggregate=lambda self, own, *args: own(self, *args) * self.settings.layers[0]["scale"],
+        aggregate=lambda self, own, *args: (
+            own(self, *args) * self.settings.layers[0]["scale"] * self.settings.layers[1].to(args[0].dtype)
+        ),
     )
 
 
@@ -148,6 +150,7 @@ LATER: dict[str, Alteration] = {
     ),
     "a setting": lambda a: setattr(a.settings.cost, "gain", 2.0),
     "a setting in a list": lambda a: a.settings.layers[0].update(scale=2.0),
+    "a tensor in a list": lambda a: a.settings.layers[1].fill_(2.0),
     "a variable of a closure": lambda a: a.set_gain(2.0),
     "a function of the module": lambda a: setattr(upstream_like, "cosines", halved),
     "a method of torch's class": lambda a: setattr(
@@ -169,6 +172,7 @@ LATER: dict[str, Alteration] = {
 BEFORE: dict[str, Alteration] = {
     "a setting": by_settings,
     "a setting in a list": by_settings,
+    "a tensor in a list": by_settings,
     "a variable of a closure": by_closure,
     "a callable's class": with_a_callable,
     "a callable's value": with_a_callable,
