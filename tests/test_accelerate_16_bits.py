@@ -60,13 +60,27 @@ def test_autocast_keeps_the_answers_type(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_the_selection_of_classes_runs_where_upstreams_does_not() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_selection_of_classes_runs_where_upstreams_does_not(dtype: torch.dtype) -> None:
     aggregator = make_aggregator()
     truth = copy.deepcopy(aggregator)(*make_inputs(9, 2))
-    accelerate(aggregator.bfloat16())
-    batch = make_inputs(9, 2, dtype=torch.bfloat16)
+    own = copy.deepcopy(aggregator).to(dtype)
+    accelerate(aggregator.to(dtype))
+    batch = make_inputs(9, 2, dtype=dtype)
+    with pytest.raises(RuntimeError, match="dtype"):
+        own(*batch)
     for _ in range(2):
         answer = aggregator(*batch).float()
         kept = (answer > -100) & (truth > -100)
         assert kept.float().mean() > 0.3
         assert (answer - truth)[kept].square().mean().sqrt() < 0.05 * truth[kept].std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_runs_in_no_type_raises_the_models_own_error(dtype: torch.dtype) -> None:
+    aggregator = make_aggregator()
+    OTHER["doubled"](aggregator)  # whose parts run in the engine
+    accelerate(aggregator.to(dtype))
+    with pytest.raises(RuntimeError, match="dtype"):
+        aggregator(*make_inputs(9, 2, dtype=dtype))
