@@ -105,7 +105,8 @@ def gain(name: str) -> dict[str, Any]:
         warnings.simplefilter("ignore", RuntimeWarning)
         acceleration = accelerate(aggregator)
     own, expected = timed(lambda: own_code(*given))
-    aggregator(*given)  # which compares
+    for part in acceleration.parts:
+        part.verify = False  # at the first call; it is compared here
     accelerated, answer = timed(lambda: aggregator(*given))
     return {
         "own": own,
