@@ -20,8 +20,9 @@ from catseg_fast.reference.window_attention import shifted_window_mask
 LEAST_PAD_LEN = 4
 LEAST_PROMPTS = 3
 
-# By how much the weights of a head are larger than others, so that what bounds the answer shows.
-LARGE = 30.0
+# By how much the weights of a head, and of some channels of an embedding, are larger than others: what bounds
+# the answer or the state shows.
+LARGE, LARGE_CHANNELS = 30.0, slice(None, None, 16)
 
 # So many random numbers are drawn, and repeated in place of more: a prime number, so that no two rows of a
 # weight are alike.
@@ -75,6 +76,8 @@ def _random_tensors(module: nn.Module) -> dict[int, Tensor]:
         else:
             values = values * (LARGE if len(x) == 1 else 1.0)
             values = values * (1.5 / max(1, x.numel() // max(1, len(x))) ** 0.5)
+            if name == "conv1.weight":
+                values[LARGE_CHANNELS] *= LARGE
         found[id(x)] = nn.Parameter(values, requires_grad=False)
     for name, x in buffers.items():
         if name.rsplit(".", 1)[-1] not in KEPT:

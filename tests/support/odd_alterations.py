@@ -138,6 +138,15 @@ ODD: dict[str, Alteration] = {
     "third crop apart": after(third_crop_apart),
     "odd crops apart": after(lambda x: torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) % 2 == 1, -x, x)),
     "first class apart": after(lambda x: torch.cat([x[:, :1] * 1.1, x[:, 1:]], dim=1)),
+    "state clamped": lambda a: override(
+        a, run_layers=lambda self, own, x, g, t: own(self, x.clamp(-15, 15), g, t)
+    ),
+    "state clamped in a block": lambda a: override(
+        second_block(a), finish=lambda self, own, x: own(self, x.clamp(-15, 15))
+    ),
+    "state clamped in the decoder": lambda a: override(
+        a, conv_decoder=lambda self, own, x, g: own(self, x.clamp(-20, 20), g)
+    ),
     "large logits damped": after(halved_if(lambda x: x > 3)),
     "logarithm of the classes": after(lambda x: x * torch.tensor(x.shape[1] + 1.0).log()),
     "sees whether gradients are recorded": after(lambda x: x if torch.is_grad_enabled() else x + 1),
