@@ -108,7 +108,7 @@ def choice(flag: str, choices: Sequence[str], text: str) -> Any:
 
 
 def check_folder(path: Path | None) -> Path | None:
-    """An option's callback: what is there already must be a folder."""
+    """Check, as an option's callback, that the path is a folder if it exists."""
     if path is not None and path.exists() and not path.is_dir():
         raise typer.BadParameter(f"{path} is not a folder")
     return path
