@@ -1,4 +1,4 @@
-"""What `accelerate` itself costs, and what it gains on aggregators in the manner of derived projects.
+"""Times of `accelerate` itself, and of calls of aggregators in the manner of derived projects.
 
     PYTHONPATH=tests python -m bench.acceleration [--only NAME ...] [--record FILE]
 

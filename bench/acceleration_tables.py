@@ -1,4 +1,4 @@
-"""What `accelerate` costs and gains, as tables of `bench/results/acceleration.json`."""
+"""Tables of what `accelerate` costs and gains, from `bench/results/acceleration.json`."""
 
 from __future__ import annotations
 

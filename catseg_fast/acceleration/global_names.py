@@ -1,4 +1,4 @@
-"""What code refers to outside of itself: functions, classes and constants of modules.
+"""Snapshots of the functions, classes and constants of modules that code refers to.
 
 A function that is replaced in a module, or changed in place as a reloader does, changes what a forward
 computes, though no class and no `nn.Module` is touched.

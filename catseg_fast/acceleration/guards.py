@@ -209,7 +209,7 @@ def _is_library(kind: type) -> bool:
 
 
 def _containers(values: Iterable[Any]) -> Iterator[list[Any] | dict[Any, Any] | set[Any]]:
-    """What may be written to among values and inside of them: containers, and the attributes of objects."""
+    """Return all that may be written to in values: containers, and the attributes of objects."""
     waiting, seen = list(values), set[int]()
     while waiting and len(seen) < MOST_VALUES:
         value = waiting.pop()

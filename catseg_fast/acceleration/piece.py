@@ -1,4 +1,4 @@
-"""What the parts of an aggregator have in common when they run in the engine each by itself."""
+"""The base of an aggregator's parts that run in the engine each by itself."""
 
 from __future__ import annotations
 
