@@ -6,10 +6,10 @@ import re
 import sys
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from catseg_fast.engine.folding import Plan
+from catseg_fast.engine.free_memory import free_bytes
 from catseg_fast.errors import InputError
 
 POLICIES = ("resident", "offload", "recompute")
@@ -298,11 +298,3 @@ def _whole_tiles(classes: int, device: torch.device) -> int:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that are available on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from catseg_fast.backend import choose_backend
 from catseg_fast.engine.schedule import Schedule
 from catseg_fast.errors import InputError, RunError
-from catseg_fast.inference.encoding import EncodedImage, encode, image_type, join
+from catseg_fast.inference.encoding import EncodedImage, encode, image_tower, join
 from catseg_fast.inference.readout import (
     READOUT_BYTES,
     LabelMap,
@@ -23,7 +24,7 @@ from catseg_fast.inference.readout import (
 )
 from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.reference.model import as_map
-from catseg_fast.weights import module_tensors, weights_state
+from catseg_fast.weights import WeightsState, module_tensors
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -77,13 +78,8 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
     if choose_backend(model.backend, device) == "reference" or not engine.recordings.serves(device):
         return label(model, encode(model, [pixels], [readout]), None)[0]
     plan = engine.plan()
-    vocabulary = model.vocabulary_terms(plan)
-    (H, W), (height, width) = model.variant.feature_resolution, readout.size
-    crops = 1 if readout.window is None else readout.window.count
-    held = 8 * height * width + max(READOUT_BYTES, readout.class_bytes)
-    total, limit = len(model.classes), model.max_classes
-    kept = total if limit is None else min(total, limit)
-    schedule = engine.schedule(crops, (H, W), kept, held, kept < total)
+    vocabulary, tower = model.vocabulary_terms(plan), image_tower(model)
+    schedule: Schedule | None = None
 
     def run(pixels: Tensor, checked: bool = False) -> LabelMap:
         target = LabelMap(readout.size, model.device)
@@ -93,14 +89,32 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
     def finish(target: LabelMap) -> Segmentation:
         return Segmentation.of(target, model.classes, readout, fold=model.fold)
 
-    if not engine.records(device, schedule):
-        answer, certain = finish(run(pixels)), image_type(model) == model.dtype
-        return answer if certain or not answer.scores.isnan().any() else finish(run(pixels, checked=True))
-    weights = engine.recordings.number(weights_state(module_tensors(model, buffers=True)))
-    key = ("label", readout, weights, limit, engine.recording_key(plan, vocabulary, schedule))
-    answer = engine.recordings(key, [pixels], run, finish)
+    answer, key = None, None
+    if engine.may_record(device):
+        weights = engine.recordings.number(WeightsState(module_tensors(model, buffers=True)))
+        settings = (readout, weights, weakref.ref(tower), model.max_classes, model.size_divisibility)
+        key = ("label", settings, model.training, engine.recording_key(plan, vocabulary))
+        answer = engine.recordings.replay(key, [pixels], finish)
+    if answer is None:
+        schedule = _schedule(model, readout)
+        if key is None or schedule.policy == "offload":
+            answer, certain = finish(run(pixels)), tower is model.clip_model
+            return answer if certain or not answer.scores.isnan().any() else finish(run(pixels, checked=True))
+        answer = engine.recordings(key, [pixels], run, finish)
+    if not answer.scores.isnan().any():
+        return answer
     # A call that overflows fp16 is computed again, which a recording cannot do.
-    return finish(run(pixels, checked=True)) if answer.scores.isnan().any() else answer
+    schedule = _schedule(model, readout)
+    return finish(run(pixels, checked=True))
+
+
+def _schedule(model: CATSeg, readout: Readout) -> Schedule:
+    """Return the schedule of a call that labels one picture."""
+    (height, width), total, limit = readout.size, len(model.classes), model.max_classes
+    crops = 1 if readout.window is None else readout.window.count
+    held = 8 * height * width + max(READOUT_BYTES, readout.class_bytes)
+    kept = total if limit is None else min(total, limit)
+    return model.engine.schedule(crops, model.variant.feature_resolution, kept, held, kept < total)
 
 
 @torch.no_grad()
