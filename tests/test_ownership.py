@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -342,3 +343,26 @@ def test_folders_that_cannot_be_read_are_counted(monkeypatch: pytest.MonkeyPatch
     (pair,) = find_pairs(Path("photos"), Path("photos"), notices.append)
     assert pair.name == "a"
     assert notices == ["photos: left out 1 folders that cannot be read"] * 2
+
+
+def test_of_two_runs_at_once_each_puts_its_files_in_place_together(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes while the first has put one of its files in place."""
+    pytest.importorskip("fcntl", reason="needs a system that can lock a folder")
+    (picture,) = find_pictures([draw("a.png")], Path("out"))
+    replace, others = os.replace, list[threading.Thread]()
+
+    def replacing(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target) == picture.result("labels.png") and not others:
+            others.append(threading.Thread(target=save, args=(picture, 1, "second")))
+            others[0].start()
+            others[0].join(0.5)
+            assert others[0].is_alive()
+
+    monkeypatch.setattr(os, "replace", replacing)
+    save(picture, 0, "first")
+    others[0].join()
+    assert finished(picture, "second") is not None
+    assert np.array(Image.open(picture.result("labels.png"))).all()

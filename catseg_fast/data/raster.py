@@ -128,7 +128,21 @@ class Raster:
             path: where to.
             labels: `[H, W]`; may be mapped from a file, of which a part at a time is read.
             mark: the value of the mark that tells whose result it is.
+
+        Raises:
+            OSError: if it cannot be written.
         """
+        import rasterio
+
+        try:
+            self._write_labels(path, labels, mark)
+            with rasterio.open(path) as written:  # GDAL does not tell of all that fails when a file is closed
+                written.read(1, window=rasterio.windows.Window(0, self.size[0] - 1, self.size[1], 1))
+        except rasterio.errors.RasterioError as error:
+            reason = error.__cause__ or error
+            raise OSError(f"{path.name}: cannot write the label map ({reason}); is the disk full?") from error
+
+    def _write_labels(self, path: Path, labels: NDArray[np.uint16], mark: str) -> None:
         import rasterio
 
         source, (height, width) = self._dataset, self.size
