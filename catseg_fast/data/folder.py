@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
@@ -23,7 +22,9 @@ from catseg_fast.data.class_list import read_class_list
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 from catseg_fast.identity import content_digest
+from catseg_fast.inference.decoding import check_header, names
 from catseg_fast.inference.images import check_max_pixels, image_size, load_bytes
+from catseg_fast.pillow import open_image
 
 READERS = 4  # threads that read files for the fingerprint
 # Tags of TIFF and their values.
@@ -110,7 +111,7 @@ class FolderDataset:
         """
         name, image_path, path = self.names[index], self._images[index], self._annotations[index]
         image = load_bytes(image_path, max_pixels=self.max_pixels)
-        labels = read_annotation(Path(path), len(self.classes))
+        labels = read_annotation(Path(path), len(self.classes), self.max_pixels)
         if labels.shape != image.shape[1:]:
             sizes = [f"{size[1]}x{size[0]}" for size in (labels.shape, image.shape[1:])]
             raise InputError(f"{path}: the annotation is {sizes[0]}, its image {image_path} is {sizes[1]}")
@@ -139,14 +140,14 @@ def ignore_label_of(classes: int) -> int:
     return 255 if classes <= 255 else 65535
 
 
-def read_annotation(path: Path, classes: int) -> Tensor:
+def read_annotation(path: Path, classes: int, max_pixels: int | None = MAX_PIXELS) -> Tensor:
     """The class indices int64 `[H, W]` of an 8- or 16-bit PNG, as `FolderDataset` tells.
 
     Raises:
-        InputError: if the file cannot be read, is not an index map, or holds an index beyond `classes`
-            classes.
+        InputError: if the file cannot be read, has more than `max_pixels`, is not an index map, or holds an
+            index beyond `classes` classes.
     """
-    array = read_index_map(path)
+    array = read_index_map(path, max_pixels)
     largest = np.iinfo(array.dtype).max
     ignore_label = ignore_label_of(classes)
     labels = array.astype(np.int64)
@@ -161,19 +162,22 @@ def read_annotation(path: Path, classes: int) -> Tensor:
     return torch.from_numpy(labels)
 
 
-def read_index_map(path: Path) -> np.ndarray:
+def read_index_map(path: Path, max_pixels: int | None = MAX_PIXELS) -> np.ndarray:
     """The values of a grey image, or the indices of one with a palette: uint8 or uint16 `[H, W]`.
 
     Raises:
-        InputError: if the file cannot be read, or is not a PNG or TIFF whose pixels are class indices of 8 or
-            16 bits: it is in a lossy format, has colours or several pages, or its values are stretched or
-            inverted when it is read.
+        InputError: if the file cannot be read, has more than `max_pixels`, or is not a PNG or TIFF whose
+            pixels are class indices of 8 or 16 bits: it is in a lossy format, has colours or several pages,
+            or its values are stretched or inverted when it is read.
     """
     try:
-        with open_regular(path) as file, Image.open(file) as image:
+        with open_regular(path) as file, open_image(file) as image:
+            check_header(image, max_pixels, f"{path}: the annotation")
             problem = _why_no_index_map(image)
             array = None if problem else np.array(image)
     except Exception as error:  # damaged files raise errors of many types
+        if names(error, str(path)):
+            raise
         raise InputError(f"{path}: cannot read the annotation: {error}") from error
     if array is None:
         raise InputError(f"{path}: expected class indices of 8 or 16 bits, got {problem}")

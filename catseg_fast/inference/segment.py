@@ -10,7 +10,7 @@ from torch import Tensor
 
 from catseg_fast.backend import choose_backend
 from catseg_fast.engine.schedule import Schedule
-from catseg_fast.errors import InputError, RunError
+from catseg_fast.errors import RunError
 from catseg_fast.inference.encoding import EncodedImage, encode, image_type, join
 from catseg_fast.inference.readout import (
     READOUT_BYTES,
@@ -22,6 +22,7 @@ from catseg_fast.inference.readout import (
     read_all,
 )
 from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.numeric import whole
 from catseg_fast.reference.model import as_map
 from catseg_fast.weights import module_tensors, weights_state
 
@@ -35,11 +36,10 @@ def label(
     """Label encoded pictures together; arguments as in `CATSeg.segment`.
 
     Raises:
-        InputError: if `top_k` is not positive.
+        InputError, InputTypeError: if `top_k` is not a positive number.
         RunError: if logits are requested of classes that are split over processes.
     """
-    if top_k is not None and top_k <= 0:
-        raise InputError(f"top_k: {top_k} is not positive")
+    top_k = None if top_k is None else whole(top_k, "top_k")
     fold = model.fold
     if keep_logits and model.engine.share is not None:
         raise RunError("class parallel: no rank has all logits; segment with keep_logits=False")
