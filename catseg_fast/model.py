@@ -43,7 +43,7 @@ from catseg_fast.inference.segment import label, label_pixels, read_out
 from catseg_fast.inference.segmentation import Segmentation, kept_image
 from catseg_fast.inference.tiles import segment_tiles
 from catseg_fast.labels import check_min_score
-from catseg_fast.numeric import whole
+from catseg_fast.numeric import flag, whole
 from catseg_fast.reference import model as reference_model
 from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, TextEncoder
@@ -389,7 +389,7 @@ class CATSeg(reference_model.CATSeg):
         if isinstance(image, EncodedImage) or keep_logits:
             answer = label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
             return answer.drop_below(min_score)
-        sliding = self.sliding_window if sliding_window is None else sliding_window
+        sliding = self._slides(sliding_window)
         pixels = self._load(image)
         readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
         if pixels.dtype != torch.uint8:
@@ -467,7 +467,7 @@ class CATSeg(reference_model.CATSeg):
         Raises:
             InputError: if no classes are set, or the memory budget is too small.
         """
-        return explain(self, crops)
+        return explain(self, None if crops is None else whole(crops, "crops"))
 
     def _label(self, pixels: Tensor, readout: Readout, top_k: int | None) -> Segmentation:
         if top_k is None and self.engine.share is None:
@@ -486,6 +486,10 @@ class CATSeg(reference_model.CATSeg):
             else:
                 yield image, Readout(size, None, (height, width))
 
+    def _slides(self, sliding_window: bool | None) -> bool:
+        """What a call's argument, or the model's setting, says of the sliding window."""
+        return flag(self.sliding_window if sliding_window is None else sliding_window, "sliding_window")
+
     def _load(self, image: ImageLike) -> Tensor:
         """A picture's pixels `[3, H, W]` on the device: floats, or bytes of a large one."""
         pixels = load_pixels(image, max_pixels=self.max_pixels)
@@ -497,7 +501,7 @@ class CATSeg(reference_model.CATSeg):
         self, images: Sequence[ImageLike | EncodedImage], sliding_window: bool | None
     ) -> list[EncodedImage]:
         """The encoded pictures among `images`, and the others encoded in one call."""
-        sliding = self.sliding_window if sliding_window is None else sliding_window
+        sliding = self._slides(sliding_window)
         pixels, readouts, sources = [], [], []
         for image in images:
             if isinstance(image, EncodedImage):

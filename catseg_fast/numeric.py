@@ -43,6 +43,17 @@ def real(value: Any, name: str) -> float:
         return math.inf if value > 0 else -math.inf
 
 
+def flag(value: Any, name: str) -> bool:
+    """Return True or False after a check: of other values, such as "False", the truth is not what it seems.
+
+    Raises:
+        InputTypeError: if it is neither a bool of Python nor of numpy.
+    """
+    if not _is_bool(value):
+        raise InputTypeError(f"{name}: expected True or False, got {shortened(value)}")
+    return bool(value)
+
+
 def share(value: Any, name: str) -> float:
     """Return a number in 0..1 after a check.
 

@@ -100,8 +100,8 @@ COUNTS: dict[str, Callable[[CATSeg, Any], object]] = {
     "max_pixels": lambda model, value: load_image(IMAGE, max_pixels=value),
     "max_classes": changed("max_classes"),
     "chunk": changed("chunk"),
-    "memory_budget": lambda model, value: parse_bytes(value),
     "sizes": lambda model, value: model.warmup([(value, 20)]),
+    "crops": lambda model, value: model.explain(value),
     "every": lambda model, value: open_frames(Path("none"), value),
     **{
         name: lambda model, value, name=name: Recipe(**{name: value})  # type: ignore[misc]
@@ -110,15 +110,13 @@ COUNTS: dict[str, Callable[[CATSeg, Any], object]] = {
     "classes_per_step": lambda model, value: Recipe(classes_per_step=value),
     "min_sizes": lambda model, value: Recipe(min_sizes=(value,)),
 }
-OPTIONAL = ("top_k", "tiles", "max_pixels", "max_classes", "chunk", "classes_per_step")
+OPTIONAL = ("crops", "top_k", "tiles", "max_pixels", "max_classes", "chunk", "classes_per_step")
 
 
 @pytest.mark.parametrize("argument", COUNTS)
 def test_arguments_that_count(argument: str, model: CATSeg) -> None:
     for value in NOT_WHOLE:
         if value is None and argument in OPTIONAL:
-            continue
-        if isinstance(value, str) and argument == "memory_budget":
             continue
         with pytest.raises(CATSegError, match=f"^{argument}: expected a whole number, got "):
             COUNTS[argument](model, value)
@@ -156,6 +154,29 @@ def test_amounts_of_memory(text: str) -> None:
         return
     with pytest.raises(InputError, match=r"^memory_budget: "):
         parse_bytes(text)
+
+
+def test_amounts_of_memory_as_numbers() -> None:
+    for amount in (2e9, np.float64(2e9), 2 * 10**9, np.int64(2 * 10**9), "2GB"):
+        assert parse_bytes(amount) == 2 * 10**9
+    for amount in (NAN, INF, 0, 0.5, -1, True, None, Decimal(1)):
+        with pytest.raises(CATSegError, match=r"^memory_budget: "):
+            parse_bytes(amount)  # type: ignore[arg-type]
+
+
+def test_more_classes_per_pixel_than_there_are_take_no_memory(model: CATSeg) -> None:
+    for image in (IMAGE, model.encode(IMAGE)):
+        answer = model.segment(image, top_k=10**30)
+        assert answer.top_labels is not None
+        assert answer.top_labels.shape == (len(CLASSES), 20, 30)
+
+
+@pytest.mark.parametrize("value", ["False", 0, 1, NAN, [], np.int64(1), torch.tensor(True)], ids=repr)
+def test_a_sliding_window_is_true_or_false(value: Any, model: CATSeg) -> None:
+    for call in (model.segment, model.encode, lambda x, **y: model.segment_batch([x], **y)):
+        with pytest.raises(InputTypeError, match=r"^sliding_window: expected True or False, got "):
+            call(IMAGE, sliding_window=value)
+    assert model.segment(IMAGE, sliding_window=np.False_).readout is None  # type: ignore[call-overload]
 
 
 def test_numbers_of_numpy_are_kept_as_pythons(model: CATSeg, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Schedule:
         return self.fixed_bytes + self.chunk * self.class_bytes
 
 
-def parse_bytes(amount: int | str) -> int:
+def parse_bytes(amount: float | str) -> int:
     """Return a number of bytes from a number or a text such as "2GiB", "500 MB", "1.5G".
 
     Raises:
@@ -71,6 +72,8 @@ def parse_bytes(amount: int | str) -> int:
         if match is None or match[2] not in units:
             raise InputError(f"memory_budget: {shortened(amount)} is not an amount such as '2GiB' or '500MB'")
         amount = int(Fraction(match[1]) * units[match[2]])
+    elif isinstance(amount, float) and math.isfinite(amount):  # 2e9
+        amount = int(amount)
     return whole(amount, "memory_budget")
 
 

@@ -66,7 +66,7 @@ def opened(path: Path, name: str, max_pixels: int | None) -> Iterator[Image.Imag
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
         if names(error, name):
             raise
-        raise InputError(f"{name}: cannot read {str(path)!r}: {error}") from error
+        raise InputError(f"{name}: cannot read {str(path)!r}: {_reason(error)}") from error
 
 
 @contextmanager
@@ -79,8 +79,11 @@ def opened_content(file: BinaryIO, source: str, name: str, max_pixels: int | Non
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
         if names(error, name):
             raise
-        reason = "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{name}: cannot read {source}: {reason}") from error
+        raise InputError(f"{name}: cannot read {source}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> object:
+    return "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
 
 
 def names(error: Exception, name: str) -> bool:

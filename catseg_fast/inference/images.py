@@ -220,6 +220,9 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
 
 
 def _from_tensor(tensor: Tensor, name: str) -> Tensor:
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout)
+        raise InputTypeError(f"{name}: expected a dense tensor with values, got a {kind} one")
     shape = list(tensor.shape)
     if tensor.ndim == 4 and shape[0] == 1:
         tensor = tensor[0]

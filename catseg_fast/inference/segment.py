@@ -51,6 +51,7 @@ def label(
             owners = (owners or range(len(model.classes)))[model.engine.share.own]
         count = min(top_k, len(model.label_classes))
         targets = [TopClasses(count, size, model.device, owners) for size in sizes]
+        top_k = count
     target_bytes = sum(8 * (top_k or 1) * height * width for height, width in sizes)
     share, store = model.engine.share, LogitStore(len(model.classes)) if keep_logits else None
     if share is None:

@@ -14,7 +14,7 @@ from catseg_fast.inference.encoding import encode
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Readout
 from catseg_fast.inference.segment import label
 from catseg_fast.inference.segmentation import Segmentation
-from catseg_fast.numeric import whole
+from catseg_fast.numeric import flag, whole
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -158,7 +158,7 @@ def label_bands(
         InputError, RunError: as of `check_tiles`.
     """
     check_tiles(model, grid.tile)
-    sliding = model.sliding_window if sliding_window is None else sliding_window
+    sliding = flag(model.sliding_window if sliding_window is None else sliding_window, "sliding_window")
     tops, lefts = grid.tops, grid.lefts
     readout = Readout(grid.shape, model.window if sliding else None)
 
