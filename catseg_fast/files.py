@@ -162,16 +162,26 @@ def _is_stale(folder: Path, host: str, process: int, started: int) -> bool:
 
 
 def _host() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    """What names the machine or, in a container, the numbering of its processes."""
+    place = platform.node()
+    with suppress(OSError):  # on other systems than Linux
+        place += os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(place.encode()).hexdigest()[:8]
 
 
 def _started(process: int) -> int | None:
-    """Return the start time of a process in whole seconds; None if there is no such process."""
+    """Return when a process started; None if there is no such process.
+
+    On Linux, this is in ticks since the machine's start: a time of day changes when the clock is set, and a
+    living process would seem to be another one.
+    """
     import psutil
 
     try:
+        if psutil.LINUX:
+            return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[19])
         return int(psutil.Process(process).create_time())
-    except psutil.NoSuchProcess:
+    except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
         return None
 
 

@@ -80,6 +80,48 @@ def test_every_reader_looks_at_the_header_first(photo: Path, model: CATSeg) -> N
         model.max_pixels = MAX_PIXELS
 
 
+def late(path: Path) -> None:
+    """Move the EXIF chunk of a PNG behind its pixels, where some tools write it."""
+    content = path.read_bytes()
+    start = content.index(b"eXIf") - 4
+    length = int.from_bytes(content[start : start + 4], "big") + 12
+    end = content.index(b"IEND") - 4
+    chunk = content[start : start + length]
+    path.write_bytes(content[:start] + content[start + length : end] + chunk + content[end:])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tif"])
+def test_the_size_needs_no_decoding(
+    suffix: str, turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, exif = tmp_path / f"a.{suffix}", Image.Exif()
+    if turned:
+        if suffix in ("gif", "bmp"):
+            pytest.skip("has no EXIF")
+        exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(path, **({"exif": exif} if turned else {}))
+
+    def load(self: Any) -> None:
+        pytest.fail("decoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", load)
+        assert image_size(path) == ((30, 20) if turned else (20, 30))
+    assert load_image(path).shape == ((3, 30, 20) if turned else (3, 20, 30))
+
+
+def test_exif_behind_the_pixels_counts(tmp_path: Path) -> None:
+    path, exif = tmp_path / "a.png", Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    late(path)
+    with Image.open(path) as opened:
+        assert "exif" not in opened.info
+    assert image_size(path) == (30, 20)
+    assert load_image(path).shape == (3, 30, 20)
+
+
 @pytest.mark.usefixtures("no_decoding")
 def test_a_small_file_of_many_pixels_is_refused(tmp_path: Path) -> None:
     """A PNG of 20000 x 20000 pixels in 100 bytes."""

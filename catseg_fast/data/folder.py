@@ -22,7 +22,7 @@ from catseg_fast.data.class_list import read_class_list
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 from catseg_fast.identity import content_digest
-from catseg_fast.inference.decoding import check_header, names
+from catseg_fast.inference.decoding import check_header, names, orientation_of
 from catseg_fast.inference.images import check_max_pixels, image_size, load_bytes
 from catseg_fast.pillow import open_image
 
@@ -200,6 +200,8 @@ def _why_no_index_map(image: ImageFile) -> str | None:
         return "an image grey of fewer than 8 bits"
     if image.mode not in ("L", "P", "I;16", "I;16B", "I"):
         return f"an image of mode {image.mode}"
+    if (orientation := orientation_of(image)) != 1:
+        return f"an image that EXIF orientation {orientation} turns; store it upright"
     return _why_no_index_tiff(image) if isinstance(image, TiffImageFile) else None
 
 

@@ -7,6 +7,8 @@ that no second whole copy exists beside it.
 from __future__ import annotations
 
 import math
+import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from catseg_fast.errors import InputError
@@ -149,10 +152,33 @@ def orientation_of(image: Image.Image) -> int:
     write, such as the rational -1/0.
     """
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if isinstance(image, PngImageFile) and image.tile and not _has_late_text(image):
+            exif = Image.Image.getexif(image)  # the class's own method decodes the image first
+        else:
+            exif = image.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in _TURNS else 1
     except Exception:  # damaged tags raise whatever the reader stumbles over
         return 1
+
+
+def _has_late_text(image: PngImageFile) -> bool:
+    """Check whether a PNG that is not decoded has EXIF or text behind its pixels."""
+    file = image.fp
+    assert file is not None
+    position = file.tell()
+    try:
+        file.seek(8)  # behind the signature
+        pixels = False
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            pixels |= kind == b"IDAT"
+            file.seek(length + 4, os.SEEK_CUR)  # with the checksum
+        return False
+    finally:
+        file.seek(position)
 
 
 class Upright:
