@@ -112,9 +112,9 @@ class ClipResults:
                 array = np.array(image)
             sums = self._sums()
             sums.restore(state["sums"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
-            return None
-        if array.shape != self.size or array.dtype != np.uint16 or state["labels"] != _digest(array):
+            if array.shape != self.size or array.dtype != np.uint16 or state["labels"] != _digest(array):
+                return None
+        except Exception:  # damaged files raise errors of many types
             return None
         labels = array.astype(np.int32)
         labels[array == UNLABELLED_VALUE] = NONE
