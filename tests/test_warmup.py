@@ -51,6 +51,15 @@ def test_the_command_line_names_the_folders_to_copy() -> None:
     assert str(user_cache()) in result.output
 
 
+def test_no_text_features_are_kept_on_request() -> None:
+    arguments = ["warmup", "--size", "32x40", "--whole", "--device", "cpu", "--classes-list", "ade-150"]
+    result = CliRunner().invoke(app, [*arguments, "--no-text-cache"])
+    assert result.exit_code == 0, result.output
+    assert not list((user_cache() / "text-features").rglob("*.safetensors"))
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert list((user_cache() / "text-features").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("size", ["480", "0x5", "4x", "axb", "-1x5", "1x2x3"])
 def test_a_bad_size_is_named(size: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["warmup", "--size", size])

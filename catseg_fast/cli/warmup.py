@@ -18,6 +18,7 @@ from catseg_fast.cli.options import (
     Dtype,
     Seed,
     SlidingWindow,
+    TextCache,
     VariantName,
     Weights,
     build_model,
@@ -56,6 +57,7 @@ def warmup(
     dtype: Dtype = "float32",
     sliding_window: SlidingWindow = True,
     backend: Backend = "auto",
+    text_cache: TextCache = True,
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
@@ -74,7 +76,7 @@ def warmup(
         with stderr.status("Loading the model …"):
             model = build_model(
                 weights, variant, names, seed, device=device, dtype=dtype,
-                sliding_window=sliding_window, backend=backend,
+                sliding_window=sliding_window, backend=backend, text_cache=text_cache,
             )  # fmt: skip
         start = time.perf_counter()
         model.text_features()
