@@ -317,6 +317,7 @@ def test_a_full_disk(model: CATSeg, image: Tensor, tmp_path: Path) -> None:
         for most in (0, 1000, size // 2, size - 1000, size - 100, size - 1):
             with small_disk(most), pytest.raises(OSError, match=r"part\.tif: cannot write the label map"):
                 raster.write_labels(tmp_path / "part.tif", labels, "x")
+            (tmp_path / "part.tif").unlink()
         with small_disk(size):
             raster.write_labels(tmp_path / "part.tif", labels, "x")
     tiles, out = Tiles(model, Labelling(model), {"fingerprint": "f"}, 64, 16), tmp_path / "out"

@@ -374,7 +374,7 @@ def imported(folder: Path) -> None:
 
 
 def trained_anew(folder: Path) -> None:
-    make_trainer(folder, steps=1, batch_size=1).run()
+    make_trainer(folder, steps=1, batch_size=1, warmup=0).run()
 
 
 @pytest.mark.parametrize("write", [scenes, imported, trained_anew], ids=lambda write: write.__name__)
