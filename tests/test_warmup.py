@@ -35,8 +35,8 @@ def test_text_features_and_calls_are_ready(monkeypatch: pytest.MonkeyPatch) -> N
     ("sizes", "message"),
     [
         ([], "there are none"),
-        ([(0, 5)], "sizes: 0 is not positive"),
-        ([(5, -1)], "sizes: -1 is not positive"),
+        ([(0, 5)], "0 is not positive"),
+        ([(5, -1)], "-1 is not positive"),
     ],
 )
 def test_bad_sizes(sizes: list[tuple[int, int]], message: str) -> None:
