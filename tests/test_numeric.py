@@ -195,6 +195,11 @@ def test_labels_by_index(model: CATSeg) -> None:
             answer.mask(value)  # type: ignore[arg-type]
 
 
+def test_a_seed_beyond_64_bits() -> None:
+    with pytest.raises(InputError, match=r"^seed: 9223372036854775808 is not below 2\^63"):
+        Recipe(seed=2**63)
+
+
 @pytest.mark.parametrize("option", ["--min-score", "--present", "--alpha", "--fps"])
 def test_nan_is_in_no_range(option: str, tmp_path: Path) -> None:
     """It is refused before anything is read."""

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from catseg_fast.cli.inputs import Picture, find_pictures
 from catseg_fast.cli.resume import finished
+from catseg_fast.console import check_folder
 from catseg_fast.data.pairs import find_pairs
 from catseg_fast.errors import InputError
 from catseg_fast.identity import content_digest, read_png_mark
@@ -366,3 +368,18 @@ def test_of_two_runs_at_once_each_puts_its_files_in_place_together(
     others[0].join()
     assert finished(picture, "second") is not None
     assert np.array(Image.open(picture.result("labels.png"))).all()
+
+
+def test_folders_that_cannot_be(here: Path) -> None:
+    """Links that lead to themselves, and names that are too long, are no bugs of this package."""
+    draw("photos/a.png")
+    for name in ("loop", "photos/loop", "photos/loop.png"):
+        Path(name).symlink_to(Path(name).name)
+    pictures = find_pictures([Path("photos")], Path("loop"))
+    assert [picture.path for picture in pictures] == [Path("photos/a.png")]
+    for output in (Path("loop"), Path("n" * 300), Path("photos/a.png/below")):
+        assert check_folder(output) == output
+        with pytest.raises(OSError, match=r"loop|nnn|below"):
+            save(find_pictures([Path("photos/a.png")], output)[0])
+    with pytest.raises(typer.BadParameter, match="is not a folder"):
+        check_folder(Path("photos/a.png"))

@@ -108,7 +108,7 @@ MaxPixels = Annotated[
         help="Most pixels of a picture, looked up before it is decoded: memory grows with them.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of untrained weights.")]
+Seed = Annotated[int, typer.Option(max=2**63 - 1, help="Seed of untrained weights.")]
 # fmt: on
 
 

@@ -72,6 +72,8 @@ class Recipe:
             checked[name] = whole(given[name], name)
         for name in ("warmup", "seed"):
             checked[name] = whole(given[name], name, 0)
+        if checked["seed"] >= 2**63:
+            raise InputError(f"seed: {checked['seed']} is not below 2^63")
         for name in ("lr", "category_max_ratio"):
             checked[name] = real(given[name], name)
             if not 0 < checked[name] < math.inf:
