@@ -162,7 +162,7 @@ def _is_stale(folder: Path, host: str, process: int, started: int) -> bool:
 
 
 def _host() -> str:
-    """What names the machine or, in a container, the numbering of its processes."""
+    """The digest of the machine's name and, in a container, of the numbering of its processes."""
     place = platform.node()
     with suppress(OSError):  # on other systems than Linux
         place += os.readlink("/proc/self/ns/pid")

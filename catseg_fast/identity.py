@@ -59,7 +59,7 @@ def place_digest(path: str | os.PathLike[str]) -> str:
 def is_scene(path: str | os.PathLike[str]) -> bool:
     """Check whether a file is a generated scene, which this package has written, by its comment."""
     try:
-        with open_regular(path) as file, open_image(file, ["JPEG"]) as image:
+        with open_regular(path) as file, open_image(file, ("JPEG",)) as image:
             return bool(image.info.get("comment") == SCENE_COMMENT)
     except Exception:  # damaged files raise errors of many types
         return False
@@ -75,7 +75,7 @@ def png_mark(value: str) -> PngInfo:
 def read_png_mark(path: str | os.PathLike[str]) -> str | None:
     """The value of a PNG's mark, which precedes its pixels; None for any other file."""
     try:
-        with open_regular(path) as file, open_image(file, ["PNG"]) as image:
+        with open_regular(path) as file, open_image(file, ("PNG",)) as image:
             return image.info.get(_MARK)
     except Exception:  # damaged files raise errors of many types
         return None

@@ -487,7 +487,7 @@ class CATSeg(reference_model.CATSeg):
                 yield image, Readout(size, None, (height, width))
 
     def _slides(self, sliding_window: bool | None) -> bool:
-        """What a call's argument, or the model's setting, says of the sliding window."""
+        """The setting of the sliding window: a call's own, or the model's."""
         return flag(self.sliding_window if sliding_window is None else sliding_window, "sliding_window")
 
     def _load(self, image: ImageLike) -> Tensor:

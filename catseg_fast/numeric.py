@@ -40,7 +40,7 @@ def real(value: Any, name: str) -> float:
     try:
         return float(value)
     except OverflowError:  # of a large integer
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def flag(value: Any, name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from threading import Lock
 from typing import BinaryIO
 
@@ -11,7 +10,7 @@ from PIL import Image
 _LOCK = Lock()  # Pillow's limit is the whole process's, and pictures may be opened in threads
 
 
-def open_image(file: BinaryIO, formats: Sequence[str] | None = None) -> Image.Image:
+def open_image(file: BinaryIO, formats: tuple[str, ...] | None = None) -> Image.Image:
     """Open an image as `PIL.Image.open`, which does not decode it; of any size, without a warning."""
     with _LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

@@ -149,7 +149,7 @@ class ClipResults:
         return self.labels / f"{frame.index:06d}.png"
 
     def _state(self, path: Path) -> dict[str, Any] | None:
-        """What a label map's file says about itself; None if it is of another video or other settings."""
+        """A label map's key, digest and sums; None if it is of another video or other settings."""
         try:
             with opened(path, "labels", None) as image:
                 state = json.loads(image.info[_SUMS])

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.ImageFile import ImageFile
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -188,14 +189,14 @@ def read_index_map(path: Path, max_pixels: int | None = MAX_PIXELS) -> np.ndarra
     return array.astype(np.uint16)
 
 
-def _why_no_index_map(image: ImageFile) -> str | None:
+def _why_no_index_map(image: Image) -> str | None:
     """Return why the pixels of an opened image are not class indices; None if they are."""
     if image.format not in ("PNG", "TIFF"):
         return f"a {image.format} file; label maps are PNG or TIFF, as other formats can change values"
     if getattr(image, "n_frames", 1) > 1:
         return f"a file of {getattr(image, 'n_frames', 1)} images"
     # Pillow stretches grey values of 1, 2 and 4 bits over 0..255.
-    stretched = image.format == "PNG" and image.mode == "L" and image.tile[0].args != "L"
+    stretched = isinstance(image, PngImageFile) and image.mode == "L" and image.tile[0].args != "L"
     if stretched or image.mode == "1":
         return "an image grey of fewer than 8 bits"
     if image.mode not in ("L", "P", "I;16", "I;16B", "I"):
