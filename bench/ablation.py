@@ -1,4 +1,4 @@
-"""The way from the reference to the engine, one restructuring at a time."""
+"""The steps from the reference to the engine, one restructuring at a time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def prepare(call: Call, step: str) -> Callable[[], Tensor]:
 
 @torch.no_grad()
 def _partly_folded(call: Call, steps: tuple[str, ...]) -> Tensor:
-    """The reference with some parts by the engine's stages, on all classes at once."""
+    """Return the reference with some parts computed by the engine's stages, on all classes at once."""
     aggregator, plan = call.aggregator, call.aggregator.engine.plan()
     resolution = (H, W) = (call.img_feats.shape[2], call.img_feats.shape[3])
     image = image_terms(aggregator, plan, call.img_feats, call.guidance)

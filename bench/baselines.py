@@ -1,4 +1,4 @@
-"""Implementations that are compared on the same weights and inputs, from upstream's to ours."""
+"""Implementations that are compared on the same weights and inputs, from upstream's to this package's."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Baseline:
     """One way to compute a case.
 
     Attributes:
-        name: in tables; the letter is that of BENCHMARKS.md.
-        dtypes: types of the cases that it has an answer to.
-        prepare: makes what is timed.
+        name: name in tables, with its letter in BENCHMARKS.md.
+        dtypes: types of the cases that it can compute.
+        prepare: returns the function that is timed.
         ours: whether it has the restructured maths.
-        gpu_only: why it does not run without a GPU; empty if it does.
-        on_cpu: what is different from a GPU, where that is of importance.
+        gpu_only: why it needs a GPU; empty if it does not.
+        on_cpu: what differs from a GPU, if it matters.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Baseline:
         return self.prepare in (_compiled, _autotuned)
 
     def unavailable(self, case: Case, device: torch.device) -> str | None:
-        """Return why it does not run a case on a device; None if it does."""
+        """Return why it cannot run a case on a device; None if it can."""
         if case.dtype not in self.dtypes:
             return f"has no answer in {case.dtype}"
         if self.gpu_only and device.type != "cuda":
@@ -67,7 +67,7 @@ class Baseline:
 
 
 class FusedWindowAttention(WindowAttention):
-    """The reference's window attention by `scaled_dot_product_attention`."""
+    """The reference's window attention with `scaled_dot_product_attention`."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map `x [B * windows, N, dim + guidance]` to `[B * windows, N, dim]`, like the reference."""
@@ -82,7 +82,7 @@ class FusedWindowAttention(WindowAttention):
 
 
 def graphed(run: Run) -> Run:
-    """A recording of `run` as a CUDA graph; its answer is overwritten by the next call."""
+    """Record `run` as a CUDA graph; the next replay overwrites its result."""
     return Recorder(torch.device("cuda", torch.cuda.current_device()))(run)
 
 
@@ -102,7 +102,7 @@ def _autocast(call: Call) -> Run:
 
 
 def _compiled(call: Call, mode: str = "default") -> Run:
-    """The reference in bf16, channels last, with SDPA, compiled."""
+    """Return the reference in bf16, channels last, with SDPA, compiled."""
     call = call.to(torch.bfloat16)
     aggregator = call.aggregator.to(memory_format=torch.channels_last)
     for module in aggregator.modules():

@@ -17,7 +17,7 @@ from bench.meter import Meter
 
 @pytest.mark.parametrize("step", ablation.STEPS)
 def bench_ablation(meter: Meter, full: bool, step: str) -> None:
-    """All steps in one type: fp32 on a CPU, bf16 on a GPU."""
+    """Measure all steps in one type: fp32 on a CPU, bf16 on a GPU."""
     device = meter.device
     if "kernel" in step and device.type == "cpu":
         pytest.skip("Triton's interpreter is never timed; a GPU is needed")
@@ -44,5 +44,5 @@ def bench_ablation(meter: Meter, full: bool, step: str) -> None:
 
 
 def prepare(case: Case, step: str) -> Callable[[], Tensor]:
-    """The step's call on the CPU."""
+    """Return the step's call on the CPU."""
     return ablation.prepare(make_call(case).to(case.dtype), step)

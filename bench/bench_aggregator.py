@@ -1,4 +1,4 @@
-"""The aggregator by every baseline."""
+"""The aggregator, computed by every baseline."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def measure(group: str, meter: Meter, case: Case, baseline: Baseline) -> None:
 
 
 def prepare(case: Case, baseline: Baseline) -> Run:
-    """A baseline's call on the CPU."""
+    """Return a baseline's call on the CPU."""
     return baseline.prepare(make_call(case))
 
 
 def least_bytes(call: Call, answer: Tensor) -> int:
-    """Inputs read once, with one text for all crops, and logits written once."""
+    """Return the bytes of inputs, read once with one text for all crops, and of logits, written once."""
     return sum(x.nbytes for x in (call.img_feats, call.text_feats[:1], *call.guidance, answer))
 
 

@@ -66,7 +66,7 @@ def bench_engine_cpu_memory_of_a_large_vocabulary(meter: Meter, classes: int) ->
 def _measure_memory(
     meter: Meter, case: str, run: str, make: Callable[..., Callable[[], Any]], *arguments: Any
 ) -> None:
-    """Peak memory of a call of minutes, which is made once; its answer is that of cases which are checked."""
+    """Measure the peak memory of a call of minutes, which is made once; smaller cases check its result."""
     peak = meter.benchmark.pedantic(lambda: peak_memory.measure(make, *arguments, warm_up=False), rounds=1)
     if peak is None:
         pytest.skip("the system does not tell a process's peak memory")
@@ -82,7 +82,7 @@ def _measure_memory(
 
 
 def prepare_label_map(case: Case) -> Callable[[], Any]:
-    """The engine with the policy that keeps nothing, read out into a label map of `LARGE`."""
+    """Return the call of the engine that keeps nothing, read out into a label map of `LARGE`."""
     call = make_call(case)
     engine = call.aggregator.engine
     engine.policy = "recompute"
@@ -109,7 +109,7 @@ def bench_engine_cpu_training_memory(meter: Meter, run: Baseline) -> None:
 
 
 def prepare_training_step(case: Case, run: str) -> Callable[[], Any]:
-    """Forward and backward pass with upstream's pooling of training; the engine computes each chunk again."""
+    """Return a forward and backward pass with upstream's pooling; the engine recomputes each chunk."""
     call = make_call(case)
     aggregator: Any = call.aggregator
     for layer in aggregator.layers:
@@ -124,7 +124,7 @@ def prepare_training_step(case: Case, run: str) -> Callable[[], Any]:
 def bench_engine_cpu_flops(
     benchmark: BenchmarkFixture, table: Callable[[str, dict[str, Any]], None], case: Case
 ) -> None:
-    """A table alone: nothing of it is time."""
+    """Print a table of operations; nothing is timed."""
     for stage, reference, ours in benchmark.pedantic(lambda: flop_table(case), rounds=1):
         table(
             f"MFLOP for each class and crop, counted: {case}",

@@ -1,4 +1,4 @@
-"""The cases that say most, the first of a campaign: `-k ours`, `-k upstream`, `-k compiled`, `-k best256`."""
+"""The main cases, the first of a campaign: `-k ours`, `-k upstream`, `-k compiled`, `-k best256`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _on_a_gpu() -> dict[str, list[tuple[Case, str]]]:
 
 
 def _on_a_cpu() -> dict[str, list[tuple[Case, str]]]:
-    """The same with few classes, for a dry run."""
+    """Return the same case with few classes, for a dry run."""
     case, bf16 = Case("v2-vitl", 4), Case("v2-vitl", 4, dtype=torch.bfloat16)
     best = Case("v2-vitb", 8, max_classes=4)
     return {

@@ -78,7 +78,7 @@ def addition_seconds() -> float:
 
 @contextmanager
 def cheap_operations() -> Iterator[None]:
-    """Let what is large even on small maps only allocate, and memory be kept as PyTorch keeps a GPU's."""
+    """Let operations that are large on small maps only allocate, and keep memory as PyTorch does on a GPU."""
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

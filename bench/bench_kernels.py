@@ -50,5 +50,5 @@ def bench_kernels(meter: Meter, full: bool, stage: str, dtype: torch.dtype, run:
 
 
 def prepare(stage: str, crops: int, classes: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The stage in torch on the CPU."""
+    """Return the stage in torch on the CPU."""
     return torch.no_grad()(make_stage_call(stage, crops, classes, dtype, torch.device("cpu")).plain)

@@ -31,7 +31,7 @@ def bench_label_map(meter: Meter, full: bool, run: str) -> None:
     read = make_read(readout, logits, run)
     expected, labels = make_read(readout, logits, RUNS[0])(), read()
     agreement = (labels == expected).float().mean().item()
-    if agreement < 0.9999:  # the kernel rounds in another order: next to equal scores may change places
+    if agreement < 0.9999:  # the kernel rounds in another order: almost equal scores may change places
         raise WrongAnswer(f"no speed for a wrong answer: {agreement:.2%} of the labels agree")
     del expected
     meter(
@@ -47,13 +47,13 @@ def bench_label_map(meter: Meter, full: bool, run: str) -> None:
 
 
 def make_logits(classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same every time."""
+    """Return logits, the same every time."""
     torch.manual_seed(0)
     return torch.randn(CROPS, classes, 96, 96, device=device).to(dtype)
 
 
 def prepare(readout: Readout, classes: int, run: str) -> Callable[[], Tensor]:
-    """The same on the CPU; what it reads out is an input, what it makes is not."""
+    """Return the same call on the CPU; the logits are an input, and only the labels are its own memory."""
     logits = make_logits(classes, torch.float32, torch.device("cpu"))
     return torch.no_grad()(lambda: make_read(readout, logits, run)())
 

@@ -57,5 +57,5 @@ def bench_model(meter: Meter, full: bool, variant: str, dtype: torch.dtype, part
 
 @torch.no_grad()
 def prepare(variant: str, classes: int, dtype: torch.dtype, part: str) -> Callable[[], Any]:
-    """A part of the model on the CPU."""
+    """Return a part of the model on the CPU."""
     return torch.no_grad()(make_parts(*make_model(variant, classes, torch.device("cpu"), dtype))[part])

@@ -1,15 +1,15 @@
-"""Everything that there is to measure on a machine, in one command, with all results in one folder.
+"""Measure everything on a machine with one command, with all results in one folder.
 
     python -m bench.campaign --minutes 5 --parallel-checks --output results/h100
     python -m bench.campaign --minutes 60 --output results/h100
     python -m bench.campaign --minutes 5 --device cpu --output results/dry-run
 
-What is worth most comes first: all kernels are compiled side by side; then checks, the figures that README
-quotes, and the tuning of the slowest kernels; then the rest. Each step writes into the folder as it goes. A
-run that was cut short is resumed by the same command: finished steps are skipped, benchmarks go on where they
-stopped. What failed is tried again. The folder stays under 10 MB. Tuned configs go into catseg_fast/configs/
-at the end, as `python -m bench.ship FOLDER` does it. `python -m bench.pack` makes a folder for a machine that
-has no network.
+The most valuable measurements come first: all kernels are compiled in parallel; then checks, the figures that
+README quotes, and the tuning of the slowest kernels; then the rest. Each step writes into the folder as it
+goes. A run that was cut short is resumed by the same command: finished steps are skipped, benchmarks continue
+where they stopped, and failed steps are tried again. The folder stays under 10 MB. Tuned configs go into
+catseg_fast/configs/ at the end, as with `python -m bench.ship FOLDER`. `python -m bench.pack` makes a folder
+for a machine that has no network.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def report(outcomes: Sequence[Outcome], folder: Path) -> str:
-    """Write the report of what was measured, and return the table and what came of each step."""
+    """Write the report, and return its table and the outcome of each step."""
     rows = [f"| {o.name} | {o.state} | {o.seconds:.0f} s | {o.detail} |" for o in outcomes]
     lines = ["| step | state | time | |", "|---|---|---:|---|", *rows]
     text = "\n".join(lines) + "\n"
@@ -54,7 +54,7 @@ def report(outcomes: Sequence[Outcome], folder: Path) -> str:
 
 
 def check_device(folder: Path, device: str) -> None:
-    """Check that a folder has no results of another device.
+    """Check that a folder holds no results of another device.
 
     Raises:
         ValueError: if it has; the message names both.
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None, begun: float | None = None) -> 
 
     Args:
         arguments: those of the command line.
-        begun: since when the time counts, as of `time.time()`; by default now.
+        begun: start of the time that counts, from `time.time()`; by default now.
     """
     begun = begun or time.time()
     parser = argparse.ArgumentParser(

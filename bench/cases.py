@@ -13,7 +13,7 @@ from catseg_fast.text.prompts import PROMPT_ENSEMBLES
 BENCHED_VARIANTS = ("v1-vitl-swinb", "v2-vitl", "v2-vitb")
 CLASSES = (20, 150, 256, 459, 847, 1203, 4096)
 CROPS = 5  # 4 windows and the whole picture
-SELECTED = 256  # upstream's v2 aggregates so many classes per crop
+SELECTED = 256  # classes per crop that upstream's v2 aggregates
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -27,7 +27,7 @@ class Case:
         classes: classes T.
         crops: crops B; 5 are the sliding window's.
         dtype: what our back ends compute in.
-        max_classes: classes that are aggregated a crop; None for all.
+        max_classes: classes that are aggregated per crop; None for all.
     """
 
     variant: str
@@ -38,7 +38,7 @@ class Case:
 
     @property
     def aggregated(self) -> int:
-        """Classes that are aggregated a crop."""
+        """Number of classes that are aggregated per crop."""
         return min(self.classes, self.max_classes or self.classes)
 
     @property
@@ -67,14 +67,14 @@ class Call:
             return self.aggregator(self.img_feats, self.text_feats, self.guidance)
 
     def to(self, dtype: torch.dtype) -> Call:
-        """Weights (in place) and inputs in another type."""
+        """Convert weights (in place) and inputs to another type."""
         text_feats = self.text_feats[:1].to(dtype).expand(len(self.img_feats), -1, -1, -1)
         guidance = [x.to(dtype) for x in self.guidance]
         return Call(self.aggregator.to(dtype), self.img_feats.to(dtype), text_feats, guidance)
 
 
 def make_call(case: Case, device: torch.device | str = "cpu") -> Call:
-    """Weights and inputs of a case in fp32, made on the device; the same every time."""
+    """Return weights and inputs of a case in fp32, made on the device; the same every time."""
     variant = VARIANTS[case.variant]
     prompts = PROMPT_ENSEMBLES[variant.prompt_ensemble]
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def make_call(case: Case, device: torch.device | str = "cpu") -> Call:
 
 
 def aggregator_cases(full: bool) -> list[Case]:
-    """Cases of the aggregator: the published sizes, or those that a CPU does in seconds."""
+    """Return the cases of the aggregator: the published sizes, or those that a CPU computes in seconds."""
     if not full:
         small = [Case(variant, 4) for variant in ("v1-vitl-swinb", "v2-vitl")]
         return [*small, Case("v2-vitl", 4, dtype=torch.bfloat16), Case("v2-vitb", 8, max_classes=4)]
@@ -115,7 +115,7 @@ def aggregator_cases(full: bool) -> list[Case]:
 
 
 def scaling_cases(full: bool, gpu: bool) -> list[Case]:
-    """One variant with more and more classes, all aggregated: in bf16 on a GPU, and fp32 as upstream runs.
+    """Return one variant with more and more classes, all aggregated: in fp32, and on a GPU also in bf16.
 
     A CPU has one crop, and no more classes than the reference in float64 has memory for.
     """

@@ -3,7 +3,7 @@
     python -m bench.cold_start --threads 2
 
 Printed as JSON: the number of kernels of the call and of the check before it, seconds to list and to compile
-them, and seconds of CPU time, which tell more on a machine that is busy. It needs a process of its own, in
+them, and seconds of CPU time, which are more informative on a busy machine. It needs a process of its own, in
 which Triton's interpreter is off.
 """
 
@@ -22,10 +22,10 @@ import torch
 from bench.fake_gpu import fake_gpu, make_call
 from catseg_fast.config import VARIANTS
 from catseg_fast.engine import fourier
+from catseg_fast.engine.compiling import Job, compile_jobs
 from catseg_fast.engine.self_check import random_plan, run_stream
 from catseg_fast.engine.terms import image_terms
 from catseg_fast.engine.triton_stages import TritonStages
-from catseg_fast.kernels.launch.compiling import Job, compile_jobs
 from catseg_fast.kernels.launch.launcher import record
 
 
@@ -46,7 +46,7 @@ def first_call(variant: str, classes: int, crops: int, limit: int | None) -> tup
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of this process and of those that it has waited for."""
+    """Return the CPU time of this process and of its finished child processes."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 

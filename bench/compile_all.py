@@ -1,9 +1,10 @@
-"""Compile the kernels of a campaign side by side, before anything is timed: they are in Triton's cache then.
+"""Compile the kernels of a campaign in parallel, into Triton's cache, before anything is timed.
 
     python -m bench.compile_all --seconds 60
 
-Listed are the kernels of each stage as it runs, then every candidate of the tuner; first in fp16, which is
-what models compute in on a GPU. What is not compiled when the time is up is compiled on the way, one by one.
+The kernels of each stage as it runs come first, then every candidate of the tuner; both start with fp16, in
+which models compute on a GPU. Kernels that are not compiled when the time is up are compiled at their first
+launch.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ import torch
 
 from bench.cases import CROPS
 from catseg_fast.engine import tuner
+from catseg_fast.engine.compiling import Job
 from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.engine.tuner import Tunable
 from catseg_fast.kernels import OPS, TUNABLE_OPS, load
 from catseg_fast.kernels.launch import configs
 from catseg_fast.kernels.launch.capability import assume, capability_of
-from catseg_fast.kernels.launch.compiling import Job
 from catseg_fast.kernels.launch.launcher import Launch, record
 
 CLASSES = (150, 1203)
@@ -63,7 +64,7 @@ def _launches(tunable: Tunable, device: torch.device) -> list[Launch]:
 
 
 def all_jobs(device: torch.device) -> list[Job]:
-    """Every kernel of a campaign once, in the order of their value."""
+    """Return every kernel of a campaign once, the most valuable first."""
     in_fp16, *others = DTYPES
     launches: list[Iterable[Launch]] = [op_launches(in_fp16, device), candidate_launches(in_fp16, device)]
     launches += [op_launches(dtype, device) for dtype in others]
@@ -91,7 +92,7 @@ def compile_all(
     Args:
         jobs: the kernels.
         processes: how many.
-        seconds: after which no other kernel is begun, and none is waited for.
+        seconds: time after which no other kernel is started, and none is waited for.
         start: called in each process before its first job.
     """
     begun = said = time.monotonic()

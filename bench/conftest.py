@@ -1,7 +1,7 @@
-"""Options of the benchmarks, what measures one, and tables after all of them.
+"""Options of the benchmarks, the fixture that measures one, and the tables at the end.
 
 --full          every case at its published size, which is the default on a GPU
---records FILE  add a line of JSON for each benchmark as it ends; what the file has is not measured again
+--records FILE  add a line of JSON per benchmark as it ends; benchmarks that are in the file are skipped
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _same_conditions() -> Iterator[None]:
 
 @pytest.fixture
 def device() -> torch.device:
-    """The device of the benchmarks."""
+    """Device of the benchmarks."""
     return DEVICE
 
 
@@ -91,7 +91,7 @@ def table() -> Callable[..., None]:
 
 @pytest.fixture
 def meter(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Meter:
-    """A function that measures a call, records it and adds it to the tables."""
+    """Function that measures a call, records it and adds it to the tables."""
     return Meter(request.node.nodeid, benchmark, DEVICE, request.config.getoption("--records"), _add_row)
 
 

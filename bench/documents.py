@@ -1,9 +1,9 @@
 """The tables of figures in README.md and BENCHMARKS.md, made from `bench/results/`.
 
     python -m bench.documents            fill in the tables
-    python -m bench.documents --check    exit with 1 where a document has other figures than the results
+    python -m bench.documents --check    exit with 1 if a document has other figures than the results
 
-A table goes between `<!-- table: NAME -->` and `<!-- end of table -->`. What was not measured is a dash.
+A table goes between `<!-- table: NAME -->` and `<!-- end of table -->`. A dash means not measured.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ class Results:
 
     @functools.cached_property
     def gpu(self) -> list[Record]:
-        """Those of the H200."""
+        """Records of the H200."""
         return raw_runs.read(sorted((self.folder / "h200").glob("*.json")))
 
     @functools.cached_property
     def cpu(self) -> list[Record]:
-        """Those of the CPU."""
+        """Records of the CPU."""
         return records.read(self.folder / f"{name}.jsonl" for name in ("cpu", "cpu-full"))
 
     def find(self, run: str, case: str) -> Record:
-        """The record of a run of a case; on the CPU for a case of one crop."""
+        """Return the record of a run of a case; on the CPU, of a case with one crop."""
         found = [r for r in (*self.gpu, *self.cpu) if (r.run, r.case) == (run, case) and r.group != "steps"]
         if not found:
             raise LookupError(f"{self.folder} has no record of {run!r}, {case!r}")
@@ -74,7 +74,7 @@ class Results:
 
 
 def aggregator(results: Results, ways: Sequence[tuple[str, str]]) -> str:
-    """Time and peak memory of the aggregator on the GPU: a row per way, a column per number of classes."""
+    """Return time and peak memory of the aggregator on the GPU, by run and number of classes."""
     own = [record for record in results.gpu if record.group == "scaling"]
     columns = sorted({record.classes or 0 for record in own})
     rows = []
@@ -86,7 +86,7 @@ def aggregator(results: Results, ways: Sequence[tuple[str, str]]) -> str:
 
 
 def steps(results: Results) -> str:
-    """Time, launches and peak memory by the classes per step."""
+    """Return time, launches and peak memory by the number of classes per step."""
     own = [record for record in results.gpu if record.group == "steps"]
     rows = []
     for classes in sorted({record.classes or 0 for record in own}):
@@ -108,7 +108,7 @@ def steps(results: Results) -> str:
 
 
 def profile(results: Results) -> str:
-    """Table of a plain call's time by kernel."""
+    """Return a table of a plain call's time by kernel."""
     columns = {f"T={T}": results.find(ENGINE, f"v2-vitl, T={T}, B=5, fp16") for T in (150, 1203)}
     parts = {name: profile_parts(record) for name, record in columns.items()}
     rows = [
@@ -124,7 +124,7 @@ def profile(results: Results) -> str:
 
 
 def busy_share(results: Results, record: Record) -> float:
-    """Share of the matrix product's rate that is reached while kernels run."""
+    """Return the share of the matrix product's rate that is reached while kernels run."""
     rate = next(r.matmul_rate for r in results.gpu if r.matmul_rate and _dtype(r) == _dtype(record))
     assert record.flop is not None
     assert record.busy is not None
@@ -132,7 +132,7 @@ def busy_share(results: Results, record: Record) -> float:
 
 
 def other_gpu(results: Results) -> str:
-    """Other cases on the GPU."""
+    """Return other cases on the GPU."""
     best, v1 = "v2-vitl, T=847, B=5", "v1-vitl-swinb, T=150, B=5, fp16"
     rows = [
         ("best 256 of 847 classes, as upstream's v2 does: upstream's way", REFERENCE, f"{best}, best 256"),
@@ -159,7 +159,7 @@ def other_gpu(results: Results) -> str:
 
 
 def cpu(results: Results) -> str:
-    """Reference and engine on the CPU, and how they compare."""
+    """Return reference and engine on the CPU, and how they compare."""
     rows = []
     classes = sorted({r.classes or 0 for r in results.cpu if r.group == "scaling"})
     for T in classes:
@@ -182,7 +182,7 @@ def cpu(results: Results) -> str:
 
 
 def other_cpu(results: Results) -> str:
-    """Other cases on the CPU."""
+    """Return other cases on the CPU."""
     whole = "v2-vitb, T=4, 480x640, B=1, fp32"
     cases = [
         ("v2-vitl, T=150, engine in bf16", "v2-vitl, T=150, B=1", "v2-vitl, T=150, B=1, bf16", WAYS["torch"]),
@@ -204,7 +204,7 @@ def other_cpu(results: Results) -> str:
 
 
 def roofline(results: Results) -> str:
-    """Bytes and products of a call, with the rates that the GPU reached in fp16."""
+    """Return bytes and products of a call, with the rates that the GPU reached in fp16."""
     rates = next(r for r in results.gpu if r.matmul_rate and r.copy_bandwidth and _dtype(r) == "fp16")
     assert rates.matmul_rate is not None
     assert rates.copy_bandwidth is not None
@@ -228,7 +228,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def fill(text: str, results: Results) -> str:
-    """A document with its tables as the results have them.
+    """Return a document with its tables filled in from the results.
 
     Raises:
         ValueError: if it has a table of an unknown name.
@@ -243,7 +243,7 @@ def fill(text: str, results: Results) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code: 1 where `--check` finds other figures than the results."""
+    """The program; returns its exit code: 1 if `--check` finds other figures than the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

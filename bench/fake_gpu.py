@@ -1,15 +1,14 @@
-"""A GPU that only takes orders: everything that the host does in a call happens, and nothing is computed.
+"""A fake GPU: everything that the host does in a call happens, and nothing is computed.
 
 Tensors are on the meta device, kernels are bound and launched by Triton's own code, and only what would
 compile them and hand them to the driver is replaced. So the host's work can be counted and timed without a
-GPU. It
-needs a process of its own, in which Triton's interpreter is off:
+GPU. It needs a process of its own, in which Triton's interpreter is off:
 
     python -m bench.fake_gpu --cases 150:0 847:256
 
 prints, for each case, the kernels and operations of a call, and the host's time per launch in units of an
 addition of two small tensors. Operations of PyTorch take longer on the meta device than on a GPU, so that the
-time of a whole call says nothing.
+time of a whole call means nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ IDLE = {
 
 @dataclass
 class Orders:
-    """Work that a GPU was given: by kernel of Triton, and by operation of PyTorch."""
+    """Work that a GPU was given, by kernel of Triton and by operation of PyTorch."""
 
     kernels: Counter[str] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)
@@ -100,7 +99,7 @@ def fake_gpu(compiles: bool = False) -> Iterator[Orders]:
     """Let Triton launch on the meta device; yields what is launched.
 
     Args:
-        compiles: whether kernels are compiled; what launches them is then the caller's.
+        compiles: whether kernels are compiled; the caller then provides what launches them.
     """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -151,7 +150,7 @@ def make_call(variant: str, classes: int, crops: int, limit: int | None) -> Call
 
 
 def count(call: Callable[[], object], orders: Orders) -> Orders:
-    """Return what one call orders, after the kernels are known."""
+    """Return the work of one call, after the kernels are known."""
     for _ in range(3):
         call()
     orders.kernels.clear()
@@ -172,7 +171,7 @@ def seconds(call: Callable[[], object], rounds: int = 10) -> float:
 
 
 def measure(case: str, variant: str, crops: int, orders: Orders) -> dict[str, Any]:
-    """Return what a call of a case such as "847:256" (classes, and the best ones of each crop or 0) costs."""
+    """Return the costs of a call for a case such as "847:256": classes, and the best per crop or 0."""
     classes, best = map(int, case.split(":"))
     call = make_call(variant, classes, crops, best or None)
     count(call, orders)

@@ -22,9 +22,9 @@ from catseg_fast.reference.aggregator import AggregatorLayer
 
 
 def count(run: Callable[[], Any]) -> float:
-    """Operations of matrix products, convolutions and attention in `run`, in units of a million.
+    """Count the operations of matrix products, convolutions and attention in `run`, in millions.
 
-    FFTs, of which there is one a crop, do not count. Attention runs as its two products: those of the CPU's
+    FFTs, of which there is one per crop, do not count. Attention runs as its two products: those of the CPU's
     fused kernel are not counted.
     """
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -34,19 +34,19 @@ def count(run: Callable[[], Any]) -> float:
 
 @functools.cache
 def call_flop(case: Case) -> tuple[float, float]:
-    """Operations of the reference and of the restructured maths, in units of one, on tensors without memory.
+    """Return the operations of the reference and of the restructured maths, on tensors without memory.
 
     Each stage of the restructured maths runs once, as with the resident policy; all 16-bit types are one.
-    What picks classes, where some are dropped, counts for both.
+    The selection of classes, if some are dropped, counts for both.
     """
     call = make_call(case, "meta")
     call.aggregator.backend = "reference"
-    dtype = torch.bfloat16 if case.dtype.itemsize == 2 else case.dtype  # fp16's range would be looked at
+    dtype = torch.bfloat16 if case.dtype.itemsize == 2 else case.dtype  # the range of fp16 would be checked
     kept = make_call(Case(case.variant, case.aggregated, case.crops, dtype), "meta")
     engine = kept.aggregator.engine
     engine.backend, engine.policy, engine.chunk = "torch", "resident", case.aggregated
     engine.memory_budget = "1000TiB"
-    with mock.patch("torch.autocast", return_value=nullcontext()):  # which the device has not
+    with mock.patch("torch.autocast", return_value=nullcontext()):  # which the meta device lacks
         reference, ours, plan = count(call), count(kept), engine.plan()
     H, W = resolution = (kept.img_feats.shape[2], kept.img_feats.shape[3])
     phases = [stage.phases for stage in plan.decoder]
@@ -57,7 +57,7 @@ def call_flop(case: Case) -> tuple[float, float]:
 
 
 def phase_surplus(phases: Sequence[Tensor], maps: int, resolution: tuple[int, int]) -> float:
-    """MFLOP that torch's phase convolutions of `maps` maps do beyond what is needed: a row and a column.
+    """Return the MFLOP that torch's phase convolutions of `maps` maps do in excess: a row and a column.
 
     `phases` are each decoder stage's weights.
     """
@@ -70,7 +70,7 @@ def phase_surplus(phases: Sequence[Tensor], maps: int, resolution: tuple[int, in
 
 
 def reference_parts(call: Call) -> dict[str, Callable[[], Tensor]]:
-    """The reference's modules by the engine's stage in their place; both window blocks of a layer at once."""
+    """Return the reference's modules by the stage in their place; both window blocks of a layer are one."""
     aggregator, (H, W) = call.aggregator, call.img_feats.shape[2:]
     layer = cast(AggregatorLayer, aggregator.layers[0])
     assert aggregator.guidance_projection is not None
@@ -94,7 +94,7 @@ def reference_parts(call: Call) -> dict[str, Callable[[], Tensor]]:
 
 @functools.cache
 def stage_flop(stage: str, variant: str, classes: int, crops: int) -> float | None:
-    """Operations of the reference in a stage's place, in units of one.
+    """Return the operations of the reference in place of a stage.
 
     None for the halves of class attention, whose padding is of all classes, not of a chunk.
     """
@@ -105,7 +105,7 @@ def stage_flop(stage: str, variant: str, classes: int, crops: int) -> float | No
 
 
 def flop_table(case: Case) -> list[tuple[str, float, float]]:
-    """Stage, MFLOP of the reference and of the engine for each class and crop.
+    """Return stage, MFLOP of the reference and MFLOP of the engine per class and crop.
 
     The last rows are the terms that are computed once per image and once per vocabulary, spread over the
     case's classes, and the sum.

@@ -1,4 +1,4 @@
-"""The correctness gate: no speed is measured of what computes something else."""
+"""The correctness gate: nothing with a wrong result is timed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from bench.cases import Case, make_call
 FACTOR = 2.0  # largest error, in units of plain torch's in the same type
 
 # Above these numbers of crops times classes the reference's own tensors fill a GPU, or in float64 a common
-# computer's memory; torch maths stand in for it.
+# computer's memory; the torch back end takes its place.
 MOST_CROP_CLASSES = {"cuda": 5 * 256, "cpu": 256}
 
 
 class WrongAnswer(AssertionError):
-    """A result to be timed has a larger error than the gate accepts."""
+    """An error that is larger than the gate accepts."""
 
 
 def check(ours: Tensor, eager: Tensor, truth: Tensor, factor: float = FACTOR) -> float:
-    """Largest error of `ours` over that of `eager`, both from `truth` and of its shape.
+    """Return the largest error of `ours` over that of `eager`, against `truth`; all have the same shape.
 
     Raises:
         WrongAnswer: if the largest or the root-mean-square error is above `factor` times that of `eager`, or
-            no number.
+            not a number.
     """
     if ours.shape != truth.shape:
         raise WrongAnswer(f"no speed for a wrong answer: shape {tuple(ours.shape)}, not {tuple(truth.shape)}")
@@ -44,16 +44,16 @@ def check(ours: Tensor, eager: Tensor, truth: Tensor, factor: float = FACTOR) ->
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
-    """The type of the truth for results in `dtype`."""
+    """Return the type of the truth for results in `dtype`."""
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
 @functools.lru_cache(maxsize=1)
 def expected(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Logits `[B, T, 4H, 4W]` of plain torch in `dtype`, and the truth.
+    """Return logits `[B, T, 4H, 4W]` of plain torch in `dtype`, and the truth.
 
-    Both are the reference's where its tensors fit and all classes are aggregated; else those of the torch
-    back end, which streams, and picks classes by the same fp32 features in every type.
+    Both come from the reference if its tensors fit and all classes are aggregated; otherwise from the torch
+    back end, which streams, and selects classes by the same fp32 features in every type.
     """
     return _plain(case, dtype, device), _plain(case, precise(dtype), device)
 

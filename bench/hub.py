@@ -2,8 +2,8 @@
 
     python -m bench.hub dist/catseg-ops --build
 
-The folder gets `build.toml`, `flake.nix`, the card, tests, a benchmark, and in `torch-ext/` the ops, whose
-imports are made relative and whose names in `torch.ops` those of the build, so that several versions can be
+The folder gets `build.toml`, `flake.nix`, the card, tests, a benchmark, and in `torch-ext/` the ops. Their
+imports become relative, and their names in `torch.ops` those of the build, so that several versions can be
 loaded. `kernel-builder build-and-upload` publishes it. `--build` also makes `build/torch-cuda`, which
 kernel-builder makes of pure Python kernels, so that `kernels.get_local_kernel(FOLDER)` can load it here.
 """
@@ -47,7 +47,7 @@ def pack(folder: Path, *, build: bool = False) -> Path:
     """Write the project of the kernel to an empty folder; return the folder of the build, or of the project.
 
     Args:
-        folder: where to; it must be new or empty.
+        folder: destination, new or empty.
         build: whether also to make `build/torch-cuda`.
 
     Raises:
@@ -80,10 +80,10 @@ def _make(folder: Path, build: bool) -> None:
 
 
 def rewritten(source: str, depth: int) -> str:
-    """The source of a module for another package name: relative imports, ops named by the build.
+    """Return the source of a module for another package name: relative imports, ops named by the build.
 
     Args:
-        source: of a module in `kernels/`.
+        source: source of a module in `kernels/`.
         depth: folders between `kernels/` and the module.
     """
     dots = "." * (depth + 1)
@@ -102,7 +102,7 @@ def rewritten(source: str, depth: int) -> str:
 
 
 def _setting(folder: Path, name: str) -> Any:
-    """A setting of `build.toml`, a string, a number or a list of strings on one line."""
+    """Return a setting of `build.toml`: a string, a number, or a list of strings on one line."""
     found = re.search(rf"^{name} = (.+)$", (folder / "build.toml").read_text(), re.MULTILINE)
     assert found is not None, name
     return json.loads(found[1])

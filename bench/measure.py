@@ -1,4 +1,4 @@
-"""Times, peak memory, and what the device can do at best, all in the same run."""
+"""Times, peak memory, and the best rates of the device, all in the same run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-from catseg_fast.kernels.launch.compiling import ptxas
+from catseg_fast.environment import ptxas
 
 # Of the CPU benchmarks; the figures in the documentation are for two.
 THREADS = min(2, torch.get_num_threads())
@@ -34,7 +34,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
-        """Median and percentiles; of one call, all the same."""
+        """Return the median and percentiles; of one call, all are the same."""
         if len(seconds) == 1:
             return cls(seconds[0], seconds[0], seconds[0], 1)
         p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
@@ -44,7 +44,7 @@ class Timing:
 def time_call(call: Callable[[], Any], device: torch.device, rounds: int | None = None) -> Timing:
     """Time a call that has been made before: CUDA events on a GPU, the clock elsewhere.
 
-    Without `rounds`, they are as many as fit a second, within limits.
+    Without `rounds`, there are as many as fit into a second, within limits.
     """
     rounds = rounds or rounds_of(clock(call, device), device)
     if device.type != "cuda":
@@ -67,7 +67,7 @@ def rounds_of(seconds: float, device: torch.device) -> int:
 
 
 def clock(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, until the device is done."""
+    """Return the seconds of one call, until the device is done."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -76,7 +76,7 @@ def clock(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that a call allocates on a GPU; for a CPU there is `bench.peak_memory`."""
+    """Return the most bytes that a call allocates on a GPU; for a CPU there is `bench.peak_memory`."""
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -88,7 +88,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 @functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product in `dtype`, of the size that runs best; fp32 without TF32."""
+    """Return the FLOP/s of a square matrix product in `dtype`, of the fastest size; fp32 without TF32."""
     rates = []
     for size in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -101,7 +101,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s, read and written, of a copy that no cache holds."""
+    """Return the bytes/s, read and written, of a copy that no cache holds."""
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -110,7 +110,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """Return a description of the device of the figures."""
+    """Return the name of a device, for tables."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = open_lines("/proc/cpuinfo")
@@ -119,7 +119,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions that times depend on."""
+    """Return the versions that times depend on."""
     found = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -130,7 +130,7 @@ def versions() -> dict[str, str]:
 
 
 def open_lines(path: str) -> list[str]:
-    """Lines of a file; none where it does not exist."""
+    """Return the lines of a file; none if it does not exist."""
     try:
         with open(path, encoding="utf-8") as file:
             return file.read().splitlines()

@@ -1,4 +1,4 @@
-"""Measuring one benchmark: time, memory, shares of what the device can do, and a record of it all."""
+"""The measurement of one benchmark: time, memory, shares of the device's best rates, and their record."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Meter:
         id: pytest's name of the benchmark.
         benchmark: pytest-benchmark's fixture; its file gets the record as `extra_info`.
         device: where the calls run.
-        path: file of records; None for none.
-        add_row: adds to the table of a title.
+        path: file of records, or None.
+        add_row: adds a row to the table of a title.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class Meter:
         profiled: bool = False,
         **facts: Any,
     ) -> Record:
-        """Measure a call that was checked.
+        """Measure a call whose result was checked.
 
         Args:
             call: what is timed; it has been called before.
             group, case, run: as in `Record`.
-            dtype: type of the matrix products that it is held against.
-            remake: a function that makes the call, and its arguments, for `bench.peak_memory`; on a CPU there
-                is no peak without.
-            profiled: on a GPU, keep how long which kernels run in a call.
+            dtype: type of the matrix products that it is compared with.
+            remake: a function that makes the call, and its arguments, for `bench.peak_memory`; without it, no
+                peak is measured on a CPU.
+            profiled: whether to keep the time of each kernel in a call on a GPU.
             **facts: further fields of `Record`.
         """
         if "peak_bytes" not in facts:
@@ -86,7 +86,7 @@ class Meter:
     def record(
         self, timing: Timing, *, group: str, case: Any, run: str, dtype: torch.dtype, **facts: Any
     ) -> Record:
-        """Keep what was measured, with what the device can do at best in the same run."""
+        """Record the measurements, with the device's best rates in the same run."""
         record = Record(
             id=self.id,
             group=group,
@@ -131,9 +131,9 @@ class Meter:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this checkout, with "+" where files differ from it; empty outside a checkout.
+    """Return the commit of this checkout, with "+" if files differ from it; empty outside a checkout.
 
-    A packed tree (`bench.pack`) has it in a file.
+    In a packed tree (`bench.pack`), a file holds it.
     """
     if COMMIT.exists():
         return COMMIT.read_text(encoding="utf-8").strip()

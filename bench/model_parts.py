@@ -1,4 +1,4 @@
-"""A whole model on one picture, and each of its parts alone."""
+"""A whole model on one picture, and each of its parts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Picture:
 
     @classmethod
     def random(cls, model: CATSeg) -> Picture:
-        """The same every time."""
+        """Return random numbers, the same every time."""
         image = torch.rand(3, *SIZE, generator=torch.Generator().manual_seed(1)).mul(255).to(model.device)
         if not model.sliding_window:
             return cls(image, *normalise(image[None]), Readout(SIZE, None, SIZE))
@@ -45,7 +45,7 @@ class Picture:
 
     @property
     def request(self) -> list[dict[str, Any]]:
-        """The argument of a model's call."""
+        """Return the argument of a model's call."""
         return [{"image": self.image, "height": SIZE[0], "width": SIZE[1]}]
 
 
@@ -61,7 +61,7 @@ class CheckedModel:
 def make_model(
     variant: str, classes: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[CATSeg, Picture]:
-    """A picture, and a model with random weights that aggregates all classes, with one crop on a CPU."""
+    """Return a picture, and a random model that aggregates all classes, with one crop on a CPU."""
     torch.manual_seed(0)
     names = [f"class {index}" for index in range(classes)]
     model = CATSeg(variant, names, sliding_window=device.type == "cuda", max_classes=None)
@@ -73,7 +73,7 @@ def make_model(
 @functools.lru_cache(maxsize=1)
 @torch.no_grad()
 def checked_model(variant: str, classes: int, device: torch.device, dtype: torch.dtype) -> CheckedModel:
-    """A model whose probabilities were checked against the reference's in the same type."""
+    """Return a model whose probabilities were checked against the reference's in the same type."""
     model, picture = make_model(variant, classes, device, dtype)
     (ours,) = model(picture.request)
     model.backend = "reference"

@@ -1,8 +1,8 @@
 """Tensors of the reference that the Triton kernels never write to memory, with their sizes.
 
 `python -m bench.never_materialised` runs the reference on the meta device, where tensors have shapes and no
-memory, and the Triton back end with kernels that are allocated for but not launched: both at full size. It
-needs no GPU, and writes bench/results/never_materialised.md.
+memory, and the Triton back end, whose outputs are allocated but whose kernels are not launched, both at full
+size. It needs no GPU, and writes bench/results/never_materialised.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ["TRITON_INTERPRET"] = "1"  # else the kernels refuse tensors on a CPU
+os.environ["TRITON_INTERPRET"] = "1"  # otherwise the kernels refuse tensors on a CPU
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ Shape = tuple[int, ...]
 
 
 class Recorder(TorchDispatchMode):
-    """Shapes of the new tensors that operations write, by the stage that they are in."""
+    """Shapes of the new tensors that operations write, by stage."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def of_the_kernels(variant: str) -> dict[str, set[Shape]]:
 
 
 def table(variant: str) -> list[str]:
-    """Markdown of one variant."""
+    """Return the table of one variant in Markdown."""
     few = {(stage, _bytes(shape)) for stage, _, shape in of_the_reference(variant, FEW)}
     found: dict[tuple[str, Shape], dict[str, None]] = {}
     for stage, operation, shape in of_the_reference(variant, MANY):

@@ -2,10 +2,10 @@
 
     python -m bench.pack campaign --minutes 5
 
-The folder gets the tree as it is here, wheels of what such a machine lacks, and `run.sh`, which runs the
-campaign and packs what it measured into `results.tar.gz`. `python -m bench.unpack results.tar.gz FOLDER` is
-the way back. The machine needs Linux, PyTorch, Triton, and those dependencies of this package that no wheel
-brings (`--missing` names more); also pytest, pytest-benchmark and, for checks in parallel, pytest-xdist.
+The folder gets this tree, wheels of the packages that such a machine lacks, and `run.sh`, which runs the
+campaign and packs the results into `results.tar.gz`. `python -m bench.unpack results.tar.gz FOLDER` unpacks
+them here. The machine needs Linux, PyTorch, Triton, and those dependencies of this package that no wheel
+provides (`--missing` names more); also pytest, pytest-benchmark and, for checks in parallel, pytest-xdist.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Wheels:
     """Packages that a machine lacks.
 
     Attributes:
-        names: of packages, which are taken in the versions that are installed here.
-        folder: where their wheels are; None to download them.
-        platforms: of the machine, as pip names them; empty for the kind of this machine.
+        names: names of packages, in the versions that are installed here.
+        folder: folder with their wheels; None to download them.
+        platforms: platforms of the machine, as pip names them; empty for that of this machine.
     """
 
     names: Sequence[str] = MISSING
@@ -64,7 +64,7 @@ class Wheels:
         """Put the wheels into a folder.
 
         Raises:
-            RuntimeError: if there is no wheel of a package.
+            RuntimeError: if a package has no wheel.
         """
         if not self.names:
             return
@@ -87,11 +87,11 @@ class Wheels:
 
 
 def pack(folder: Path, minutes: float, wheels: Wheels) -> None:
-    """Fill a new or empty folder with a campaign of so many minutes.
+    """Fill a new or empty folder with a campaign of some minutes.
 
     Raises:
-        ValueError: if the folder has something in it already.
-        RuntimeError: if there is no wheel of a package.
+        ValueError: if the folder is not empty.
+        RuntimeError: if a package has no wheel.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty")
@@ -104,7 +104,7 @@ def pack(folder: Path, minutes: float, wheels: Wheels) -> None:
 
 
 def copy_tree(target: Path) -> None:
-    """Copy the working tree, without what git ignores, with files in place of links.
+    """Copy the working tree without files that git ignores, and with files in place of links.
 
     `COMMIT` in the copy names the commit.
     """
@@ -130,7 +130,7 @@ def _pinned(name: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code: 1 where nothing was packed."""
+    """The program; returns its exit code: 1 if nothing was packed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

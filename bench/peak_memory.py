@@ -1,7 +1,7 @@
 """Peak memory of a call on a CPU above weights and inputs, measured in a process of its own.
 
-One process measures all calls of a run, one after the other. What a call frees goes back to the system at
-once, so that it cannot serve, unseen, the next call.
+One process measures all calls of a run, one after the other. Memory that a call frees goes back to the system
+at once, so that the next call cannot use it unnoticed.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Peak:
 
 
 def measure(make: Callable[..., Callable[[], Any]], *arguments: Any, warm_up: bool = True) -> Peak | None:
-    """Peak memory of a call of `make(*arguments)`; None where the system does not tell.
+    """Return the peak memory of a call of `make(*arguments)`; None if the system does not report it.
 
     Args:
-        make: a module's function, which the other process imports.
-        *arguments: which pickle takes.
-        warm_up: whether a call goes before, so that what libraries keep from their first one on, tens of MiB,
-            does not count.
+        make: a function of a module that the other process imports.
+        *arguments: arguments that can be pickled.
+        warm_up: whether to make another call before, so that what libraries keep from their first call
+            on, tens of MiB, does not count.
     """
     return _process().submit(_run, make, arguments, warm_up).result() if CLEAR.exists() else None
 
@@ -75,6 +75,6 @@ def _run(make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], war
 
 
 def _memory(field: str) -> int:
-    """A field of this process's status in bytes: VmRSS is what it holds, VmHWM the most it held."""
+    """Return a field of this process's status in bytes: VmRSS is its memory, VmHWM the most it had."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024

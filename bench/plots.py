@@ -28,12 +28,12 @@ STYLE: Any = {
     "lines.linewidth": 2,
     "savefig.dpi": 150,
 }
-# A figure is drawn of the records of one group and one device.
+# A figure shows the records of one group on one device.
 Draw = Callable[[Any, Sequence[Record]], None]
 
 
 def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw what there are records for, as PNG files.
+    """Draw the plots for which there are records, as PNG files.
 
     Raises:
         ModuleNotFoundError: without matplotlib (`pip install -e ".[bench]"`).
@@ -65,7 +65,7 @@ def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def _save(path: Path, title: str, records: Sequence[Record], draw: Draw) -> None:
-    """A figure with what was measured, and on what, below its title."""
+    """Save a figure, with case and device below its title."""
     import matplotlib.pyplot as plt
 
     with plt.rc_context(STYLE):
@@ -103,7 +103,7 @@ def _memory(figure: Any, records: Sequence[Record]) -> None:
 
 
 def _steps(figure: Any, records: Sequence[Record]) -> None:
-    """Time by the classes per step, with what the GPU was busy for, and the peak memory below."""
+    """Draw time by the classes per step, with the time that the GPU was busy, and the peak memory below."""
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     most = max(record.peak_bytes or 1 for record in records) / 2**20
     for style, (run, own) in _by_run(records):
@@ -121,7 +121,7 @@ def _steps(figure: Any, records: Sequence[Record]) -> None:
 
 
 def _profile(figure: Any, records: Sequence[Record]) -> None:
-    """A panel for each number of classes: milliseconds of each kernel in the call that was busy the least."""
+    """Draw a panel per number of classes: milliseconds of each kernel in the least busy call."""
     least: dict[int, Record] = {}
     for record in sorted((r for r in records if r.busy), key=lambda record: record.busy or 0):
         least.setdefault(record.classes or 0, record)
@@ -144,7 +144,7 @@ def _profile(figure: Any, records: Sequence[Record]) -> None:
 
 
 def profile_parts(record: Record) -> dict[str, float]:
-    """Seconds of a profiled call: the package's own kernels, PyTorch's together, and waiting for the host."""
+    """Return the seconds of a profiled call: own kernels, PyTorch's together, and waiting for the host."""
     own = {name.strip("_").removesuffix("_kernel"): time for name, time, _ in record.kernels if is_own(name)}
     busy = record.busy or 0.0
     return own | dict(zip(OTHERS, (busy - sum(own.values()), max(0.0, record.median - busy)), strict=True))
@@ -175,7 +175,7 @@ def _plain_numbers(axis: Any, labelled: tuple[int, ...] = (1, 2, 5)) -> None:
 
 
 def _roofline(figure: Any, records: Sequence[Record]) -> None:
-    """A panel a type, each with its own roof."""
+    """Draw a panel per type, each with its own roof."""
     from matplotlib.lines import Line2D
 
     records = [r for r in records if r.flop and r.least_bytes and r.matmul_rate and r.copy_bandwidth]
@@ -210,7 +210,7 @@ def _roofline(figure: Any, records: Sequence[Record]) -> None:
 
 
 def _ablation(figure: Any, records: Sequence[Record]) -> None:
-    """A bar a step, with what the step saved behind it."""
+    """Draw a bar per step, with the time that the step saved behind it."""
     axes = figure.subplots()
     records = sorted(records, key=lambda record: STEPS.index(record.run))
     first, before = 1e3 * records[0].median, 1e3 * records[0].median
@@ -233,13 +233,13 @@ def _ablation(figure: Any, records: Sequence[Record]) -> None:
 
 
 def _spread(record: Record) -> tuple[float, float]:
-    """Milliseconds at p20 and p80, or the median where they were not kept."""
+    """Return the milliseconds at p20 and p80, or the median if they were not kept."""
     low, high = (record.median if value is None else value for value in (record.p20, record.p80))
     return 1e3 * low, 1e3 * high
 
 
 def _by_run(records: Sequence[Record]) -> list[tuple[dict[str, Any], tuple[str, list[Record]]]]:
-    """Style of its line, label and records of each run, few classes first."""
+    """Yield the style of the line, the label and the records of each run, few classes first."""
     found: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda record: (record.run, record.classes or 0)):
         dtype = next((dtype for dtype in DTYPES if dtype in _parts(record)), "fp32")

@@ -1,6 +1,6 @@
-"""Predicted time of the aggregator on a GPU on which the present kernels have not run yet.
+"""Predicted time of the aggregator on a GPU on which the current kernels have not run yet.
 
-Two kinds: bounds from below, which were computed, and sums of kernels that were timed alone on an H200 before
+There are two kinds: computed lower bounds, and sums of kernels that were timed separately on an H200 before
 they were rewritten for this package. Each comes from a file in `bench/results/`.
 """
 
@@ -22,35 +22,35 @@ CALLS = {  # classes that are aggregated per crop
 
 
 def read_prototypes(folder: Path) -> dict[str, Any]:
-    """The record of kernels that were timed alone: `bench/results/prototypes.json`."""
+    """Return the record of kernels that were timed separately: `bench/results/prototypes.json`."""
     content: dict[str, Any] = json.loads((folder / "prototypes.json").read_text(encoding="utf-8"))
     return content
 
 
 def unit_milliseconds(prototypes: dict[str, Any], column: str) -> float:
-    """Milliseconds of all kernels for the record's number of class-crops.
+    """Return the milliseconds of all kernels for the record's number of class-crops.
 
     Args:
-        prototypes: of `read_prototypes`.
+        prototypes: the result of `read_prototypes`.
         column: "before" or "prototype".
     """
     return sum(float(kernel["launches"]) * float(kernel[column]) for kernel in prototypes["kernels"])
 
 
 def call_milliseconds(prototypes: dict[str, Any], column: str, classes: int) -> float:
-    """Milliseconds of the kernels of a call with `CROPS` crops."""
+    """Return the milliseconds of the kernels of a call with `CROPS` crops."""
     units = CROPS * classes / float(prototypes["class_crops"])
     return units * unit_milliseconds(prototypes, column)
 
 
 def bounds(folder: Path) -> str:
-    """Bounds from below, as a table."""
+    """Return the lower bounds as a table."""
     content = json.loads((folder / "predicted.json").read_text(encoding="utf-8"))
     return markdown([{"": name, **cells} for name, cells in content["milliseconds"].items()])
 
 
 def kernels(folder: Path) -> str:
-    """The kernels that were timed alone, and what their sum is, as a table."""
+    """Return the kernels that were timed separately, and their sum, as a table."""
     prototypes = read_prototypes(folder)
     rows = [
         {
@@ -71,7 +71,7 @@ def kernels(folder: Path) -> str:
 
 
 def calls(folder: Path) -> str:
-    """Sums of the prototypes' times for whole calls, as a table."""
+    """Return the sums of the prototypes' times for whole calls as a table."""
     prototypes = read_prototypes(folder)
     return markdown(
         [

@@ -1,6 +1,6 @@
 """The first results of a GPU, `bench/results/h200/*.json`, as records.
 
-They are from scripts of their own, not from the benchmarks: medians, least and greatest times in
+They come from separate scripts, not from the benchmarks: medians, least and greatest times in
 milliseconds, peak memory in MiB, and profiles. Each file names its GPU, versions, commit and launch configs.
 """
 
@@ -32,11 +32,11 @@ WAYS = {
 STEPS_CLASSES = 1203  # of the runs with several numbers of classes per step
 SELECTION_CLASSES = 847
 MODEL = "v2-vitl, T=150, 480x640, B=5, fp16"
-PARTS = {"engine": "engine", "graph": f"engine, {GRAPH}"}  # else the part's own name
+PARTS = {"engine": "engine", "graph": f"engine, {GRAPH}"}  # otherwise the part's own name
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """Records of the files that are such results; other files are skipped."""
+    """Return the records of the files that are such results; other files are skipped."""
     return [record for path in paths if (content := _load(path)) for record in _File(path, content).records()]
 
 
@@ -54,7 +54,7 @@ class _File:
         self.path, self.content = path, content
 
     def records(self) -> Iterator[Record]:
-        """Those of all that the file holds."""
+        """Yield the records of everything in the file."""
         for key, item in self.content.get("runs", {}).items():
             yield from self._run(key, item)
         for classes, item in self.content.get("chunks", {}).items():

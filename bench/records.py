@@ -1,4 +1,4 @@
-"""Results: one record a measured benchmark, one line of JSON each, written as they come."""
+"""Results: one record per benchmark, as a line of JSON that is written when the benchmark ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SLOWER = 0.05  # what passes for noise
+SLOWER = 0.05  # differences up to this are noise
 
 
 @dataclass(frozen=True)
@@ -17,23 +17,23 @@ class Record:
 
     Attributes:
         id: pytest's name of the benchmark.
-        group: of the table: "aggregator", "scaling", "kernels", "model", …
+        group: group of the table: "aggregator", "scaling", "kernels", "model", …
         case: what was computed.
-        run: by what.
+        run: what computed it.
         median, p20, p80: seconds; percentiles are None where they were not kept.
         rounds: calls that were timed; None where it was not kept.
-        device: its name.
+        device: name of the device.
         matmul_rate: FLOP/s of a matrix product on the device in this run, in the type of the case.
         copy_bandwidth: bytes/s of a copy in this run. Both are None where they were not measured.
-        classes: T, where it is varied.
+        classes: T, if it varies.
         error_ratio: largest error in units of plain torch's, from the gate.
         peak_bytes: above weights and inputs.
         reference_flop, flop: operations of the reference, and of what ran.
         least_bytes: inputs read and outputs written once.
-        busy: seconds in which the GPU ran kernels, of a profiled call.
+        busy: seconds of a profiled call in which the GPU ran kernels.
         launches: kernels of that call.
         kernels: name, seconds and launches of its longest kernels, the longest first.
-        note: what is not comparable.
+        note: what makes it incomparable with others.
         versions, commit: what ran.
     """
 
@@ -73,7 +73,7 @@ class Record:
 
     @property
     def copy_share(self) -> float | None:
-        """Share of the device's copy bandwidth, for inputs and outputs alone."""
+        """Share of the device's copy bandwidth, counting inputs and outputs only."""
         if self.least_bytes is None or self.copy_bandwidth is None:
             return None
         return self.least_bytes / self.median / self.copy_bandwidth
@@ -133,7 +133,7 @@ class Change:
 
 
 def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
-    """Benchmarks that both have, the largest slow-down first.
+    """Return the benchmarks in both, the largest slow-down first.
 
     Raises:
         ValueError: if they have none in common, or were measured on different devices.
@@ -151,6 +151,6 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
 
 
 def missing(old: Sequence[Record], new: Sequence[Record]) -> list[str]:
-    """Names of what the new results lack: perhaps what did not pass the gate."""
+    """Return the names that the new results lack, for example because they did not pass the gate."""
     found = {record.id for record in new}
     return [record.id for record in old if record.id not in found]

@@ -1,7 +1,7 @@
 """Results as one Markdown table and plots, or compared with earlier ones.
 
     python -m bench.report results/*.json                      table and plots, into bench/results/report/
-    python -m bench.report --compare old.json new.json         exits with 1 where one is slower by 5 %
+    python -m bench.report --compare old.json new.json         exits with 1 if one is slower by 5 %
 
 Files are pytest-benchmark's (`--benchmark-json`), those of `--records` (`.jsonl`), or those of
 `bench/results/h200/`, whose own report is in `bench/results/h200/report/`.
@@ -21,7 +21,7 @@ OUTPUT = Path(__file__).parent / "results" / "report"
 
 
 def write(paths: Sequence[Path], folder: Path) -> str:
-    """Write `table.md` and, where matplotlib is, the plots into a folder; return the table.
+    """Write `table.md` and, if matplotlib is installed, the plots into a folder; return the table.
 
     Raises:
         ValueError: if the files hold no records.
@@ -41,7 +41,7 @@ def write(paths: Sequence[Path], folder: Path) -> str:
 
 
 def compare(old: Path, new: Path) -> bool:
-    """Print a comparison of two files; whether nothing is slower than noise explains.
+    """Print a comparison of two files; return whether nothing is slower than noise explains.
 
     Raises:
         ValueError: if they cannot be compared.

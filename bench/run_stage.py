@@ -21,10 +21,10 @@ ROWS = 25
 
 
 def parse(case: str) -> tuple[str, int, int, torch.dtype]:
-    """Stage, crops, classes and type of a case.
+    """Return stage, crops, classes and type of a case.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not a case.
     """
     match = re.fullmatch(r"(.+), t=(\d+), B=(\d+), (\w+)", case)
     dtypes = {name: dtype for dtype, name in DTYPES.items()}

@@ -1,4 +1,4 @@
-"""Steps that run one after the other in the time there is, and go on where they were."""
+"""Steps that run one after the other in a limited time, and continue where they stopped."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Step:
     """A command of a campaign.
 
     Attributes:
-        name: of its files in the folder.
-        command: what is run, in the checkout; empty where it cannot run here.
-        reason: why not.
-        environment: variables that are set for it.
-        seconds: after which it is stopped; None for when the time of all steps is up.
+        name: name of its files in the folder.
+        command: the command, run in the checkout; empty if it cannot run here.
+        reason: why it cannot.
+        environment: environment variables that are set for it.
+        seconds: time after which it is stopped; None for the end of the time of all steps.
         per_machine: whether it runs again on another machine, or after a restart.
     """
 
@@ -45,7 +45,7 @@ class Step:
 class Outcome:
     """Outcome of a step: "done", "failed", "cut short", "no time left" or "not here".
 
-    What is "not here" cannot run on this machine, and does not count as unfinished.
+    A step that is "not here" cannot run on this machine, and does not count as unfinished.
     """
 
     name: str
@@ -63,9 +63,9 @@ def run(steps: Iterable[Step], folder: Path, seconds: float) -> list[Outcome]:
     """Run the steps that are not finished, one after the other, until the time is up.
 
     Args:
-        steps: in order.
+        steps: the steps, in order.
         folder: gets `NAME.log`, and `NAME.done` of finished steps.
-        seconds: after which a step is stopped, and no other begun.
+        seconds: time after which the running step is stopped, and no other is started.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
@@ -80,13 +80,13 @@ def run(steps: Iterable[Step], folder: Path, seconds: float) -> list[Outcome]:
 
 
 def unfinished(outcomes: Sequence[Outcome]) -> str:
-    """Say what is not finished; empty if all is."""
+    """Return a description of the unfinished steps; empty if there are none."""
     names = [f"{outcome.name} ({outcome.state})" for outcome in outcomes if not outcome.finished]
     return f"not finished: {', '.join(names)}" if names else ""
 
 
 def left(steps: Iterable[Step], folder: Path) -> list[str]:
-    """Names of the steps that can run here and are not finished."""
+    """Return the names of the steps that can run here and are not finished."""
     return [
         step.name for step in steps if step.command and _read_done(folder / f"{step.name}.done", step) is None
     ]
@@ -166,5 +166,5 @@ def shorten_logs(folder: Path, most: int = MOST_BYTES - REPORT_BYTES) -> None:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all files of a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,9 +1,9 @@
-"""Put the launch configs that a campaign tuned into the package, where kernels find them without tuning.
+"""Add the launch configs that a campaign tuned to the package, where kernels find them without configs.
 
     python -m bench.ship results/h200
 
 adds them to catseg_fast/configs/<gpu>/<op>.json, in place of those for the same launches. A campaign ends
-with it; by hand it is for results that come from another machine's checkout.
+with it; run it by hand for results from another machine's checkout.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from catseg_fast.engine import tuner
-from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch import config_files
 
 PACKAGE = Path(__file__).parent.parent / "catseg_fast" / "configs"
 TUNED = Path("cache", "catseg-fast", "configs")  # in a folder of results
 
 
 def ship(results: Path, package: Path = PACKAGE) -> dict[Path, int]:
-    """Add a campaign's tuned configs to the package's; how many went into each file."""
+    """Add a campaign's tuned configs to the package's; return how many went into each file."""
     shipped = {}
     for path in sorted((results / TUNED).glob("*/*.json")):
         gpu = path.parent.name
-        entries = tuning.read(path, gpu)
-        target = tuning.config_path(package, gpu, path.stem)
+        entries = config_files.read(path, gpu)
+        target = config_files.config_path(package, gpu, path.stem)
         for entry in entries:
             tuner.save(target, gpu, entry)
         shipped[target] = len(entries)
@@ -40,7 +40,7 @@ def describe(shipped: dict[Path, int]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code: 1 where there is nothing to ship."""
+    """The program; returns its exit code: 1 if there is nothing to ship."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""The engine's ops one by one, on random chunks of classes, as their declarations say."""
+"""The engine's ops one by one, on the random chunks of classes that their declarations make."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ class StageCall:
     inputs: dict[str, Any]
 
     def plain(self) -> Tensor:
-        """The op in plain torch."""
+        """Run the op in plain torch."""
         return _answer(self.op.plain(**self.inputs))
 
     def triton(self) -> Tensor:
-        """The op on kernels."""
+        """Run the op on kernels."""
         return _answer(self.op.triton(**self.inputs))
 
     def to(self, dtype: torch.dtype) -> StageCall:
-        """The same call in another type."""
+        """Return the same call in another type."""
         return StageCall(self.op, {name: _cast(value, dtype) for name, value in self.inputs.items()})
 
     def least_bytes(self, answer: Tensor) -> int:
-        """The chunk (or what its cost volume is made of) read once, the answer written once."""
+        """Return the bytes of the chunk (or what its cost volume is made of) and of the result."""
         read = [self.inputs[name] for name in ("x", "image", "text") if name in self.inputs]
         return answer.nbytes + sum(x.nbytes for x in read)
 
 
 def variant_of(stage: str) -> str:
-    """The published variant that a stage's sizes are of."""
+    """Return the published variant that has a stage's sizes."""
     return "v1-vitl-swinb" if stage.endswith("P=80") else "v2-vitl"
 
 
@@ -51,7 +51,7 @@ def variant_of(stage: str) -> str:
 def make_stage_call(
     stage: str, crops: int, classes: int, dtype: torch.dtype, device: torch.device
 ) -> StageCall:
-    """A stage on random weights and inputs, the same every time."""
+    """Return a stage on random weights and inputs, the same every time."""
     name, _, variant = stage.partition(", ")
     op = load(name)
     sizes = replace(op.sizes[variant], crops=crops, classes=classes)

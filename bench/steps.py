@@ -1,4 +1,4 @@
-"""The steps of a campaign, in the order of what they are worth."""
+"""The steps of a campaign, the most valuable first."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ MODEL = {"cuda": "v2-vitl-fp16 or (v2-vitl-fp32 and reference)", "cpu": "v2-vitb
 
 
 def all_steps(device: str, folder: Path, minutes: float, workers: int = 0) -> Iterator[Step]:
-    """Yield the steps; profiles come as soon as it is known of what.
+    """Yield the steps; profiles come as soon as the slowest kernels are known.
 
     Args:
-        device: "cuda", or "cpu" for all that there is of them there.
-        folder: of the results.
-        minutes: for all steps.
+        device: "cuda", or "cpu" for those steps that can run on a CPU.
+        folder: folder of the results.
+        minutes: time for all steps.
         workers: processes in which the checks run; 0 for this one only.
     """
     for step in (*first_steps(device, folder, minutes, workers), *other_steps(device, folder, minutes)):
@@ -40,7 +40,7 @@ def all_steps(device: str, folder: Path, minutes: float, workers: int = 0) -> It
 
 
 def first_steps(device: str, folder: Path, minutes: float, workers: int = 0) -> list[Step]:
-    """Checks, what is quoted, and the tuning of the slowest kernels: all that a short campaign can do."""
+    """Return checks, the quoted figures, and the tuning of the slowest kernels: a short campaign."""
     python, gpu = sys.executable, device == "cuda"
     own = 0.9 * LONGEST["compile"] * 60 * minutes  # so that it ends by itself
     compile_all = (python, "-m", "bench.compile_all", "--seconds", f"{own:g}")
@@ -58,7 +58,7 @@ def first_steps(device: str, folder: Path, minutes: float, workers: int = 0) -> 
 
 
 def other_steps(device: str, folder: Path, minutes: float) -> list[Step]:
-    """The rest: every check, the other types, every benchmark."""
+    """Return the rest: every check, the other types, every benchmark."""
     python, gpu = sys.executable, device == "cuda"
     every_check = (python, "-m", "pytest", "-m", "gpu", "--continue-on-collection-errors", "tests")
     steps = [_step("checks-all", every_check, device, folder)] if gpu else []
@@ -68,7 +68,7 @@ def other_steps(device: str, folder: Path, minutes: float) -> list[Step]:
 
 
 def profiling_steps(device: str, folder: Path, minutes: float) -> list[Step]:
-    """A profile of each of the slowest kernels in bf16: by Nsight Compute, or else by torch."""
+    """Return a profile of each of the slowest kernels in bf16, by Nsight Compute or by torch."""
     if minutes <= PROFILE_MINUTES:
         return [Step("profile", reason=f"is for campaigns of more than {PROFILE_MINUTES} minutes")]
     path, run = folder / "kernels.jsonl", "Triton" if device == "cuda" else "torch"
@@ -88,7 +88,7 @@ def profiling_steps(device: str, folder: Path, minutes: float) -> list[Step]:
 
 
 def _checks(device: str, folder: Path, minutes: float, workers: int) -> Step:
-    """The kernels at full size; in parallel without the caching allocator, whose pools would not fit."""
+    """Return the checks of kernels; in parallel without the caching allocator, whose pools would not fit."""
     gpu = device == "cuda"
     command = [sys.executable, "-m", "pytest", "-m", "gpu" if gpu else "not gpu", "tests/test_real_shapes.py"]
     command += ["-k", FIRST_CHECKS] if gpu else []
@@ -125,9 +125,9 @@ def _step(
     per_machine: bool = False,
     variables: dict[str, str] | None = None,
 ) -> Step:
-    """A step, with a limit of its own if it has a share of the time.
+    """Return a step, with a limit of its own if it has a share of the time.
 
-    The folder is where the kernels find what was tuned; what no kernel runs is an error.
+    The kernels find tuned configs in the folder; a stage that no kernel runs is an error.
     """
     environment = {"XDG_CACHE_HOME": str(folder.resolve() / "cache"), "CATSEG_FAST_STRICT": "1"}
     if device != "cuda":

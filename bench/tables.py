@@ -8,7 +8,7 @@ from bench.records import Change, Record
 
 
 def cells(record: Record) -> dict[str, str]:
-    """A record by column; what was not measured is left empty."""
+    """Return a record by column; what was not measured is left empty."""
     return {
         "case": record.case,
         "run": record.run + (f" [{record.note}]" if record.note else ""),
@@ -28,30 +28,30 @@ def cells(record: Record) -> dict[str, str]:
 
 
 def seconds(value: float) -> str:
-    """Seconds in the unit that fits."""
+    """Return seconds in the unit that fits."""
     unit, name = next((item for item in ((1.0, "s"), (1e-3, "ms")) if value >= item[0]), (1e-6, "us"))
     return f"{three_digits(value / unit)} {name}"
 
 
 def three_digits(value: float) -> str:
-    """A number below 1000 with three digits that count: 83.0 and 111."""
+    """Return a number below 1000 with three significant digits: 83.0 and 111."""
     return f"{value:#.3g}".rstrip(".")
 
 
 def percentiles(record: Record) -> str:
-    """p20 and p80; empty where they were not kept."""
+    """Return p20 and p80; empty if they were not kept."""
     return ", ".join(seconds(value) for value in (record.p20, record.p80) if value is not None)
 
 
 def summary(records: Sequence[Record]) -> str:
-    """Markdown: what was measured on what, then one table, with speed-ups over baseline (a)."""
+    """Return the devices, then one table in Markdown, with speed-ups over baseline (a)."""
     baseline = {
         (record.device, record.group, _apart_from_type(record)): record.median
         for record in records
         if record.run.startswith("(a)")
     }
     rows = []
-    for record in sorted(records, key=lambda record: record.group):  # else in the order of measuring
+    for record in sorted(records, key=lambda record: record.group):  # otherwise in the order of measurement
         of_reference = baseline.get((record.device, record.group, _apart_from_type(record)))
         row = {"group": record.group, **cells(record)}
         row["against (a)"] = _number(of_reference and of_reference / record.median, "{:.2f}x")
@@ -60,7 +60,7 @@ def summary(records: Sequence[Record]) -> str:
 
 
 def changes(found: Sequence[Change]) -> str:
-    """Markdown of a comparison, both spreads shown."""
+    """Return a comparison in Markdown, with both spreads."""
     rows = [
         {
             "benchmark": change.new.id.rpartition("::")[2],
@@ -75,14 +75,14 @@ def changes(found: Sequence[Change]) -> str:
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A table in Markdown, with the columns of its first row."""
+    """Return a table in Markdown, with the columns of its first row."""
     columns = list(rows[0])
     lines = [list(row.values()) for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in (columns, ["---"] * len(columns), *lines))
 
 
 def what_ran(records: Sequence[Record]) -> str:
-    """The device of records of one device, and the versions and commits of what ran on it."""
+    """Return the device of records, and the versions and commits of what ran on it."""
     ran: dict[str, dict[str, None]] = {}  # commits by versions, each once and in order
     for record in records:
         versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
@@ -92,7 +92,7 @@ def what_ran(records: Sequence[Record]) -> str:
 
 
 def _conditions(records: Sequence[Record]) -> list[str]:
-    """Each device, with what ran on it and its own best rates."""
+    """Return each device, with what ran on it and its own best rates."""
     lines = []
     for device in dict.fromkeys(record.device for record in records):
         own = [record for record in records if record.device == device]
@@ -122,5 +122,5 @@ def _number(value: float | None, form: str, unit: float = 1) -> str:
 
 
 def _apart_from_type(record: Record) -> str:
-    """The case, whose type is not that of the reference in fp32."""
+    """Return the case without its type, which is not that of the reference in fp32."""
     return ", ".join(part for part in record.case.split(", ") if part not in ("fp16", "bf16", "fp32"))

@@ -3,9 +3,9 @@
     python -m bench.traffic          writes bench/results/traffic.json
 
 The call's launches are listed on the meta device. Each tensor that a launch gets counts once, with all its
-elements: that is what a kernel has to move between memory and chip, at least. What it reads again through the
-L2 cache, such as weights, does not count. Products are those of the engine's maths (`bench.flops`), without
-what fills up tiles.
+elements: the least that a kernel has to move between memory and chip. What it reads again through the L2
+cache, such as weights, does not count. Products are those of the engine's maths (`bench.flops`), without the
+padding of tiles.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OPS = {  # folders in kernels/, and their rows of `flop_table`
 
 
 def kernel_bytes(launch: Launch) -> tuple[str, str, int]:
-    """The op and the kernel of a launch, and the bytes of its tensors."""
+    """Return the op and the kernel of a launch, and the bytes of its tensors."""
     function = launch.kernel.fn
     op, kernel = function.__module__.split(".")[2], function.__name__.removesuffix("_kernel").strip("_")
     total = 0
@@ -53,14 +53,14 @@ def kernel_bytes(launch: Launch) -> tuple[str, str, int]:
 
 
 def _border(maps: Tensor) -> float:
-    """The share of a map `[N, H + 2, W + 2, C]` that is its border."""
+    """Return the share of a map `[N, H + 2, W + 2, C]` that is its border."""
     H, W = maps.shape[-3:-1]
     return 1 - (H - 2) * (W - 2) / (H * W)
 
 
 @torch.no_grad()
 def count_bytes(variant: str, classes: int, crops: int) -> dict[str, dict[str, dict[str, int]]]:
-    """Launches and bytes by op and kernel, of a call in fp16 with all classes."""
+    """Return launches and bytes by op and kernel, of a call in fp16 with all classes."""
     with fake_gpu():
         call = make_call(variant, classes, crops, None)
         with record(execute=False, note=kernel_bytes) as launches:
@@ -77,7 +77,7 @@ def count_bytes(variant: str, classes: int, crops: int) -> dict[str, dict[str, d
 
 
 def roofline(results: Path, matmul_rate: float, copy_rate: float) -> str:
-    """Bytes, products and the least time of each op, as a table.
+    """Return bytes, products and the least time of each op as a table.
 
     Args:
         results: folder with `traffic.json`.

@@ -1,4 +1,4 @@
-"""Put what a campaign measured on another machine into this checkout.
+"""Add the results of a campaign on another machine to this checkout.
 
     python -m bench.unpack results.tar.gz bench/results/h100
 
@@ -23,7 +23,7 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unpack an archive of `run.sh` into a folder; files of the same name are replaced.
 
     Raises:
-        ValueError: if it is not such an archive, or holds too much.
+        ValueError: if it is not such an archive, or is too large.
     """
     try:
         with tarfile.open(archive, "r:*") as tar:
@@ -41,7 +41,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def _check(archive: Path, members: Sequence[tarfile.TarInfo]) -> None:
-    """Check what is unpacked before it is."""
+    """Check the content of an archive before it is unpacked."""
     for member in members:
         parts = PurePosixPath(member.name).parts
         if not member.isfile() or len(parts) < 2 or parts[0] != "results" or ".." in parts:
@@ -56,7 +56,7 @@ def _check(archive: Path, members: Sequence[tarfile.TarInfo]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code: 1 where nothing was unpacked."""
+    """The program; returns its exit code: 1 if nothing was unpacked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -110,7 +110,7 @@ def choice(flag: str, choices: Sequence[str], text: str) -> Any:
 
 
 def check_folder(path: Path | None) -> Path | None:
-    """An option's callback: what is there already must be a folder."""
+    """Check, as an option's callback, that the path is a folder if it exists."""
     # `Path.exists` fails for names that are too long.
     if path is not None and os.path.exists(path) and not os.path.isdir(path):
         raise typer.BadParameter(f"{path} is not a folder")

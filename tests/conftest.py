@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in its interpreter; the mode is fixed when a kernel is decorated."""
+"""Settings of all tests; without a GPU, kernels run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 # Read when torch and numpy are imported, here and in the processes that tests start. Threads that spin while
-# they wait take ten times as long where processes share the cores.
+# they wait take ten times as long if processes share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     threads = str(max(1, len(os.sched_getaffinity(0)) // int(workers)))
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+pytest_plugins = ["support.fixtures"]
+
 GPU = torch.cuda.is_available()
 _numbers = itertools.count()
 
@@ -33,7 +35,7 @@ if not GPU:
 
 from support import interpreter  # noqa: E402
 
-# What plain torch computes is what the kernels are measured by.
+# The kernels are compared with plain torch.
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 os.environ.pop(
@@ -47,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let each test have an empty cache folder of the user, which is made when something is written."""
+    """Give each test an empty cache folder of the user, which is made when something is written."""
     folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
@@ -55,7 +57,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter() -> Iterator[None]:
     """Leave out what the interpreter does besides running the kernels."""
-    with interpreter.overflow_checks(False), interpreter.one_search_per_launch():
+    with interpreter.overflow_checks(False), interpreter.quick():
         yield
 
 
@@ -68,7 +70,7 @@ def overflow_checks() -> Iterator[None]:
 
 @pytest.fixture
 def on_gpu() -> Iterator[None]:
-    """Let new tensors be on the GPU, where there is one."""
+    """Let new tensors be on the GPU, if there is one."""
     with torch.device("cuda" if GPU else "cpu"):
         yield
 
@@ -79,7 +81,7 @@ MOST_POISONED = 2**26
 
 @pytest.fixture(autouse=True)
 def _poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what is allocated with NaN, in all tests of modules that import something of the kernels."""
+    """Fill allocated tensors with NaN in tests of all modules that import something of the kernels."""
     names = (getattr(value, "__module__", None) or value.__name__ for value in imported(request.module))
     if not any(name.startswith("catseg_fast.kernels") for name in names):
         return
@@ -95,7 +97,7 @@ def imported(module: ModuleType) -> list[Any]:
 
 
 def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An allocating function whose floating tensors hold NaN; while graphs are made, as it was."""
+    """Return an allocating function whose floating tensors hold NaN, except while graphs are made."""
 
     @functools.wraps(allocate)
     def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:

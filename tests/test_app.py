@@ -214,7 +214,7 @@ def test_a_port_that_is_taken_is_named() -> None:
         check_free("203.0.113.1", port)
 
 
-def test_the_command_serves_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_serves_only_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = save_tiny_checkpoint(tmp_path)
     served = []
     monkeypatch.setattr("catseg_fast.app.page.serve", lambda *arguments: served.append(arguments[1:]))
@@ -252,7 +252,7 @@ def browser() -> Iterator[Any]:
 def test_a_visitor(
     model: CATSeg, photo: Path, address: str, browser: Any, width: int, tmp_path: Path
 ) -> None:
-    """Uploads, types, segments, reads the legend, points at a pixel, and looks at a score map."""
+    """Upload, type, segment, read the legend, point at a pixel, and look at a score map."""
     page = browser.new_page(viewport={"width": width, "height": 1000 if width > 1000 else 844})
     page.set_default_timeout(120_000)
     hosts, problems = set(), []

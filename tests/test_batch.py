@@ -1,4 +1,4 @@
-"""`catseg-fast segment` over many pictures: what it finds, what it does again, and what it writes."""
+"""`catseg-fast segment` over many pictures: what it finds, repeats and writes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def names(pictures: list[Picture]) -> list[tuple[str, str]]:
 
 
 def go(model: CATSeg, **options: object) -> list[Outcome]:
-    """All pictures of photos/, into out/."""
+    """Segment all pictures of photos/ into out/."""
     about = {"fingerprint": fingerprint(model, None, 0, 0.55)}
     work = Batch(model, about, **options)  # type: ignore[arg-type]
     return list(work.run(find_pictures([Path("photos")], Path("out"))))
@@ -104,7 +104,7 @@ def test_what_is_written_is_the_models_answer(photos: Path, model: CATSeg, size:
         content = json.loads(outcome.picture.result("json").read_text())
         with Image.open(outcome.picture.result("labels.png")) as labels:
             agree = np.array(labels) == expected.labels.numpy()
-        assert agree.mean() > 0.99  # a batch rounds otherwise
+        assert agree.mean() > 0.99  # a batch rounds differently
         shares = {entry["index"]: entry["share"] for entry in content["classes"]}
         assert all(shares.values())  # a class that does not occur is not listed
         for entry in summarise(expected):
@@ -179,9 +179,7 @@ def test_decoding_runs_ahead_of_the_model(
     assert len(calls) == 4
 
 
-def test_one_of_a_batch_that_fails_fails_alone(
-    photos: Path, model: CATSeg, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_one_of_a_batch_fails(photos: Path, model: CATSeg, monkeypatch: pytest.MonkeyPatch) -> None:
     segment = CATSeg.segment
 
     def picky(self: CATSeg, image: torch.Tensor) -> object:
@@ -205,7 +203,7 @@ def results(photos: Path, model: CATSeg) -> list[Path]:
 
 
 def expected_rows(results: list[Path]) -> list[tuple[str, str, int]]:
-    """Image, class and pixels, counted in the label maps."""
+    """Return image, class and pixels, counted in the label maps."""
     rows = []
     for result in results:
         content = json.loads(result.read_text())

@@ -19,7 +19,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.mark.parametrize("device", [CPU, CUDA])
 @pytest.mark.parametrize(("seconds", "rounds"), [(1e-3, 30), (0.1, 10), (0.3, 3), (0.78, 3), (60.0, 3)])
 def test_rounds_fit_a_second(device: torch.device, seconds: float, rounds: int) -> None:
-    """The slowest case, 0.78 s, then takes a few seconds and not 47."""
+    """So the slowest case, of 0.78 s, takes a few seconds and not 47."""
     assert measure.rounds_of(seconds, device) == rounds
 
 
@@ -91,6 +91,7 @@ def test_a_plot_shows_the_best_profile_of_each_size_with_one_order_of_kernels(
     assert bars == [4, 1, 3, 2, 2, 5, 1, 2]
 
 
+@pytest.mark.xdist_group("operations")  # which are counted once per process
 def test_the_h200s_report_has_its_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     paths = sorted((report.OUTPUT.parent / "h200").glob("*.json"))

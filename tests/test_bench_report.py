@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def measured(tmp_path: Path) -> Callable[[str, int], Path]:
-    """Time two stages, the last one with a kernel that runs as often as is said, into a file."""
+    """Time two stages, the last one with a kernel that runs several times, into a file."""
 
     @torch.no_grad()
     def measure(name: str, repeats: int) -> Path:
@@ -99,7 +99,7 @@ def test_what_is_no_more_measured_is_named(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_steps_are_drawn_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed run has measured them in another one."""
+    """A resumed run has measured them in another order."""
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
 
@@ -165,9 +165,10 @@ def test_the_gate_stops_numbers_that_are_none() -> None:
         gate.check(torch.zeros(3), torch.zeros(4), truth)
 
 
+@pytest.mark.xdist_group("operations")  # which are counted once per process
 @pytest.mark.parametrize("variant", ["v2-vitl", "v1-vitl-swinb"])
 def test_operations_are_those_of_the_design(variant: str) -> None:
-    """DESIGN: GFLOP a class and crop of the reference, and of the restructured maths at most."""
+    """By design: GFLOP per class and crop of the reference, and at most of the restructured maths."""
     reference, ours = (flop / (256 * 5) / 1e9 for flop in call_flop(Case(variant, 256, 5)))
     assert reference == pytest.approx({"v2-vitl": 2.88, "v1-vitl-swinb": 3.52}[variant], abs=0.01)
     assert 1.5 < ours < 2.5
@@ -175,7 +176,7 @@ def test_operations_are_those_of_the_design(variant: str) -> None:
 
 @torch.no_grad()
 def test_operations_of_stages_are_those_of_the_design() -> None:
-    """DESIGN: MFLOP a class; those of the CPU's fused attention count, too."""
+    """By design: MFLOP per class; those of the CPU's fused attention count, too."""
     ours = count(make_stage_call("window_block", 1, 2, torch.float32, CPU).plain) / 2
     reference = {
         name: stage_flop(name, "v2-vitl", 2, 1) for name in ("window_block", "decode", "class_apply")
@@ -186,7 +187,8 @@ def test_operations_of_stages_are_those_of_the_design() -> None:
     assert (reference["decode"] or 0) / 2e6 == pytest.approx(1138, abs=10)
 
 
-def test_dropped_classes_cost_their_selection_alone() -> None:
+@pytest.mark.xdist_group("operations")  # which are counted once per process
+def test_dropped_classes_cost_only_their_selection() -> None:
     few, all_aggregated, dropping = (
         call_flop(Case("v2-vitl", classes, dtype=torch.float16, max_classes=kept))
         for classes, kept in ((256, None), (512, None), (512, 256))
@@ -224,7 +226,7 @@ def test_no_speed_is_measured_of_a_wrong_baseline() -> None:
         measure("aggregator", meter, Case("v1-vitl-swinb", 2), wrong)
 
 
-def test_peak_memory_is_that_of_each_call_alone() -> None:
+def test_peak_memory_is_that_of_one_call() -> None:
     sizes = (2**26, 2**28, 2**25, 2**26)
     peaks = [peak_memory.measure(partial, bytearray, size) for size in sizes]
     if None in peaks:

@@ -1,4 +1,4 @@
-"""Launch configs that come with the package: which GPU takes whose."""
+"""Launch configs that come with the package: which GPU uses which."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ import torch
 
 from catseg_fast.engine import tuner
 from catseg_fast.engine.tuner import Tunable
-from catseg_fast.environment import describe_environment
+from catseg_fast.environment import describe_configs, describe_environment
 from catseg_fast.inference import explain
-from catseg_fast.kernels import TUNABLE_OPS, load
-from catseg_fast.kernels.launch import configs
+from catseg_fast.kernels import TUNABLE_OPS
+from catseg_fast.kernels.launch import config_files, configs
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.configs import Problem
-from catseg_fast.kernels.launch.origins import describe
 from catseg_fast.kernels.window_attention import mlp
 from support.gpus import fake_gpus
 from support.tiny import tiny_model
@@ -28,25 +27,25 @@ from support.tiny import tiny_model
 CUDA = torch.device("cuda", 0)
 H200, H100, A100 = ("NVIDIA H200", 90, 132), ("NVIDIA H100 PCIe", 90, 114), ("NVIDIA A100-SXM4-80GB", 80, 108)
 DEFAULT = mlp.MLPConfig(rows=128, hidden=64, num_warps=8, num_stages=2)
-SHIPPED = sorted(configs.SHIPPED.glob("*/*.json"))
+SHIPPED = sorted(config_files.SHIPPED.glob("*/*.json"))
 
 
 @pytest.fixture
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's empty folder of configs."""
+    """Empty folder of a user's configs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "catseg-fast" / "configs"
 
 
 @pytest.fixture
 def shipped(user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package's empty folder of configs."""
-    monkeypatch.setattr(configs, "SHIPPED", tmp_path / "shipped")
+    """Empty folder of the package's configs."""
+    monkeypatch.setattr(config_files, "SHIPPED", tmp_path / "shipped")
     return tmp_path / "shipped"
 
 
 def put(folder: Path, gpu: str, rows: int, capability: int | None, count: int | None = None) -> Path:
-    """Write a config of the MLP that is told by its rows."""
+    """Write a config of the MLP that is recognised by its rows."""
     entry: dict[str, Any] = {
         "kernel": "mlp", "version": mlp.MLPConfig.version, "dtype": "fp16", "precision": "ieee", "gpu": gpu,
         "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": 255},
@@ -54,7 +53,7 @@ def put(folder: Path, gpu: str, rows: int, capability: int | None, count: int | 
     }  # fmt: skip
     entry |= {} if capability is None else {"capability": capability}
     entry |= {} if count is None else {"multiprocessors": count}
-    path = configs.config_path(folder, gpu, "window_block")
+    path = config_files.config_path(folder, gpu, "window_block")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([entry]))
     configs.clear()
@@ -97,7 +96,7 @@ def test_an_h200_finds_its_own(user: Path, monkeypatch: pytest.MonkeyPatch) -> N
             others.remove((path.stem, entry["kernel"], sizes))
     assert len(others) < len(ours)
     assert all(ours[key][0] == asdict(ours[key][1]) for key in others)
-    assert "measured on NVIDIA H200" in describe(map(load, TUNABLE_OPS), CUDA, torch.float16)
+    assert "measured on NVIDIA H200" in describe_configs(CUDA, torch.float16)
 
 
 def test_an_h100_borrows_them(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,26 +104,26 @@ def test_an_h100_borrows_them(user: Path, monkeypatch: pytest.MonkeyPatch) -> No
     of_h200 = chosen()
     fake_gpus(monkeypatch, H100)
     assert chosen() == of_h200
-    assert "borrowed from NVIDIA H200, of the same compute capability 9.0; " in describe(
-        map(load, TUNABLE_OPS), CUDA, torch.float16
+    assert "borrowed from NVIDIA H200, of the same compute capability 9.0; " in describe_configs(
+        CUDA, torch.float16
     )
 
 
 def test_an_a100_has_the_defaults(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, A100)
     assert chosen() == problems()
-    assert describe(map(load, TUNABLE_OPS), CUDA, torch.float16) == (
+    assert describe_configs(CUDA, torch.float16) == (
         "defaults (none were measured in fp16 at compute capability 8.0); "
         "`catseg-fast tune` measures this GPU's own"
     )
 
 
 def test_what_comes_with_the_package_is_of_todays_kernels() -> None:
-    """A kernel that changes takes its outdated configs with it: raise its config's version, delete theirs."""
+    """If a kernel changes, raise its config's version and delete its outdated configs."""
     assert {path.parent.name for path in SHIPPED} == {"nvidia-h200"}
     known = {(p.op, p.kernel, p.precision, tuple(sorted(p.sizes))): p for p in problems()}
     for path in SHIPPED:
-        for entry in configs.read(path, path.parent.name):
+        for entry in config_files.read(path, path.parent.name):
             sizes = tuple(sorted((k, v) for k, v in entry["shape"].items() if k != "crop_classes"))
             problem = known[path.stem, entry["kernel"], entry["precision"], sizes]
             assert entry.get("version", 1) == problem.config.version
@@ -135,7 +134,7 @@ def test_what_comes_with_the_package_is_of_todays_kernels() -> None:
 def test_a_config_of_another_version_of_a_kernel_is_ignored(
     shipped: Path, user: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if it still could be used, without a word; tuning replaces it."""
+    """It is ignored without a warning, even if it could still be used; tuning replaces it."""
     fake_gpus(monkeypatch, H200)
     path = put(user, H200[0], 32, 90)
     assert rows() == 32
@@ -147,7 +146,7 @@ def test_a_config_of_another_version_of_a_kernel_is_ignored(
         Tunable(problem(), (DEFAULT,), lambda _: pytest.fail("is not run")), {DEFAULT: 1.0}
     )
     tuner.save(path, H200[0], outcome.entry(H200[0]))
-    (entry,) = configs.read(path, H200[0])
+    (entry,) = config_files.read(path, H200[0])
     assert entry["version"] == mlp.MLPConfig.version
     assert rows() == 128
 
@@ -204,7 +203,7 @@ def test_a_broken_file_of_another_gpu_is_named_and_the_call_goes_on(
 ) -> None:
     fake_gpus(monkeypatch, H100)
     put(shipped, "NVIDIA H20", 16, 90, 78)
-    path = configs.config_path(shipped, "NVIDIA H200", "window_block")
+    path = config_files.config_path(shipped, "NVIDIA H200", "window_block")
     path.parent.mkdir()
     path.write_text("[{")
     with pytest.warns(UserWarning, match="nvidia-h200.window_block.json: not used") as caught:
@@ -217,7 +216,7 @@ def test_a_file_of_another_gpu_in_a_gpus_folder_is_named(
 ) -> None:
     fake_gpus(monkeypatch, H100)
     other = put(shipped, H200[0], 64, 90)
-    own = configs.config_path(user, H100[0], "window_block")
+    own = config_files.config_path(user, H100[0], "window_block")
     own.parent.mkdir(parents=True)
     own.write_text(other.read_text())
     with pytest.warns(UserWarning, match="1 of 1 entries: entry 0 is for another GPU, 'NVIDIA H200'"):
@@ -225,7 +224,7 @@ def test_a_file_of_another_gpu_in_a_gpus_folder_is_named(
 
 
 def test_without_a_home_folder_the_call_goes_on(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container's user may be only a number."""
+    """In a container, a user may have no name and no home."""
     fake_gpus(monkeypatch, H200)
     put(shipped, H200[0], 64, 90)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

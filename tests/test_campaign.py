@@ -18,7 +18,7 @@ from bench.measure import Timing
 from bench.records import append
 from bench.runner import Outcome, Step
 from catseg_fast.engine import tuner
-from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch import config_files, configs
 from catseg_fast.kernels.window_attention import mlp
 from support.bench_records import make_record
 from support.gpus import fake_gpus
@@ -66,7 +66,7 @@ def test_a_campaign_that_runs_out_of_time_goes_on_where_it_was(tmp_path: Path) -
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
-    """Interrupted as with Ctrl-C or by a scheduler, in the middle of a step, which ends, too."""
+    """It is interrupted as with Ctrl-C or by a scheduler, in the middle of a step, which also ends."""
     program = (
         "import os, signal, sys; from bench import campaign; from bench.runner import Step\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
@@ -83,7 +83,7 @@ def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path: Path, how: signa
         time.sleep(0.05)
     slow = int(log.read_text())
     child.send_signal(how)
-    output, errors = child.communicate(timeout=300)  # in time to see what is left of the step
+    output, errors = child.communicate(timeout=300)  # in time to see whether the step still runs
     assert child.returncode == 128 + how
     assert b"interrupted; not finished: slow\n" in output
     assert b"the same command goes on" in output
@@ -97,7 +97,7 @@ def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path: Path, how: signa
 
 
 def test_a_step_has_a_limit_of_its_own(tmp_path: Path) -> None:
-    """One that hangs does not take the time of the others."""
+    """A step that hangs does not take the time of the others."""
     hanging = Step("hanging", (sys.executable, "-c", "import time; time.sleep(600)"), seconds=1)
     outcomes = runner.run([hanging, stand_in("next", "pass")], tmp_path, 60)
     assert states(outcomes) == {"hanging": "cut short", "next": "done"}
@@ -210,20 +210,20 @@ def test_a_folder_above_ten_megabytes_is_a_failure(
 def test_tuned_configs_of_a_campaign_go_into_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A GPU has its defaults until configs for it are in the package, and from then on those."""
+    """A GPU uses its defaults until configs for it are in the package, and those from then on."""
     gpu, package = "NVIDIA H200", tmp_path / "package"
-    monkeypatch.setattr(tuning, "SHIPPED", package)
+    monkeypatch.setattr(config_files, "SHIPPED", package)
     fake_gpus(monkeypatch, (gpu, 90, 132))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of the user"))
 
-    def problem(hidden: int) -> tuning.Problem:
+    def problem(hidden: int) -> configs.Problem:
         x = torch.empty(5, 51, 576, 128, dtype=torch.bfloat16, device="meta")
         sizes = {"positions": 576, "channels": 128, "hidden": hidden}
-        return tuning.Problem.of("window_block", "mlp", mlp.MLPConfig, x, "ieee", **sizes)
+        return configs.Problem.of("window_block", "mlp", mlp.MLPConfig, x, "ieee", **sizes)
 
     def chosen(hidden: int) -> object:
-        tuning.clear()
-        return tuning.choose(problem(hidden), torch.device("cuda", 0), mlp.default_config)
+        configs.clear()
+        return configs.choose(problem(hidden), torch.device("cuda", 0), mlp.default_config)
 
     default = mlp.default_config(90, problem(512))
 
@@ -234,7 +234,7 @@ def test_tuned_configs_of_a_campaign_go_into_the_package(
             "shape": {"positions": 576, "channels": 128, "hidden": hidden, "crop_classes": 255},
             "config": asdict(replace(default, rows=rows)),
         }  # fmt: skip
-        tuner.save(tuning.config_path(folder, gpu, "window_block"), gpu, entry)
+        tuner.save(config_files.config_path(folder, gpu, "window_block"), gpu, entry)
 
     assert ship.ship(tmp_path, package) == {}
     assert chosen(512) == chosen(256) == default

@@ -1,4 +1,4 @@
-"""Reading, recognising, loading and converting checkpoints, and what bad ones get."""
+"""Reading, recognising, loading and converting checkpoints, and errors for bad ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from catseg_fast.model import CATSeg
 from catseg_fast.reference.guidance import ResNetGuidance, SwinGuidance
 from support.accuracy import assert_same
 
-OTHER = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([1, 2])}  # of no CAT-Seg
+OTHER = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([1, 2])}  # not of a CAT-Seg model
 AGGREGATOR = "sem_seg_head.predictor.transformer."
 MASK = AGGREGATOR + "layers.0.swin_block.block_2.attn_mask"
 TINY = Variant(
@@ -166,7 +166,7 @@ def test_derived_buffers_may_be_absent_extra_or_of_another_shape(tiny: dict[str,
 
 
 def refuse(model: nn.Module, state: dict[str, Tensor]) -> str:
-    """The error of a checkpoint that does not fit; the model must stay as it is."""
+    """Return the error of a checkpoint that does not fit; the model must stay as it is."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"^model\.pth does not fit the model") as caught:
         load_into(model, state, "model.pth")

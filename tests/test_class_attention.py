@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cu
 
 
 def make_layer(C: int = 128, heads: int = 4, hidden: int = 512, **changes: Any) -> ClassLayer:
-    """A layer with weights of a trained one's size, in float64."""
+    """Return a layer with weights of the scale of a trained one, in float64."""
     generator = torch.Generator().manual_seed(C + hidden)
 
     def matrix(rows: int, columns: int) -> Tensor:
@@ -42,13 +42,13 @@ def make_layer(C: int = 128, heads: int = 4, hidden: int = 512, **changes: Any) 
 
 
 def cast(layer: ClassLayer, dtype: torch.dtype) -> ClassLayer:
-    """The layer with its tensors in `dtype`, on the tests' device."""
+    """Return the layer with its tensors in `dtype`, on the device of the tests."""
     values = {field.name: getattr(layer, field.name) for field in fields(layer)}
     return replace(layer, **{k: v.to(DEVICE, dtype) for k, v in values.items() if isinstance(v, Tensor)})
 
 
 def make_inputs(B: int, t: int, positions: int, C: int, text_crops: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """x `[B, t, HW, C]`, and the text terms of keys and queries `[text_crops, t, C]`."""
+    """Return x `[B, t, HW, C]`, and the text terms of keys and queries `[text_crops, t, C]`."""
     generator = torch.Generator().manual_seed(1000 * B + t)
 
     def normal(*shape: int) -> Tensor:
@@ -64,7 +64,7 @@ def run(
     resolution: tuple[int, int],
     *options: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both passes over chunks of (x, text_key, text_query): the means, key_sum, and the outputs in one."""
+    """Run both passes over chunks of (x, text_key, text_query); return means, key_sum, and all outputs."""
     memory = LinearMemory.new(layer, sum(x.shape[1] for x, _, _ in chunks))
     for index, (x, text_key, _) in enumerate(chunks):
         last = index == len(chunks) - 1
@@ -80,7 +80,7 @@ def check(
     dtype: torch.dtype,
     input_precision: str = "ieee",
 ) -> None:
-    """The rule of `accuracy.py`, for `layer` and `chunks` rounded to `dtype`."""
+    """Check the rule of `accuracy.py`, for `layer` and `chunks` rounded to `dtype`."""
     layer = cast(layer, dtype)
     chunks = [tuple(x if x is None else x.to(DEVICE, dtype) for x in chunk) for chunk in chunks]
     truth = run(stages, *upcast((layer, chunks)), resolution)
@@ -177,7 +177,7 @@ def test_strided_views() -> None:
 
 @pytest.mark.usefixtures("overflow_checks")
 def test_offsets_beyond_two_billion() -> None:
-    """No page of the memory between classes is touched."""
+    """The memory between classes is never touched."""
     layer = cast(make_layer(16, 1, 32), torch.float16)
     x, *_ = (y.to(DEVICE, torch.float16) for y in make_inputs(1, 3, 4, 16))
     far = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided(x.shape, (0, 2**30, 16, 1))

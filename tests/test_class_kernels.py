@@ -16,7 +16,7 @@ from catseg_fast.kernels.launch.op import Random, Sizes
 from support.accuracy import assert_no_worse_than_eager, upcast
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
+DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 incorrectly
 SMALL = Sizes(2, 7, 2, 3, channels=32, heads=2, hidden=48)
 
 
@@ -60,7 +60,7 @@ def test_default_configs(capability: int, dtype: torch.dtype, monkeypatch: pytes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pooling", [(1, 1), (2, 2)])
 def test_whole_tiles_and_others_agree(pooling: tuple[int, int], dtype: torch.dtype) -> None:
-    """Rows that divide the classes leave out the loop over a tile's positions."""
+    """If rows divide the classes, there is no loop over a tile's positions."""
     inputs = apply_inputs(replace(SMALL, classes=32, height=4, width=4, pooling=pooling), dtype)
     tiles = [apply.ApplyConfig(rows, 16, num_warps=1, num_stages=1) for rows in (16, 32, 64)]
     found = []
@@ -86,7 +86,7 @@ def test_descriptors_and_pointers_give_the_same_bits(hidden: int) -> None:
 
 @pytest.mark.parametrize("change", [{"hidden": 44}, {"channels": 48, "heads": 4}], ids=str)
 def test_what_no_descriptor_takes_goes_by_pointers(change: dict[str, int]) -> None:
-    """Rows that are no multiples of 16 bytes; heads whose block would reach into the next."""
+    """Rows that are not multiples of 16 bytes; heads whose block would reach into the next."""
     inputs = apply_inputs(replace(SMALL, **change))
     config = apply.ApplyConfig(16, 16, num_warps=1, num_stages=1, tma=True)
     with record() as launches:
@@ -109,7 +109,7 @@ def test_means_are_those_of_the_sums(dtype: torch.dtype) -> None:
 
 
 def test_keys_that_are_all_zero_weigh_nothing() -> None:
-    """The mean without any key is 0, as in torch."""
+    """The mean without keys is 0, as in torch."""
     inputs = collect_inputs(SMALL)
     inputs["bias"][:32] = -60.0  # phi of it is below the smallest number of fp16
     for function in (op.class_collect, plain.class_collect):
@@ -144,7 +144,7 @@ def test_writes_to_a_slice_of_a_state_or_in_place(pooling: tuple[int, int]) -> N
 
 
 def test_destination_offsets_are_64_bits_wide() -> None:
-    """The system gives no memory for storage that is never touched."""
+    """The system provides no memory for storage that is never touched."""
     inputs = apply_inputs(Sizes(2, 2, 2, 2, channels=16, heads=1, hidden=16))
     far = torch.empty_strided((2, 2, 4, 16), (2**31 + 4096, 2**30 + 1024, 16, 1), dtype=torch.float16)
     out = far.to(DEVICE) if DEVICE.type == "cuda" else far
@@ -188,7 +188,7 @@ def test_collect_shows_what_is_not_a_number(means: bool, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["x", "text_query", "means", "key_sum", "q", "fc1", "fc1_bias", "fc2_bias"])
 def test_apply_shows_what_is_not_a_number(name: str) -> None:
-    """NaN is where torch has it, and perhaps at a neighbouring position of the same tile."""
+    """NaN is where torch has it, and possibly at neighbouring positions of the same tile."""
     inputs = apply_inputs(SMALL)
     inputs[name].view(-1)[3] = torch.nan
     out, expected = op.class_apply(**inputs).isnan(), plain.class_apply(**inputs).isnan()

@@ -214,7 +214,7 @@ def test_a_trailing_comma_is_a_blank_synonym(text: str, tmp_path: Path) -> None:
     assert "has a blank synonym" in result.stderr
 
 
-# ---- what is no list of names -----------------------------------------------------------------------------
+# ---- not a list of names ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_names_of_broken_unicode(name: str) -> None:
 
 @pytest.mark.parametrize("unit", ["qzjx", "天", "& ", "é1", "very "])
 def test_a_name_of_any_length_is_refused_at_once(unit: str) -> None:
-    """The tokenizer's time is quadratic in a word's length; and the message does not repeat all of it."""
+    """The tokenizer's time is quadratic in a word's length; the message does not repeat the whole name."""
     letters = random.Random(0)
     name = "".join(letters.choice(unit + "abcdefghij") + unit for _ in range(100_000))
     begin = time.process_time()

@@ -1,4 +1,4 @@
-"""Classes split over processes, against one process; and ranks that die, hang, or do different things."""
+"""Classes split over processes, against one process; and ranks that die, hang, or make different calls."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TOP_CLASSES = (
     "the best 4 of 11 classes in each crop",
     "v1",
 )  # answers that have them
-PATIENCE = 300.0  # seconds, on a machine that is busy with other tests
+PATIENCE = 300.0  # seconds, on a busy machine
 HASTE = 3.0  # seconds that a rank waits for one that hangs
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed"),
@@ -63,7 +63,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def answers(split: Callable[[CATSeg], None], every: bool = False) -> dict[str, Segmentation]:
-    """The same calls, of whole models or of split ones; with `every`, all classes are the top ones."""
+    """Make the same calls of whole or split models; with `every`, the top classes are all classes."""
     found = {}
 
     def top(k: int | None) -> int | None:
@@ -101,7 +101,7 @@ def answers(split: Callable[[CATSeg], None], every: bool = False) -> dict[str, S
 
 
 def small_aggregator(limit: int | None) -> reference.Aggregator:
-    """A small aggregator in float64; 7 classes are padded to 9, and pooled if only some are aggregated."""
+    """Return an aggregator in float64; 7 classes are padded to 9, and pooled if only some are aggregated."""
     aggregator = make_aggregator(pooling_size=(1, 1) if limit is None else (2, 2), pad_len=9)
     aggregator.max_classes = limit
     return aggregator
@@ -144,7 +144,7 @@ def notice_different_calls(rank: int) -> None:
 
 
 def segment_for_ever(group: ProcessGroup | None, mark: Path) -> None:
-    """Until a rank is lost: then the error is written to a file. Among all processes, rank 0 conducts."""
+    """Segment until a rank is lost, and write the error to a file. Among all processes, rank 0 conducts."""
     model = tiny_model("v2", NAMES[:5], sliding_window=False)
     model.split_classes(group)
     conductor = Conductor(model) if group is None else None
@@ -216,7 +216,7 @@ def expected() -> dict[str, Segmentation]:
 
 
 def assert_answers(ranks: int, expected: dict[str, Segmentation], folder: Path) -> None:
-    """Labels and scores as of one process, and logits in float64 as of the reference."""
+    """Check labels and scores against one process, and logits in float64 against the reference."""
     for rank in range(ranks):
         found = torch.load(folder / f"{rank}-of-{ranks}.pt", weights_only=False)
         assert found.keys() == expected.keys()
@@ -251,7 +251,7 @@ def assert_lost(message: str, rank: int, ranks: int) -> None:
 
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(processes: list[Any], folder: Path) -> None:
-    until(processes, folder / "0-hasty.ready", folder / "1-hasty.ready")  # past calls that differ, too
+    until(processes, folder / "0-hasty.ready", folder / "1-hasty.ready")  # after calls that differ
     os.kill(processes[1].pid, signal.SIGSTOP)
     start = time.monotonic()
     until(processes, folder / "0-hasty.error")
@@ -271,7 +271,7 @@ def test_a_rank_that_is_killed_ends_the_others(processes: list[Any], folder: Pat
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process."""
+    """Process group of this process only."""
     with single_process_group(tmp_path):
         yield
 
@@ -294,7 +294,7 @@ def test_torchrun_writes_what_one_process_does(tmp_path: Path) -> None:
     two = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     one = CliRunner().invoke(cli.app, [*arguments, "-o", str(tmp_path / "one")])
     assert two.returncode == one.exit_code == 1, two.stderr
-    assert two.stdout.count("a.overlay.png") == 1  # rank 0 alone speaks
+    assert two.stdout.count("a.overlay.png") == 1  # only rank 0 prints
     assert two.stderr.count("cannot read") == two.stderr.count("1 of 3 images failed") == 1
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len(files) == 6
@@ -304,7 +304,7 @@ def test_torchrun_writes_what_one_process_does(tmp_path: Path) -> None:
         files = (tmp_path / folder / f"{name}.labels.png" for folder in ("one", "two"))
         first, second = (torch.from_numpy(np.asarray(Image.open(path)).astype(int)) for path in files)
         best, next_best = model.segment(tmp_path / f"{name}.png", sliding_window=False, top_k=2).top_scores
-        assert bool(((best - next_best)[first != second] < 1e-5).all())  # the same but for ties
+        assert bool(((best - next_best)[first != second] < 1e-5).all())  # the same except for ties
 
 
 def test_class_parallel_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

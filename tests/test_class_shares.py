@@ -36,7 +36,7 @@ pytestmark = [
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process."""
+    """Process group of this process only."""
     with single_process_group(tmp_path):
         yield
 
@@ -64,7 +64,7 @@ def test_ranks_are_merged_as_one_map_with_ties_and_nan(monkeypatch: pytest.Monke
     names, bounds = tuple(map(str, range(9))), [(0, 4), (4, 4), (4, 9)]
 
     def merge(count: int, new: Callable[[], Any]) -> list[Any]:
-        """The merged targets. Ranks take turns: what they reduce is known once all have been asked for it."""
+        """Return the merged targets. Ranks take turns: a reduction needs the values of all."""
         rounds: list[Tensor] = []
         while True:
             targets: list[Any] = []
@@ -154,7 +154,7 @@ def test_what_is_exchanged_does_not_grow_with_the_classes(monkeypatch: pytest.Mo
         model.set_classes(classes)
         sent.clear()
         model.segment(IMAGE)
-        *sums, label_map = (size for size in sent if size != 16)  # checks that all do the same
+        *sums, label_map = (size for size in sent if size != 16)  # checks that all make the same call
         assert len(sent) == len(sums) + 3
         assert sums == [576 * 4 * 8 * 8 * 4, 576 * 4 * 8 * 4] * 2  # two layers, 4 heads of 8 channels
         assert label_map == 8 * 40 * 30

@@ -19,22 +19,7 @@ from catseg_fast.model import Segmentation
 from catseg_fast.output.ownership import unique_stems
 from catseg_fast.output.results import save_segmentation, summarise
 from catseg_fast.text.class_lists import EVERYDAY_CLASSES, parse_classes, read_classes
-from support.command_line import TINY, draw_photo, lines_of, outputs, run, save_tiny_checkpoint, written
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An upstream-format checkpoint of a tiny model."""
-    return save_tiny_checkpoint(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with `photo.png`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    draw_photo(tmp_path / "photo.png")
-    return tmp_path
+from support.command_line import TINY, draw_photo, lines_of, outputs, run, written
 
 
 @pytest.mark.parametrize("path", ["--sliding-window", "--whole"])

@@ -1,4 +1,4 @@
-"""Colours of classes: those that names say, and those that can be told from their surroundings."""
+"""Colours of classes: those in their names, and those that differ from their surroundings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ RGB = np.array([named_colour(word) for word in BASIC], float)
 
 
 def distance(a, b) -> float:
-    """The weighted difference of two colours, after the formula that colours_for uses."""
+    """Return the weighted difference of two colours, by the formula that colours_for uses."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     red = (a[0] + b[0]) / 2
     return float((np.array([2 + red / 256, 4, 2 + (255 - red) / 256]) * (a - b) ** 2).sum() ** 0.5)
 
 
 def halves(left: int, right: int, photo=(100, 100, 100), beside=None) -> tuple[np.ndarray, np.ndarray]:
-    """Labels whose left half is one class and whose right half another one, and a photo of two colours."""
+    """Return labels of two classes, left and right, and a photo of two colours."""
     labels = np.full((20, 30), left)
     labels[:, 15:] = right
     pixels = np.empty((20, 30, 3), np.uint8)
@@ -100,7 +100,7 @@ def test_without_conflict_colours_are_the_palette_s_and_those_of_absent_classes_
 
 
 def test_a_class_gives_way_to_the_colour_of_a_name_beside_it() -> None:
-    """The palette has a colour like the name's: the class that has it takes another one."""
+    """The palette has a colour like the name's: the class with that colour gets another one."""
     palette = class_colours(60)
     alike = int(np.argmin([distance(colour, named_colour("red")) for colour in palette]))
     classes = [f"class {i}" for i in range(60)] + ["red car"]
@@ -113,7 +113,7 @@ def test_a_class_gives_way_to_the_colour_of_a_name_beside_it() -> None:
 
 
 def test_the_photo_below_counts() -> None:
-    """Two colours that differ enough, over photos of such colours that the blends would look alike."""
+    """Two colours that differ enough, over photos with colours for which the blends would look alike."""
     palette = class_colours(2).astype(float)
     shift = 0.55 / 0.45 * (palette[1] - palette[0]) / 2
     photo, beside = 128 + shift, 128 - shift

@@ -15,7 +15,7 @@ from support.tiny import V1, V2, tiny_model
 
 
 def make_call(version: Version) -> tuple[CATSeg, Tensor, list[Tensor]]:
-    """A model of one layer that selects nothing, features of an image, and its guidance."""
+    """Return a model of one layer that selects no classes, features of an image, and its guidance."""
     model = tiny_model(version, variant=replace(V1 if version == "v1" else V2, num_layers=1))
     model.max_classes = None
     variant = model.variant
@@ -35,7 +35,7 @@ def make_text(model: CATSeg, classes: int) -> Tensor:
 
 @torch.no_grad()
 def test_one_graph_serves_all_vocabularies() -> None:
-    """Below, at and above the 8 classes that v2 pads to; from 16 on one thread takes other convolutions."""
+    """Below, at and above the 8 classes to which v2 pads; from 16 on, one thread uses other convolutions."""
     torch.compiler.reset()
     model, image, guidance = make_call("v2")
     counter = CompileCounterWithBackend("aot_eager")

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every supported GPU, and takes no more of it than it says (`support/aot.py`)."""
+"""Every kernel compiles for every supported GPU, within its limits of resources (`support/aot.py`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from catseg_fast.kernels.launch.launcher import Launch
 from support import aot
 
 ROOT = Path(__file__).parents[1]
-# On sm_89 the compiler makes of every target what it makes on sm_86.
+# On sm_89 the compiler's result for every target is that for sm_86.
 CHIPS = [pytest.param(x, marks=pytest.mark.slow if x == 89 else ()) for x in CAPABILITIES]
 TARGETS = [
     pytest.param(target, id=target.name, marks=marks)
@@ -26,7 +26,7 @@ TARGETS = [
     for (capability,), marks, _ in CHIPS
     for target in aot.targets(op, capability)
 ]
-pytestmark = pytest.mark.xdist_group("aot")  # one process has what is compiled
+pytestmark = pytest.mark.xdist_group("aot")  # one process compiles
 
 GOOD = aot.Resources(128, 0, 0, 0, 1024, "wgmma", 4)
 TARGET = aot.Target("example", "example", 90, Launch(None, (1,), {}, {}, {}), mma="wgmma")
@@ -46,7 +46,7 @@ LOOP = """
 
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> dict[str, aot.Resources | str]:
-    """Resources by name, of the ops and capabilities of the selected tests."""
+    """Compile the ops and capabilities of the selected tests; return resources by name."""
     ops, capabilities = set[str](), set[int]()
     for item in request.session.items:
         if item.path == request.path and (call := getattr(item, "callspec", None)):
@@ -64,7 +64,7 @@ def test_takes_no_more_than_it_says(target: aot.Target, compiled: dict[str, aot.
 @pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize("op", OPS)
 def test_takes_what_was_recorded(op: str, capability: int, compiled: dict[str, aot.Resources | str]) -> None:
-    """A change that costs registers is to be seen in review: `tests/support/aot.py --write` records it."""
+    """A change that costs registers must be visible in review: `tests/support/aot.py --write` records it."""
     record = aot.recorded()
     if record is None:
         pytest.skip(f"nothing is recorded of triton {aot.triton.__version__}")
@@ -105,7 +105,7 @@ def test_counts_spills_in_loops_apart() -> None:
 
 
 def test_compiles_as_a_launch_does() -> None:
-    """Tensor descriptors; None and 1 are constants; multiples of 16 are marked, but where that is refused."""
+    """Tensor descriptors are passed; None and 1 are constants; multiples of 16 are marked, unless refused."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, "-m", "support.launch_probe"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from catseg_fast.engine import tuner
-from catseg_fast.kernels.launch import configs
+from catseg_fast.kernels.launch import config_files
 
 GPU = "NVIDIA H200"
 
@@ -23,7 +23,7 @@ def entry(rows: int, crop_classes: int) -> dict[str, Any]:
 
 def test_processes_that_save_at_a_time_lose_nothing(tmp_path: Path) -> None:
     """Eight processes with ten entries each."""
-    path = configs.config_path(tmp_path, GPU, "window_block")
+    path = config_files.config_path(tmp_path, GPU, "window_block")
 
     def save_ten(index: int) -> None:
         for number in range(10):
@@ -36,7 +36,7 @@ def test_processes_that_save_at_a_time_lose_nothing(tmp_path: Path) -> None:
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0] * 8
-    found = sorted(item["shape"][configs.FREE_SIZE] for item in configs.read(path, GPU))
+    found = sorted(item["shape"][config_files.FREE_SIZE] for item in config_files.read(path, GPU))
     assert found == list(range(1, 81))
 
 
@@ -53,7 +53,7 @@ DAMAGED_LINES = {
 @pytest.mark.parametrize("damage", DAMAGED_LINES)
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_damaged_entry_does_not_void_the_others(damage: str, place: int, tmp_path: Path) -> None:
-    path = configs.config_path(tmp_path, GPU, "window_block")
+    path = config_files.config_path(tmp_path, GPU, "window_block")
     rows = [16, 32, 64]
     for number, count in enumerate(rows):
         tuner.save(path, GPU, entry(count, 10 ** (number + 1)))
@@ -61,9 +61,9 @@ def test_a_damaged_entry_does_not_void_the_others(damage: str, place: int, tmp_p
     lines[place + 1] = DAMAGED_LINES[damage](lines[place + 1])
     path.write_bytes(b"\n".join(lines) + b"\n")
     with pytest.warns(UserWarning, match=rf"not used: 1 of 3 entries: entry {place} ") as caught:
-        found = configs.read(path, GPU)
+        found = config_files.read(path, GPU)
     assert [item["config"]["rows"] for item in found] == [*rows[:place], *rows[place + 1 :]]
     assert len(caught) == 1
     with pytest.warns(UserWarning, match="not used"):
         tuner.save(path, GPU, entry(128, 10**4))
-    assert len(configs.read(path, GPU)) == 3
+    assert len(config_files.read(path, GPU)) == 3

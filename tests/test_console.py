@@ -156,7 +156,7 @@ def test_paragraphs_of_help_are_filled(width: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_help_has_no_markup_eaten() -> None:
-    """Every word in brackets that a command's help is written with is shown."""
+    """Every word in brackets in a command's help is shown."""
     import catseg_fast.cli
 
     for path in Path(catseg_fast.cli.__file__).parent.glob("*.py"):
@@ -170,7 +170,7 @@ def test_help_has_no_markup_eaten() -> None:
 @pytest.mark.parametrize("name", [b"caf\xe9.png", b"\xff\xfe[red].png", b"a[/b]\x1b[31m.png"])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_any_file_name_can_be_told(name: bytes, encoding: str, tmp_path: Path) -> None:
-    """A name that is not UTF-8, or holds markup or control characters, is in the error."""
+    """The error shows a name that is not UTF-8, or holds markup or control characters."""
     path = os.fsencode(tmp_path) + b"/" + name
     command = [sys.executable, "-m", "catseg_fast", "segment", path]
     env = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "40"}

@@ -21,13 +21,13 @@ from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.cost_volume import single_prompt
 from support.accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
 
-DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
+DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 incorrectly
 
 pytestmark = pytest.mark.usefixtures("on_gpu")
 
 
 def make_plan(channels: int, prompts: int, dtype: torch.dtype) -> Plan:
-    """Random weights of the embedding; the rest of the plan is empty."""
+    """Return random weights of the embedding; the rest of the plan is empty."""
     weight = torch.randn(channels, prompts, 7, 7) / (49 * prompts) ** 0.5
     empty = torch.empty(0, dtype=dtype)
     return Plan(weight.to(dtype), torch.randn(channels).to(dtype), (), (), empty, empty)  # type: ignore[arg-type]
@@ -36,7 +36,7 @@ def make_plan(channels: int, prompts: int, dtype: torch.dtype) -> Plan:
 def make_features(
     plan: Plan, B: int, t: int, pixels: int, features: int, crops: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Image features, laid out as CLIP's are, and text features."""
+    """Return image features, in the layout of CLIP's, and text features."""
     image = F.normalize(torch.randn(B, features, pixels), dim=1).transpose(1, 2)
     text = F.normalize(torch.randn(crops, t, plan.prompts, features), dim=-1)
     return image.to(plan.embed.dtype), text.to(plan.embed.dtype)
@@ -120,7 +120,7 @@ def test_takes_offsets_beyond_32_bits(prompts: int) -> None:
     torch.manual_seed(4)
     plan = make_plan(16, prompts, torch.float16)
     image, text = make_features(plan, 1, 3, 9, 16)
-    far = torch.empty(2**31 + text.numel(), dtype=torch.float16)  # of which little is ever touched
+    far = torch.empty(2**31 + text.numel(), dtype=torch.float16)  # little of which is ever touched
     far = far.as_strided(text.shape, (0, 2**30, 16, 1)).copy_(text)
     expected = embed(plan, image, text, (3, 3))
     assert torch.equal(embed(plan, image, far, (3, 3)), expected)
@@ -161,7 +161,7 @@ def test_bands_of_one_prompt_meet(rows: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_is_exactly_zero_around_the_map() -> None:
-    """Behind a map of ones, each pixel is the sum of the taps that are inside."""
+    """After a map of ones, each pixel is the sum of the taps that are inside."""
     plan = make_plan(16, 1, torch.float32)
     whole = torch.randint(-8, 9, plan.embed.shape).float()  # whose sums are exact
     plan = replace(plan, embed=whole, embed_bias=torch.zeros(16))

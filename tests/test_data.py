@@ -1,4 +1,4 @@
-"""The folder data set: what it reads, what it refuses, and which files and numbers it names."""
+"""The folder data set: what it reads and refuses, and the files and numbers that its errors name."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_annotation_of_another_format(tmp_path: Path) -> None:
 
 
 def published(root: Path, maps: dict[str, np.ndarray], suffix: str = ".png") -> Path:
-    """A data set as others lay it out: `pictures`, `maps` and `names.json` with three classes."""
+    """A data set in another layout: `pictures`, `maps` and `names.json` with three classes."""
     (root / "pictures").mkdir(parents=True)
     (root / "maps").mkdir()
     (root / "names.json").write_text(json.dumps(CLASSES))
@@ -232,7 +232,7 @@ def published(root: Path, maps: dict[str, np.ndarray], suffix: str = ".png") -> 
 
 
 def test_import_of_maps_that_count_from_one(tmp_path: Path) -> None:
-    """ADE20K-150 is published so: 0 means that no class is right."""
+    """ADE20K-150 is published like this: 0 means that no class is right."""
     values = np.array([[0, 1], [2, 3]], dtype=np.uint8)
     root = published(tmp_path / "ade", {"a": values, "b": values.T.copy()})
     Image.new("RGB", (2, 2)).save(root / "pictures" / "test.jpg")
@@ -249,7 +249,7 @@ def test_import_of_maps_that_count_from_one(tmp_path: Path) -> None:
 
 
 def test_import_of_pascal_voc_with_background(tmp_path: Path) -> None:
-    """Upstream's script prepares it so; the class list is shipped with the package."""
+    """Upstream's script prepares it like this; the class list comes with the package."""
     root = published(tmp_path / "voc", {"a": np.array([[20, 0], [19, 255]], dtype=np.uint8)})
     result = run("dataset", root / "pictures", root / "maps", "PAS-20b", tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -268,7 +268,7 @@ def test_import_of_pascal_voc_with_background(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("classes", [3, 300])
 def test_import_of_sixteen_bits(tmp_path: Path, classes: int) -> None:
-    """Upstream's script prepares ADE20K-847 so: TIFF, with 65535 where no class is right."""
+    """Upstream's script prepares ADE20K-847 like this: TIFF, with 65535 where no class is right."""
     values = np.array([[0, 65535], [classes - 1, 1]], dtype=np.uint16)
     root = published(tmp_path / "full", {"a": values}, ".tif")
     names = [f"class {index}" for index in range(classes)]

@@ -19,13 +19,13 @@ from catseg_fast.engine.triton_stages import kernel_decoding
 from catseg_fast.kernels.decoder import op as decoder
 from support.accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
 
-DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
+DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 incorrectly
 
 pytestmark = pytest.mark.usefixtures("on_gpu")
 
 
 def make_plan(channels: int, stage_channels: tuple[int, int], dtype: torch.dtype, group: int = 16) -> Plan:
-    """Random decoder weights of a trained model's scale; the rest of the plan is empty."""
+    """Return random decoder weights of a trained model's scale; the rest of the plan is empty."""
 
     def weight(*shape: int, fan_in: int) -> Tensor:
         return (torch.randn(shape) * (2 / fan_in) ** 0.5).to(dtype)
@@ -54,7 +54,7 @@ def make_plan(channels: int, stage_channels: tuple[int, int], dtype: torch.dtype
 def make_inputs(
     plan: Plan, B: int, t: int, H: int, W: int, crops: int = 1
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Guidance maps and a chunk."""
+    """Return guidance maps and a chunk."""
     dtype, channels = plan.head.dtype, plan.decoder[0].phases.shape[3]
     guidance = [
         torch.randn(crops, stage.conv.shape[0], scale * H, scale * W).to(dtype)
@@ -101,7 +101,7 @@ def test_matches_plain_torch_at_random_sizes(data: st.DataObject) -> None:
     multiple = st.integers(1, 4).map(lambda factor: factor * group)
     channels, first, second = (data.draw(multiple, name) for name in ("C", "out 1", "out 2"))
     plan = make_plan(channels, (first, second), torch.float32, group)
-    H, W, t = (data.draw(st.integers(1, 5), name) for name in "HWt")
+    H, W, t = (data.draw(st.integers(1, limit), name) for name, limit in (("H", 4), ("W", 4), ("t", 2)))
     check(plan, *make_inputs(plan, 2, t, H, W, 2), (H, W))
 
 
@@ -124,7 +124,7 @@ def test_takes_offsets_beyond_32_bits() -> None:
     torch.manual_seed(4)
     plan = make_plan(16, (16, 16), torch.float16)
     guidance, x = make_inputs(plan, 3, 1, 2, 2)
-    far = torch.empty(2**31 + x.numel(), dtype=torch.float16)  # of which little is ever touched
+    far = torch.empty(2**31 + x.numel(), dtype=torch.float16)  # little of which is ever touched
     far = far.as_strided(x.shape, (2**30, 0, 16, 1)).copy_(x)
     assert torch.equal(decode(plan, guidance, far, (2, 2)), decode(plan, guidance, x, (2, 2)))
 
@@ -182,7 +182,7 @@ def test_writes_to_a_destination_and_sets_a_flag() -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy
 def test_the_flag_is_of_what_is_written() -> None:
-    """Logits beyond fp16 are infinite in an answer in fp16, and finite in fp32."""
+    """Logits beyond fp16's range are infinite in a result in fp16, and finite in fp32."""
     torch.manual_seed(8)
     plan = make_plan(16, (16, 16), torch.float16)
     plan.head.mul_(1000)

@@ -1,4 +1,4 @@
-"""The demo model's pre-training: it learns, and an interrupted run goes on."""
+"""The demo model's pre-training: it learns, and an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_views_show_the_patches_that_they_name(recipe: ModuleType, scenes: Path) -> None:
-    """Every patch of a view of the whole picture: labels and pixels are those of its place."""
+    """Labels and pixels of every patch in a view of the whole picture are those of its place."""
     views = recipe.Views(scenes, 0, 3, seed=0)
     pixels, points, (chosen, places) = views.batch(4, 24, 576)
     assert torch.equal(chosen, torch.arange(576).expand(4, -1))
@@ -63,7 +63,7 @@ def test_windows_are_around_things_and_leave_out_grounds_first(recipe: ModuleTyp
     near = F.max_pool2d(things.view(-1, 1, 12, 12).float(), 3, stride=1, padding=1).flatten(1) > 0
     assert ((near & ~seen).any(1) == (near.sum(1) > 96)).all()
     rows, columns = places // 24 - chosen // 12, places % 24 - chosen % 12
-    assert (rows == rows[:, :1]).all()  # a window keeps its arrangement wherever it is put
+    assert (rows == rows[:, :1]).all()  # a window keeps its arrangement wherever it is placed
     assert (columns == columns[:, :1]).all()
 
 

@@ -1,4 +1,4 @@
-"""`CATSegFast` in detectron2, on a stand-in for it; `test_upstream.py` has upstream's own code."""
+"""`CATSegFast` in a stand-in for detectron2; `test_upstream.py` runs upstream's own code."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def fresh_module() -> ModuleType:
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
-    """A detectron2 with `CATSegFast`, for which ViT-B/16 is a tiny one."""
+    """A detectron2 with `CATSegFast`, in which ViT-B/16 is a tiny model."""
     yield_to = install(monkeypatch)
     monkeypatch.setitem(upstream_config.CLIP_MODELS, "ViT-B/16", V2.clip)
     monkeypatch.setitem(upstream_config.GUIDANCE_LAYERS, "ViT-B/16", V2.guidance_layers)

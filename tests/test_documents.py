@@ -1,7 +1,7 @@
 """Every code block of README and docs/ runs as printed, top to bottom, in a folder with the files it names.
 
-What is too long is shortened by options at its end. What needs a GPU, a server or other processes is read by
-the command that it calls, but not run: other tests do that at a size of their own.
+Commands that take too long are shortened by options at their end. Commands that need a GPU, a server or other
+processes only parse their arguments: other tests run them at another size.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from importlib.metadata import metadata
 from io import StringIO
 from pathlib import Path
@@ -23,12 +25,14 @@ import torch.distributed as dist
 import typer
 from typer.testing import CliRunner
 
+import catseg_fast
 from catseg_fast import VARIANTS
 from catseg_fast.checkpoints import hub
 from catseg_fast.cli.main import app
+from catseg_fast.text import class_lists
 from support.documents import DOCUMENTS, ROOT, SMALL, TINY, blocks, calls, make_checkout
 
-# Options that make a command small enough; of an option that comes twice the last counts.
+# Options that make a command fast enough; of an option that is given twice, the last one counts.
 SHORT = {
     "segment": ["--device", "cpu", "--whole"],
     "scenes": ["--count", "2"],
@@ -37,24 +41,37 @@ SHORT = {
     "warmup": ["--device", "cpu", "--whole"],
 }
 READ_ALONE = ("app", "tune", "export")
-NOT_HERE = {
-    ".",
-    "cd",
-    "git",
-    "pre-commit",
-    "python3",
-}  # the way into a checkout; README's two commands are CI's
+# The way into a checkout; README's two commands are CI's.
+NOT_HERE = (".", "cd", "git", "pre-commit", "python3")
+FEW = 4  # classes of each ready list
+SHORT_CODE = {"range(100)": f"range({FEW})"}  # of Python
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the documents name."""
+    folder = tmp_path_factory.mktemp("checkout")
+    make_checkout(folder)
+    return folder
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which blocks run, with a tiny model's weights as upstream's."""
-    make_checkout(tmp_path)
+def checkout(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which blocks run, with a tiny model's weights in place of upstream's."""
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "_download", lambda *_: tmp_path / "model_base.pth")
     monkeypatch.setitem(hub.BUNDLED, "demo", tmp_path / "model_base.pth")
     for name in ("v2-vitl", "v2-vitb"):
         monkeypatch.setitem(VARIANTS, name, TINY)
+    whole_list = class_lists.ready_list
+
+    def short_list(name: str) -> class_lists.ReadyList:
+        ready = whole_list(name)
+        return replace(ready, classes=list(ready.classes)[:FEW])
+
+    for module in (catseg_fast, class_lists):
+        monkeypatch.setattr(module, "ready_list", short_list)
     return tmp_path
 
 
@@ -90,7 +107,7 @@ def run_module(words: list[str]) -> None:
 
 
 def collect(words: list[str]) -> None:
-    """Pytest takes the arguments and finds tests; these run elsewhere."""
+    """Check that pytest accepts the arguments and finds tests, which run elsewhere."""
     if words[0] == "-n":  # the whole test suite, which is what CI runs
         return
     call = [sys.executable, "-m", "pytest", *words, "--collect-only", "-q", "-p", "no:cacheprovider"]
@@ -126,6 +143,8 @@ def test_code_runs(document: Path, checkout: Path) -> None:
     names: dict[str, object] = {}
     for language, code in blocks(document):
         if language == "python":
+            for long, short in SHORT_CODE.items():
+                code = code.replace(long, short)
             exec(compile(code, str(document), "exec"), names)
             continue
         if language == "text":  # what is printed

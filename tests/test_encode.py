@@ -21,7 +21,7 @@ def model(request: pytest.FixtureRequest) -> CATSeg:
 
 @pytest.fixture
 def towers(model: CATSeg, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Crops in each call of the image tower."""
+    """Number of crops in each call of the image tower."""
     calls: list[int] = []
     encode = model.clip_model.encode_dense
 

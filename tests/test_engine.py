@@ -142,7 +142,7 @@ def test_precision_and_autocast_choose_the_stages_type(
 @torch.no_grad()
 def test_what_overflows_fp16_is_computed_again_in_bf16() -> None:
     aggregator = make_aggregator().float()
-    aggregator.decoder1.conv.double_conv[0].weight *= 1e6  # in front of a normalisation
+    aggregator.decoder1.conv.double_conv[0].weight *= 1e6  # before a normalisation
     inputs = [x.float() if isinstance(x, Tensor) else [y.float() for y in x] for x in features(aggregator)]
     expected = logits(aggregator, inputs, precision=torch.bfloat16, chunk=2)
     with pytest.warns(RuntimeWarning, match="fp16 overflowed: computing again in bf16") as caught:
@@ -166,7 +166,7 @@ def test_what_is_not_a_number_before_fp16_is_not_computed_again(recwarn: pytest.
 
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [None, 2])
-@pytest.mark.parametrize("policy", ["resident", "recompute"])  # streams, as for "offload", cannot be traced
+@pytest.mark.parametrize("policy", ["resident", "recompute"])  # CUDA streams cannot be traced
 def test_a_call_compiles_into_one_graph(policy: str, limit: int | None) -> None:
     aggregator = make_aggregator()
     aggregator.max_classes = limit
@@ -197,7 +197,7 @@ def test_gradients_are_the_references(limit: int | None) -> None:
     actual = gradients(logits(aggregator, (image, text, guidance), limit, chunk=2))
     assert sum(x is not None for x in expected) > 80
     for ours, theirs in zip(actual, expected, strict=True):
-        if ours is None or theirs is None:  # what the softmax cancels has a gradient of zero, or none
+        if ours is None or theirs is None:  # terms that the softmax cancels have a gradient of zero, or none
             assert all(x is None or x.abs().max() < 1e-11 for x in (ours, theirs))
         else:
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

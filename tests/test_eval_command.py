@@ -72,7 +72,7 @@ def test_the_command(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     slow = slow_scores(pairs, 3)
     assert {key: reference[key] for key in slow} == pytest.approx(slow, rel=1e-12)
 
-    monkeypatch.setattr(CATSeg, "segment", None)  # nothing is left to do
+    monkeypatch.setattr(CATSeg, "segment", None)  # everything is done
     again = run("eval", *options, "--backend", "reference", "--backend", "torch", "--activations")
     assert again.exit_code == 0, again.output
     assert json.loads((out / "results.json").read_text()) == found
@@ -125,7 +125,7 @@ def test_bad_input_gets_a_line(small: Path, tmp_path: Path) -> None:
 
 
 def test_several_names_of_a_class_and_pixels_of_none(small: Path, tmp_path: Path) -> None:
-    """The names are in the data set's own class list, or in the options'."""
+    """The names are in the data set's class list, or in that of the options."""
     classes = {"sky": ["sky"], "tree": ["oak", "fir"], "house, home": ["hut", "castle", "home"]}
     shutil.copytree(small / "data", tmp_path / "data")
     (tmp_path / "data" / "classes.json").write_text(json.dumps(classes))

@@ -38,7 +38,7 @@ def data(tmp_path: Path) -> FolderDataset:
 
 
 def by_brightness(image: Tensor) -> Tensor:
-    """A segmenter of five classes."""
+    """Segment into five classes."""
     return image.float().mean(dim=0).div(51.2).long()
 
 
@@ -89,7 +89,7 @@ def test_another_evaluation_is_not_gone_on_with(data: FolderDataset, tmp_path: P
 
 @pytest.mark.parametrize("change", ["missing", "other"])
 def test_records_go_with_their_label_maps(data: FolderDataset, tmp_path: Path, change: str) -> None:
-    """Images whose label map is gone, or was written by another evaluation, are done again."""
+    """Images whose label map is missing, or was written by another evaluation, are evaluated again."""
     labels, seen = tmp_path / "labels", []
 
     def counting(image: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def test_largest_values_of_the_stages() -> None:
     assert all(0 < value < math.inf for value in largest.values())
 
     before = dict(largest)
-    with torch.no_grad():  # the second linear layer's output is in the first block's and nowhere before
+    with torch.no_grad():  # the second linear layer's output first appears in that of the first block
         model.aggregator.layers[1].swin_block.block_1.mlp.fc2.bias[3] += 1e6
     with record_activations(model.engine) as largest:
         model.segment(image, sliding_window=False)

@@ -1,4 +1,4 @@
-"""The model as a program and as ONNX: the same answer as the reference's, for vocabularies of any size."""
+"""The model as a program and as ONNX: the reference's results, for vocabularies of any size."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from catseg_fast.reference.model import normalise
 from support.tiny import CLASSES, V1, V2, close, picture, tiny_model
 
 NAMES = [f"thing {index}" for index in range(11)]  # more than the 8 classes that v2 pads to
+pytestmark = pytest.mark.xdist_group("export")  # one process exports
 
 
 def reference_logits(model: CATSeg, images: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def tiny(names: Sequence[str]) -> CATSeg:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that the command writes for a tiny model."""
+    """Folder with the files that the command writes for a tiny model."""
     pytest.importorskip("onnx", reason="needs the extra: export")
     pytest.importorskip("onnxscript", reason="needs the extra: export")
 

@@ -1,4 +1,4 @@
-"""Text features that are kept on disk: found again, never wrong, and never in the way."""
+"""Text features that are kept on disk: they are found again, never wrong, and never cause a failure."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ TEXTS = 2 * 41  # of NAMES in v1, whose synonyms are texts of their own
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of texts in each call of a text tower."""
+    """Number of texts in each call of a text tower."""
     return count_texts(monkeypatch)
 
 
 def text_features(classes: Sequence[str] = NAMES, version: Version = "v1", **kwargs: Any) -> Tensor:
-    """Features of some classes by a new model."""
+    """Return features of some classes from a new model."""
     return tiny_model(version, classes, **kwargs).text_features()
 
 
@@ -233,7 +233,7 @@ def test_what_was_not_used_for_longest_goes(tmp_path: Path, encoded: list[int]) 
         text_features(names, text_cache=FeaturesCache(tmp_path, limit))
         now = time.time_ns()
         for age, path in enumerate(sorted(files(tmp_path), key=lambda path: -path.stat().st_mtime_ns)):
-            os.utime(path, ns=(now, now - (age + 1) * 10**9))  # apart even where the clock is coarse
+            os.utime(path, ns=(now, now - (age + 1) * 10**9))  # different even if the clock is coarse
         return sum(encoded)
 
     assert use(lists[1]) == 40

@@ -1,4 +1,4 @@
-"""Reading files: a FIFO or a device in place of a file is refused by every reader, and none waits for it."""
+"""Reading files: every reader refuses a FIFO or a device in place of a file, and does not wait for it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SPECIAL: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 def dataset(root: Path) -> Path:
-    """A data set of one picture, without what a test puts in its place."""
+    """A data set of one picture, without the file that a test replaces."""
     for name in ("images", "annotations"):
         (root / name).mkdir(parents=True)
         Image.fromarray(np.zeros((4, 4), np.uint8)).save(root / name / "a.png")
@@ -114,7 +114,7 @@ def test_special_files_are_not_imported(folder: str, kind: str, short: Path) -> 
 
 
 def test_what_is_special_is_not_opened(short: Path) -> None:
-    """Opening the writing end of a FIFO fails where nobody reads: the refusal must not have left a reader."""
+    """Opening the writing end of a FIFO fails without a reader: the refusal must not have left one."""
     os.mkfifo("pipe")
     with pytest.raises(ValueError, match="is a FIFO"):
         open_regular("pipe")
@@ -123,7 +123,7 @@ def test_what_is_special_is_not_opened(short: Path) -> None:
 
 
 def test_a_file_that_becomes_special_is_refused(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kind of what was opened counts, not of what was there before."""
+    """The kind of the opened file counts, not that of the file before."""
     (short / "file").write_text("x")
     os.mkfifo("pipe")
     regular, real = os.stat("file"), os.stat

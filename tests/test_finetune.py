@@ -17,7 +17,7 @@ from support.tiny import CLASSES, picture, tiny_model
 VERSIONS: tuple[Version, ...] = ("v1", "v2")
 versions = pytest.mark.parametrize("version", VERSIONS)
 
-# The tiny CLIP: three blocks for images, two for text. Upstream's CLIP has these very names.
+# The tiny CLIP: three blocks for images, two for text, with the names of upstream's CLIP.
 IMAGE_BLOCKS = [f"visual.transformer.resblocks.{i}" for i in range(3)]
 TEXT_BLOCKS = [f"transformer.resblocks.{i}" for i in range(2)]
 JOINT = ["attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias"]
@@ -80,7 +80,7 @@ def test_unknown_rules() -> None:
 
 
 def slow_loss(logits: Tensor, labels: Tensor, ignore: int) -> float:
-    """The mean of -log p (pixel's class) and -log(1 - p) (others), pixel by pixel."""
+    """Return the mean of -log p (pixel's class) and -log(1 - p) (others), pixel by pixel."""
     total = 0.0
     for b, y, x in torch.cartesian_prod(*map(torch.arange, labels.shape)).tolist():
         for t in range(logits.shape[1]):
@@ -99,7 +99,7 @@ def test_loss_is_the_mean_cross_entropy(ignore: int, dtype: torch.dtype) -> None
     labels[0, :2] = ignore
     loss = segmentation_loss(logits, labels.to(dtype), ignore)
     assert loss.item() == pytest.approx(slow_loss(logits, labels, ignore), rel=1e-12)
-    # An ignored pixel is not left out: it counts as one of no class.
+    # An ignored pixel is not left out: it counts as a pixel of no class.
     labels[0, 0] = 1 if ignore == 2 else 2
     assert segmentation_loss(logits, labels.to(dtype), ignore).item() != pytest.approx(loss.item(), rel=1e-3)
 
@@ -148,7 +148,7 @@ def test_gradients_reach_what_is_trained(version: Version, rule: str) -> None:
     model = tiny_model(version, clip_finetune=rule, train_backbone=True, backend="reference")
     _, gradients = loss_and_gradients(model)
     clip = "sem_seg_head.predictor.clip_model."
-    # Dense features take the last block's values alone.
+    # Dense features use only the last block's values.
     unused = {f"{clip}{IMAGE_BLOCKS[-1]}.attn.{part}_proj_weight" for part in "qk"}
     assert gradients.keys() == trained(model) - unused
     silent = {name for name, gradient in gradients.items() if not gradient.any()}
@@ -156,7 +156,7 @@ def test_gradients_reach_what_is_trained(version: Version, rule: str) -> None:
 
 
 def key_biases(model: CATSeg) -> set[str]:
-    """Biases of the keys of a softmax, which no output depends on; the engine leaves them out."""
+    """Return the biases of the keys of a softmax, on which no output depends; the engine leaves them out."""
     names = (name for name, _ in model.named_parameters())
     return {name for name in names if ".swin_block." in name and name.endswith(".k.bias")}
 

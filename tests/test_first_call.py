@@ -1,4 +1,4 @@
-"""The first call on a GPU: what it launches is listed, compiled side by side and checked, once."""
+"""The first call on a GPU: its launches are listed, compiled in parallel and checked, once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from catseg_fast.engine import first_call, self_check
+from catseg_fast.engine.compiling import Job, compile_jobs
 from catseg_fast.engine.terms import image_terms
 from catseg_fast.engine.triton_stages import TritonStages
+from catseg_fast.environment import ptxas
 from catseg_fast.files import user_cache
-from catseg_fast.kernels.launch.compiling import Job, compile_jobs, ptxas
 from catseg_fast.kernels.launch.launcher import listing, record
 from support.engines import make_engine, make_inputs_of, make_terms
 
@@ -44,7 +45,7 @@ def test_lists_what_a_call_launches(policy: str) -> None:
 
 @pytest.fixture
 def ready(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A record of `get_ready` without a compiler: compiled kernels, and the number of checks."""
+    """Record of `get_ready` without a compiler: compiled kernels, and the number of checks."""
     seen: dict[str, Any] = {"jobs": [], "checks": 0, "wrong": {}}
 
     def compile_all(jobs: list[Job], device: torch.device, advance: Any) -> dict[Job, str]:
@@ -149,7 +150,7 @@ import json, sys
 import torch
 import triton
 from bench.fake_gpu import fake_gpu
-from catseg_fast.kernels.launch.compiling import Job, compile_jobs
+from catseg_fast.engine.compiling import Job, compile_jobs
 from catseg_fast.kernels.launch.launcher import record
 from support import no_gpu_driver
 from support.engines import make_engine, make_inputs_of

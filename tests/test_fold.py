@@ -36,12 +36,12 @@ SIZE = (13, 17)
 
 
 def folded(maps: Tensor) -> Tensor:
-    """Probabilities `[T, H, W]` of the classes, from those of all names."""
+    """Return probabilities `[T, H, W]` of the classes, from those of all names."""
     return torch.stack([maps[FOLD.names_of(index)].amax(dim=0) for index in range(len(FOLD.classes))])
 
 
 def make_logits(window: SlidingWindow | None) -> Tensor:
-    """There are many equal values."""
+    """Return logits with many equal values."""
     crops = 1 if window is None else len(window.corners()) + 1
     generator = torch.Generator().manual_seed(3)
     return torch.randn(crops, len(FOLD.names), 6, 6, generator=generator).round().to(DEVICE)
@@ -55,7 +55,7 @@ def read(target: Any, logits: Tensor, readout: Readout, backend: str, step: int)
 
 
 def every_name(logits: Tensor, readout: Readout, backend: str) -> Tensor:
-    """All names' probabilities, each read out by itself by the same code."""
+    """Return all names' probabilities, each read out separately by the same code."""
     maps = [
         read(LabelMap(SIZE, DEVICE), logits[:, name : name + 1], readout, backend, 1).scores
         for name in range(logits.shape[1])
@@ -76,7 +76,7 @@ def test_label_maps_equal_the_full_probabilities(
     assert answer.classes == FOLD.classes
     assert torch.equal(answer.labels, maps.argmax(dim=0).int())
     assert torch.equal(answer.scores, maps.amax(dim=0))
-    threshold = float(maps.amax(dim=0).median())  # a value that occurs: the test is of < and <=
+    threshold = float(maps.amax(dim=0).median())  # a value that occurs, to distinguish < from <=
     dropped = answer.with_min_score(threshold)
     expected = torch.where(maps.amax(dim=0) < threshold, -1, maps.argmax(dim=0)).int()
     assert torch.equal(dropped.labels, expected)
@@ -109,7 +109,7 @@ def test_top_classes_equal_the_full_probabilities(
 
 
 def streamed(model: CATSeg) -> CATSeg:
-    """Two classes at a time, computed again between passes."""
+    """Stream two classes at a time, which are computed again between passes."""
     model.engine.policy, model.engine.chunk = "recompute", 2
     return model
 

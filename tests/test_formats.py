@@ -1,4 +1,4 @@
-"""Other tools' formats: what is written is the label map, whoever reads it; and `Segmentation`'s helpers."""
+"""Formats of other tools: every reader gets the label map; and helpers of `Segmentation`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES = ("sky", "tree, oak", "red car", "wall/door")
 
 
 def blobs(height: int, width: int, classes: int = 4, seed: int = 0) -> np.ndarray:
-    """A label map with many small areas, holes, and corners that touch."""
+    """Return a label map with many small areas, holes, and corners that touch."""
     coarse = np.random.default_rng(seed).integers(0, classes, (height // 2, width // 2))
     return coarse.repeat(2, 0).repeat(2, 1).astype(np.int32)
 
@@ -200,18 +200,18 @@ def test_the_command_writes_and_keeps_formats(tmp_path: Path, monkeypatch: pytes
     command = ("segment", "photo.png", "--whole", "--classes", "sky; tree", "--device", "cpu")
     formats = ("--format", "masks", "--format", "coco-polygons")
     run(*command)
-    assert "there already" in run(*command)
-    assert "there already" not in run(*command, *formats)
-    assert "there already" in run(*command, *formats)
+    assert "up to date" in run(*command)
+    assert "up to date" not in run(*command, *formats)
+    assert "up to date" in run(*command, *formats)
     folder = Path("segmented")
     with Image.open(folder / "photo.labels.png") as image:
         labels = np.array(image)
     for mask in (folder / "photo.masks").iterdir():
         with Image.open(mask) as image:
             np.testing.assert_array_equal(np.array(image), labels == int(mask.name.partition("-")[0]))
-    assert "there already" in run(*command)  # more is there than is asked for
+    assert "up to date" in run(*command)  # there are more files than requested
     next((folder / "photo.masks").iterdir()).unlink()
-    assert "there already" not in run(*command, *formats)
+    assert "up to date" not in run(*command, *formats)
     assert [found.path for found in find_pictures([Path()], Path("elsewhere"))] == [Path("photo.png")]
 
 

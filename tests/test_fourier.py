@@ -17,7 +17,7 @@ CHANNELS, FEATURES = 128, 768
 
 
 def make_plan(prompts: int, dtype: torch.dtype) -> Plan:
-    """Weights of the embedding as upstream draws them; the rest of the plan is empty."""
+    """Return weights of the embedding as upstream draws them; the rest of the plan is empty."""
     bound = (49 * prompts) ** -0.5
     weight = torch.empty(CHANNELS, prompts, 7, 7).uniform_(-bound, bound).to(dtype)
     empty = torch.empty(0, dtype=dtype)
@@ -27,7 +27,7 @@ def make_plan(prompts: int, dtype: torch.dtype) -> Plan:
 def make_features(
     plan: Plan, crops: int, classes: int, pixels: int, alike: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Unit features `[B, HW, F]` and `[1, t, P, F]`; `alike` is the size of what all have in common."""
+    """Return unit features `[B, HW, F]` and `[1, t, P, F]`; `alike` is the size of their common part."""
     common = alike * torch.randn(FEATURES)
     image = F.normalize(torch.randn(crops, pixels, FEATURES) + common, dim=-1)
     text = F.normalize(torch.randn(1, classes, plan.prompts, FEATURES) + common, dim=-1)

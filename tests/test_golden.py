@@ -14,12 +14,20 @@ from catseg_fast.reference.clip import DenseCLIP
 from catseg_fast.reference.model import CATSeg
 from catseg_fast.text.prompts import get_templates
 from catseg_fast.text.tokens import tokenize
-from support.golden_models import CASES, build_model, cases, clip_config, constructor_arguments, golden_image
+from support.golden_models import (
+    CASES,
+    build_model,
+    cases,
+    clip_config,
+    constructor_arguments,
+    golden_image,
+    parameters,
+)
 from support.golden_rule import Meta, assert_output, check_sha_weights, fill, load_case, make_inputs
 
 
 def record(model: CATSeg) -> dict[str, Tensor]:
-    """Let the model's next forward leave its intermediate results in the returned dict."""
+    """Let the model's next forward pass leave its intermediate results in the returned dict."""
     recorded: dict[str, Tensor] = {}
     encode_images, logits = model.encode_images, model.logits
 
@@ -54,7 +62,7 @@ def test_every_case_is_covered() -> None:
     assert sorted(cases("module") + cases("model") + cases("part")) == CASES
 
 
-@pytest.mark.parametrize("name", cases("module"))
+@pytest.mark.parametrize("name", parameters(cases("module")))
 def test_module(name: str) -> None:
     case = load_case(name)
     _, meta = case
@@ -89,7 +97,7 @@ def test_model(name: str) -> None:
 
 
 def first_of_batch(case: tuple[dict[str, Any], Meta]) -> dict[str, Any]:
-    """Output descriptions of a case of two images, cut down (with the arrays) to the first image."""
+    """Return the outputs of a case of two images, reduced (with the arrays) to the first image."""
     arrays, meta = case
     specs = {}
     for name, spec in meta["outputs"].items():

@@ -19,7 +19,7 @@ from support.live_bytes import LiveBytes
 
 
 def gradients(model: Any, inputs: Any, weight: Tensor) -> list[Tensor | None]:
-    """Gradients of `inputs` and of the parameters; `model` is the reference, or an engine with a limit."""
+    """Return gradients of inputs and parameters; `model` is the reference, or an engine with a limit."""
     image, text, guidance = inputs
     leaves = [image, text[:1].clone(), *guidance]
     for leaf in leaves:
@@ -41,7 +41,7 @@ def make_engine(aggregator: reference.Aggregator, checkpoint: bool, chunk: int |
 
 
 def compare(ours: list[Tensor | None], theirs: list[Tensor | None], tolerance: float) -> None:
-    """Each within `tolerance` of the larger norm; what a softmax cancels has no gradient, or next to none."""
+    """Compare within `tolerance` of the larger norm; terms that a softmax cancels have almost no gradient."""
     assert sum(x is not None for x in theirs) > 80
     for a, b in zip(ours, theirs, strict=True):
         if a is None:
@@ -113,7 +113,7 @@ def test_at_the_real_size_in_fp32() -> None:
 
 
 def peak(model: Any, classes: int) -> int:
-    """Most bytes held in one step, forward and back, above weights and inputs."""
+    """Return the most bytes held in one step, forward and backward, above weights and inputs."""
     aggregator = getattr(model, "aggregator", model)
     inputs = features(aggregator, classes, 1)
     with LiveBytes() as counter:
@@ -127,7 +127,7 @@ def test_memory_hardly_grows_with_the_classes() -> None:
     few, many = peak(made, 4), peak(made, 14)
     assert many <= peak(aggregator, 14) / 2
     assert many <= peak(make_engine(aggregator, checkpoint=False), 14) / 2
-    # A class's state behind each layer, its gradient, its logits, theirs, and twice for the caller's product.
+    # A class's state after each layer, its gradient, logits, their gradient, and twice the caller's product.
     state, logits = 8 * 576 * aggregator.hidden_dim, 8 * 96 * 96
     assert (many - few) / 10 <= 1.1 * ((len(aggregator.layers) + 1) * state + 4 * logits)
 

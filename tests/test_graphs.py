@@ -1,4 +1,4 @@
-"""CUDA graphs: everything but CUDA on a tape that replays torch's operations, and the real ones on a GPU."""
+"""CUDA graphs: without a GPU, a tape that replays torch's operations takes their place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZE = (64, 96)
 
 
 class Tape(TorchDispatchMode):
-    """Notes each operation with the tensors that it read and wrote, as a CUDA graph does."""
+    """Record each operation with the tensors that it read and wrote, as a CUDA graph does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
-        """Run each again on the same tensors; what it wrote to fresh memory goes where that lay."""
+        """Run each operation again on the same tensors, and write results to the same memory."""
         for op, args, kwargs, out in self.notes:
             again = op(*args, **kwargs)
             aliased = any(x.alias_info is not None for x in op._schema.returns)
@@ -160,7 +160,7 @@ def test_without_a_gpu_the_reason_is_said(shared: CATSeg) -> None:
 
 
 class NoCopies(TorchDispatchMode):
-    """Raises where a value goes from the host to the device or back, with "meta" for the device."""
+    """Fail if a value goes from the host to the device or back, with "meta" as the device."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
@@ -174,7 +174,7 @@ class NoCopies(TorchDispatchMode):
 def test_selected_classes_are_recorded() -> None:
     model = tiny_model(classes=CLASSES, max_classes=2)
     graphs = ModelGraphs(model, [SIZE], record_nothing)
-    for name in ("first", "second"):  # other classes may be the best of another picture
+    for name in ("first", "second"):  # another picture may have other best classes
         answer, expected = graphs(picture(*SIZE, name)), model.segment(picture(*SIZE, name))
         assert isinstance(answer, type(expected))
         assert torch.equal(answer.labels, expected.labels)

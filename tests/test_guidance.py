@@ -27,7 +27,7 @@ def resnet50() -> ResNetGuidance:
 
 
 def upstream_shapes(variant: str, prefix: str = "backbone.") -> dict[str, tuple[int, ...]]:
-    """Names (with prefix) and shapes of one part of upstream's model."""
+    """Return names (with prefix) and shapes of one part of upstream's model."""
     shapes = {}
     for line in (UPSTREAM_KEYS / f"{variant}.txt").read_text().splitlines():
         name, shape = line.split()

@@ -1,4 +1,4 @@
-"""Work that a call gives to a GPU, and the host's time for it, on a GPU that does nothing."""
+"""Work that a call gives to a GPU, and the host's time for it, on a fake GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# By classes and best classes, of five crops: the most launches, copies and fills that a call may order.
+# By classes and best classes, for five crops: the most launches, copies and fills of a call.
 CASES = {(150, None): 60, (1203, None): 220, (847, 256): 180}
+pytestmark = pytest.mark.xdist_group("host")  # one process counts
 
 
 def run(*options: str) -> str:
@@ -43,7 +44,7 @@ def test_a_call_orders_no_more_than_that(found: dict[str, Any], classes: int, be
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler")
 def test_triton_launches_as_often_through_its_own_launchers(found: dict[str, Any]) -> None:
-    """Those of the benchmark of the host's time, down to the CUDA library."""
+    """Launches of the benchmark of the host's time, down to the CUDA library."""
     program = (
         "import torch; from bench import bench_host as b\n"
         "with b.fake_launches() as library, b.cheap_operations(), torch.no_grad():\n"

@@ -2,71 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
-import random
-import struct
 import subprocess
 import sys
-import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from catseg_fast.checkpoints.checkpoint import MAX_HEADER, convert, read_checkpoint
-from catseg_fast.checkpoints.layouts import MAX_TENSORS
+from catseg_fast.checkpoints.checkpoint import read_checkpoint
 from catseg_fast.checkpoints.stand_ins import FUNCTIONS
 from support import hostile_files as hostile
 from support.hostile_files import call, name, number, octets, row, text
-
-SECONDS = 5  # of CPU time that a refusal may take
+from support.odd_checkpoints import PICKLE, STORED, entries, model, tensor
+from support.refusals import SECONDS, assert_refused
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "weights.pth"
-
-
-def refused(path: Path, data: bytes, reason: str) -> None:
-    """Check that a file is refused for this reason, without delay."""
-    path.write_bytes(data)
-    start = time.process_time()
-    with pytest.raises(ValueError, match=reason) as caught:
-        read_checkpoint(path)
-    assert time.process_time() - start < SECONDS
-    message = str(caught.value)
-    assert str(path) in message
-    assert message.isprintable()
-    assert "weights_only" not in message
-
-
-def model(*values: bytes, keys: list[str] | None = None) -> bytes:
-    """An archive whose state dict holds these values."""
-    pairs = b"".join(text(key) + value for key, value in zip(keys or "abcdefgh", values, strict=False))
-    return hostile.archive(b"\x80\x02}" + hostile.MARK + pairs + b"u.")
-
-
-def tensor(storage: bytes, offset: bytes, *sizes: bytes) -> bytes:
-    rest = hostile.FALSE, hostile.NEW_DICT
-    return call("torch._utils._rebuild_tensor_v2", storage, offset, *sizes, *rest)
-
-
-def entries(*rows: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as archive:
-        for entry, data in rows:
-            archive.writestr(entry, data)
-    return file.getvalue()
-
-
-PICKLE = ("w/data.pkl", hostile.in_model(hostile.TENSOR))
-STORED = ("w/data/0", hostile.RAW)
 
 
 # ---- fuzz -------------------------------------------------------------------------------------------------
@@ -121,21 +77,23 @@ def test_an_object_with_a_dtype_is_no_dtype(code: str, path: Path) -> None:
     liar = hostile.NEW_DICT + b"}" + text("dtype") + text(code) + b"s" + hostile.BUILD
     for size in (4, 8, 16, 32, 64):
         data = octets(bytes([65]) * size)
-        refused(path, model(call("numpy.core.multiarray.scalar", liar, data)), "arguments of numpy's scalar")
+        assert_refused(
+            path, model(call("numpy.core.multiarray.scalar", liar, data)), "arguments of numpy's scalar"
+        )
         state = row(number(1), row(number(size // 8)), liar, hostile.FALSE, data)
-        refused(path, model(hostile.NEW_ARRAY + state + hostile.BUILD), "the type of a numpy array")
+        assert_refused(path, model(hostile.NEW_ARRAY + state + hostile.BUILD), "the type of a numpy array")
 
 
 @pytest.mark.parametrize(
     "code", ["O", "O8", "V8", "S4", "U4", "M8", "m8", "c8", "f16", "f4,f4", "(2,)f4", "f\x1b4"]
 )
 def test_other_dtypes_are_refused(code: str, path: Path) -> None:
-    refused(path, model(hostile.dtype(code)), "numpy arrays of type .* are not supported")
+    assert_refused(path, model(hostile.dtype(code)), "numpy arrays of type .* are not supported")
 
 
 @pytest.mark.parametrize("order", ["", "<<", "O", "<f4,", "s", "!"])
 def test_other_byte_orders_are_refused(order: str, path: Path) -> None:
-    refused(path, model(hostile.dtype("f4", order)), "the byte order of a numpy type")
+    assert_refused(path, model(hostile.dtype("f4", order)), "the byte order of a numpy type")
 
 
 def array_of(data: bytes, *shape: int) -> bytes:
@@ -170,7 +128,7 @@ STATES: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("case", STATES)
 def test_states_are_required_once_and_exact(case: str, path: Path) -> None:
     piece, reason = STATES[case]
-    refused(path, model(piece), reason)
+    assert_refused(path, model(piece), reason)
 
 
 # ---- tensors ----------------------------------------------------------------------------------------------
@@ -197,7 +155,7 @@ OUTSIDE: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
 def test_a_tensor_lies_inside_of_its_storage(case: str, path: Path) -> None:
     offset, size, stride = OUTSIDE[case]
     piece = tensor(hostile.storage(), number(offset), row(*map(number, size)), row(*map(number, stride)))
-    refused(path, model(piece), "needs .* elements of a storage of 16|the (offset|size) of a tensor")
+    assert_refused(path, model(piece), "needs .* elements of a storage of 16|the (offset|size) of a tensor")
 
 
 STORAGE_IDS: dict[str, tuple[int, bytes, str]] = {
@@ -219,7 +177,7 @@ def test_a_storage_is_as_long_as_it_says(case: str, path: Path) -> None:
     identity = list(hostile.STORAGE_ID)
     identity[4 if case in ("longer", "shorter") else place] = value
     piece = tensor(hostile.storage(*identity), number(0), row(number(1)), row(number(1)))
-    refused(path, model(piece), reason)
+    assert_refused(path, model(piece), reason)
 
 
 @pytest.mark.parametrize("write", [hostile.archive, hostile.legacy])
@@ -231,14 +189,14 @@ def test_a_storage_has_one_type(write: Callable[[bytes], bytes], path: Path) -> 
         for kind in ("torch.FloatStorage", "torch.IntStorage")
     ]
     pieces = [tensor(hostile.storage(*x), number(0), row(number(1)), row(number(1))) for x in identities]
-    refused(path, write(hostile.in_model(row(*pieces))), "storage 0 has two types")
+    assert_refused(path, write(hostile.in_model(row(*pieces))), "storage 0 has two types")
 
 
 def test_a_legacy_file_gets_no_memory_that_it_does_not_fill(path: Path) -> None:
     for elements in (2**40, 17, 15):
         identity = (*hostile.STORAGE_ID[:4], number(elements), hostile.NONE)
         piece = tensor(hostile.storage(*identity), number(0), row(number(1)), row(number(1)))
-        refused(
+        assert_refused(
             path, hostile.legacy(hostile.in_model(piece)), "more than the .* bytes of the file|storage 0 is"
         )
 
@@ -252,13 +210,15 @@ def test_many_tensors_on_one_storage(path: Path) -> None:
             path.write_bytes(data)
             assert len(read_checkpoint(path)) == count + 1
         else:
-            refused(path, data, f"its tensors have {64 * (count + 1)} bytes, the file {len(data)}")
+            assert_refused(path, data, f"its tensors have {64 * (count + 1)} bytes, the file {len(data)}")
 
 
 def test_metadata_that_changes_values_is_refused(path: Path) -> None:
     marks = b"}" + text("neg") + hostile.TRUE + b"s"
     arguments = (*hostile.TENSOR_ARGUMENTS, marks)
-    refused(path, model(call("torch._utils._rebuild_tensor_v2", *arguments)), "the metadata of a tensor")
+    assert_refused(
+        path, model(call("torch._utils._rebuild_tensor_v2", *arguments)), "the metadata of a tensor"
+    )
 
 
 def test_booleans_are_0_or_1(path: Path) -> None:
@@ -276,169 +236,3 @@ def test_a_storage_at_an_odd_place_is_read(path: Path) -> None:
         found = read_checkpoint(path)["x"]
         assert found.data_ptr() % 4 == 0
         assert torch.equal(found, expected)
-
-
-# ---- limits -----------------------------------------------------------------------------------------------
-
-
-def empty_safetensors(count: int) -> bytes:
-    header = {
-        f"layer.{index}.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-        for index in range(count)
-    }
-    encoded = json.dumps(header).encode()
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-def many_entries(count: int) -> bytes:
-    """An archive whose table of contents names so many entries, without the entries."""
-    entry = struct.pack("<4s6H3L5H2L", b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"a"
-    size = count * len(entry)
-    end64 = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, 4)
-    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 4 + size, 1)
-    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
-    return b"PK\x03\x04" + entry * count + end64 + locator + end
-
-
-def pickle_of(items: bytes) -> bytes:
-    return hostile.archive(b"\x80\x02]" + hostile.MARK + items + b"e.")
-
-
-EQUAL_HASHES = range(sys.hash_info.modulus, 10**5 * sys.hash_info.modulus, sys.hash_info.modulus)
-LONG: dict[str, tuple[Callable[[], bytes], str]] = {
-    "10^7 items": (lambda: pickle_of(b"N" * 10**7), "more than 2000000 opcodes"),
-    "10^7 items in the older format": (
-        lambda: hostile.legacy(b"\x80\x02(" + b"N" * 10**7 + b"t."), "more than 2000000 opcodes"
-    ),
-    "10^5 keys": (
-        lambda: hostile.archive(b"\x80\x02}(" + b"".join(text(f"k{i}") + b"N" for i in range(10**5)) + b"u."),
-        f"holds 100000 entries; a checkpoint has at most {MAX_TENSORS}",
-    ),
-    "safetensors, 10^5 keys": (
-        lambda: empty_safetensors(10**5), f"holds 100000 entries; a checkpoint has at most {MAX_TENSORS}"
-    ),
-    "safetensors, long header": (
-        lambda: struct.pack("<Q", 2**60) + b"{}", f"header has {2**60} bytes; at most {MAX_HEADER} are read"
-    ),
-    "safetensors, cut": (lambda: struct.pack("<Q", 10**6) + b"{}", "damaged safetensors"),
-    "safetensors, deep": (lambda: struct.pack("<Q", 10**6) + b'{"a":' * 200_000, "damaged safetensors"),
-    "safetensors, no object": (lambda: struct.pack("<Q", 5) + b"{1,2}", "damaged safetensors"),
-    "10^6 entries": (lambda: many_entries(10**6), "a table of contents of 47000000 bytes"),
-    "keys of equal hash": (
-        lambda: hostile.archive(b"\x80\x02}(" + b"".join(number(key) + b"N" for key in EQUAL_HASHES) + b"u."),
-        "dictionary key of type int",
-    ),
-    "a key of nested tuples": (
-        lambda: hostile.archive(b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"Ns."),
-        "dictionary key of type tuple",
-    ),
-    "a text as long as it says": (lambda: hostile.archive(b"\x80\x02X\xff\xff\xff\xffabc."), "damaged"),
-    "a far place in the memo": (lambda: hostile.archive(b"\x80\x02}r\xff\xff\xff\x7f"), "damaged"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", LONG)
-def test_long_files_are_refused_soon(case: str, path: Path) -> None:
-    make, reason = LONG[case]
-    refused(path, make(), reason)
-
-
-def test_a_small_pickle_of_a_large_tree_is_harmless(path: Path) -> None:
-    """Sixty tuples of the last one twice: 2^60 leaves if anything were to visit them."""
-    tree = b")" + b"q\x00h\x00\x86" * 60
-    content = b"\x80\x02}" + hostile.MARK + text("optimizer") + tree + text("model") + b"}u."
-    path.write_bytes(hostile.archive(content))
-    assert read_checkpoint(path) == {}
-
-
-def test_names_in_messages_are_escaped_and_cut(path: Path) -> None:
-    for key in ("\x1b[31mred", "a\nb", "\ud800", "k" * 10_000, "\u202eabc"):
-        refused(path, model(hostile.TENSOR, keys=[key]), "is not a parameter's name")
-        refused(path, model(hostile.NONE, keys=[key]), "is a NoneType")
-    refused(path, model(b"cos\nsystem\x1b[31m\n"), r"could execute code \(it names")
-    refused(path, model(name("os.system")), r"could execute code \(it names os\.system\)")
-    refused(path, model(hostile.VALUES["storage"] + hostile.EMPTY + hostile.REDUCE), "it calls a value")
-
-
-# ---- archives ---------------------------------------------------------------------------------------------
-
-
-def patched(data: bytes, entry: str, place: int, value: bytes, central: bool = True) -> bytes:
-    """An archive with bytes of an entry's header changed, in the table of contents or before the entry."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        start = archive.getinfo(entry).header_offset
-        if central:
-            start = archive.start_dir
-            while data[start + 46 : start + 46 + len(entry)] != entry.encode():
-                start += 46 + sum(struct.unpack_from("<3H", data, start + 28))
-    return data[: start + place] + value + data[start + place + len(value) :]
-
-
-def archives() -> Iterator[tuple[str, bytes, str]]:
-    valid = entries(PICKLE, STORED)
-    bomb = ("w/data/0", bytes(2**27))
-    yield "bomb", entries(PICKLE, bomb, compression=zipfile.ZIP_DEFLATED), "compressed or encrypted"
-    yield "compressed pickle", entries(PICKLE, compression=zipfile.ZIP_BZIP2), "compressed or encrypted"
-    yield "encrypted", patched(valid, "w/data/0", 8, b"\x01"), "compressed or encrypted"
-    yield "two pickles", entries(PICKLE, ("v/data.pkl", PICKLE[1]), STORED), "an archive with 2 data.pkl"
-    yield "no pickle", entries(STORED), "an archive with 0 data.pkl"
-    with pytest.warns(UserWarning, match="Duplicate name"):
-        yield "twice", entries(PICKLE, STORED, STORED), "two entries w/data/0"
-    yield "size", patched(valid, "w/data/0", 24, struct.pack("<L", 65)), "differs from its table of contents"
-    beyond = patched(
-        patched(valid, "w/data/0", 24, struct.pack("<L", 2**31)), "w/data/0", 20, struct.pack("<L", 2**31)
-    )
-    yield "beyond the end", beyond, "not inside of it"
-    grown = patched(
-        patched(valid, "w/data.pkl", 24, struct.pack("<L", 999)), "w/data.pkl", 20, struct.pack("<L", 999)
-    )
-    yield "overlap", grown, "not inside of it, or overlaps another"
-    yield "offset", patched(valid, "w/data/0", 42, struct.pack("<L", 2**31)), "not inside of it"
-    yield "same place", patched(valid, "w/data/0", 42, struct.pack("<L", 0)), "overlaps another"
-    yield "another name", patched(valid, "w/data/0", 30, b"w/data/1", central=False), "differs from its table"
-    yield "no header", patched(valid, "w/data/0", 0, b"XXXX", central=False), "differs from its table"
-    yield "extra", patched(valid, "w/data/0", 28, b"\xff\xff", central=False), "not inside of it|differs from"
-    yield "bytes behind the pickle", entries((PICKLE[0], PICKLE[1] + b"N."), STORED), "does not end where"
-    yield "byte order", entries(PICKLE, ("w/byteorder", b"big"), STORED), "another byte order"
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize(("data", "reason"), [(data, reason) for _, data, reason in archives()],
-                         ids=[label for label, _, _ in archives()])  # fmt: skip
-def test_archives_that_lie(data: bytes, reason: str, path: Path) -> None:
-    refused(path, data, reason)
-
-
-@pytest.mark.parametrize(
-    "opcode", ["INST", "OBJ", "EXT1", "STACK_GLOBAL", "DUP", "POP", "LONG4", "INT", "STRING"]
-)
-def test_other_opcodes_are_refused(opcode: str, path: Path) -> None:
-    code = getattr(pickle, opcode)
-    argument = {"INST": b"os\nsystem\n", "INT": b"1\n", "STRING": b"'a'\n", "LONG4": b"\x01\x00\x00\x00\x01"}
-    content = b"\x80\x02}" + text("a") + hostile.MARK + b"N" + code + argument.get(opcode, b"\x01") + b"s."
-    refused(path, hostile.archive(content), f"opcode {opcode} is not supported")
-
-
-def test_convert_refuses_too(path: Path, tmp_path: Path) -> None:
-    path.write_bytes(model(name("os.system")))
-    with pytest.raises(ValueError, match="could execute code"):
-        convert(path, tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
-
-
-def test_what_training_states_hold_beside_weights_is_skipped(path: Path) -> None:
-    import argparse
-    import collections
-
-    weights = {"a": torch.arange(6.0).view(2, 3).t()}
-    torch.save(
-        {
-            "model": weights, "args": argparse.Namespace(lr=1e-3), "counts": collections.Counter("aab"),
-            "seen": {1, 2}, "device": torch.device("cpu"), "size": torch.Size([2]), "type": torch.float16,
-            "bytes": b"\xff\x00", "array": bytearray(b"x"), "complex": 1j, "folder": Path("a"),
-            None: 1, True: 2, "random": random.Random(0).getstate(),
-            "numpy": np.random.RandomState(0).get_state(),
-        },
-        path,
-    )  # fmt: skip
-    assert torch.equal(read_checkpoint(path)["a"], weights["a"])

@@ -1,4 +1,4 @@
-"""Finding weights: files, folders, the package's own, the Hugging Face Hub; and pinning them."""
+"""Finding weights: files, folders, the bundled ones, the Hugging Face Hub; and pinning them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from catseg_fast.model import CATSeg
 
 
 class Hub:
-    """The hub's two calls: records what was asked, answers with a path or an error."""
+    """The hub's two calls, which record the request and answer with a path or an error."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: Exception | None = None) -> None:
         self.asked: list[tuple[str, str, str]] = []

@@ -19,7 +19,7 @@ try:
 except PackageNotFoundError:
     pytest.skip("the package `kernels` is not installed", allow_module_level=True)
 
-# `kernels` is also the name of a folder of the checkout: the scripts run elsewhere, and know no catseg_fast.
+# `kernels` is also a folder of the checkout: the scripts run elsewhere, without catseg_fast.
 START = """
 import sys
 sys.modules["catseg_fast"] = None
@@ -79,6 +79,8 @@ with torch.no_grad():
         errors.append((work.out - getattr(work, f"verify_{name}")()).abs().max().item())
 print(json.dumps(errors))
 """
+
+pytestmark = pytest.mark.xdist_group("hub")  # one process packs
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""CLIP's image tower in 16 bits: which type it takes, its labels, overflow, and what becomes of the weights.
+"""CLIP's image tower in 16 bits: the choice of its type, its labels, overflow, and its weights.
 
-A CPU computes in the weights' type; here the other types are asked for by hand.
+A CPU computes in the weights' type; here the other types are set by hand.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def ask_for(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def test_labels_of_the_bundled_model_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule for types: 99.5 % of the labels, also where only the best classes are aggregated."""
+    """The rule for types: 99.5 % of the labels, also if only the best classes are aggregated."""
     model = CATSeg.from_pretrained("demo", SPLITS["held-out"].class_names[:24], device="cpu")
     for limit in (None, 12):
         model.max_classes = limit
@@ -112,7 +112,7 @@ def test_an_encoded_picture_serves_as_one_that_is_not(version: Any, monkeypatch:
 def test_what_overflows_is_computed_in_bf16_from_then_on(
     model: CATSeg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model.clip_model.visual.ln_pre.weight.mul_(1e6)  # which fp32 and bf16 hold
+    model.clip_model.visual.ln_pre.weight.mul_(1e6)  # within the range of fp32 and bf16
     exact = model.segment(picture(40, 50))
     assert exact.scores.isfinite().all()
     ask_for(monkeypatch, torch.float16)

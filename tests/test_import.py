@@ -1,4 +1,4 @@
-"""`import_dataset`: nested folders, what is no label map, and what it keeps, makes again or leaves alone."""
+"""`import_dataset`: nested folders, files that are not label maps, and what it keeps, replaces or leaves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add(root: Path, image: str, annotation: str, values: np.ndarray = VALUES, sh
 
 
 def load(root: Path, target: str = "out", **options: object) -> dict[str, list[list[int]]]:
-    """Import; the labels by name."""
+    """Import; return the labels by name."""
     import_dataset(root / "im", root / "gt", CLASSES, root / target, **options)  # type: ignore[arg-type]
     return {entry["name"]: entry["sem_seg"].tolist() for entry in FolderDataset(root / target)}
 
@@ -52,7 +52,7 @@ def test_cityscapes(tmp_path: Path) -> None:
 
 
 def test_nested_folders_with_equal_names(tmp_path: Path) -> None:
-    """Folders are like ADE20K's scenes, or like videos whose frames are numbered in each folder."""
+    """Folders as for ADE20K's scenes, or for videos whose frames are numbered in each folder."""
     add(tmp_path, "a/b/1.jpg", "a/b/1.png")
     add(tmp_path, "c/1.jpg", "c/1.png", VALUES[::-1].copy())
     add(tmp_path, "2.jpg", "2.png")
@@ -94,7 +94,7 @@ def test_sizes_are_checked(tmp_path: Path) -> None:
 
 
 def tiff(photometric: int, bits: int = 8, compression: int = 1) -> bytes:
-    """A TIFF of 4x1 grey or palette pixels 0, 1, 2, 3."""
+    """Write a TIFF of 4x1 grey or palette pixels 0, 1, 2, 3."""
     pixels = bytes([0, 1, 2, 3]) if bits == 8 else bytes([0b00011011])
     palette = struct.pack(f"<{3 * 2**bits}H", *(range(3 * 2**bits))) if photometric == 3 else b""
     entries = [
@@ -199,7 +199,7 @@ def test_a_repeated_import_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["annotations/x.png", "images/x.png", "images/x.jpg"])
 def test_files_of_others_are_not_replaced(tmp_path: Path, name: str) -> None:
-    """Such as a label map that was corrected by hand."""
+    """For example, a label map that was corrected by hand."""
     add(tmp_path, "x.png", "x.png")
     foreign = tmp_path / "out" / name
     foreign.parent.mkdir(parents=True)
@@ -223,7 +223,7 @@ def test_images_of_an_earlier_import_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["images", "annotations"])
 def test_the_fingerprint_is_of_the_content(tmp_path: Path, part: str) -> None:
-    """At equal size and time."""
+    """Size and time are equal."""
     add(tmp_path, "x.bmp", "x.png")
     load(tmp_path, copy=True)
     first = FolderDataset(tmp_path / "out").fingerprint()

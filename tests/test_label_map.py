@@ -144,7 +144,7 @@ def test_a_chunk_that_comes_again_is_not_taken_in_twice(monkeypatch: pytest.Monk
 def test_strips_add_up_to_the_map(
     window: SlidingWindow | None, visible: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of any number of rows, for every target, and with all classes in one chunk or in several."""
+    """With any number of rows, for every target, and with all classes in one chunk or in several."""
     size = (61, 47)
     logits = torch.randn(1 if window is None else window.count, 7, 6, 6)
     readout = Readout(size, window, visible if window is None else None)
@@ -167,7 +167,7 @@ def test_strips_add_up_to_the_map(
 
 
 def test_strips_that_come_again_are_not_taken_in_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory runs out between two strips of a class: those before it are not taken in again."""
+    """Memory runs out between two strips of a class: the ones before it are not counted again."""
     monkeypatch.setattr("catseg_fast.inference.readout.READOUT_BYTES", 1)
     logits = torch.randn(1, 5, 6, 6, generator=torch.Generator().manual_seed(1))
     maps, taken = Probabilities(5, SIZE, CPU), []
@@ -192,7 +192,7 @@ def test_strips_that_come_again_are_not_taken_in_twice(monkeypatch: pytest.Monke
 
 
 def test_a_large_picture_takes_a_bounded_working_memory() -> None:
-    """Of 24 megapixels: above the answer, no more than `class_bytes`, which does not grow with them."""
+    """At 24 megapixels: besides the result, at most `class_bytes`, which does not grow with the pixels."""
     size = (4000, 6000)
     readout = Readout(size, SlidingWindow(8, 0.25, (20, 26)))
     assert readout.window is not None

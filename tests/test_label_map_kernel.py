@@ -1,4 +1,4 @@
-"""Label maps in Triton against `Readout` and `LabelMap` at float64; labels where two scores differ."""
+"""Label maps in Triton against `Readout` and `LabelMap` in float64; labels only where scores differ."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_logits(readout: Readout, classes: int = 7, dtype: torch.dtype = torch.f
 
 
 def exact(readout: Readout, logits: Tensor) -> Tensor:
-    """Probabilities `[t, H, W]` in float64; a Readout computes in fp32 whatever it gets."""
+    """Return probabilities `[t, H, W]` in float64; a Readout computes in fp32 for any type."""
     logits = logits.double()
     if readout.window is not None:
         return resize(readout.window.merge(logits)[None], readout.size)[0]
@@ -95,7 +95,7 @@ def test_strided_logits_give_the_same_bits_every_time(readout: Readout) -> None:
 @pytest.mark.usefixtures("overflow_checks")
 @pytest.mark.parametrize("readout", [READOUTS[0], READOUTS[4]], ids=str)
 def test_offsets_beyond_two_billion(readout: Readout) -> None:
-    """No page of the memory between crops and classes is touched."""
+    """The memory between crops and classes is never touched."""
     logits = make_logits(readout, 3, torch.float16)
     storage = torch.empty(len(logits) * 2**31, dtype=torch.float16, device=DEVICE)
     far = storage.as_strided(logits.shape, (2**31 - 2**10, 2**30 - 2**10, 24, 1)).copy_(logits)

@@ -1,4 +1,4 @@
-"""Labels of any integer type mean the same; anything else is refused by name."""
+"""Labels of any integer type mean the same; others are refused by name."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_labels_of_smaller_images_are_padded_with_the_ignore_label() -> None:
 
 
 def detectron2(height: int, width: int, size: int, most: int) -> tuple[int, int]:
-    """`ResizeShortestEdge.get_output_shape`, which is what upstream's pictures are resized to."""
+    """Return `ResizeShortestEdge.get_output_shape`, the size to which upstream resizes pictures."""
     scale = size * 1.0 / min(height, width)
     if height < width:
         new_height, new_width = float(size), scale * width

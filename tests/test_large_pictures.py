@@ -76,7 +76,7 @@ def test_what_runs_ahead_stays_within_its_room(size: int) -> None:
     assert done == sizes
     assert most[0] <= max(30, size)
     if size == 1:
-        assert most[0] == 30  # never two at once
+        assert most[0] == 30  # never two at a time
 
 
 def pictures(folder: Path, sizes: list[tuple[int, int]]) -> list[Picture]:
@@ -93,7 +93,7 @@ SIZES = [(20, 30), (50, 80), (20, 31), (60, 90), (60, 91), (10, 10), (21, 30)]
 
 @pytest.mark.parametrize(("room", "size"), [(1, 1), (1000, 1), (1000, 3), (4000, 2), (10_000, 4)])
 def test_any_room_gives_the_same_files(room: int, size: int, model: CATSeg, tmp_path: Path) -> None:
-    """Large pictures are read twice and written by themselves: the results must not show it."""
+    """Large pictures are read twice and written separately: the results must be the same."""
     found = pictures(tmp_path, SIZES)
     written: list[dict[str, Any]] = []
     for options in ({"size": size}, {"size": size, "room": room}):
@@ -112,13 +112,13 @@ def test_any_room_gives_the_same_files(room: int, size: int, model: CATSeg, tmp_
         written.append(content)
     for index in range(len(SIZES)):
         for first, second in zip(written[0][index], written[1][index], strict=True):
-            assert (first == second).mean() > 0.999  # a batch rounds otherwise
+            assert (first == second).mean() > 0.999  # a batch rounds differently
 
 
 def test_large_pictures_come_one_by_one(
     model: CATSeg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one is decoded, segmented or written, there is no other picture in memory."""
+    """While a picture is decoded, segmented or written, no other one is in memory."""
     found = pictures(tmp_path, SIZES)
     alive: set[int] = set()
     together: list[set[int]] = []
@@ -154,7 +154,7 @@ def test_large_pictures_come_one_by_one(
     big = {index for index, (height, width) in enumerate(SIZES) if height * width > 2000}
     assert big == {1, 3, 4}
     assert all(len(group) == 1 for group in together if group & big)
-    assert any(len(group) > 1 for group in together)  # small ones still come together
+    assert any(len(group) > 1 for group in together)  # small ones are still batched
 
 
 def test_a_large_picture_that_cannot_be_read_does_not_stop_the_others(model: CATSeg, tmp_path: Path) -> None:

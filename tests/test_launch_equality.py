@@ -1,4 +1,4 @@
-"""Prepared launches give the bits of ordinary ones in random settings; `support.launch_equality` has how."""
+"""Prepared launches are bitwise equal to ordinary ones in random settings (`support.launch_equality`)."""
 
 from __future__ import annotations
 

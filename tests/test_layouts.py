@@ -37,7 +37,7 @@ def before(prefix: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 
 def inside(name: str, *places: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """Put a wrapper's name behind the names of modules."""
+    """Insert a wrapper's name after the names of modules."""
 
     def wrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for place in places:
@@ -113,7 +113,7 @@ WRAPPERS: dict[str, Callable[[CATSeg], nn.Module]] = {
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_what_wrappers_save_today(wrapper: str, state: dict[str, Tensor], tmp_path: Path) -> None:
-    """The names are torch's own: this fails when it changes them."""
+    """The names are torch's: this test fails if torch changes them."""
     wrapped = WRAPPERS[wrapper](tiny_model())
     torch.save(wrapped.state_dict(), tmp_path / "weights.pth")
     assert read_checkpoint(tmp_path / "weights.pth").keys() == state.keys()

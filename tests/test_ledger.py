@@ -1,4 +1,4 @@
-"""The ledger of an evaluation: one evaluation at a time, and damage that stays where it is."""
+"""The ledger of an evaluation: one evaluation at a time, and damage that stays local."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RECORDS = [
 
 
 def write(folder: Path, *ranks: int) -> list[Path]:
-    """Files of each rank, with the records shared among them."""
+    """Write a file per rank, with the records shared among them."""
     for place, rank in enumerate(ranks):
         ledger = Ledger(folder, "run", ABOUT)
         ledger.open(rank)
@@ -101,7 +101,7 @@ def test_a_damaged_first_line_is_an_error(damage: str, tmp_path: Path) -> None:
 
 
 def test_no_bit_flip_goes_unnoticed(tmp_path: Path) -> None:
-    """Each record is as it was written, or left out with a warning."""
+    """Each record is either as it was written, or left out with a warning."""
     (path,) = write(tmp_path, 0)
     valid, whole = path.read_bytes(), expected()
     for position in range(0, len(valid) * 8, 11):

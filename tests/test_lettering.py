@@ -24,7 +24,7 @@ MISSING = "\uffff"
 
 @pytest.fixture
 def no_system_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A container may have no fonts: those of the package's dependencies must suffice."""
+    """Take away the system's fonts, as in a container: those of the package's dependencies must suffice."""
     caches = (lettering._pieces, lettering._font_of, lettering._system_fonts)
     for kept in caches:
         kept.cache_clear()
@@ -84,7 +84,7 @@ def test_marks_join_their_letter() -> None:
 def test_fonts_of_the_system_are_asked(
     tmp_path, monkeypatch: pytest.MonkeyPatch, no_system_fonts: None
 ) -> None:  # type: ignore[no-untyped-def]
-    """A font in a folder of the system serves what the others lack; damaged ones are passed over."""
+    """A font in a system folder provides what the others lack; damaged ones are skipped."""
     (tmp_path / "A.ttf").write_bytes(b"no font")
     (tmp_path / "Emoji.ttf").write_bytes(b"never opened")
     monkeypatch.setattr(lettering, "_UNIX_FOLDERS", (str(tmp_path),))

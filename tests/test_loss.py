@@ -15,7 +15,7 @@ from catseg_fast.reference.finetune import segmentation_loss as reference_loss
 
 
 def make_batch(dtype: torch.dtype, ignore: int = 255) -> tuple[Tensor, Tensor]:
-    """Logits `[2, 5, 6, 7]`, some of them large or those of dropped classes, and labels `[2, 13, 16]`."""
+    """Return logits `[2, 5, 6, 7]`, some of them large or of dropped classes, and labels `[2, 13, 16]`."""
     generator = torch.Generator().manual_seed(0)
     logits = 20 * torch.randn(2, 5, 6, 7, generator=generator, dtype=torch.float64)
     logits[0, 3] = reference.aggregator.DROPPED_LOGIT

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from catseg_fast.engine import tuner
-from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch import config_files, configs
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.window_attention import mlp
 from support.measured_configs import CPU, CUDA, DEFAULT, GPU, entry, problem, put, rows_of, use_empty_folders
@@ -18,13 +18,13 @@ from support.measured_configs import CPU, CUDA, DEFAULT, GPU, entry, problem, pu
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """The user's folder of configs and the package's, both empty."""
+    """Folders of the user's and the package's configs, both empty."""
     return use_empty_folders(tmp_path, monkeypatch)
 
 
 def test_config_files_of_a_gpu(folders):
-    assert tuning.user_folder() == folders[0]
-    path = tuning.config_path(folders[0], "NVIDIA GeForce RTX 4090 (D)", "decode")
+    assert config_files.user_folder() == folders[0]
+    path = config_files.config_path(folders[0], "NVIDIA GeForce RTX 4090 (D)", "decode")
     assert path == folders[0] / "nvidia-geforce-rtx-4090-d" / "decode.json"
 
 
@@ -33,7 +33,7 @@ def test_user_folder_without_xdg(value, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if value is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-    assert tuning.user_folder() == Path.home() / ".cache" / "catseg-fast" / "configs"
+    assert config_files.user_folder() == Path.home() / ".cache" / "catseg-fast" / "configs"
 
 
 def test_order_interpreter_measured_default(folders):
@@ -46,13 +46,13 @@ def test_order_interpreter_measured_default(folders):
     def interpreter(problem: Problem) -> mlp.MLPConfig:
         return replace(DEFAULT, rows=1024)
 
-    assert tuning.choose(problem(), CUDA, default, interpreter) is DEFAULT
-    assert tuning.choose(problem(), torch.device("cuda", 1), default, interpreter) is DEFAULT
+    assert configs.choose(problem(), CUDA, default, interpreter) is DEFAULT
+    assert configs.choose(problem(), torch.device("cuda", 1), default, interpreter) is DEFAULT
     put(folders[0], [entry(32)])
-    assert tuning.choose(problem(), CUDA, default, interpreter) == replace(DEFAULT, rows=32)
-    assert tuning.choose(problem(), CPU, default, interpreter).rows == 1024
+    assert configs.choose(problem(), CUDA, default, interpreter) == replace(DEFAULT, rows=32)
+    assert configs.choose(problem(), CPU, default, interpreter).rows == 1024
     assert seen == [90, 89]
-    assert tuning.choose(problem(), CPU, default) is DEFAULT
+    assert configs.choose(problem(), CPU, default) is DEFAULT
 
 
 def test_nearest_number_of_crop_classes_by_ratio(folders):
@@ -80,7 +80,7 @@ def test_all_else_must_be_equal(folders, changes):
     assert rows_of(problem()) == 64
 
 
-def test_precision_is_of_fp32_alone(folders):
+def test_precision_matters_only_in_fp32(folders):
     put(folders[0], [entry(16), entry(32, dtype="fp32"), entry(64, dtype="fp32", precision="tf32x3")])
     assert rows_of(problem(precision="tf32x3")) == 16
     assert rows_of(problem(dtype=torch.float32)) == 32
@@ -150,7 +150,7 @@ def test_saving_merges(folders):
     path = put(folders[0], [entry(16, 255), entry(32, 1000), entry(64, kernel="qkv")])
     tuner.save(path, GPU, entry(128, 1000))
     tuner.save(path, GPU, entry(256, 10))
-    found = [(item["kernel"], item["config"]["rows"]) for item in tuning.read(path, GPU)]
+    found = [(item["kernel"], item["config"]["rows"]) for item in config_files.read(path, GPU)]
     assert found == [("mlp", 16), ("qkv", 64), ("mlp", 128), ("mlp", 256)]
     assert rows_of(problem(1000)) == 128
 
@@ -159,7 +159,7 @@ def test_saving_replaces_a_broken_file(folders):
     path = put(folders[0], b"[{")
     with pytest.warns(UserWarning, match=r"window_block\.json"):
         tuner.save(path, GPU, entry(32))
-    assert tuning.read(path, GPU) == [entry(32)]
+    assert config_files.read(path, GPU) == [entry(32)]
 
 
 def test_saving_is_all_or_nothing(folders, monkeypatch):
@@ -171,5 +171,5 @@ def test_saving_is_all_or_nothing(folders, monkeypatch):
     monkeypatch.setattr("os.replace", disk_full)
     with pytest.raises(OSError, match="No space left"):
         tuner.save(path, GPU, entry(64))
-    assert tuning.read(path, GPU) == [entry(32)]
+    assert config_files.read(path, GPU) == [entry(32)]
     assert [found for found in path.parent.iterdir() if not found.name.endswith(".lock")] == [path]

@@ -1,4 +1,4 @@
-"""Counts per class, and the scores that are made of them."""
+"""Counts per class, and the scores that are computed from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.scores import IGNORE, slow_scores
 
 
 def random_maps(seed: int, classes: int, size: tuple[int, int] = (13, 17)) -> tuple[Tensor, Tensor]:
-    """Labels and truth; some classes occur in one alone, some in neither, some pixels do not count."""
+    """Return labels and truth; some classes occur in one or neither of them, and some pixels do not count."""
     generator = np.random.default_rng(seed)
     labels = generator.choice(np.arange(0, classes, 2), size)
     truth = np.where(generator.random(size) < 0.4, labels, generator.integers(0, max(1, classes - 2), size))
@@ -52,7 +52,7 @@ def test_scores_are_those_of_torchmetrics() -> None:
     assert counts.scores()["fwIoU"] == pytest.approx(weighted.item(), abs=1e-6)
 
 
-def test_classes_that_no_picture_has_count_in_one_mean_alone() -> None:
+def test_classes_that_no_picture_has_count_in_only_one_mean() -> None:
     truth, labels = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 0, 1, 3]])
     scores = ClassCounts.of(labels, truth, 5, IGNORE).scores()
     assert scores["mIoU"] == pytest.approx((1 + 1 / 2) / 2)

@@ -25,7 +25,7 @@ def labels(count: int) -> Tensor:
 
 
 def training_call(model: CATSeg, count: int) -> None:
-    """A forward in training mode with labels below `count`."""
+    """Make a forward pass in training mode with labels below `count`."""
     model.train()
     model([{"image": IMAGE, "sem_seg": labels(count)}])
     model.eval()
@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_variant(tmp_path: Path) -> None:
 
 
 def test_weights_by_the_rule() -> None:
-    """The tiny models are what their names say; else the tests above compare nothing."""
+    """The tiny models are what their names say; otherwise the tests above compare nothing."""
     state = tiny_model("v1").state_dict()
     key = "sem_seg_head.predictor.transformer.conv1.weight"
     assert torch.equal(state[key], weight(key, (32, 2, 7, 7)))

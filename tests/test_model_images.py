@@ -55,7 +55,7 @@ def normalised(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def probabilities(model: CATSeg, image: Tensor, size: tuple[int, int]) -> Tensor:
-    """`[T, *size]` of one image on its own, by the reference: resize, logits, resize, sigmoid."""
+    """Return `[T, *size]` of a single image by the reference: resize, logits, resize, sigmoid."""
     clip_images = normalised(image, CLIP_PIXEL_MEAN, CLIP_PIXEL_STD)[None]
     images = normalised(image, PIXEL_MEAN, PIXEL_STD)[None]
     model.backend = "reference"
@@ -87,7 +87,7 @@ def test_sliding_windows_that_do_not_tile(version: Version, window: SlidingWindo
         for left in range(0, width, stride):
             y, x = min(top, height - side), min(left, width - side)
             if count[y : y + side, x : x + side].min() and (y, x) != (top, left):
-                continue  # past the border, and seen already
+                continue  # beyond the border, and covered already
             crop = resized[:, y : y + side, x : x + side]
             total[:, y : y + side, x : x + side] += probabilities(model, crop, (side, side))
             count[y : y + side, x : x + side] += 1
@@ -172,7 +172,7 @@ def test_segment_of_a_whole_image_keeps_its_geometry(version: Version, size: tup
 
 
 def normalised_maps(model: CATSeg, image: Tensor) -> Tensor:
-    """The reference's 96x96 probabilities of a resized image, resized to its size."""
+    """Return the reference's 96x96 probabilities of a resized image, resized to its size."""
     maps = probabilities(model, image, (96, 96))[None]
     return F.interpolate(maps, image.shape[-2:], mode="bilinear", align_corners=False)[0]
 

@@ -39,7 +39,7 @@ def test_all_nouns_stream_in_memory_that_does_not_grow() -> None:
 
 @pytest.mark.slow
 def test_the_bundled_model_takes_all_nouns() -> None:
-    """On one core, about 20 minutes."""
+    """It takes about 20 minutes on one core."""
     names = ready_list(NOUNS).classes
     model = CATSeg.from_pretrained("demo", names, max_classes=None, memory_budget="1GiB", device="cpu")
     scene = Path(__file__).parents[1] / "examples" / "scene.jpg"

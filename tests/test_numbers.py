@@ -1,4 +1,4 @@
-"""NaN that must not be lost, budgets that must not count what is not there, sizes that do not fit."""
+"""NaN that must not be lost, budgets that count only what is needed, sizes that do not fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 NAN, INF = float("nan"), float("inf")
 NO_TRITON = pytest.mark.skipif(why_no_triton("cpu") is not None, reason="no Triton on the CPU")
-# Back end, side of the window, and what is in the guidance; the interpreter takes seconds for one.
+# Back end, side of the window, and content of the guidance; the interpreter takes seconds for one.
 BROKEN = [
     *itertools.product(("reference", "torch"), (1, 2, 3, 4), (NAN, INF)),
     pytest.param("triton", 2, NAN, marks=NO_TRITON),
@@ -51,7 +51,7 @@ def inputs(height: int = 4, width: int = 4, classes: int = 3) -> tuple[Tensor, T
 
 @pytest.mark.parametrize(("backend", "side", "value"), BROKEN)
 def test_guidance_that_is_not_finite_is_seen(backend: str, side: int, value: float) -> None:
-    """One window: whatever its size, its queries and keys are NaN, so that the reference answers NaN only."""
+    """All queries and keys of the only window are NaN, so that the reference returns only NaN."""
     aggregator = make(window_size=side, feature_resolution=(side, side))
     aggregator.backend = backend
     image, text, maps = inputs(side, side)

@@ -1,4 +1,4 @@
-"""Files that decoders read in different ways: each entry of the package gives the model the same pixels."""
+"""Files that decoders read differently: each entry point gives the model the same pixels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Pixels = np.ndarray
 
 
 def scaled(grey: Pixels) -> Pixels:
-    """16-bit grey values in 8 bits, as RGB."""
+    """Return 16-bit grey values in 8 bits, as RGB."""
     return np.repeat(np.floor(grey.astype(float) / 257 + 0.5).astype(np.uint8)[..., None], 3, axis=-1)
 
 
@@ -66,7 +66,7 @@ def grey_alpha(path: Path) -> Pixels:
 
 
 def rgba(path: Path) -> Pixels:
-    """Colours below a transparent alpha count."""
+    """Return a picture with colours below a transparent alpha, which count."""
     saved(np.dstack([RGB, RGB[..., 0]]), path)
     return RGB
 
@@ -78,7 +78,7 @@ def palette(path: Path) -> Pixels:
 
 
 def cmyk_jpeg(path: Path) -> Pixels:
-    """Decoded as Pillow does, from ink to light."""
+    """Return a CMYK picture decoded as in Pillow, from ink to light."""
     Image.fromarray(RGB).convert("CMYK").save(path, quality=95)
     with Image.open(path) as image:
         assert image.mode == "CMYK"
@@ -130,7 +130,7 @@ class Seen(Exception):
 
 
 class Spy:
-    """A model that notes what it is given."""
+    """A model that records its input."""
 
     def __init__(self) -> None:
         self.model = tiny_model("v2", sliding_window=False)
@@ -265,7 +265,7 @@ def nearly_black(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_entry_refuses_floats_of_0_and_1(entry: str, spy: Spy, nearly_black: Path) -> None:
-    """They are nearly black, or white: nobody can tell."""
+    """They could be nearly black or white pictures."""
     with pytest.raises(Exception, match="only the values 0 and 1") as caught:
         ENTRIES[entry](spy, nearly_black)
     assert isinstance(caught.value, ValueError)
@@ -273,7 +273,7 @@ def test_every_entry_refuses_floats_of_0_and_1(entry: str, spy: Spy, nearly_blac
 
 
 def test_the_files_are_odd(tmp_path: Path) -> None:
-    """A second decoder reads them otherwise."""
+    """A second decoder reads them differently."""
     path = tmp_path / "16-bit.png"
     expected = grey_png(path)
     with Image.open(io.BytesIO(path.read_bytes())) as image:
@@ -282,7 +282,7 @@ def test_the_files_are_odd(tmp_path: Path) -> None:
 
 
 def test_the_model_is_a_real_one(spy: Spy, tmp_path: Path) -> None:
-    """Without the spy, the entries label the picture that they were given."""
+    """Without the spy, the entry points label the picture."""
     path = tmp_path / "16-bit.png"
     expected = grey_png(path)
     model: CATSeg = tiny_model("v2", sliding_window=False)

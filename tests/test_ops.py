@@ -18,7 +18,7 @@ from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 from support.accuracy import assert_no_worse_than_eager, upcast
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
+DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 incorrectly
 
 odd_sizes = pytest.mark.parametrize(
     ("name", "sizes"),
@@ -107,7 +107,7 @@ def test_a_gradient_is_an_error(name: str) -> None:
 @every_op
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_dry_run_launches_what_a_run_does(name: str, capability: int) -> None:
-    """The meta device has the same arguments but for the tensors' values."""
+    """On the meta device, arguments are the same except for the values of tensors."""
     op, sizes = load(name), load(name).odd[0]
     _, dry = op.dry_run(sizes, torch.float16, "ieee", capability)
     inputs = make(name, torch.float16)

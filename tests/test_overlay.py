@@ -1,4 +1,4 @@
-"""Overlays and label maps: what a picture of a segmentation must show."""
+"""Overlays and label maps of a segmentation."""
 
 import io
 
@@ -14,7 +14,7 @@ CLASSES = ["sky", "grass", "tree"]
 
 
 def halves(height, width):
-    """A grey image whose left half is class 0, the right half class 2."""
+    """Return a grey image whose left half is class 0 and whose right half is class 2."""
     labels = torch.zeros(height, width, dtype=torch.int32)
     labels[:, width // 2 :] = 2
     return torch.full((3, height, width), 100.0), labels
@@ -59,12 +59,12 @@ def test_legend_stands_beside_the_picture(size):
     panel = np.asarray(full.crop((plain.width * factor, 0, full.width, full.height))).reshape(-1, 3)
     present = {tuple(colour) for colour in np.unique(panel, axis=0).tolist()}
     colours = [tuple(colour) for colour in class_colours(3).tolist()]
-    assert colours[2] in present  # the swatches: of the classes present alone
+    assert colours[2] in present  # the swatches, only of the classes present
     assert colours[1] not in present
 
 
 def drawn_texts(monkeypatch, *arguments, **options):
-    """The texts of the legend."""
+    """Return the texts of the legend."""
     from PIL import ImageDraw
 
     texts = []
@@ -165,7 +165,7 @@ def test_where_no_class_fits_the_picture_stays_and_the_legend_says_so():
 
 @pytest.mark.parametrize("alpha", [0.55, 1.0])
 def test_no_class_changes_no_colour(alpha):
-    """The label -1 is no class that others are to look different from."""
+    """The label -1 is not a class, from which others would have to differ."""
     photo = np.full((40, 60, 3), 128, np.uint8)
     labels = np.zeros((40, 60), np.int32)
     labels[:, 20:] = 1

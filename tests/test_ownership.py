@@ -1,4 +1,4 @@
-"""Results of `catseg-fast segment`: whose a file is, what counts as up to date, what is never replaced."""
+"""Results of `catseg-fast segment`: owners of files, results that are up to date, files that are kept."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def save(picture: Picture, label: int = 0, fingerprint: str = "x") -> None:
 
 
 def segment(*arguments: str, output: str, label: int = 0) -> list[tuple[str, str]]:
-    """Do what is not up to date; each picture and the stem of its results."""
+    """Segment pictures that are not up to date; return each picture and the stem of its results."""
     pictures = find_pictures([Path(argument) for argument in arguments], Path(output))
     for picture in pictures:
         if finished(picture, "x") is None:
@@ -135,7 +135,7 @@ def test_files_of_others_are_not_replaced(name: str) -> None:
 
 @pytest.mark.parametrize("suffix", PNG_SUFFIXES)
 def test_a_file_of_others_in_a_result_s_place_is_not_replaced(suffix: str) -> None:
-    """Someone put an own picture where a result was, or corrected a label map."""
+    """A user replaced a result by a picture, or corrected a label map."""
     draw("a.png")
     segment("a.png", output="out")
     mine = draw(f"out/a{suffix}", (9, 9, 9)).read_bytes()
@@ -152,7 +152,7 @@ def test_damaged_results_are_done_again(suffix: str, damage: str) -> None:
     path = Path(f"out/a{suffix}")
     if damage == "missing":
         path.unlink()
-    elif suffix != ".json":  # that would be a file of which nothing is known
+    elif suffix != ".json":  # nothing is known of such a file
         path.write_bytes(path.read_bytes()[:-8])
     assert segment("a.png", output="out") == [("a.png", "out/a")]
     assert tree() == before
@@ -181,7 +181,7 @@ def test_one_relative_name_from_two_working_directories(here: Path, monkeypatch:
 
 @pytest.mark.parametrize("time", [None, 1.5e9, 4e9])
 def test_another_picture_under_the_same_name(time: float | None) -> None:
-    """Whatever its time stamp, and at equal size."""
+    """Its time stamp does not matter, and sizes are equal."""
     picture = Picture(Path("a.bmp"), Path("out"), "a")
     draw("a.bmp", (0, 255, 0))
     old = os.stat("a.bmp")
@@ -207,7 +207,7 @@ def test_results_go_along_with_a_picture_that_moved() -> None:
 
 @pytest.mark.parametrize("step", range(4))
 def test_a_kill_between_two_steps_mixes_nothing(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A's results were there, and B's were being put in their place."""
+    """B's results were replacing A's."""
     draw("a.png")
     picture = Picture(Path("a.png"), Path("out"), "a")
     save(picture, label=0, fingerprint="A")
@@ -255,7 +255,7 @@ def test_old_and_new_results_that_were_mixed() -> None:
 
 
 def test_results_of_earlier_versions() -> None:
-    """Their JSON files have a fingerprint and nothing more: they are no pictures, and are done again."""
+    """Their JSON files only have a fingerprint: they are not pictures, and the results are replaced."""
     draw("photos/a.png")
     content = {"image": "photos/a.png", "fingerprint": "x", "width": 8, "height": 6, "classes": []}
     Path("photos/a.json").write_text(json.dumps(content))

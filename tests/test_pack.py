@@ -1,4 +1,4 @@
-"""A campaign in a folder, for a machine without a network, and the way back of its results."""
+"""A campaign packed for a machine without a network, and the import of its results."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pytest
 from bench import meter, pack, ship, unpack
 from bench.measure import Timing
 from bench.records import append
-from catseg_fast.kernels.launch import configs
+from catseg_fast.kernels.launch import config_files
 from support.bench_records import make_record
 
 ROOT = Path(__file__).parent.parent
 NONE = pack.Wheels(())
 
-# Stands in for the campaign: writes its arguments where the results go.
+# Stands in for the campaign: writes its arguments to the folder of results.
 CAMPAIGN = """
 import sys
 from pathlib import Path
@@ -39,6 +39,8 @@ def in_a_checkout() -> bool:
 
 needs_git = pytest.mark.skipif(not in_a_checkout(), reason="packs what git tracks")
 
+pytestmark = pytest.mark.xdist_group("pack")  # one process packs
+
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -55,7 +57,7 @@ def test_the_tree_runs_from_where_it_is_put(packed: Path) -> None:
     assert not [path for path in tree.rglob("*") if path.is_symlink()]
     assert (tree / "COMMIT").read_text().strip() == meter.commit()
     code = (
-        "import catseg_fast.kernels.launch.configs as c, bench.campaign, bench.meter; "
+        "import catseg_fast.kernels.launch.config_files as c, bench.campaign, bench.meter; "
         "print(c.__file__); print(bench.meter.commit())"
     )
     done = subprocess.run(
@@ -131,8 +133,8 @@ def test_results_come_back_with_their_report_and_configs(
     assert unpack.main([str(make_archive(tmp_path / "results.tar.gz", files)), str(folder)]) == 0
     assert (folder / "report" / "table.md").exists()
     assert (folder / "report" / "roofline.png").exists()
-    shipped = configs.config_path(tmp_path / "package", "NVIDIA H100", "window_block")
-    assert configs.read(shipped, "NVIDIA H100") == [entry]
+    shipped = config_files.config_path(tmp_path / "package", "NVIDIA H100", "window_block")
+    assert config_files.read(shipped, "NVIDIA H100") == [entry]
     output = capsys.readouterr().out
     assert "1 tuned configs are in" in output
     assert f"{folder}: 1 files of records" in output

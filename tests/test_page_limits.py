@@ -1,4 +1,4 @@
-"""The parts of the page that bound what its visitors take, without a server."""
+"""The parts of the page that limit what its visitors use, without a server."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_one_job_at_a_time_and_the_last_one_of_a_session() -> None:
         jobs.stop("b")
         with pytest.raises(Stopped):
             torch.zeros(1).add(1)
-        torch.zeros(1).add(1)  # what cleans up goes on
+        torch.zeros(1).add(1)  # the clean-up continues
 
 
 def test_a_model_goes_on_after_a_stopped_call(model: CATSeg, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_connections_are_counted() -> None:
 
 
 def test_the_component_does_not_decode(tmp_path: Path) -> None:
-    """A 16-bit grey ramp stays one; Gradio's own component makes it white."""
+    """A 16-bit grey ramp stays a ramp; Gradio's own component makes it white."""
     from gradio.components.image import ImageData
 
     path = tmp_path / "ramp.png"

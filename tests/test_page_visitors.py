@@ -70,7 +70,7 @@ def client(server: tuple[str, PageBlocks]) -> Client:
 
 @contextmanager
 def held(page: Any) -> Iterator[threading.Event]:
-    """Let calls wait within an operation of PyTorch's sort: at any time they can be stopped."""
+    """Let calls wait, with operations of PyTorch meanwhile, at which they can be stopped."""
     go, inside = threading.Event(), threading.Event()
     segment = page.bench.segment
 
@@ -96,7 +96,7 @@ def soon(condition: Callable[[], bool], seconds: float = 20) -> bool:
 
 
 def test_six_visitors_one_of_them_hostile(server: tuple[str, PageBlocks], model: CATSeg) -> None:
-    """Five get their own answers, while the sixth sends what is too much in every way."""
+    """Five get their own answers, while the sixth exceeds every limit."""
     address, page = server
     uploaded = Client(address).upload(png())[1]
     expected = {}

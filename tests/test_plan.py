@@ -1,4 +1,4 @@
-"""Each restructuring of the engine against the same maths done plainly, in float64: identities all."""
+"""Each restructuring of the engine against the plain computation in float64: all are identities."""
 
 from __future__ import annotations
 

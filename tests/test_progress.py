@@ -1,4 +1,4 @@
-"""Progress bars: when they are shown, and where they are not."""
+"""Progress bars: when they are shown, and when not."""
 
 from __future__ import annotations
 

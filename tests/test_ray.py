@@ -1,4 +1,4 @@
-"""A Ray dataset of pictures, on a Ray of this machine's, against the plain loop."""
+"""A Ray dataset of pictures, on a Ray cluster of this machine, against a plain loop."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed: it is in the ex
 from catseg_fast.ray import _Segmenter, segment_dataset  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"variant": V2, "sliding_window": False, "device": "cpu"}
-pytestmark = pytest.mark.xdist_group("processes")  # no more of them at a time than need be
+pytestmark = pytest.mark.xdist_group("processes")  # so that no more of them run at a time than necessary
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A Ray of two CPUs, which ends with the tests."""
+    """A Ray cluster of two CPUs, which ends with the tests."""
     ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
@@ -59,14 +59,14 @@ def load(row: dict[str, Any]) -> np.ndarray:
 
 
 def same_labels(labels: np.ndarray, best: Segmentation) -> bool:
-    """Check whether labels agree but for ties: an actor has fewer threads, and can round differently."""
+    """Check whether labels agree except for ties: an actor has fewer threads, and can round differently."""
     assert best.top_scores is not None
     first, second = best.top_scores[:2]
     return bool((first - second < 1e-5)[torch.from_numpy(labels) != best.labels].all())
 
 
 def entries(rows: Any) -> list[tuple[Any, ...]]:
-    """A summary but for its mean scores."""
+    """Return a summary without its mean scores."""
     return [(entry["index"], entry["name"], entry["share"]) for entry in rows if entry["share"]]
 
 

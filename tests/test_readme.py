@@ -15,7 +15,7 @@ from catseg_fast.data.scenes import draw_scene
 from catseg_fast.data.scenes.words import HELD_OUT
 from support.documents import README, ROOT, SCENE, STREET, blocks, calls
 
-EXAMPLE = (7, 10)  # what the generator of README's picture starts from
+EXAMPLE = (7, 10)  # of the generator of README's picture
 SHELL = [code.strip() for language, code in blocks(README) if language == "bash"]
 COMMANDS = [code for code in SHELL if code.startswith("python3 -m venv ")]
 
@@ -33,7 +33,7 @@ def test_ci_runs_the_test_command_as_printed() -> None:
 def test_the_first_command_finds_what_is_in_the_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bundled weights, on README's picture with its classes: most pixels are right."""
+    """The bundled weights label most pixels of README's picture correctly."""
     monkeypatch.chdir(ROOT)
     arguments = calls(COMMANDS[0])[-1][1:]
     arguments[arguments.index("--output") + 1] = str(tmp_path)

@@ -29,7 +29,7 @@ types = pytest.mark.parametrize(
     [
         torch.float32,
         pytest.param(torch.float16, marks=on_gpu),
-        pytest.param(torch.bfloat16, marks=on_gpu),  # which the interpreter computes wrongly
+        pytest.param(torch.bfloat16, marks=on_gpu),  # which the interpreter computes incorrectly
     ],
     ids=str,
 )
@@ -56,11 +56,11 @@ CASES = [
 def test_matches_its_plain_form(
     name: str, variant: str, crops: int, classes: int, dtype: torch.dtype
 ) -> None:
-    """Ops that treat each class by itself: on the first, middle and last classes."""
+    """Ops that treat each class separately are compared on the first, middle and last classes."""
     op = load(name)
     sizes = replace(op.sizes[variant], crops=crops, classes=classes)
     if not GPU and name.startswith("class_"):
-        sizes = replace(sizes, pooling=(6, 6))  # the interpreter takes longest for its positions
+        sizes = replace(sizes, pooling=(6, 6))  # its positions take the interpreter longest
     if name == "update_label_map" and not GPU:
         sizes = replace(sizes, crops=5)
     inputs = op.make_inputs(sizes, Random(dtype, DEVICE))

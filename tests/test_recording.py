@@ -1,7 +1,7 @@
-"""Equal calls are recorded at the third one and replayed; nothing that changed is answered by a recording.
+"""Equal calls are recorded at the third one and replayed; changed calls are not answered by a recording.
 
-A GPU's recorder is stood in for by one with its interface and its pitfalls: each answer is overwritten by the
-next replay of any recording, and a value that changes outside the inputs stays as it was recorded.
+A stand-in for a GPU's recorder has its interface and its pitfalls: each result is overwritten by the next
+replay of any recording, and a value that changes outside the inputs stays as it was recorded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZE = (24, 36)
 
 
 class ReplayAgain:
-    """Runs the call again into the memory of the first answer, as a CUDA graph does."""
+    """Runs the call again, into the memory of the first result, as a CUDA graph does."""
 
     bytes, limit = 0, 2**30
 
@@ -244,7 +244,7 @@ def test_a_dead_plan_is_never_mistaken_for_a_new_one() -> None:
     with torch.no_grad():
         inputs = features(aggregator, 3)
         for step in range(12):
-            aggregator.conv1.weight.mul_(1.1)  # a new plan each time, at an address that may be an old one's
+            aggregator.conv1.weight.mul_(1.1)  # a new plan each time, possibly at the address of an old one
             actual = engine.logits(*inputs, None)
             torch.testing.assert_close(actual, aggregator(*inputs), rtol=1e-11, atol=1e-11, msg=str(step))
     assert cache.replays == 0

@@ -34,14 +34,14 @@ def test_each_word_counts_by_itself() -> None:
 
 
 def test_a_guess_among_alike_classes_is_at_chance() -> None:
-    """Every pixel of either shape gets either shape equally often."""
+    """Pixels of both shapes get both shapes equally often."""
     found = counts_of([DISC, RING] * 10, [DISC] * 10 + [RING] * 10).accuracies()
     assert found["shape"].among_alike == found["shape"].chance == 0.5
     assert found["pattern"].accuracy == found["colour"].accuracy == 1
 
 
 def test_chance_weighs_classes_by_their_pixels() -> None:
-    """The blue disc has no other shape beside it: nothing can be confused there."""
+    """There is no other blue shape than the disc: it cannot be confused."""
     found = counts_of([RING, BLUE_DISC, BLUE_DISC, BLUE_DISC], [RING, BLUE_DISC, BLUE_DISC, BLUE_DISC])
     assert found.accuracies()["shape"].chance == pytest.approx((0.5 + 3) / 4)
 

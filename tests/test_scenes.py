@@ -1,4 +1,4 @@
-"""Generated scenes: what they are made of, what is held out, and the folders that they are written to."""
+"""Generated scenes: their content, held-out combinations, and the folders to which they are written."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_labels_are_where_the_colours_are() -> None:
         assert (redness[~thing] < 40).mean() > 0.97
 
 
-def test_a_scene_depends_on_its_generator_alone() -> None:
+def test_a_scene_depends_only_on_its_generator() -> None:
     first, again, other = (draw_scene(np.random.default_rng(seed), TRAINED) for seed in (3, 3, 4))
     assert np.array_equal(first.image, again.image)
     assert np.array_equal(first.labels, again.labels)

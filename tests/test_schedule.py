@@ -13,7 +13,7 @@ GPU = torch.device("cuda")
 @pytest.mark.parametrize(
     ("classes", "crops", "expected"),
     [
-        (150, 5, 150),  # everything in one step where it fits
+        (150, 5, 150),  # everything in one step if it fits
         (847, 5, 192),  # five steps of at most three tiles of 64
         (1203, 5, 192),
         (1203, 1, 640),  # two equal steps

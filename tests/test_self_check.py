@@ -1,4 +1,4 @@
-"""The check of kernels before they are trusted, on planted faults: in torch or the interpreter."""
+"""The check of kernels before they are trusted, on planted faults, in torch or the interpreter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Planted:
     Args:
         plan: the weights.
         stage: the one with the fault.
-        fault: takes its result `[B, t, …]`, whether the chunk is a later one, and the number of the run.
+        fault: takes its result `[B, t, …]`, whether the chunk is not the first, and the number of the run.
     """
 
     def __init__(self, plan: Plan, stage: str = "", fault: Any = None, at_once: bool = True) -> None:
@@ -54,7 +54,7 @@ class Planted:
         later = isinstance(memory.key_sum, Tensor) and memory.key_sum.ndim == 4
         torch_stages.class_collect(layer, memory, x, key, resolution, False)
         assert isinstance(memory.key_sum, Tensor)
-        # By position, which is as good as by class: the sums have no classes.
+        # By position instead of by class, as sums have no classes.
         memory.key_sum = self._spoil("class_collect", memory.key_sum, later or x.shape[1] > CHUNK)
         if last:
             memory.close(x.dtype)
@@ -161,7 +161,7 @@ def test_the_truth_is_not_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_random_plan_hides_no_weight() -> None:
-    """Weights of zero, as untrained ones may be, would let any kernel pass."""
+    """With weights of zero, which untrained models may have, any kernel would pass."""
     plan, _ = make_terms()
     zero = dataclasses.replace(plan, head=torch.zeros_like(plan.head))
     drawn = random_plan(zero)
@@ -171,7 +171,7 @@ def test_a_random_plan_hides_no_weight() -> None:
 
 
 def test_the_kernels_pass_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes too long for more classes."""
+    """More classes take too long in the interpreter."""
     monkeypatch.setattr(self_check, "CHUNK", 2)
     monkeypatch.setattr(self_check, "CLASSES", 3)
     plan, image = make_terms(1, prompt_channel=1, pooling_size=(6, 6))

@@ -1,4 +1,4 @@
-"""Pictures that are not paths: file objects, file URLs, and http URLs of a server on this machine."""
+"""Pictures that are not paths: file objects, file URLs, and http URLs of a local server."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture(scope="module")

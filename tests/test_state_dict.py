@@ -17,13 +17,13 @@ lists = pytest.mark.parametrize("path", LISTS, ids=lambda path: path.stem)
 
 
 def upstream_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Lines "key 64x3x7x7" or "key scalar"."""
+    """Read lines "key 64x3x7x7" or "key scalar"."""
     pairs = (line.split() for line in path.read_text().splitlines())
     return {key: () if size == "scalar" else tuple(map(int, size.split("x"))) for key, size in pairs}
 
 
 def upstream_state_dict(path: Path) -> dict[str, Tensor]:
-    """An upstream checkpoint without its numbers."""
+    """Return an upstream checkpoint without its numbers."""
     return {
         key: torch.empty(
             shape,

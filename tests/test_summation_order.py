@@ -1,7 +1,7 @@
-"""Order of sums: in fp32, a kernel sums up a product before it adds anything else, like torch.
+"""Order of sums: in fp32, a kernel completes the sum of a product before it adds anything else, like torch.
 
 The order in the compiled code cannot be seen in the interpreter. On an H200, `embed_cost_volume` at one
-prompt was 2.3 times as far off as torch, because its sum of 49 taps started at the bias.
+prompt had 2.3 times the error of torch, because its sum of 49 taps started at the bias.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from support.tiny import tiny_model
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of texts in each call of a text tower."""
+    """Number of texts in each call of a text tower."""
     return count_texts(monkeypatch)
 
 
@@ -33,7 +33,12 @@ def weight_on(device: str, dtype: torch.dtype = torch.float32) -> Any:
     ("asked", "weight", "selects", "expected"),
     [
         (None, weight_on("cuda"), False, torch.float16),
-        (None, weight_on("cuda"), True, torch.float32),  # the choice of the best 256 hangs on 1e-5
+        (
+            None,
+            weight_on("cuda"),
+            True,
+            torch.float32,
+        ),  # 1e-5 can change the best 256
         (torch.bfloat16, weight_on("cuda"), False, torch.bfloat16),
         (torch.float32, weight_on("cuda"), False, torch.float32),
         (None, weight_on("cuda", torch.bfloat16), False, torch.bfloat16),
@@ -92,7 +97,7 @@ def test_overflow_is_computed_in_the_weights_type() -> None:
     model = tiny_model("v2", NAMES)
     exact = model.text_features()
     with torch.no_grad():
-        model.clip_model.text_projection *= 1e6  # which the norm takes out again
+        model.clip_model.text_projection *= 1e6  # which the normalisation removes
     assert (
         not features.encode_classes(model.clip_model, model._tokens[False], 1, dtype=torch.float16)
         .isfinite()

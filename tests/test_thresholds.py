@@ -1,4 +1,4 @@
-"""Effect of a threshold of the scores, with classes left out in turn."""
+"""Effect of a threshold of the scores, with some classes left out."""
 
 from __future__ import annotations
 

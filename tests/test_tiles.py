@@ -103,7 +103,7 @@ def test_one_tile_is_the_picture(model: CATSeg, image: Tensor) -> None:
 
 
 def test_memory_does_not_grow_with_the_picture(model: CATSeg) -> None:
-    """Each tile is read once, and logits are kept of the rows of tiles that the next band needs."""
+    """Each tile is read once, and only logits that the next band of tiles needs are kept."""
     image, grid = picture(260, 64).byte(), TileGrid((260, 64), 64, 16)
     read, kept = [], []
 
@@ -340,8 +340,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("aerial.tif", "--tiles", "400", "--overlap", "200").startswith("0: ")
     with rasterio.open("segmented/aerial.labels.tif") as labels:
         assert labels.shape == (400, 420)
-    assert "there already" in run("aerial.tif", "--tiles", "400", "--overlap", "200")
-    assert "there already" not in run("aerial.tif", "--tiles", "400")
+    assert "up to date" in run("aerial.tif", "--tiles", "400", "--overlap", "200")
+    assert "up to date" not in run("aerial.tif", "--tiles", "400")
     answer = run("aerial.tif", "--tiles", "100")
     assert answer.startswith("1: ")
     assert "tiles: 100 is smaller than the model's window of 384 pixels" in " ".join(answer.split())

@@ -1,4 +1,4 @@
-"""Runs: interrupted ones, several processes, parts of a batch, failures."""
+"""Training runs: interruptions, several processes, parts of a batch, failures."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from torch import Tensor
 
 from catseg_fast import CATSeg
 from catseg_fast.checkpoints.checkpoint import read_checkpoint
+from catseg_fast.training import trainer as trainer_module
 from catseg_fast.training.checkpoints import Checkpoints
+from catseg_fast.training.samples import choose_classes
 from catseg_fast.training.trainer import Step
 from support.training_run import CLASSES, Blocks, make_trainer, trained
 
 TESTS = Path(__file__).parent
 PATHS = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+pytestmark = pytest.mark.xdist_group("training")  # one process makes the run to compare with
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """Folder and weights of a whole run."""
+    """Folder and weights of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     trainer = make_trainer(folder)
     trainer.run()
@@ -93,7 +96,7 @@ def test_a_batch_in_parts_is_the_whole_batch(
 
 
 def assert_trained_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Adam makes a whole step of the smallest gradient, so where that is rounding alone the signs differ."""
+    """Adam makes a whole step of any gradient, so signs differ where the gradient is only rounding."""
     start = dict(make_trainer(Path()).model.named_parameters())
     moved = torch.cat([(expected[name] - start[name].detach()).flatten() for name in expected])
     apart = torch.cat([(found[name] - expected[name]).flatten() for name in expected])
@@ -152,6 +155,28 @@ def test_the_step_sees_fewer_classes_under_other_names(tmp_path: Path) -> None:
     assert [step.classes for step in steps] == list(map(len, names))
     assert all(4 <= len(step) <= len(CLASSES) for step in names)
     assert len(set(names)) > 1
+
+
+def test_the_number_of_classes_is_drawn_for_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int | None] = []
+
+    def noted(labels, total, ignore_label, count, rng):  # type: ignore[no-untyped-def]
+        numbers.append(count)
+        return choose_classes(labels, total, ignore_label, count, rng)
+
+    monkeypatch.setattr(trainer_module, "choose_classes", noted)
+    recipe = {"classes_per_step": 5, "fewest_classes": 2, "steps": 12}
+    trainer = make_trainer(tmp_path, **recipe)
+    batch = [trainer.pictures[0]]
+    for trainer.step in range(12):
+        trainer._choose_classes(batch)
+    assert set(numbers) == {2, 3, 4, 5}
+    first = list(numbers)
+    for trainer.step in range(12):
+        trainer._choose_classes(batch)
+    assert numbers == first * 2  # a step draws the same number again, as a run that continues must
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:

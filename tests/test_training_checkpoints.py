@@ -1,4 +1,4 @@
-"""Checkpoints of training on disk: damaged ones are noticed, and the one before is used."""
+"""Checkpoints of training on disk: damaged ones are noticed, and the previous one is used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_bit_flip_in_a_training_checkpoint_is_noticed(tmp_path: Path) -> None:
             found = checkpoints.load()
         except ValueError:
             noticed += 1
-        else:  # a bit that decides nothing, as of a date in the archive
+        else:  # a bit without effect, such as of a date in the archive
             assert same(found, content), f"bit {position} of {len(valid) * 8}"
     assert noticed > 0.5 * len(positions)
 

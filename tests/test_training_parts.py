@@ -1,4 +1,4 @@
-"""Parts of a run: recipe, parameter groups, crops, classes of a step, log, command line."""
+"""Parts of a training run: recipe, parameter groups, crops, classes of a step, log, command line."""
 
 from __future__ import annotations
 
@@ -69,6 +69,9 @@ def test_the_learning_rate_is_half_a_cosine_behind_a_warm_up() -> None:
         ({"batch_size": 5, "accumulate": 2}, "accumulate: 2 does not divide the batch size, 5"),
         ({"min_sizes": (384, 0)}, "min_sizes: 0 is not positive"),
         ({"classes_per_step": 0}, "classes_per_step: 0 is not positive"),
+        ({"classes_per_step": 4, "fewest_classes": 5}, "fewest_classes: 5 is not between 1 and .*, 4"),
+        ({"classes_per_step": 4, "fewest_classes": 0}, "fewest_classes: 0 is not between 1 and .*, 4"),
+        ({"fewest_classes": 3}, "fewest_classes: 3 is not between 1 and classes_per_step, None"),
         ({"precision": "fp8"}, "precision: 'fp8' is not one of fp32, fp16, bf16"),
         ({"clip_finetune": "all"}, "clip_finetune: 'all' is not one of attention, full, prompt, none"),
     ],
@@ -131,7 +134,7 @@ def test_picture_and_labels_go_together(height: int, width: int) -> None:
         assert found.shape == (64, 64)
         inside = found != IGNORE
         same = (crop.int() - paint(found).int()).abs().amax(dim=0) <= 1
-        assert same[inside].double().mean() > 0.8  # all but blurred borders
+        assert same[inside].double().mean() > 0.8  # all except blurred borders
         assert (crop[:, ~inside] == 128).all()
         columns = found[0][inside[0]]
         mirrored += bool(columns[0] > columns[-1])
@@ -174,7 +177,7 @@ def test_colours_change_and_labels_do_not() -> None:
     assert changed >= 4
 
 
-def test_crops_follow_from_seed_and_position_alone() -> None:
+def test_crops_depend_only_on_seed_and_position() -> None:
     recipe = Recipe(steps=6, batch_size=4, crop_size=32, seed=3)
     whole = list(step_batches(Crops(Blocks(), recipe), 0))
     assert [len(batch) for batch in whole] == [4] * 6
@@ -217,7 +220,7 @@ def test_classes_of_a_step() -> None:
     every = torch.arange(20)
     for count in (None, 20, 50):
         assert torch.equal(choose_classes(labels, 20, IGNORE, count, np.random.default_rng(0)), every)
-    # The pictures' own classes stay, however many.
+    # All classes of the pictures stay.
     assert choose_classes(labels, 20, IGNORE, 2, np.random.default_rng(0)).tolist() == [3, 7, 12]
     nothing = [torch.full((2, 2), IGNORE)]
     assert len(choose_classes(nothing, 20, IGNORE, 4, np.random.default_rng(0))) == 4
@@ -253,7 +256,7 @@ def test_the_log_forgets_what_is_done_again(tmp_path: Path) -> None:
     assert [(entry["step"], entry["loss"]) for entry in entries] == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 9.0)]
 
 
-def test_a_run_may_start_from_clip_alone() -> None:
+def test_a_run_may_start_from_only_clip() -> None:
     source, target = tiny_model(), tiny_model()
     with torch.no_grad():
         for parameter in source.parameters():
@@ -302,7 +305,8 @@ def test_the_command_trains_and_goes_on(data: Path, tmp_path: Path, monkeypatch:
     output = tmp_path / "out"
     arguments = [
         "--data", str(data), "--output", str(output), "--device", "cpu", "--workers", "0",
-        "--batch-size", "1", "--crop-size", "64", "--classes-per-step", "4", "--random-synonyms",
+        "--batch-size", "1", "--crop-size", "64", "--classes-per-step", "4", "--fewest-classes", "2",
+        "--random-synonyms",
         "--no-colour", "--steps", "2", "--weights-type", "fp16", "--save-every", "1",
     ]  # fmt: skip
     result = invoke(*arguments)
@@ -365,7 +369,7 @@ def test_help_and_bad_arguments(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "log.jsonl"])
 def test_files_of_others_are_not_replaced(name: str, tmp_path: Path) -> None:
-    """Such as converted weights, which the run may even start from."""
+    """For example converted weights, from which the run may even start."""
     make_dataset(tmp_path / "data")
     foreign = tmp_path / "out" / name
     foreign.parent.mkdir()

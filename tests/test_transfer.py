@@ -1,4 +1,4 @@
-"""Pictures and answers on their way between the host and a device; and weights without their names."""
+"""Transfer of pictures and results between host and device; and weights without their names."""
 
 from __future__ import annotations
 

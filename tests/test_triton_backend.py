@@ -124,7 +124,7 @@ def _does_not_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_does_not_compile")
 @torch.no_grad()
-def test_a_kernel_that_does_not_compile_falls_back_once_aloud() -> None:
+def test_a_kernel_that_does_not_compile_falls_back_with_one_warning() -> None:
     engine = make_engine()
     inputs = make_inputs_of(engine.aggregator, 3)
     engine.chunk = 1
@@ -159,7 +159,7 @@ def test_auto_is_triton_on_a_gpu_that_can(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_backend("torch", "cuda") == "torch"
 
 
-def test_auto_falls_back_once_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "why_no_triton", lambda device: "the GPU is a museum piece")
     with pytest.warns(RuntimeWarning, match="running in torch, not in Triton: the GPU is a museum") as caught:
         assert [choose_backend("auto", "cuda") for _ in range(2)] == ["torch", "torch"]

@@ -19,7 +19,7 @@ from catseg_fast.engine import tuner
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.tuner import Tunable
 from catseg_fast.kernels import TUNABLE_OPS, load
-from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch import config_files, configs
 from catseg_fast.kernels.launch.capability import CAPABILITIES, of_gpu
 from catseg_fast.kernels.launch.checks import INTERPRETED
 from catseg_fast.kernels.launch.configs import Problem
@@ -46,7 +46,7 @@ WORKLOADS = [
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """The user's folder of configs and the package's, both empty."""
+    """Folders of the user's and the package's configs, both empty."""
     return use_empty_folders(tmp_path, monkeypatch)
 
 
@@ -80,7 +80,7 @@ def test_the_default_is_the_first_candidate(op):
 @interpreted
 @pytest.mark.parametrize("op", TUNABLE_OPS)
 def test_tunables_run_and_the_candidates_agree(op):
-    """The default, and the candidate with the largest tiles."""
+    """Run the default, and the candidate with the largest tiles."""
     variants = [TINY, replace(TINY, prompts=1)] if op == "embed_cost_volume" else [TINY]
     for tunable in (tunable for sizes in variants for tunable in tunables_of(op, sizes)):
         largest = max(
@@ -96,13 +96,13 @@ def test_tunables_run_and_the_candidates_agree(op):
 @torch.no_grad()
 def test_what_the_tuner_measures_is_what_the_engine_asks_for(monkeypatch):
     asked: set[Problem] = set()
-    choose = tuning.choose
+    choose = configs.choose
 
     def spy(problem: Problem, *arguments: Any) -> Any:
         asked.add(problem)
         return choose(problem, *arguments)
 
-    monkeypatch.setattr(tuning, "choose", spy)
+    monkeypatch.setattr(configs, "choose", spy)
     for prompts in (3, 1):
         engine = Engine(make_aggregator(prompt_channel=prompts, num_layers=1).float())
         engine.backend, engine.precision = "triton", torch.float32
@@ -141,7 +141,7 @@ def test_tunes_on_a_gpu(op):
 
 
 def make_tunable(*times: float | str) -> tuple[Tunable, Callable[[Callable[[], object]], float]]:
-    """A kernel with a candidate for each time, or for a fault, and a timer that knows the times."""
+    """Return a kernel with a candidate for each time, or for a fault, and a timer that knows the times."""
     found = tunables_of("window_block", TINY, torch.float32)
     original = next(tunable for tunable in found if tunable.problem.kernel == "qkv")
     configs = [replace(original.candidates[0], num_stages=number) for number, _ in enumerate(times, 1)]
@@ -201,9 +201,9 @@ def test_a_lost_gpu_ends_it():
 def test_what_is_measured_is_found(folders):
     tunable, timer = make_tunable(3.0, 2.0)
     (outcome,) = tuner.tune_all([tunable], CPU, GPU, folders[0], timer=timer)
-    chosen = tuning.choose(tunable.problem, CUDA, lambda *_: tunable.candidates[0])
+    chosen = configs.choose(tunable.problem, CUDA, lambda *_: tunable.candidates[0])
     assert chosen == outcome.best == tunable.candidates[1]
-    (written,) = json.loads(tuning.config_path(folders[0], GPU, "window_block").read_text())
+    (written,) = json.loads(config_files.config_path(folders[0], GPU, "window_block").read_text())
     assert written["gpu"] == GPU
     assert (written["milliseconds"], written["default_milliseconds"]) == (2.0, 3.0)
     assert written["shape"] == {"positions": 18, "channels": 32, "crop_classes": 4}
@@ -217,7 +217,7 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     first, timer = make_tunable(3.0, 2.0)
     second = replace(first, problem=first.problem._replace(classes=1000))
     advanced: list[None] = []
-    # The clock goes on by a second per look: at the start, at each default, then before each candidate.
+    # The clock advances by a second per reading: at the start, at each default, then before each candidate.
     outcomes = list(
         tuner.tune_all(
             [first, second],
@@ -231,7 +231,7 @@ def test_when_time_is_up_what_is_complete_is_kept(tmp_path, monkeypatch):
     )
     assert [outcome.tunable for outcome in outcomes] == [first]
     assert len(advanced) == 3
-    assert len(tuning.read(tuning.config_path(tmp_path, GPU, "window_block"), GPU)) == 1
+    assert len(config_files.read(config_files.config_path(tmp_path, GPU, "window_block"), GPU)) == 1
 
 
 @interpreted
@@ -286,7 +286,7 @@ def test_command(folders, monkeypatch, tmp_path):
     assert "3.000 ms │ 2.000 ms │ 1.50x │ 2     │ 1      │ 1" in result.stdout
     assert f"{GPU}: written to {folders[0]}" in result.stdout
     assert "note: window_block, qkv" in result.stderr
-    assert tuning.config_path(folders[0], GPU, "window_block").is_file()
+    assert config_files.config_path(folders[0], GPU, "window_block").is_file()
 
     result = run_tune("--minutes", "0", "--output", str(tmp_path / "here"))
     assert result.exit_code == 0
@@ -310,7 +310,7 @@ def test_command(folders, monkeypatch, tmp_path):
         ((10, 3), 100),
         ((11, 0), 100),
         ((12, 0), 89),
-        ((12, 1), 89),  # 99 KB of shared memory for a program, not 227
+        ((12, 1), 89),  # 99 KB of shared memory per program, not 227
     ],
 )
 def test_default_configs_fit_gpus_between_those_that_are_known(capability, expected, monkeypatch):

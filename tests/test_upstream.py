@@ -51,7 +51,7 @@ def upstream(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def small_clip(version: str) -> CLIPConfig:
-    """v2's code has the width of the towers and the numbers of its blocks in it."""
+    """Return a small CLIP; widths of towers and numbers of blocks are fixed in v2's code."""
     width, layers = (768, 9) if version == "v2" else (64, 2)
     return CLIPConfig(
         embed_dim=32, image_size=224, input_size=384, patch_size=16, vision_width=width, vision_layers=layers,
@@ -101,7 +101,7 @@ def test_the_answer_is_upstreams(
     monkeypatch.setitem(upstream_config.CLIP_MODELS, "ViT-B/16", clip)
     clip_module = importlib.import_module("cat_seg.third_party.clip")
     monkeypatch.setattr(clip_module, "load", lambda *_, **__: (upstreams_clip(clip), None))
-    for name in ("modeling", "cat_seg_model"):  # which register what they have
+    for name in ("modeling", "cat_seg_model"):  # which register their content
         importlib.import_module(f"cat_seg.{name}")
     cfg = read_cfg(upstream, version, "TEST.SLIDING_WINDOW", sliding_window)
     theirs = registry.get(cfg.MODEL.META_ARCHITECTURE)(cfg)

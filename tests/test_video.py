@@ -176,7 +176,7 @@ def test_a_truncated_video_keeps_its_frames(model: CATSeg, tmp_path: Path) -> No
     content = json.loads((tmp_path / "out/a.json").read_text())
     assert (content["complete"], content["frames"]) == (False, kept)
     assert len(decoded(tmp_path / "out/a.overlay.mp4")) == kept
-    assert clips(model, every=4).run(0, clip, lambda *_: None).error is not None  # it is tried again
+    assert clips(model, every=4).run(0, clip, lambda *_: None).error is not None  # it is retried
 
 
 def test_an_interrupted_run_keeps_its_frames(
@@ -291,7 +291,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "clip.json", "clip.labels", "clip.overlay.mp4", "clip-2.json", "clip-2.labels.png",
         "clip-2.overlay.png", "frames.json", "frames.labels", "frames.overlay.mp4",
     }  # fmt: skip
-    assert run("clip.mp4", "frames", "clip.png", "--video", "--every", "2").count("there already") >= 3
+    assert run("clip.mp4", "frames", "clip.png", "--video", "--every", "2").count("up to date") >= 3
     assert run("clip.png", "--every", "2").startswith("1: ")
     assert "--every: there is no video" in run("clip.png", "--every", "2")
     assert "--top-k: clip.mp4 is a video" in run("clip.mp4", "--top-k", "2")

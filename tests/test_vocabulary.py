@@ -116,7 +116,7 @@ def test_good_classes() -> None:
     assert check_classes(["ein Straßenschild", "猫", "🐈"]) == ("ein Straßenschild", "猫", "🐈")
 
 
-# What a tokenizer may treat otherwise within a text than at its end or by itself.
+# Words that a tokenizer may treat differently within a text than at its end or alone.
 PIECES = (
     "cat", "Traffic_Light", "crème brûlée", "猫", "🐈", "ΑΣ", "\u017f", "ﬁ", "\u2019", "e\u0301", "10", "2.5",
     "'s", "'LL", "'", "''", ".", ",", ").", "(x)", "-", "_", "&", "&amp", "&amp;", "&#65", ";", "<",
@@ -157,7 +157,7 @@ def test_tokens_of_the_ready_lists_are_open_clips(name: str) -> None:
 
 
 def test_tokenizing_cleans_no_plain_text_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check takes a third of a millisecond per prompt, and a class has 80 prompts in v1."""
+    """A check takes a third of a millisecond per prompt, and v1 has 80 prompts per class."""
     names, templates = ready_list("ade-150").classes, get_templates("imagenet")
     cleaned: list[str] = []
     tokenizer, clean = open_clip.tokenizer.SimpleTokenizer(), open_clip.tokenizer._clean_lower
@@ -191,7 +191,7 @@ def test_only_the_first_synonym_must_fit_in_v2() -> None:
 
 
 def slow_features(clip: DenseCLIP, label: str, templates: tuple[str, ...], version: Version) -> Tensor:
-    """`[P, C]`, one text at a time at full length."""
+    """Return `[P, C]`, computed one text at a time at full length."""
     names = label.split(", ") if version == "v1" else [label.split(", ")[0]]
     rows = []
     for template in templates:

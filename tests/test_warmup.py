@@ -1,4 +1,4 @@
-"""`CATSeg.warmup` and `catseg-fast warmup`: first calls wait for nothing afterwards."""
+"""`CATSeg.warmup` and `catseg-fast warmup`: afterwards, first calls do not wait."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from catseg_fast.kernels.window_attention import mlp
 from catseg_fast.kernels.window_attention.windows import window_position, window_region
 from support.accuracy import assert_classes_are_apart, assert_no_worse_than_eager, upcast
 
-DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
+DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 incorrectly
 G = 48  # channels of the guidance
 
 pytestmark = pytest.mark.usefixtures("on_gpu")
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("on_gpu")
 def make_block(
     dtype: torch.dtype, C: int = 128, heads: int = 4, window: int = 12, shift: int = 0, M: int = 512
 ) -> WindowBlock:
-    """Random weights of a trained model's scale, but for sharper attention."""
+    """Return random weights of a trained model's scale, with sharper attention."""
 
     def weight(*shape: int) -> Tensor:
         return (torch.randn(shape) * shape[-1] ** -0.5).to(dtype)
@@ -50,7 +50,7 @@ def make_block(
 def make_inputs(
     block: WindowBlock, B: int, t: int, resolution: tuple[int, int] = (24, 24), crops: int | None = 1
 ) -> tuple[BlockGuidance, Tensor]:
-    """Guidance of one or of B crops, or none at all (but a bias), and a chunk."""
+    """Return guidance of one or of B crops, or only a bias, and a chunk."""
     HW, dtype = resolution[0] * resolution[1], block.qkv.dtype
     tokens = None if crops is None else torch.randn(crops, HW, G).to(dtype)
     guidance = block_guidance(block, tokens, resolution, torch.get_default_device())
@@ -138,7 +138,7 @@ def test_matches_plain_torch_at_sizes_of_other_models(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mask_is_finite(dtype: torch.dtype) -> None:
-    """Upstream subtracts 100: scores that differ by more are seen through it."""
+    """Upstream subtracts 100: scores that differ by more are not masked."""
     torch.manual_seed(3)
     block = make_block(dtype, 32, 1, 4, 2, 32)
     guidance, x = make_inputs(block, 1, 2, (8, 8))
@@ -230,7 +230,7 @@ def test_takes_strided_chunks(layout: str) -> None:
 
 @pytest.mark.usefixtures("overflow_checks")
 def test_offsets_are_64_bits_wide() -> None:
-    """The system gives no memory for storage that is never touched."""
+    """The system provides no memory for storage that is never touched."""
     torch.manual_seed(5)
     block = make_block(torch.float16, 16, 1, 2, 1, 16)
     guidance, x = make_inputs(block, 2, 2, (4, 4))
@@ -246,7 +246,7 @@ def test_is_deterministic_and_classes_do_not_meet() -> None:
 
 
 def test_order_of_classes_does_not_matter() -> None:
-    """But for rounding, which can depend on the place in a tile."""
+    """Except for rounding, which can depend on the place in a tile."""
     torch.manual_seed(6)
     block = make_block(torch.float16, 48, 3, 6, 3, 96)
     guidance, x = make_inputs(block, 1, 5, (12, 12))

@@ -17,7 +17,7 @@ from catseg_fast.kernels.window_attention.windows import Windows
 from support.accuracy import assert_no_worse_than_eager, upcast
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 wrongly
+DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 incorrectly
 SMALL = Sizes(1, 2, 4, 6, channels=32, heads=2, window=2, shift=1, hidden=48)
 SHARED = 227 * 1024  # bytes that a program may have on capability 90
 
@@ -30,7 +30,7 @@ def make(sizes: Sizes, dtype: torch.dtype = torch.float16, seed: int = 0) -> dic
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 33, 64, 65, 97])
 def test_any_number_of_classes(classes: int, shift: int, dtype: torch.dtype) -> None:
-    crops = max(1, 48 // classes)  # of few values the largest error is a matter of chance, of torch's, too
+    crops = max(1, 48 // classes)  # the largest error of few values is a matter of chance, also for torch
     inputs = make(Sizes(crops, classes, 2, 4, channels=16, heads=1, window=2, shift=shift, hidden=32), dtype)
     truth = plain.window_block(**{name: upcast(value) for name, value in inputs.items()})
     assert_no_worse_than_eager(op.window_block(**inputs), plain.window_block(**inputs), truth)
@@ -40,7 +40,7 @@ def test_any_number_of_classes(classes: int, shift: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.usefixtures("default_configs")
 def test_default_configs(capability: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the published widths, and fewer positions; 40 are no multiple of a tile's rows."""
+    """The published widths, and fewer positions; 40 are not a multiple of a tile's rows."""
     monkeypatch.setattr("catseg_fast.kernels.launch.capability._assumed.capability", capability)
     inputs = make(Sizes(1, 3, 5, 10, window=5, shift=2, hidden=96), dtype)
     truth = plain.window_block(**{name: upcast(value) for name, value in inputs.items()})
@@ -51,7 +51,7 @@ def test_default_configs(capability: int, dtype: torch.dtype, monkeypatch: pytes
 
 
 def run_qkv(inputs: dict[str, Any], x: Tensor, config: qkv.QKVConfig) -> tuple[Tensor, bool]:
-    """The result, and whether it came through descriptors."""
+    """Return the result, and whether descriptors were used."""
     with record() as launches:
         out = qkv.launch(x, inputs["qkv"], inputs["query_key"], input_precision="ieee", config=config)
     return out, launches[0].constants["TMA"]
@@ -143,7 +143,7 @@ def test_writes_to_a_slice_of_a_state_or_in_place() -> None:
 
 
 def test_destination_offsets_are_64_bits_wide() -> None:
-    """The system gives no memory for storage that is never touched."""
+    """The system provides no memory for storage that is never touched."""
     inputs = make(Sizes(2, 2, 4, 4, channels=16, heads=1, window=2, hidden=16))
     far = torch.empty_strided((2, 2, 16, 16), (2**31 + 4096, 2**30 + 1024, 16, 1), dtype=torch.float16)
     out = far.to(DEVICE) if DEVICE.type == "cuda" else far

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, by one process at a time, with an error that says why."""
+"""Writing files: completely or not at all, by one process at a time, with an error that says why."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_a_folder_is_swept_once(tmp_path: Path, unswept: None, monkeypatch: pyte
 
 
 def together(work: Callable[[int], None], count: int) -> None:
-    """Call `work` with 0, 1, … in so many processes at a time."""
+    """Call `work` with 0, 1, … in several processes at a time."""
     context = multiprocessing.get_context("fork")
     children = [context.Process(target=work, args=(index,)) for index in range(count)]
     for child in children:

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from catseg_fast._version import __version__
 from catseg_fast.backend import choose_backend, default_device
@@ -48,6 +47,7 @@ from catseg_fast.cli.options import (
     note_on_bundled,
     weights_or_bundled,
 )
+from catseg_fast.cli.results import print_results
 from catseg_fast.config import MAX_PIXELS
 from catseg_fast.console import (
     Debug,
@@ -83,7 +83,6 @@ EXAMPLES = (
     "catseg-fast segment aerial.tif --classes-file classes.txt --weights v2-vitl --tiles 1280 --whole",
     "torchrun --nproc-per-node 8 -m catseg_fast segment photo.jpg --classes-file c.txt --class-parallel",
 )
-LISTED = 20  # a line for each picture up to so many; beyond, a line for each of the largest classes
 
 
 def segment(
@@ -242,13 +241,7 @@ def segment(
             conductor.end()
         if stats is not None:
             write_statistics(stats, [outcome.picture.result("json") for outcome in outcomes])
-    if outcomes:
-        if len(found) <= LISTED:
-            stdout.print_table(_results_table(outcomes), paths=(0, 3))
-        else:
-            stdout.print_table(_classes_table(outcomes), names=(0,))
-    if len(found) > 1:
-        stdout.print(_summary(outcomes, len(found), seconds))
+    print_results(outcomes, len(found), seconds)
     if len(outcomes) < len(found):
         stderr.print(f"{len(found) - len(outcomes)} of {len(found)} images failed")
         raise typer.Exit(1)
@@ -302,42 +295,3 @@ def _succeeded(outcome: Outcome, debug: bool) -> bool:
     message = describe(error)
     say_error(message if path in message else f"{path}: {message}")
     return False
-
-
-def _top_classes(summary: list[dict[str, Any]], count: int = 3) -> str:
-    largest = sorted(summary, key=lambda entry: -entry["share"])
-    return ", ".join(f"{entry['name'].partition(',')[0]} {entry['share']:.0%}" for entry in largest[:count])
-
-
-def _results_table(outcomes: Sequence[Outcome]) -> Table:
-    """Return a table with one row per picture."""
-    table = Table("image", "largest classes", "time", "overlay")
-    for outcome in outcomes:
-        seconds = "there already" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
-        cells = (
-            str(outcome.picture.path), _top_classes(outcome.summary or []), seconds,
-            str(outcome.picture.result(outcome.overlay)),
-        )  # fmt: skip
-        table.add_row(*cells)
-    return table
-
-
-def _classes_table(outcomes: Sequence[Outcome]) -> Table:
-    """Return a table of the largest classes; all pictures have the same weight."""
-    shares: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        for entry in outcome.summary or []:
-            shares.setdefault(entry["name"], []).append(entry["share"])
-    table = Table("class", "pictures", "mean share", title=f"{len(shares)} classes occur; the largest are")
-    for name, found in sorted(shares.items(), key=lambda item: -sum(item[1]))[:LISTED]:
-        table.add_row(name, str(len(found)), f"{sum(found) / len(outcomes):.1%}")
-    return table
-
-
-def _summary(outcomes: Sequence[Outcome], total: int, seconds: float) -> str:
-    done = sum(outcome.seconds is not None for outcome in outcomes)
-    speed = f" ({done / seconds:.2f} img/s)" if done else ""
-    kept, failed = len(outcomes) - done, total - len(outcomes)
-    parts = [f"{done} segmented in {seconds:.1f} s{speed}"]
-    parts += [f"{kept} there already"] * bool(kept) + [f"{failed} failed"] * bool(failed)
-    return ", ".join(parts)

@@ -99,7 +99,7 @@ def tune(
 
 
 def _default_folder() -> Path:
-    from catseg_fast.kernels.launch.configs import user_folder
+    from catseg_fast.kernels.launch.config_files import user_folder
 
     try:
         return user_folder()

@@ -17,11 +17,12 @@ import torch
 
 from catseg_fast._version import __version__
 from catseg_fast.console import late_progress
+from catseg_fast.engine.compiling import Job, compile_jobs
 from catseg_fast.engine.self_check import random_plan, run_stream, wrong_stages
 from catseg_fast.engine.terms import ImageTerms
 from catseg_fast.engine.triton_stages import TritonStages
+from catseg_fast.environment import describe_compiler
 from catseg_fast.files import replacing, user_cache
-from catseg_fast.kernels.launch.compiling import Job, compile_jobs, describe_compiler
 from catseg_fast.kernels.launch.launcher import record
 
 

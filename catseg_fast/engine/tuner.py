@@ -1,4 +1,4 @@
-"""Timing of launch configs on a GPU; the fastest are saved in the files of `kernels/launch/configs.py`."""
+"""Timing of launch configs on a GPU; the fastest are saved in files of `kernels/launch/config_files.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.errors import InputError
 from catseg_fast.files import locked, replacing
 from catseg_fast.kernels import load
-from catseg_fast.kernels.launch import configs as tuning
+from catseg_fast.kernels.launch import config_files, configs
 from catseg_fast.kernels.launch.capability import capability_of
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.configs import Problem
@@ -90,7 +90,7 @@ class Outcome:
             "version": problem.config.version,
             "dtype": problem.dtype,
             "precision": problem.precision,
-            "shape": {**dict(problem.sizes), tuning.FREE_SIZE: problem.crop_classes},
+            "shape": {**dict(problem.sizes), config_files.FREE_SIZE: problem.crop_classes},
             "config": asdict(self.best),
             "milliseconds": round(self.milliseconds[self.best], 5),
             "default_milliseconds": round(self.default_milliseconds, 5),
@@ -161,7 +161,7 @@ def tune_all(
         tunables: the kernels.
         device: device on which they run.
         gpu: name of the device.
-        folder: folder of the files, such as `configs.user_folder()`.
+        folder: folder of the files, such as `config_files.user_folder()`.
         timer: measures a call.
         seconds: time limit; a kernel that is not finished by then is skipped. With a limit, kernels are timed
             in descending order of the time of their default configs.
@@ -173,7 +173,7 @@ def tune_all(
         if outcome is None:
             return
         if outcome.reason is None:
-            path = tuning.config_path(folder, gpu, tunable.problem.op)
+            path = config_files.config_path(folder, gpu, tunable.problem.op)
             try:
                 save(path, gpu, outcome.entry(gpu, **_facts(device)))
             except OSError as error:
@@ -263,11 +263,13 @@ def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
     """
     launch = ("kernel", "dtype", "precision", "shape")  # any version, as old ones are of no use
     with locked(path):
-        others = [old for old in tuning.read(path, gpu) if any(old[name] != entry[name] for name in launch)]
+        others = [
+            old for old in config_files.read(path, gpu) if any(old[name] != entry[name] for name in launch)
+        ]
         text = ",\n".join(json.dumps(item) for item in [*others, entry])
         with replacing(path) as temporary:
             temporary.write_text(f"[\n{text}\n]\n", encoding="utf-8")
-    tuning.clear()
+    configs.clear()
 
 
 def _agree(result: Sequence[Tensor], expected: Sequence[Tensor], rounding: float) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from catseg_fast.backend import choose_backend
 from catseg_fast.engine.schedule import format_bytes
+from catseg_fast.environment import describe_compiler, describe_configs
 from catseg_fast.inference.encoding import image_type
 from catseg_fast.inference.readout import READOUT_BYTES
 
@@ -37,11 +38,7 @@ def explain(model: CATSeg, crops: int | None = None) -> str:
         for stage, reason in getattr(model.engine.stages(plan), "fallbacks", {}).items():
             lines["in torch"] = "; ".join(filter(None, [lines.get("in torch"), f"{stage} ({reason})"]))
         if backend == "triton" and model.device.type == "cuda":
-            from catseg_fast.kernels import TUNABLE_OPS, load
-            from catseg_fast.kernels.launch.compiling import describe_compiler
-            from catseg_fast.kernels.launch.origins import describe  # triton exists only for Linux
-
-            lines["configs"] = describe(map(load, TUNABLE_OPS), model.device, plan.embed.dtype)
+            lines["configs"] = describe_configs(model.device, plan.embed.dtype)
             lines["compiler"] = describe_compiler(model.device)
         lines["graphs"] = f"{model.engine.graphs}; {model.engine.recordings.describe()}"
         lines["policy"] = f"{schedule.policy}: {schedule.reason}"

@@ -1,1 +1,1 @@
-"""Code shared by all ops: checks of arguments, launch configs, launches, and compilation ahead of time."""
+"""Code shared by all ops: declarations, checks of arguments, launch configs and launches."""

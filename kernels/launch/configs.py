@@ -1,27 +1,16 @@
-"""Launch configs that were measured on a GPU (`catseg-fast tune`), and the choice of one for a launch.
+"""The choice of a launch config: one that was measured on a GPU (`catseg-fast tune`), or a default.
 
-They are in JSON files, one per GPU and op, `<gpu>/<op>.json`: lists of entries such as
-
-    {"kernel": "mlp", "dtype": "fp16", "precision": "ieee",
-     "shape": {"positions": 576, "channels": 128, "hidden": 512, "crop_classes": 255},
-     "config": {"rows": 128, "hidden": 64, "num_warps": 8, "num_stages": 2},
-     "gpu": "NVIDIA H200", "capability": 90, "multiprocessors": 132, …}
-
-An entry fits a launch of the same kernel with the same `version` (1 by default), type and sizes. Among
-several entries, the one with the nearest number of crops times classes is chosen, by ratio. Files in the
-user's cache folder take precedence over those of the package. A GPU without an entry of its own borrows one
-from another GPU of the same compute capability, whose multiprocessors have the same registers and shared
-memory; among several GPUs, from the one with the nearest number of multiprocessors. If no entry fits, the
-kernel's default config is used.
+An entry of a file (`config_files.py`) fits a launch of the same kernel with the same `version` (1 by
+default), type and sizes. Among several entries, the one with the nearest number of crops times classes is
+chosen, by ratio. Files in the user's cache folder take precedence over those of the package. A GPU without an
+entry of its own borrows one from another GPU of the same compute capability, whose multiprocessors have the
+same registers and shared memory; among several GPUs, from the one with the nearest number of
+multiprocessors. If no entry fits, the kernel's default config is used.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -30,14 +19,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from catseg_fast.kernels.launch import capability
+from catseg_fast.kernels.launch import capability, config_files
 from catseg_fast.kernels.launch.checks import DTYPES
 from catseg_fast.kernels.launch.config import LaunchConfig
+from catseg_fast.kernels.launch.config_files import FREE_SIZE, config_path, read, slug, user_folder, warn
 
 C = TypeVar("C", bound=LaunchConfig)
-
-SHIPPED = Path(__file__).parents[2] / "configs"
-FREE_SIZE = "crop_classes"
 
 
 class Problem(NamedTuple):
@@ -119,20 +106,6 @@ def choose(
     return default_config(capability.capability_of(device), problem)
 
 
-def user_folder() -> Path:
-    """Return the folder that `catseg-fast tune` writes to: `catseg-fast/configs` in `$XDG_CACHE_HOME`.
-
-    Without the variable, it is in `~/.cache`.
-
-    Raises:
-        RuntimeError: if the variable is not set and the user has no home folder.
-    """
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache_home.is_absolute():  # which the XDG specification says to ignore
-        cache_home = Path.home() / ".cache"
-    return cache_home / "catseg-fast" / "configs"
-
-
 def origin(problem: Problem, device: torch.device) -> str:
     """Say where the config of a launch on a GPU comes from: measured on it, borrowed, or a default."""
     chip = _chip(device)
@@ -142,58 +115,9 @@ def origin(problem: Problem, device: torch.device) -> str:
         return (
             f"defaults (none were measured in {problem.dtype} at compute capability {chip.capability / 10})"
         )
-    if _slug(gpu) == _slug(chip.name):
+    if slug(gpu) == slug(chip.name):
         return f"measured on {gpu}"
     return f"borrowed from {gpu}, of the same compute capability {chip.capability / 10}"
-
-
-def config_path(folder: Path, gpu: str, op: str) -> Path:
-    """Return an op's file for a GPU, in a folder named after it: `nvidia-h200` for "NVIDIA H200"."""
-    return folder / _slug(gpu) / f"{op}.json"
-
-
-def read(path: Path, gpu: str) -> list[dict[str, Any]]:
-    """Return the entries of a GPU's file; damaged ones and those of other GPUs are skipped with a warning.
-
-    A missing file has no entries, and causes no warning.
-    """
-    try:
-        entries = _parse(path.read_bytes())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError) as error:
-        _warn(path, error)
-        return []
-    faults = [_fault(entry, gpu) for entry in entries]
-    if found := [f"entry {number} {fault}" for number, fault in enumerate(faults) if fault]:
-        _warn(path, ValueError(f"{len(found)} of {len(entries)} entries: {found[0]}"))
-    return [entry for entry, fault in zip(entries, faults, strict=True) if not fault]
-
-
-def _parse(content: bytes) -> list[Any]:
-    """Return the entries in a file; in a damaged file, each line is read separately, or is None.
-
-    Raises:
-        ValueError, RecursionError: if the content is not a list, or no line can be read.
-    """
-    try:
-        entries = json.loads(content.decode("utf-8"))
-    except ValueError:
-        lines = (line.strip().removesuffix(b",") for line in content.splitlines())
-        entries = [_parse_line(line) for line in lines if line not in (b"", b"[", b"]")]
-        if not any(isinstance(entry, dict) for entry in entries):
-            raise
-    if not isinstance(entries, list):
-        raise ValueError("it is not a list of entries")
-    return entries
-
-
-def _parse_line(line: bytes) -> Any:
-    """Return the value in a line; None if it is damaged."""
-    try:
-        return json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
 
 
 def clear() -> None:
@@ -222,10 +146,10 @@ def _chip(device: torch.device) -> _Chip:
 def _folders() -> tuple[Path, ...]:
     """Return the user's folder, if there is one, and the package's."""
     try:
-        return user_folder(), SHIPPED
+        return user_folder(), config_files.SHIPPED
     except RuntimeError as error:
-        _warn("the user's folder of launch configs", error)
-        return (SHIPPED,)
+        warn("the user's folder of launch configs", error)
+        return (config_files.SHIPPED,)
 
 
 @cache
@@ -240,7 +164,7 @@ def _measured(problem: Problem, device: torch.device) -> Any:
         try:
             return problem.config(**nearest["config"])
         except (TypeError, ValueError) as error:
-            _warn(path, error)
+            warn(path, error)
     return None
 
 
@@ -261,7 +185,7 @@ def _others(folder: Path, op: str, chip: _Chip) -> tuple[tuple[float, Path, list
     """Return distance, file and entries of each other GPU of the same compute capability in a folder."""
     found = []
     for path in sorted(folder.glob(f"*/{op}.json")):
-        if path.parent.name == _slug(chip.name):
+        if path.parent.name == slug(chip.name):
             continue
         entries = [e for e in _read_once(path, path.parent.name) if e.get("capability") == chip.capability]
         if entries:
@@ -276,28 +200,3 @@ def _serves(entry: dict[str, Any], problem: Problem) -> bool:
     sizes = {name: size for name, size in entry["shape"].items() if name != FREE_SIZE}
     wanted = (problem.kernel, problem.dtype, problem.precision, dict(problem.sizes), problem.config.version)
     return (entry["kernel"], entry["dtype"], entry["precision"], sizes, entry.get("version", 1)) == wanted
-
-
-def _fault(entry: Any, gpu: str) -> str | None:
-    """Return why something is not an entry of a GPU; None if it is one."""
-    if not isinstance(entry, dict):
-        return "is not an object"
-    lacking = {"kernel", "dtype", "precision", "shape", "config", "gpu"} - entry.keys()
-    if lacking:
-        return f"lacks {', '.join(sorted(lacking))}"
-    if not isinstance(entry["shape"], dict) or not isinstance(entry["config"], dict):
-        return "has a shape or config that is not an object"
-    crop_classes = entry["shape"].get(FREE_SIZE)
-    if not isinstance(crop_classes, int) or crop_classes < 1:
-        return f"has a {FREE_SIZE} that is not a positive integer: {crop_classes!r}"
-    if _slug(str(entry["gpu"])) != _slug(gpu):
-        return f"is for another GPU, {entry['gpu']!r}, not for {gpu!r}"
-    return None
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _warn(path: Path | str, error: Exception) -> None:
-    warnings.warn(f"{path}: not used: {error}", stacklevel=2)

@@ -1,4 +1,4 @@
-"""The rule that kernels are held to: against float64, at most twice plain torch's error in their type."""
+"""The accuracy rule for kernels: an error against float64 of at most twice plain torch's in the same type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def upcast(item: Any) -> Any:
-    """The same with every floating tensor in it, however deep, in float64."""
+    """Convert every floating tensor in nested structures to float64."""
     if isinstance(item, Tensor):
         return item.double() if item.is_floating_point() else item
     if isinstance(item, (tuple, list)):
@@ -22,7 +22,7 @@ def upcast(item: Any) -> Any:
 
 
 def assert_no_worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor, factor: float = 2.0) -> None:
-    """Check largest and root-mean-square error against those of `eager`, both from `truth` in float64."""
+    """Check that largest and root-mean-square error are at most `factor` times those of `eager`."""
     assert ours.shape == eager.shape == truth.shape
     assert ours.dtype == eager.dtype
     assert truth.dtype == torch.float64

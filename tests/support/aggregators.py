@@ -15,7 +15,7 @@ B, T, H, W = 2, 5, 24, 24
 
 
 def make_aggregator(**changes: Any) -> reference.Aggregator:
-    """A small aggregator in float64 with weights that leave no term near zero."""
+    """Return a small aggregator in float64 with weights that leave no term near zero."""
     arguments: dict[str, Any] = {
         "text_guidance_dim": 24, "text_guidance_proj_dim": 16, "appearance_guidance_dim": 20,
         "appearance_guidance_proj_dim": 16, "decoder_dims": (32, 16), "decoder_guidance_dims": (12, 10),
@@ -34,7 +34,7 @@ def make_aggregator(**changes: Any) -> reference.Aggregator:
 
 
 def features(aggregator: Any, classes: int = T, crops: int = B) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Random image features, text features and guidance maps of some crops."""
+    """Return random image features, text features and guidance maps of some crops."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -49,7 +49,7 @@ def features(aggregator: Any, classes: int = T, crops: int = B) -> tuple[Tensor,
 
 
 def terms(aggregator: Any) -> tuple[Plan, ImageTerms, VocabularyTerms]:
-    """The folded weights of an aggregator, and what is computed per image and per vocabulary."""
+    """Return the folded weights of an aggregator, and what is computed per image and per vocabulary."""
     plan = build_plan(aggregator, torch.float64)
     image, text, guidance = features(aggregator)
     return (
@@ -60,5 +60,5 @@ def terms(aggregator: Any) -> tuple[Plan, ImageTerms, VocabularyTerms]:
 
 
 def chunk(*shape: int) -> Tensor:
-    """Random numbers in float64."""
+    """Return random numbers in float64."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""Compile kernels for GPUs that are not there, and read what they take from the machine code.
+"""Compile kernels for GPUs that are not present, and read the resources that they take from the machine code.
 
-What is compiled is what ops launch: each op of `catseg_fast.kernels.OPS` is called on the meta device, where
+The launches of ops are compiled: each op of `catseg_fast.kernels.OPS` is called on the meta device, where its
 launches are recorded (`launcher.record`), and specialised as Triton does at a launch.
 
 A kernel's mode, interpreted or compiled, is fixed when it is decorated. So this file runs as a program of its
@@ -29,10 +29,13 @@ from typing import Any
 import torch
 import triton
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from catseg_fast.kernels import OPS, load
 from catseg_fast.kernels.launch.capability import CAPABILITIES
-from catseg_fast.kernels.launch.compiling import compile_launch
 from catseg_fast.kernels.launch.launcher import Launch
+from support.compiling import compile_launch
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "bench" / "results" / "resources.json"
@@ -70,8 +73,8 @@ CHIPS = {
 class Resources:
     """Resources of a compiled kernel: `stack` and `shared` in bytes, `spills` in instructions.
 
-    `mma` names the matrix instructions that came out, of "mma", "wgmma" and "tcgen05", a space between;
-    `programs` is how many fit on a streaming multiprocessor at a time.
+    `mma` names the matrix instructions in the code, of "mma", "wgmma" and "tcgen05", separated by spaces;
+    `programs` is the number of programs that fit on a streaming multiprocessor at a time.
     """
 
     registers: int
@@ -88,11 +91,11 @@ class Target:
     """One launch of an op, for one compute capability.
 
     Attributes:
-        op: the op's name.
-        name: the launch's among all of the op's and of all chips', as in the record.
-        capability: the GPU's.
-        launch: what is passed.
-        mma: the matrix instruction that must come out: "mma" for any kind, "wgmma", or None.
+        op: name of the op.
+        name: name of the launch, unique among all ops and chips, as in the record.
+        capability: compute capability of the GPU.
+        launch: the launch, with its arguments.
+        mma: the matrix instruction that the code must have: "mma" for any kind, "wgmma", or None.
         max_stack: bytes of stack that are accepted.
     """
 
@@ -161,7 +164,7 @@ def _is_split(launch: Launch) -> bool:
 
 
 def resources_of(ops: Iterable[str], capabilities: Iterable[int]) -> dict[str, Resources | str]:
-    """Compile ops for chips in another process: resources by name, or the error where one fails."""
+    """Compile ops for chips in another process: return resources by name, or the error if one fails."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     chosen = [*ops, "--capabilities", *map(str, capabilities)]
@@ -194,7 +197,7 @@ def faults(target: Target, taken: Resources | str) -> list[str]:
 
 
 def recorded() -> dict[str, dict[str, Any]] | None:
-    """Recorded resources by `key`, or None where nobody recorded this version of Triton."""
+    """Return the recorded resources by name; None if this version of Triton is not recorded."""
     if not RECORD.exists():
         return None
     record: dict[str, dict[str, dict[str, Any]]] = json.loads(RECORD.read_text())
@@ -212,7 +215,7 @@ def compile_target(target: Target) -> Resources:
 
 
 def gpu(capability: int) -> Any:
-    """Triton's description of a GPU."""
+    """Return Triton's description of a GPU."""
     from triton.backends.compiler import GPUTarget
 
     return GPUTarget("cuda", capability, 32)
@@ -230,7 +233,7 @@ def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:
         # Registers are spilled to the stack; the disassembler takes as long as ptxas.
         spills, spills_in_loops = count_spills(_run("nvdisasm", "-c", file.name)) if stack else (0, 0)
     shared = compiled.metadata.shared
-    by_warp = -(-registers * 32 // 256) * 256  # registers come in units of 256 a warp
+    by_warp = -(-registers * 32 // 256) * 256  # registers come in units of 256 per warp
     programs = min(
         chip.programs,
         chip.warps // num_warps,
@@ -244,7 +247,7 @@ def _read(compiled: Any, num_warps: int, chip: Chip) -> Resources:
 
 
 def count_spills(code: str) -> tuple[int, int]:
-    """Instructions on local memory in nvdisasm's output: all, and those from a label to a jump back to it."""
+    """Count instructions on local memory in nvdisasm's output: all, and those in loops."""
     labels: dict[str, int] = {}
     local: list[int] = []
     loops: list[tuple[int, int]] = []
@@ -256,7 +259,7 @@ def count_spills(code: str) -> tuple[int, int]:
                 local.append(index)
             elif (jump := re.search(r"`\((\.L_\w+)\)", match[2])) and jump[1] in labels:
                 loops.append((labels[jump[1]], index))
-    # What ends a kernel is a jump to itself.
+    # A kernel ends with a jump to itself.
     inside = sum(any(start <= index <= end for start, end in loops) for index in local)
     return len(local), inside
 
@@ -272,7 +275,7 @@ def _compile(op: str, capability: int, index: int) -> tuple[str, dict[str, Any] 
     target = targets(op, capability)[index]
     try:
         return target.name, asdict(compile_target(target))
-    except Exception as error:  # whatever the compiler says is the result
+    except Exception as error:  # any error of the compiler is a result
         cause = error.__cause__ or error
         return target.name, f"{type(cause).__name__}: {str(cause)[-600:]}"
 
@@ -289,7 +292,7 @@ def _compile_all(ops: list[str], capabilities: Sequence[int]) -> dict[str, dict[
 
 
 def table(compiled: dict[str, dict[str, Any] | str]) -> str:
-    """The resources, one line per target."""
+    """Return the resources, one line per target."""
     columns = ("registers", "stack", "spills", "spills_in_loops", "shared", "mma", "programs")
     width = max(map(len, compiled), default=0)
     lines = [f"{'triton ' + triton.__version__:{width}}  " + "  ".join(columns)]
@@ -300,7 +303,7 @@ def table(compiled: dict[str, dict[str, Any] | str]) -> str:
 
 
 def write(compiled: dict[str, dict[str, Any] | str], ops: list[str]) -> None:
-    """Record resources under this version of Triton, in place of what was recorded of these ops."""
+    """Record resources under this version of Triton, in place of earlier records of these ops."""
     failed = [name for name, taken in compiled.items() if isinstance(taken, str)]
     if failed:
         raise SystemExit(f"not recorded: {', '.join(failed)} did not compile")

@@ -11,7 +11,7 @@ from bench.records import Record
 
 
 def make_record(name: str, timing: Timing, **facts: object) -> Record:
-    """A record of a kernel on an invented device; `facts` replace its fields."""
+    """Return a record of a kernel on an invented device; `facts` replace its fields."""
     known = {
         "group": "kernels", "case": "decode, t=2, B=1, fp32", "run": "torch", "device": "a device",
         "matmul_rate": 1e12, "copy_bandwidth": 1e11, "flop": 1e9, "least_bytes": 10**7,

@@ -50,15 +50,15 @@ def run(*arguments: object) -> Result:
 
 
 def lines_of(stderr: str) -> list[str]:
-    """Lines that are not empty; some versions of rich end a hidden progress bar with an empty line."""
+    """Return lines that are not empty; some versions of rich end a hidden progress bar with an empty line."""
     return [line for line in stderr.splitlines() if line]
 
 
 def written(folder: Path) -> set[str]:
-    """Names of all files in a folder, hidden ones included."""
+    """Return the names of all files in a folder, including hidden ones."""
     return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 def outputs(*stems: str) -> set[str]:
-    """Names of the files that `segment` writes for images of these stems."""
+    """Return the names of the files that `segment` writes for images of these stems."""
     return {stem + suffix for stem in stems for suffix in SUFFIXES}

@@ -16,7 +16,7 @@ LABELS = np.array([[0, 1, 2, 255], [2, 2, 1, 0], [255, 0, 0, 1]], dtype=np.uint8
 
 
 def make_dataset(root: Path, labels: np.ndarray = LABELS, classes: int | list[str] = CLASSES) -> Path:
-    """A data set of one picture, `a`."""
+    """Write a data set of one picture, `a`."""
     names = classes if isinstance(classes, list) else [f"class {index}" for index in range(classes)]
     for folder in ("images", "annotations"):
         (root / folder).mkdir(parents=True)
@@ -33,7 +33,7 @@ def add(root: Path, name: str, labels: np.ndarray, suffix: str = ".png") -> None
 
 
 def write_data(root: Path, images: int, size: int = 20) -> FolderDataset:
-    """Write pictures of different sizes, with three classes and pixels of none."""
+    """Write pictures of different sizes, with three classes and pixels of no class."""
     generator = np.random.default_rng(0)
     for index in range(images):
         labels = generator.choice([0, 1, 2, IGNORE], (size + index, size + 4)).astype(np.uint8)

@@ -14,7 +14,7 @@ from support.upstream_like import ARGUMENTS, Aggregator, AggregatorLayer
 
 
 class ParallelBlocks(Aggregator):
-    """Window blocks and class layer side by side, mixed by experts."""
+    """Window blocks and class layer in parallel, mixed by experts."""
 
     class Layer(AggregatorLayer):
         def __init__(self, a: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ class WithTemperature(Aggregator):
 
 
 class RotatedMaps(Aggregator):
-    """The cost volumes of several rotated feature maps, one behind the other."""
+    """The cost volumes of several rotated feature maps, one after the other."""
 
     def forward(self, img_feats: Any, text_feats: Tensor, appearance_guidance: Any) -> Tensor:
         return self.aggregate(self.costs(img_feats, text_feats), text_feats, appearance_guidance)
@@ -50,7 +50,7 @@ class RotatedMaps(Aggregator):
 
 
 class TwoStacks(Aggregator):
-    """A second stack of layers, which sees the first one's result at half the guidance."""
+    """A second stack of layers, which gets the first one's result and half the guidance."""
 
     def __init__(self, **a: Any) -> None:
         super().__init__(**a)
@@ -64,7 +64,7 @@ class TwoStacks(Aggregator):
 
 
 class OtherCostVolume(Aggregator):
-    """Distances in place of cosines, and an attention over the prompts."""
+    """Distances instead of cosines, and attention over the prompts."""
 
     def __init__(self, **a: Any) -> None:
         super().__init__(**a)

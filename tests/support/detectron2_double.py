@@ -1,4 +1,4 @@
-"""A stand-in for detectron2 and fvcore: what upstream's model imports of them, by their documentation."""
+"""A stand-in for detectron2 and fvcore: what upstream's model imports from them, as documented."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from yacs.config import CfgNode as YacsNode
 
 
 class CfgNode(YacsNode):
-    """yacs's, whose files may build on another one that they name `_BASE_`."""
+    """yacs's node, whose files may name another one as their `_BASE_`."""
 
     def merge_from_file(self, path: str | Path) -> None:
         content = yaml.safe_load(Path(path).read_text())
@@ -30,7 +30,7 @@ class CfgNode(YacsNode):
 
 
 def get_cfg() -> CfgNode:
-    """Those of detectron2's defaults that the model or upstream's own keys use."""
+    """Return those of detectron2's defaults that the model or upstream's own keys use."""
     resnets = {
         "DEPTH": 50, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64, "STEM_OUT_CHANNELS": 64,
         "RES2_OUT_CHANNELS": 256, "STRIDE_IN_1X1": True, "NORM": "FrozenBN", "OUT_FEATURES": ["res4"],
@@ -48,7 +48,7 @@ def get_cfg() -> CfgNode:
 
 
 def configurable(init: Callable[..., None]) -> Callable[..., None]:
-    """Let a class be made from a configuration, by its `from_config`, or from explicit arguments."""
+    """Let a class be constructed from a configuration, by its `from_config`, or from explicit arguments."""
 
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +111,7 @@ def sem_seg_postprocess(result: Tensor, image_size: tuple[int, int], height: int
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    """Let `import detectron2` give the stand-in; returns the registry of meta-architectures."""
+    """Let `import detectron2` import the stand-in; return the registry of meta-architectures."""
     meta_archs, heads, backbones = Registry(), Registry(), Registry()
 
     def build_backbone(cfg: CfgNode) -> Any:

@@ -40,7 +40,7 @@ TINY = replace(
 
 
 def blocks(document: Path) -> list[tuple[str, str]]:
-    """Language and code of each block that names its language, without the indent of a list."""
+    """Return language and code of each block that names its language, without the indent of a list."""
     text = document.read_text(encoding="utf-8")
     found = re.findall(r"^( *)```(\w+)\n(.*?)^\1```$", text, flags=re.MULTILINE | re.DOTALL)
     return [
@@ -49,13 +49,13 @@ def blocks(document: Path) -> list[tuple[str, str]]:
 
 
 def calls(code: str) -> list[list[str]]:
-    """The words of each command in a shell block; comments are left out."""
+    """Return the words of each command in a shell block, without comments."""
     lines = [line for line in code.splitlines() if line.strip()]
     return [shlex.split(call, comments=True) for line in lines for call in line.split(" && ")]
 
 
 def make_checkout(folder: Path) -> None:
-    """Files by the names that the documents use; `model_base.pth` has a tiny model's weights."""
+    """Write the files that the documents name; `model_base.pth` has a tiny model's weights."""
     torch.manual_seed(0)
     weights = CATSeg(TINY).state_dict()
     torch.save({"model": weights}, folder / "model_base.pth")

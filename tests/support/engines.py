@@ -19,13 +19,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def make_inputs_of(
     aggregator: Reference, classes: int, crops: int = 1
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Random image features, text features and guidance maps."""
+    """Return random image features, text features and guidance maps."""
     image, text, guidance = features(aggregator, classes, crops)
     return image.float().to(DEVICE), text.float().to(DEVICE), [x.float().to(DEVICE) for x in guidance]
 
 
 def make_engine(**changes: Any) -> Engine:
-    """An engine on the Triton back end.
+    """Return an engine on the Triton back end.
 
     It pools, because the class attention takes long per position in the interpreter.
     """
@@ -37,7 +37,7 @@ def make_engine(**changes: Any) -> Engine:
 
 @torch.no_grad()
 def make_terms(crops: int = 2, **changes: Any) -> tuple[Plan, ImageTerms]:
-    """Folded weights and the terms of random crops of 6 by 6 positions."""
+    """Return folded weights and the terms of random crops of 6 by 6 positions."""
     aggregator = make_aggregator(**changes).float()
     image, _, guidance = features(aggregator, 3, crops)
     few = [x[..., : x.shape[-2] // 4, : x.shape[-1] // 4].float() for x in (image, *guidance)]

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from catseg_fast.config import CLIP_PIXEL_MEAN, VARIANTS, CLIPConfig, ResNetConfig, SwinConfig, Variant
 from catseg_fast.reference.model import CATSeg
-from support.golden_rule import GOLDEN, Meta, check_sha_weights, fill, load_case
+from support.golden_rule import GOLDEN, Meta, check_sha_weights, fill, load_meta
 
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 
+# Cases of many classes that have shorter ones of their kind: `…_T33_…`, and for the selection of classes
+# `agg_v2_T300_B2_p22`.
+LONG = ("agg_v1_T150_p11", "agg_v2_T150_p11", "agg_v2_T300_p11")
+
+
+def parameters(names: Iterable[str]) -> list[ParameterSet]:
+    """Return cases as parameters of a test, the long ones marked as slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in names]
+
 
 def cases(kind: str) -> list[str]:
-    """Names of the cases of a kind: "module", "model" or "part"."""
-    return [name for name in CASES if load_case(name)[1]["kind"] == kind]
+    """Return the names of the cases of a kind: "module", "model" or "part"."""
+    return [name for name, found in _kinds().items() if found == kind]
+
+
+@cache
+def _kinds() -> dict[str, str]:
+    return {name: load_meta(name)["kind"] for name in CASES}
 
 
 def clip_config(dims: dict[str, int]) -> CLIPConfig:
-    """The CLIP model of a case, by upstream's names of its sizes."""
+    """Return the CLIP model of a case from upstream's names of its sizes."""
     return CLIPConfig(
         embed_dim=dims["embed_dim"],
         image_size=dims["image_resolution"],
@@ -37,7 +55,7 @@ def clip_config(dims: dict[str, int]) -> CLIPConfig:
 
 
 def variant_of(meta: Meta) -> Variant:
-    """The variant of the model that a case was made with."""
+    """Return the variant of the model that a case was made with."""
     head, build = meta["cfg"], meta["build"]
     base = VARIANTS["v1-vitl-swinb" if meta["version"] == "v1" else "v2-vitl"]
     backbone = ResNetConfig(50) if build.get("backbone") == "r50" else SwinConfig(depths=(2, 2, 2))
@@ -55,7 +73,7 @@ def variant_of(meta: Meta) -> Variant:
 
 
 def build_model(meta: Meta, model_type: type[CATSeg]) -> CATSeg:
-    """The whole model of a case, with its weights."""
+    """Return the whole model of a case, with its weights."""
     model = model_type(
         variant_of(meta),
         meta["classes"],
@@ -68,7 +86,7 @@ def build_model(meta: Meta, model_type: type[CATSeg]) -> CATSeg:
 
 
 def constructor_arguments(meta: Meta) -> dict[str, Any]:
-    """Keyword arguments of the module that a case was made with."""
+    """Return the keyword arguments of the module that a case was made with."""
     arguments = dict(meta["kwargs"])
     if meta["version"] == "v1" and meta["cls"] in ("Aggregator", "ClassTransformerLayer"):
         arguments.setdefault("pad_len", 0)
@@ -76,10 +94,10 @@ def constructor_arguments(meta: Meta) -> dict[str, Any]:
 
 
 def golden_image(meta: Meta, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """The first image as the model's input.
+    """Return the first image as the model's input.
 
-    Upstream pads two images to a common size; here each is on its own, so that one case's first image gets
-    upstream's padding, zero after normalisation, by hand.
+    Upstream pads two images to a common size, which this package does not do. So the first image of that case
+    is padded here like upstream's, with zeros after normalisation.
     """
     image = inputs["image0"]
     if meta["case"] == "model_v2_twoimages":

@@ -28,18 +28,18 @@ Case = tuple[dict[str, np.ndarray], Meta]
 
 
 def uni(key: str, shape: Sequence[int]) -> Tensor:
-    """Uniform float32 in [0, 1), seeded with the crc32 of `key`."""
+    """Return uniform float32 numbers in [0, 1), seeded with the crc32 of `key`."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     return torch.rand(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def det(key: str, shape: Sequence[int]) -> Tensor:
-    """Uniform float32 of mean 0 and variance 1."""
+    """Return uniform float32 numbers of mean 0 and variance 1."""
     return (uni(key, shape) * 2 - 1) * 3**0.5
 
 
 def weight(key: str, shape: Sequence[int], seed: int = 0) -> Tensor:
-    """The weight whose full name in upstream's whole model is `key`."""
+    """Return the weight whose full name in upstream's whole model is `key`."""
     r, leaf = det(f"{seed}:{key}", shape), key.rsplit(".", 1)[-1]
     if leaf == "logit_scale":
         return 1 + 0.1 * r
@@ -75,7 +75,7 @@ def fill(module: nn.Module, prefix: str = "", seed: int = 0) -> None:
 
 
 def make_input(key: str, rule: str, shape: Sequence[int]) -> Tensor:
-    """One input by its rule: "det", "text", "text_per_batch" [B, T, P, C], or "image" [3, H, W] in 0..255."""
+    """Return an input by its rule: "det", "text[_per_batch]" [B, T, P, C], or "image" [3, H, W] in 0..255."""
     if rule == "det":
         return det(key, shape)
     if rule.startswith("text"):
@@ -98,25 +98,32 @@ def make_input(key: str, rule: str, shape: Sequence[int]) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    """Little-endian C-order bytes, float32 or int64."""
+    """Return little-endian bytes in C order, of float32 or int64."""
     dtype = "<f4" if tensor.is_floating_point() else "<i8"
     return np.ascontiguousarray(tensor.detach().cpu().numpy(), dtype=dtype).tobytes()
 
 
 def sha(tensor: Tensor) -> str:
-    """The hash that meta stores for an input."""
+    """Return the hash that the metadata has for an input."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()[:16]
 
 
 def load_case(name: str) -> Case:
-    """The arrays and the metadata of golden/`name`.npz."""
+    """Return the arrays and the metadata of golden/`name`.npz."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         arrays = {key: file[key] for key in file.files if key != "meta"}
         return arrays, json.loads(str(file["meta"]))
 
 
+def load_meta(name: str) -> Meta:
+    """Return the metadata of golden/`name`.npz."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        meta: Meta = json.loads(str(file["meta"]))
+        return meta
+
+
 def make_inputs(meta: Meta) -> dict[str, Tensor]:
-    """Every input of a case by name, each checked against its stored hash."""
+    """Return every input of a case by name, checked against its stored hash."""
     inputs = {}
     for name, spec in meta["inputs"].items():
         inputs[name] = make_input(spec["key"], spec["rule"], spec["shape"])

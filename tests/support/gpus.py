@@ -1,4 +1,4 @@
-"""GPUs that are not there, for what only asks what they are."""
+"""GPUs that are not present, for code that only asks for their properties."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from catseg_fast.kernels.launch import configs
 
 
 def fake_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, int, int]) -> None:
-    """Let PyTorch describe GPUs of these names, compute capabilities (as 90) and multiprocessors."""
+    """Let PyTorch report GPUs of these names, compute capabilities (90 for 9.0) and multiprocessors."""
     found = [
         SimpleNamespace(
             name=name, major=capability // 10, minor=capability % 10, multi_processor_count=count,

@@ -1,12 +1,12 @@
 """Prepared launches against ordinary ones, in random settings, with kernels that only mix bytes.
 
-Each kernel is replaced by one that reads all that it may read, mixes it with its name, grid and numbers, and
-writes random numbers that follow from that to all that it writes. It takes its arguments from Triton's
-launcher, as a compiled kernel does: of an ordinary launch tensors, of a prepared one addresses. A wrong
-address, number or grid, a buffer that is overwritten too early, or launches of another call therefore change
-the answer. Against Triton's interpreter, that proves less of the kernels, of which nothing is computed, and
-more of the launches: real addresses go through the code that a GPU's launches go through, some hundred times
-as many per second.
+Each kernel is replaced by one that reads everything that the kernel may read, mixes it with its name, grid
+and numbers, and writes random numbers that follow from that wherever the kernel writes. It takes its
+arguments from Triton's launcher, as a compiled kernel does: tensors in an ordinary launch, addresses in a
+prepared one. A wrong address, number or grid, a buffer that is overwritten too early, or launches of another
+call therefore change the result. Compared with Triton's interpreter, this tests less of the kernels, which
+compute nothing, but more of the launches: real addresses go through the same code as on a GPU, and some
+hundred times as many launches are tested per second.
 
     python -m support.launch_equality --settings 500 --seed 0
 
@@ -40,9 +40,9 @@ from support.aggregators import make_aggregator
 
 CALLS = 5  # ordinary, prepared, compared, and two repeated
 
-# What a kernel writes, by file and name; with "&" what it reads, too. A kernel that is missing is an error.
-# An output that is missing stays as it was allocated, and one too many overwrites weights: either changes
-# the answer.
+# The arguments that a kernel writes, by file and name; those with "&" it also reads. A missing kernel is an
+# error. A missing output stays as it was allocated, and an additional one overwrites weights: both change
+# the result.
 WRITTEN = {
     "apply.apply_kernel": ("out_ptr",),
     "attention.attention_kernel": ("&qkv_ptr",),
@@ -63,7 +63,7 @@ WRITTEN = {
 }
 
 Region = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
-# Of ordinary launches, which know their tensors: what is a tensor, by kernel, and the regions, by all else.
+# From ordinary launches, which have tensors: which arguments are tensors, by kernel, and their regions.
 _tensors: dict[str, set[str]] = {name: set() for name in WRITTEN}
 _regions: dict[object, dict[str, Region]] = {}
 
@@ -111,7 +111,7 @@ def _address(x: Any) -> int:
 
 
 def _view(address: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The tensor at an address."""
+    """Return the tensor at an address."""
     last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     buffer = (ctypes.c_uint8 * ((last + 1) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(buffer, dtype=dtype).as_strided(shape, stride)
@@ -167,7 +167,7 @@ def _compile_nothing(kernel: Any, key: Any, signature: Any, device: Any, *rest: 
 
 @contextmanager
 def mixing_kernels() -> Iterator[None]:
-    """Let kernels take tensors on the CPU, and mix their bytes; for the rest of the process."""
+    """Let kernels take tensors on the CPU and mix their bytes, for the rest of the process."""
     import sys
 
     assert not checks.INTERPRETED, "TRITON_INTERPRET is set: interpreted kernels are not launched"
@@ -232,7 +232,7 @@ class Setting:
 
 @torch.no_grad()
 def answer(engine: Engine, setting: Setting, call: int) -> list[Tensor]:
-    """All logits of a call, or its labels and scores, as bytes."""
+    """Return all logits of a call, or its labels and scores, as bytes."""
     image, text, guidance = setting.inputs(call)
     if setting.top_k is None:
         return [engine.logits(image, text.expand(setting.crops, -1, -1, -1), guidance, setting.limit)]
@@ -250,7 +250,7 @@ def answer(engine: Engine, setting: Setting, call: int) -> list[Tensor]:
 
 
 def compare(setting: Setting) -> int:
-    """Compare an engine's calls with those of one that prepares nothing; return the repeated launches' calls.
+    """Compare an engine's calls with those of one that prepares nothing; return the number of repeated calls.
 
     Raises:
         AssertionError: if they differ by a bit.
@@ -273,7 +273,7 @@ def compare(setting: Setting) -> int:
 
 
 def make_fault(name: str) -> None:
-    """Let prepared launches do something wrong, to see whether it is found."""
+    """Let prepared launches do something wrong, to check that it is found."""
     from catseg_fast.kernels.launch import direct, prepared
 
     prepared._same_bits = lambda *_: True  # type: ignore[assignment]  # which would find some at once

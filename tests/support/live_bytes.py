@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, `peak` is the most that the storages which operations made held at once, on a CPU."""
+    """A mode whose `peak` is the most bytes that the storages of operations on a CPU held at once."""
 
     def __init__(self) -> None:
         super().__init__()

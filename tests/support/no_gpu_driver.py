@@ -1,4 +1,4 @@
-"""A driver with which Triton compiles for a GPU that is not there; nothing can be launched."""
+"""A driver with which Triton compiles for a GPU that is not present; nothing can be launched."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from catseg_fast.kernels import OPS
-from catseg_fast.kernels.launch.compiling import source_of
 from support import aot
+from support.compiling import source_of
 
 
 def products_that_start_elsewhere(ttir: str) -> list[str]:
-    """The `tt.dot` operations that do not start at zero or where another product ends, in a loop or before.
+    """Return the `tt.dot` operations that start neither at zero nor at another product, in or before a loop.
 
     An attention mask may come first: 0 is exact, and scores that are masked do not count.
     """
@@ -54,7 +54,7 @@ def orders() -> dict[str, dict[str, list[str]]]:
 
 
 def _ttir(target: aot.Target) -> str:
-    """A target's code behind the first passes of Triton's compiler, which fold sums into products."""
+    """Return a target's code after the first passes of Triton's compiler, which fold sums into products."""
     from triton._C.libtriton import ir
     from triton.compiler import make_backend
 

@@ -1,4 +1,4 @@
-"""Checkpoint files read in another way than the package does, to compare with; not for hostile files."""
+"""Checkpoint files read in another way than the package's, for comparison; not for hostile files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class NotRead(Exception):
 
 
 def read_otherwise(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, from torch's own reader, or as a safetensors file's header tells.
+    """Return the tensors of a file, from torch's own reader or by a safetensors file's header.
 
     Raises:
         NotRead: if that reader cannot.
@@ -49,12 +49,12 @@ def read_otherwise(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(list(NUMPY)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return state_dict_of(_as_tensors(torch.load(path, "cpu", weights_only=True)), path)
-    except Exception as error:  # whatever it stumbles over
+    except Exception as error:  # any error of that reader
         raise NotRead from error
 
 
 def _require_files(data: bytes) -> None:
-    """torch leaves what it has allocated as it is where an entry is marked as a folder."""
+    """Refuse archives with folders: torch leaves memory uninitialised if an entry is marked as a folder."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if any(info.external_attr & 0x10 for info in archive.infolist()):
             raise ValueError("a folder")

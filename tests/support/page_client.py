@@ -1,4 +1,4 @@
-"""A visitor of the page over HTTP: what a browser sends, without a browser."""
+"""A visitor of the page over HTTP, who sends what a browser sends."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Answer:
 
     Attributes:
         success: whether it was answered.
-        data: the outputs' values.
-        error: what the visitor is told, if not.
+        data: values of the outputs.
+        error: the message to the visitor, if not.
         places: places in the queue that were shown, 0 for the next one.
         sizes: the queue's lengths that were shown.
     """
@@ -40,8 +40,8 @@ class Client:
     """A session.
 
     Args:
-        address: of the page.
-        session: what Gradio calls the session hash.
+        address: address of the page.
+        session: Gradio's session hash.
     """
 
     def __init__(self, address: str, session: str | None = None) -> None:
@@ -55,7 +55,7 @@ class Client:
     def request(
         self, path: str, body: bytes | Iterator[bytes] | None = None, **headers: str
     ) -> tuple[int, bytes]:
-        """The status and the content of a response."""
+        """Send a request; return the status and the content of the response."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         request = urllib.request.Request(self.address + path, data=body, headers=names)
         try:
@@ -65,7 +65,7 @@ class Client:
             return error.code, error.read()
 
     def upload(self, content: bytes, name: str = "x.png") -> tuple[int, str]:
-        """Upload a file; return the status, and its path on the server or what went wrong."""
+        """Upload a file; return the status, and its path on the server or the error."""
         mark = uuid.uuid4().hex
         head = f'--{mark}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
         body = (head + "Content-Type: image/png\r\n\r\n").encode() + content + f"\r\n--{mark}--\r\n".encode()
@@ -75,7 +75,7 @@ class Client:
         return status, json.loads(text)[0] if status == 200 else text.decode()
 
     def join(self, index: int, data: list[Any]) -> tuple[int, Any]:
-        """Call an event: the status, and the event's id or what went wrong."""
+        """Call an event; return the status, and the event's id or the error."""
         body = {"data": data, "fn_index": index, "session_hash": self.session, "trigger_id": None}
         status, text = self.request(
             f"{API}/queue/join", json.dumps(body).encode(), Content_Type="application/json"
@@ -89,7 +89,7 @@ class Client:
         return self.join(self.segment_index, [picture, text, "auto", "all", sliding, 0])
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Yield what the server says about the session's calls."""
+        """Yield the server's messages about the session's calls."""
         url = f"{self.address}{API}/queue/data?session_hash={self.session}"
         with urllib.request.urlopen(url, timeout=120) as response:
             for line in response:
@@ -97,7 +97,7 @@ class Client:
                     yield json.loads(line[5:])
 
     def wait(self) -> Answer:
-        """Wait for the answer of a call."""
+        """Wait for the answer to a call."""
         answer = Answer()
         for message in self.messages():
             if message["msg"] == "estimation":

@@ -8,7 +8,7 @@ IGNORE = 255
 
 
 def slow_scores(pairs: list[tuple[Tensor, Tensor]], classes: int) -> dict[str, float]:
-    """The scores of pairs of labels and truth, counted pixel by pixel."""
+    """Return the scores of pairs of labels and truth, counted pixel by pixel."""
     sets: dict[str, list[set[tuple[int, int]]]] = {
         name: [set() for _ in range(classes)] for name in ("truth", "predicted")
     }

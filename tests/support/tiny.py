@@ -1,4 +1,4 @@
-"""Whole models that are small enough to run in a moment, with weights by the golden rule."""
+"""Whole models that are small and fast, with weights by the golden rule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ V2 = Variant(
     appearance_guidance_proj_dim=16, decoder_dims=(32, 16), decoder_guidance_proj_dims=(8, 4),
 )  # fmt: skip
 
-# Two prompts a class; the backbone's channels are 32, 64 and 128.
+# Two prompts per class; the backbone's channels are 32, 64 and 128.
 V1 = replace(
     V2, name="tiny-v1", version="v1", pad_len=0, prompt_ensemble="single",
     backbone=SwinConfig(embed_dim=32, depths=(1, 1, 2), num_heads=(1, 2, 4)),
@@ -37,7 +37,7 @@ TEMPLATES = ("a photo of a {}.", "a bad photo of the {}.")
 
 
 def tiny_model(version: Version = "v2", classes: Sequence[str] | None = CLASSES, **kwargs: Any) -> CATSeg:
-    """A model in evaluation mode; keyword arguments are the constructor's."""
+    """Return a model in evaluation mode; keyword arguments are the constructor's."""
     if version == "v1":
         kwargs.setdefault("prompt_ensemble", TEMPLATES)
     model = CATSeg(kwargs.pop("variant", V1 if version == "v1" else V2), classes, **kwargs)
@@ -46,25 +46,25 @@ def tiny_model(version: Version = "v2", classes: Sequence[str] | None = CLASSES,
 
 
 def picture(height: int, width: int, name: str = "picture") -> Tensor:
-    """RGB `[3, height, width]`, whole numbers in 0..255."""
+    """Return an RGB picture `[3, height, width]`, whole numbers in 0..255."""
     return make_input(f"tiny:{name}", "image", (3, height, width))
 
 
 def sem_seg(model: CATSeg, image: Tensor, **size: int) -> Tensor:
-    """The drop-in call's probabilities `[T, H, W]` of one image."""
+    """Return the probabilities `[T, H, W]` of one image from the drop-in call."""
     (result,) = model([{"image": image, **size}])
     return result["sem_seg"]
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
-    """Check whether probabilities agree but for rounding."""
+    """Check whether probabilities agree up to rounding."""
     return actual.shape == expected.shape and bool(torch.allclose(actual, expected, rtol=0, atol=tolerance))
 
 
 def agree(actual: Segmentation, every: Segmentation, tolerance: float = 1e-5) -> bool:
     """Check whether each pixel has its best classes, given the answer with the scores of `every` class.
 
-    Where the scores of two classes are equal but for rounding, it depends on the CPU which is the best.
+    If the scores of two classes are equal up to rounding, the best one depends on the CPU.
     """
     assert every.top_labels is not None
     assert every.top_scores is not None

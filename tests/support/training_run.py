@@ -1,9 +1,9 @@
-"""A small run, for the tests and for the processes that they start.
+"""A small training run, for tests and for the processes that they start.
 
     python -m support.training_run FOLDER [--kill STEP]
 
-trains under FOLDER as `make_trainer` says, in as many processes as torchrun's variables tell; with --kill the
-process kills itself behind a step, as if by kill -9.
+trains in FOLDER with the trainer of `make_trainer`, in the number of processes of torchrun's variables. With
+--kill, the process kills itself after a step, as if by kill -9.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RECIPE: dict[str, Any] = {
 
 
 class Blocks:
-    """Five pictures of coloured blocks, their classes the colours."""
+    """Five pictures of coloured blocks, whose classes are the colours."""
 
     classes = CLASSES
     ignore_label = 255
@@ -50,12 +50,12 @@ class Blocks:
 
 
 def paint(labels: Tensor) -> Tensor:
-    """A colour for each label: uint8 `[3, H, W]`."""
+    """Return a picture with a colour for each label, uint8 `[3, H, W]`."""
     return torch.stack([labels * 40, 255 - labels * 40, labels * 20]).clamp(0, 255).to(torch.uint8)
 
 
 def make_trainer(folder: Path, processes: Processes | None = None, **changes: Any) -> Trainer:
-    """A trainer of the tiny model; `changes` are the recipe's, or the trainer's own."""
+    """Return a trainer of the tiny model; `changes` are settings of the recipe or the trainer."""
     own = {key: changes.pop(key) for key in ("workers", "save_every") if key in changes}
     model = tiny_model(variant=V2, classes=CLASSES, backend="torch")
     return Trainer(
@@ -64,7 +64,7 @@ def make_trainer(folder: Path, processes: Processes | None = None, **changes: An
 
 
 def trained(trainer: Trainer) -> dict[str, Tensor]:
-    """The trained parameters."""
+    """Return the trained parameters."""
     return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 

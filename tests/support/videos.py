@@ -15,7 +15,7 @@ HEIGHT, WIDTH = 33, 48
 
 
 def scene(index: int) -> np.ndarray:
-    """A frame `[H, W, 3]` whose grey tells its number."""
+    """Return a frame `[H, W, 3]` whose grey encodes its number."""
     frame = np.full((HEIGHT + 1, WIDTH, 3), 10 + 9 * (index % 20), np.uint8)
     frame[4:12, 4 + index : 12 + index] = (200, 30, 60)
     return frame

@@ -1,21 +1,19 @@
-"""Compilation without a launch: of several kernels in parallel, or for a GPU that is not present.
+"""Compilation of several kernels in parallel, without a launch.
 
-Compiled kernels are kept in Triton's cache folder; those of `compile_jobs` are also loaded in this process.
+Triton's cache folder keeps the compiled kernels, and they are loaded in this process.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from catseg_fast.kernels.launch.launcher import Launch
@@ -145,67 +143,3 @@ def compile_jobs(
                 failed[running[future]] = reason
             advance(done, len(different))
     return failed
-
-
-def ptxas(capability: int) -> str:
-    """Return the version of the assembler that Triton uses for a compute capability (90 for 9.0).
-
-    The path follows, if it is not Triton's own assembler.
-    """
-    try:
-        from triton.backends.nvidia.compiler import get_ptxas
-
-        tool = get_ptxas(capability)
-    except (ImportError, AttributeError, RuntimeError) as error:
-        return f"not found ({error})"
-    own = Path(tool.path).resolve().is_relative_to(Path(triton.__file__).resolve().parent)
-    return tool.version if own else f"{tool.version} ({tool.path})"
-
-
-def describe_compiler(gpu: torch.device) -> str:
-    """Return the versions of Triton and of its assembler for a GPU."""
-    major, minor = torch.cuda.get_device_capability(gpu)
-    return f"triton {triton.__version__}, ptxas {ptxas(10 * major + minor)}"
-
-
-def source_of(
-    kernel: Any,
-    arguments: Mapping[str, Any],
-    constants: Mapping[str, Any],
-    options: Mapping[str, Any],
-    target: Any,
-) -> tuple[Any, dict[str, Any]]:
-    """Return the source that `kernel[grid](*arguments, **constants, **options)` compiles, and its options.
-
-    Triton itself decides how a launch is specialised: which arguments are constants, and which integers and
-    pointers are multiples of 16.
-
-    Args:
-        kernel: the `@triton.jit` function, not in the interpreter.
-        arguments: its runtime arguments by name, in order; tensors may be on the meta device.
-        constants: its `tl.constexpr` arguments by name.
-        options: Triton's options by name.
-        target: the GPU, `triton.backends.compiler.GPUTarget`.
-    """
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    given = {**constants, **options}
-    bound, specialization, _ = bind(*arguments.values(), **given)
-    given["debug"] = False
-    parsed, signature, constexprs, attrs = kernel._pack_args(backend, given, bound, specialization, given)
-    return ASTSource(kernel, signature, constexprs, attrs), dict(parsed.__dict__)
-
-
-def compile_launch(
-    kernel: Any,
-    arguments: Mapping[str, Any],
-    constants: Mapping[str, Any],
-    options: Mapping[str, Any],
-    target: Any,
-) -> Any:
-    """Compile a launch, with the arguments of `source_of`; Triton's cache folder keeps the kernel."""
-    source, parsed = source_of(kernel, arguments, constants, options, target)
-    return triton.compile(source, target=target, options=parsed)

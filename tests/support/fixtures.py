@@ -1,0 +1,26 @@
+"""Fixtures that several test modules use; `conftest.py` registers them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny model in upstream's format, which tests leave as it is."""
+    from support.command_line import save_tiny_checkpoint
+
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with `photo.png`."""
+    from support.command_line import draw_photo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    draw_photo(tmp_path / "photo.png")
+    return tmp_path
