@@ -21,6 +21,7 @@ from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
 from catseg_fast.inference.segment import read_out
 from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.numeric import flag
 from catseg_fast.weights import WeightsState, module_tensors
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class ModelGraphs:
         if model.training:
             raise InputError("model: is in training mode; call model.eval() first")
         self.model, self.probabilities = model, probabilities
-        self.sliding_window = model.sliding_window if sliding_window is None else sliding_window
+        sliding = model.sliding_window if sliding_window is None else sliding_window
+        self.sliding_window = flag(sliding, "sliding_window")
         self._lock, self._turn = threading.Lock(), getattr(record, "turn", nullcontext)
         with recordable():
             self._settings = _settings(model)

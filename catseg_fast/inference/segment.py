@@ -11,7 +11,7 @@ from torch import Tensor
 
 from catseg_fast.backend import choose_backend
 from catseg_fast.engine.schedule import Schedule
-from catseg_fast.errors import InputError, RunError
+from catseg_fast.errors import RunError
 from catseg_fast.inference.encoding import EncodedImage, encode, image_tower, join
 from catseg_fast.inference.readout import (
     READOUT_BYTES,
@@ -23,6 +23,7 @@ from catseg_fast.inference.readout import (
     read_all,
 )
 from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.numeric import whole
 from catseg_fast.reference.model import as_map
 from catseg_fast.weights import WeightsState, module_tensors
 
@@ -36,11 +37,10 @@ def label(
     """Label encoded pictures together; arguments as in `CATSeg.segment`.
 
     Raises:
-        InputError: if `top_k` is not positive.
+        InputError, InputTypeError: if `top_k` is not a positive number.
         RunError: if logits are requested of classes that are split over processes.
     """
-    if top_k is not None and top_k <= 0:
-        raise InputError(f"top_k: {top_k} is not positive")
+    top_k = None if top_k is None else whole(top_k, "top_k")
     fold = model.fold
     if keep_logits and model.engine.share is not None:
         raise RunError("class parallel: no rank has all logits; segment with keep_logits=False")
@@ -52,6 +52,7 @@ def label(
             owners = (owners or range(len(model.classes)))[model.engine.share.own]
         count = min(top_k, len(model.label_classes))
         targets = [TopClasses(count, size, model.device, owners) for size in sizes]
+        top_k = count
     target_bytes = sum(8 * (top_k or 1) * height * width for height, width in sizes)
     share, store = model.engine.share, LogitStore(len(model.classes)) if keep_logits else None
     if share is None:
