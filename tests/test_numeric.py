@@ -27,7 +27,21 @@ from catseg_fast.training import Recipe
 from support.tiny import CLASSES, picture, tiny_model
 
 NAN, INF = float("nan"), float("inf")
-NO_NUMBERS = [True, False, np.True_, "1", b"1", None, [1], (), {}, Decimal(1), 1j, NotImplemented, torch.ones(2)]
+NO_NUMBERS = [
+    True,
+    False,
+    np.True_,
+    "1",
+    b"1",
+    None,
+    [1],
+    (),
+    {},
+    Decimal(1),
+    1j,
+    NotImplemented,
+    torch.ones(2),
+]
 NOT_WHOLE = [*NO_NUMBERS, 1.0, 0.5, NAN, INF, np.float32(1), np.array([1]), Fraction(1)]
 
 
