@@ -18,7 +18,9 @@ from torch import Tensor
 
 from catseg_fast import CATSeg
 from catseg_fast.checkpoints.checkpoint import read_checkpoint
+from catseg_fast.training import trainer as trainer_module
 from catseg_fast.training.checkpoints import Checkpoints
+from catseg_fast.training.samples import choose_classes
 from catseg_fast.training.trainer import Step
 from support.training_run import CLASSES, Blocks, make_trainer, trained
 
@@ -153,6 +155,28 @@ def test_the_step_sees_fewer_classes_under_other_names(tmp_path: Path) -> None:
     assert [step.classes for step in steps] == list(map(len, names))
     assert all(4 <= len(step) <= len(CLASSES) for step in names)
     assert len(set(names)) > 1
+
+
+def test_the_number_of_classes_is_drawn_for_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int | None] = []
+
+    def noted(labels, total, ignore_label, count, rng):  # type: ignore[no-untyped-def]
+        numbers.append(count)
+        return choose_classes(labels, total, ignore_label, count, rng)
+
+    monkeypatch.setattr(trainer_module, "choose_classes", noted)
+    recipe = {"classes_per_step": 5, "fewest_classes": 2, "steps": 12}
+    trainer = make_trainer(tmp_path, **recipe)
+    batch = [trainer.pictures[0]]
+    for trainer.step in range(12):
+        trainer._choose_classes(batch)
+    assert set(numbers) == {2, 3, 4, 5}
+    first = list(numbers)
+    for trainer.step in range(12):
+        trainer._choose_classes(batch)
+    assert numbers == first * 2  # a step draws the same number again, as a run that continues must
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:

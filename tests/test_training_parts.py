@@ -67,6 +67,9 @@ def test_the_learning_rate_is_half_a_cosine_behind_a_warm_up() -> None:
         ({"batch_size": 5, "accumulate": 2}, "accumulate: 2 does not divide the batch size, 5"),
         ({"min_sizes": (384, 0)}, r"min_sizes: \(384, 0\) are not all positive"),
         ({"classes_per_step": 0}, "classes_per_step: 0 is not positive"),
+        ({"classes_per_step": 4, "fewest_classes": 5}, "fewest_classes: 5 is not between 1 and .*, 4"),
+        ({"classes_per_step": 4, "fewest_classes": 0}, "fewest_classes: 0 is not between 1 and .*, 4"),
+        ({"fewest_classes": 3}, "fewest_classes: 3 is not between 1 and classes_per_step, None"),
         ({"precision": "fp8"}, "precision: 'fp8' is not one of fp32, fp16, bf16"),
         ({"clip_finetune": "all"}, "clip_finetune: 'all' is not one of attention, full, prompt, none"),
     ],
@@ -301,7 +304,8 @@ def test_the_command_trains_and_goes_on(data: Path, tmp_path: Path, monkeypatch:
     output = tmp_path / "out"
     arguments = [
         "--data", str(data), "--output", str(output), "--device", "cpu", "--workers", "0",
-        "--batch-size", "1", "--crop-size", "64", "--classes-per-step", "4", "--random-synonyms",
+        "--batch-size", "1", "--crop-size", "64", "--classes-per-step", "4", "--fewest-classes", "2",
+        "--random-synonyms",
         "--no-colour", "--steps", "2", "--weights-type", "fp16", "--save-every", "1",
     ]  # fmt: skip
     result = invoke(*arguments)

@@ -121,6 +121,13 @@ def train(
             help="Classes that a step aggregates: those of its pictures, and random others. By default all.",
         ),
     ] = None,
+    fewest_classes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1,
+            help="Draw the number of classes for each step, between N and --classes-per-step.",
+        ),
+    ] = None,
     random_synonyms: Annotated[
         bool,
         typer.Option("--random-synonyms", help="Call a class by one of its synonyms, drawn each step (v2)."),
@@ -178,7 +185,8 @@ def train(
             clip_multiplier=clip_multiplier, backbone_multiplier=backbone_multiplier,
             weight_decay=weight_decay, clip_grad=clip_grad, clip_finetune=clip_finetune, pooling=pooling,
             crop_size=crop_size, min_sizes=tuple(min_size or ()), category_max_ratio=category_max_ratio,
-            colour=colour, classes_per_step=classes_per_step, random_synonyms=random_synonyms,
+            colour=colour, classes_per_step=classes_per_step,
+            fewest_classes=fewest_classes, random_synonyms=random_synonyms,
             precision=precision, seed=seed,
         )  # fmt: skip
         pictures = FolderDataset(data, max_pixels)

@@ -35,6 +35,8 @@ class Recipe:
         colour: whether brightness, contrast, saturation and hue are changed at random.
         classes_per_step: aggregate the classes that a step's pictures have and, up to this number, others
             drawn at random; None for all classes.
+        fewest_classes: draw that number for each step, between this and `classes_per_step`; None for always
+            `classes_per_step`. Scores of a model that was trained with one number fall with others.
         random_synonyms: draw one of a class's synonyms each step, where the model takes the first (v2).
         precision: "fp32", "fp16" or "bf16"; the last two by autocast.
         seed: seed of all random numbers.
@@ -59,6 +61,7 @@ class Recipe:
     category_max_ratio: float = 1.0
     colour: bool = True
     classes_per_step: int | None = None
+    fewest_classes: int | None = None
     random_synonyms: bool = False
     precision: str = "fp32"
     seed: int = 0
@@ -80,6 +83,11 @@ class Recipe:
             raise InputError(f"min_sizes: {self.min_sizes} are not all positive")
         if self.classes_per_step is not None and self.classes_per_step <= 0:
             raise InputError(f"classes_per_step: {self.classes_per_step} is not positive")
+        if self.fewest_classes is not None and not 0 < self.fewest_classes <= (self.classes_per_step or 0):
+            raise InputError(
+                f"fewest_classes: {self.fewest_classes} is not between 1 and classes_per_step, "
+                f"{self.classes_per_step}"
+            )
         for name, known in (("precision", PRECISIONS), ("clip_finetune", CLIP_FINETUNE)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")

@@ -223,7 +223,10 @@ class Trainer:
         recipe, classes, ignore = self.recipe, self.pictures.classes, self.pictures.ignore_label
         rng = generator(recipe, CLASSES, self.step, self.processes.rank)
         labels = [entry["sem_seg"] for entry in batch]
-        chosen = choose_classes(labels, len(classes), ignore, recipe.classes_per_step, rng)
+        count = recipe.classes_per_step
+        if recipe.fewest_classes is not None and count is not None:
+            count = int(rng.integers(recipe.fewest_classes, count, endpoint=True))
+        chosen = choose_classes(labels, len(classes), ignore, count, rng)
         names = [classes[index] for index in chosen.tolist()]
         if recipe.random_synonyms:
             names = draw_synonyms(names, rng)
