@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import predictions, raw_runs, records, traffic
+from bench import acceleration_tables, predictions, raw_runs, records, traffic
 from bench.host_table import host_table
 from bench.plots import profile_parts
 from bench.raw_runs import DEFAULT_CONFIGS, ENGINE, GRAPH, MODEL, REFERENCE, WAYS
@@ -220,6 +220,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "cpu-other": other_cpu,
     "predicted": lambda results: predictions.bounds(results.folder),
     "host": lambda results: host_table(results.folder),
+    "accelerate": lambda results: acceleration_tables.own_time(results.folder),
+    "accelerate-derived": lambda results: acceleration_tables.derived(results.folder),
     "roofline": roofline,
     "predicted-kernels": lambda results: predictions.kernels(results.folder),
     "predicted-calls": lambda results: predictions.calls(results.folder),

@@ -12,7 +12,8 @@ from catseg_fast import accelerate
 from support.alterations import EQUAL, OTHER
 from support.upstream_like import make_aggregator, make_inputs
 
-CALLS = ((2, 2), (4, 1))  # upstream's selection of classes does not run in 16 bits
+# T and B; upstream's selection of classes does not run in 16 bits.
+CALLS = {torch.float16: (2, 2), torch.bfloat16: (4, 1)}
 
 pytestmark = pytest.mark.filterwarnings("ignore:model:RuntimeWarning")
 
@@ -26,21 +27,20 @@ def assert_no_worse(answer: Tensor, own: Tensor, truth: Tensor) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*list(EQUAL)[:8:2], *OTHER])
-def test_never_wrong_in_16_bits(name: str, dtype: torch.dtype) -> None:
+def test_never_wrong_in_16_bits(name: str) -> None:
     aggregator = make_aggregator()
     {**EQUAL, **OTHER}[name](aggregator)
-    aggregator.to(dtype)
-    own = copy.deepcopy(aggregator)
-    accelerate(aggregator)
-    for classes, crops in CALLS:
+    accelerated = aggregator.to(torch.float16)
+    accelerate(accelerated)
+    for dtype, (classes, crops) in CALLS.items():
+        accelerated.to(dtype)
+        own = copy.deepcopy(accelerated)
         batch = make_inputs(classes, crops, dtype=dtype)
-        exact = copy.deepcopy(own).float()
-        truth = exact(*(x.float() if isinstance(x, Tensor) else [y.float() for y in x] for x in batch))
         expected = own(*batch)
+        truth = own.float()(*(x.float() if isinstance(x, Tensor) else [y.float() for y in x] for x in batch))
         for _ in range(2):
-            assert_no_worse(aggregator(*batch), expected, truth)
+            assert_no_worse(accelerated(*batch), expected, truth)
 
 
 @torch.no_grad()
@@ -60,13 +60,27 @@ def test_autocast_keeps_the_answers_type(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_the_selection_of_classes_runs_where_upstreams_does_not() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_selection_of_classes_runs_where_upstreams_does_not(dtype: torch.dtype) -> None:
     aggregator = make_aggregator()
     truth = copy.deepcopy(aggregator)(*make_inputs(9, 2))
-    accelerate(aggregator.bfloat16())
-    batch = make_inputs(9, 2, dtype=torch.bfloat16)
+    own = copy.deepcopy(aggregator).to(dtype)
+    accelerate(aggregator.to(dtype))
+    batch = make_inputs(9, 2, dtype=dtype)
+    with pytest.raises(RuntimeError, match="dtype"):
+        own(*batch)
     for _ in range(2):
         answer = aggregator(*batch).float()
         kept = (answer > -100) & (truth > -100)
         assert kept.float().mean() > 0.3
         assert (answer - truth)[kept].square().mean().sqrt() < 0.05 * truth[kept].std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_runs_in_no_type_raises_the_models_own_error(dtype: torch.dtype) -> None:
+    aggregator = make_aggregator()
+    OTHER["doubled"](aggregator)  # whose parts run in the engine
+    accelerate(aggregator.to(dtype))
+    with pytest.raises(RuntimeError, match="dtype"):
+        aggregator(*make_inputs(9, 2, dtype=dtype))

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from catseg_fast import accelerate
-from support.alterations import BEFORE, LATER
+from support import upstream_layers, upstream_like
+from support.later_alterations import BEFORE, LATER, Offset
 from support.upstream_like import assert_equal, make_aggregator, make_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:model:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def functions_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what a change does to the module of the classes."""
+    for owner, name in (
+        (upstream_like, "cosines"),
+        (upstream_layers, "F"),
+        (F, "interpolate"),
+        (nn.LayerNorm, "forward"),
+        (Offset, "__call__"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    function, code = upstream_like.cosines, upstream_like.cosines.__code__
+    yield
+    function.__code__ = code
 
 
 @torch.no_grad()

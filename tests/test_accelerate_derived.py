@@ -177,6 +177,24 @@ def test_a_hook_takes_only_its_part_out(recwarn: pytest.WarningsRecorder) -> Non
     assert len(seen) == 3
 
 
+class Gained(RotatedMaps):
+    gain = 1.0
+
+    def conv_decoder(self, x: Tensor, guidance: Any) -> Tensor:
+        return super().conv_decoder(x, guidance) * self.gain
+
+
+@torch.no_grad()
+def test_attributes_around_a_part_are_watched() -> None:
+    aggregator = make_aggregator(Gained)
+    with pytest.warns(RuntimeWarning, match="3 of its parts"):
+        accelerate(aggregator)
+    compare(aggregator, copy.deepcopy(aggregator), RotatedMaps)
+    aggregator.gain = 2.0
+    with pytest.warns(RuntimeWarning, match="the code was checked again|computes something different"):
+        compare(aggregator, copy.deepcopy(aggregator), RotatedMaps)
+
+
 def test_messages_name_the_nearest_candidate() -> None:
     aggregator = make_aggregator()
     del aggregator.head

@@ -243,6 +243,8 @@ def test_says_what_it_does_not_support() -> None:
     assert triton_stages.unsupported_classes(layer) is None
     assert "softmax" in str(triton_stages.unsupported_classes(replace(layer, linear=False)))
     assert "40 channels" in str(triton_stages.unsupported_classes(make_layer(40, 4)))
+    assert triton_stages.unsupported_classes(make_layer(256, 4)) is None
+    assert "at most 64 per head" in str(triton_stages.unsupported_classes(make_layer(128, 1)))
 
 
 def test_bad_arguments() -> None:

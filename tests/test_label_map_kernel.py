@@ -118,3 +118,7 @@ def test_bad_arguments() -> None:
     scores, labels = torch.zeros(5, 5), torch.zeros(5, 4, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"scores: is \[5, 5\] on .*; expected \[5, 4\], as labels"):
         label_map.update_label_map(logits[:1], scores.to(DEVICE), labels.to(DEVICE), 0, (), (24, 24))
+    for size in ((2**16, 2**15), (2, 2**26)):  # of which no pixel is in memory
+        pixels = torch.zeros(1, device=DEVICE).expand(size)
+        with pytest.raises(ValueError, match=r"pixels; expected less than 2\*\*31"):
+            label_map.update_label_map(logits[:1], pixels, pixels, 0, (), (24, 24))

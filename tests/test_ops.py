@@ -14,8 +14,8 @@ from catseg_fast.kernels import OPS, TUNABLE_OPS, load
 from catseg_fast.kernels.launch import configs
 from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.launch.launcher import record
-from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
-from support.accuracy import assert_no_worse_than_eager, upcast
+from catseg_fast.kernels.launch.op import Form, Random, Sizes
+from support.accuracy import assert_matches_its_plain_form, parts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16)  # the interpreter computes bf16 incorrectly
@@ -32,19 +32,6 @@ def make(name: str, dtype: torch.dtype = torch.float32, sizes: Sizes | None = No
     return op.make_inputs(sizes or op.odd[0], Random(dtype, DEVICE))
 
 
-def parts(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def check(op: Op, inputs: dict[str, Any]) -> None:
-    truth = op.plain(**{name: upcast(value) for name, value in inputs.items()})
-    for ours, eager, exact in zip(*map(parts, (op.triton(**inputs), op.plain(**inputs), truth)), strict=True):
-        if ours.is_floating_point():
-            assert_no_worse_than_eager(ours, eager, exact.double())
-        else:
-            assert (ours == exact).float().mean() >= 0.999
-
-
 def test_new_tensors_hold_nan() -> None:
     """Values that a kernel does not write are found (`_poison` in conftest.py)."""
     ones = torch.ones(3)
@@ -56,7 +43,7 @@ def test_new_tensors_hold_nan() -> None:
 @odd_sizes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_its_plain_form(name: str, sizes: Sizes, dtype: torch.dtype) -> None:
-    check(load(name), make(name, dtype, sizes))
+    assert_matches_its_plain_form(load(name), make(name, dtype, sizes))
 
 
 @every_op

@@ -16,7 +16,7 @@ from catseg_fast.acceleration.finding import find_aggregators, nearest_candidate
 from catseg_fast.acceleration.layers import Mismatch
 from catseg_fast.acceleration.part import Part
 from catseg_fast.acceleration.pieces import find_pieces
-from catseg_fast.acceleration.swapping import install, is_accelerated, uninstall
+from catseg_fast.acceleration.swapping import install, installed, is_accelerated, uninstall
 from catseg_fast.acceleration.whole import WholeAggregator
 from catseg_fast.aggregator import Aggregator
 from catseg_fast.backend import check_backend, choose_backend
@@ -44,7 +44,9 @@ class Acceleration:
         """Let further parts run in the engine, unless they are refused."""
         unchanged = [part for part in self.parts if part.is_unchanged()]
         for part in parts:
-            if part.refusal is None:
+            if installed(part.module, part.method) is not None:
+                part.refusal = "it has an engine already"
+            elif part.refusal is None:
                 try:
                     install(part.module, part.method, part)
                 except Mismatch as mismatch:
@@ -60,7 +62,7 @@ class Acceleration:
     def restore(self) -> None:
         """Give the model its own code back; a second call does nothing."""
         for part in self.parts:
-            uninstall(part.module)
+            uninstall(part.module, part.method, part)
 
     def __enter__(self) -> Self:
         return self

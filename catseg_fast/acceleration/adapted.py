@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from catseg_fast.acceleration.adapters import Adapter
 from catseg_fast.acceleration.layers import Mismatch
 from catseg_fast.acceleration.part import Inputs
 from catseg_fast.acceleration.reading import read_aggregator
-from catseg_fast.acceleration.trial import Random, Resolution
+from catseg_fast.acceleration.trial import Factors, Random, Resolution
 from catseg_fast.acceleration.whole import GuardedEngine, WholeAggregator, make_inputs, max_classes
 from catseg_fast.engine.streaming import Stream
 from catseg_fast.errors import InputError
@@ -35,9 +36,9 @@ class AdaptedAggregator(WholeAggregator):
         adapter = self.adapter
 
         def examples(
-            aggregator: Any, size: Resolution | None, random: Random, classes: int, scale: float
+            aggregator: Any, size: Resolution | None, random: Random, classes: int, factors: Factors
         ) -> tuple[Any, ...]:
-            inputs = make_inputs(aggregator, size, random, classes, scale, adapter.prompts)
+            inputs = make_inputs(aggregator, size, random, classes, factors, adapter.prompts)
             return _asked(adapter.example, aggregator, *inputs)
 
         def prepare(aggregator: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
@@ -55,19 +56,21 @@ class AdaptedAggregator(WholeAggregator):
         return _run(self.engine, self.adapter, self.module, args, kwargs)
 
 
+# Of the call that runs; a model may be called by several threads.
+_cost_volume: ContextVar[Tensor | None] = ContextVar("cost_volume", default=None)
+
+
 class CostVolumeEngine(GuardedEngine):
     """An engine that embeds a cost volume where it is given one."""
 
-    cost_volume: Tensor | None = None
-
     def _streams(self, *arguments: Any) -> list[Stream]:
         streams = super()._streams(*arguments)
-        if self.cost_volume is not None:
+        if (cost_volume := _cost_volume.get()) is not None:
             for stream in streams:
                 if stream.selected is not None:
                     raise InputError("text_feats: classes are selected only from upstream's cost volume")
                 stream.__class__ = CostVolumeStream
-                stream.cost_volume, stream.spectra = self.cost_volume, None  # type: ignore[attr-defined]
+                stream.cost_volume, stream.spectra = cost_volume, None  # type: ignore[attr-defined]
         return streams
 
 
@@ -87,13 +90,14 @@ def _run(
     engine: Any, adapter: Adapter, aggregator: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
     inputs = _asked(adapter.inputs, aggregator, *args, **kwargs)
-    engine.cost_volume = _asked(adapter.cost_volume, aggregator, *args, **kwargs)
-    if engine.cost_volume is not None and engine.graphs != "off":
+    cost_volume = _asked(adapter.cost_volume, aggregator, *args, **kwargs)
+    if cost_volume is not None and engine.graphs != "off":
         engine.graphs = "off"  # a recording would not be given the cost volume
+    token = _cost_volume.set(cost_volume)
     try:
         logits = engine.logits(*inputs, max_classes(aggregator))
     finally:
-        engine.cost_volume = None
+        _cost_volume.reset(token)
     return _asked(adapter.finish, aggregator, logits, *args, **kwargs)
 
 

@@ -14,10 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.acceleration.layers import Mismatch, unwrapped
+from catseg_fast.acceleration.layers import PLAIN, Mismatch, unwrapped
 from catseg_fast.reference.window_attention import shifted_window_mask
 
 LEAST_PAD_LEN = 4
+LEAST_PROMPTS = 3
+
+# By how much the weights of a head, and of some channels of an embedding, are larger than others: what bounds
+# the answer or the state shows.
+LARGE, LARGE_CHANNELS = 30.0, slice(None, None, 16)
+
+# So many random numbers are drawn, and repeated in place of more: a prime number, so that no two rows of a
+# weight are alike.
+DRAWN = 65_521
+
+# Buffers that stay as they are: masks of windows, and vectors of spectral norms.
+KEPT = ("attn_mask", "weight_u", "weight_v", "_u", "_v")
 
 
 def copy_for_trial(module: nn.Module) -> nn.Module:
@@ -27,16 +39,14 @@ def copy_for_trial(module: nn.Module) -> nn.Module:
         Mismatch: if it cannot be copied.
     """
     try:
-        duplicate: nn.Module = copy.deepcopy(module)
+        duplicate: nn.Module = copy.deepcopy(module, _random_tensors(module))
     except Exception as error:  # whatever the module's attributes raise
         raise Mismatch(f"it cannot be copied for a trial: {error}") from error
-    duplicate = strip(duplicate).eval().requires_grad_(False).double()
-    randomise(duplicate)
-    return duplicate
+    return strip(duplicate).eval().requires_grad_(False).double()
 
 
 def strip(module: nn.Module) -> nn.Module:
-    """Take `torch.compile`'s wrappers and the weights that hooks have computed off a copy."""
+    """Take `torch.compile`'s wrappers off a copy."""
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None:
@@ -46,33 +56,71 @@ def strip(module: nn.Module) -> nn.Module:
     return result
 
 
-def randomise(module: nn.Module) -> None:
-    """Fill parameters and floating buffers with random numbers; masks of windows stay."""
-    device = next((x.device for x in module.parameters()), torch.device("cpu"))
-    generator = torch.Generator(device).manual_seed(17)
+def _random_tensors(module: nn.Module) -> dict[int, Tensor]:
+    """Return random tensors in place of a module's parameters and buffers, by `id`, as `deepcopy` takes them.
 
-    def normal(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32)
+    Integers, masks of windows, and tensors of other classes are not among them.
+    """
+    parameters, buffers = (
+        {name: x for name, x in named if type(x) in PLAIN and x.is_floating_point()}
+        for named in (module.named_parameters(), module.named_buffers())
+    )
+    numbers = _Numbers([*parameters.values(), *buffers.values()])
+    found: dict[int, Tensor] = {}
+    for name, x in parameters.items():
+        values, leaf = numbers.like(x), name.rsplit(".", 1)[-1]
+        if x.ndim <= 1:
+            values = (leaf == "weight") + 0.3 * values
+        elif x.shape[0] == 1 and x.ndim == 3:  # padding tokens
+            values = 0.7 * values
+        else:
+            values = values * (LARGE if len(x) == 1 else 1.0)
+            values = values * (1.5 / max(1, x.numel() // max(1, len(x))) ** 0.5)
+            if name == "conv1.weight":
+                values[LARGE_CHANNELS] *= LARGE
+        found[id(x)] = nn.Parameter(values, requires_grad=False)
+    for name, x in buffers.items():
+        if name.rsplit(".", 1)[-1] not in KEPT:
+            found[id(x)] = 0.5 + numbers.like(x).sigmoid()
+    for owner in module.modules():  # weights that hooks have computed, which `deepcopy` may refuse
+        for x in vars(owner).values():
+            if type(x) is Tensor and x.grad_fn is not None:
+                found[id(x)] = x.detach().clone()
+    for x in (*parameters.values(), *buffers.values()):
+        if id(x) in found:
+            vars(found[id(x)]).update(vars(x))  # attributes that the user gave it
+    return found
 
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if not parameter.is_floating_point():
-                continue
-            leaf = name.rsplit(".", 1)[-1]
-            if parameter.ndim <= 1:
-                parameter.copy_((leaf == "weight") + 0.3 * normal(parameter))
-            elif parameter.shape[0] == 1 and parameter.ndim == 3:  # padding tokens
-                parameter.copy_(0.7 * normal(parameter))
-            else:
-                fan_in = max(1, parameter.numel() // parameter.shape[0])
-                parameter.copy_(normal(parameter) * (1.5 / fan_in**0.5))
-        for name, buffer in module.named_buffers():
-            leaf = name.rsplit(".", 1)[-1]
-            if not buffer.is_floating_point() or leaf in ("attn_mask", "weight_u", "weight_v", "_u", "_v"):
-                continue
-            buffer.copy_(
-                0.5 + torch.rand(buffer.shape, generator=generator, device=device, dtype=buffer.dtype)
-            )
+
+class _Numbers:
+    """Random numbers with a normal distribution, in float64."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        device = tensors[0].device if tensors else torch.device("cpu")
+        generator = torch.Generator(device).manual_seed(17)
+        drawn = torch.randn(DRAWN, generator=generator, device=device, dtype=torch.float64)
+        largest = max((x.numel() for x in tensors), default=0)
+        self._numbers, self._next = drawn.repeat(2 + largest // DRAWN), 0
+
+    def like(self, x: Tensor) -> Tensor:
+        start, self._next = self._next, (self._next + x.numel()) % DRAWN
+        return self._numbers[start : start + x.numel()].view(x.shape).to(x.device, copy=True)
+
+
+def lower_prompts(module: nn.Module) -> bool:
+    """Let an embedding take few prompts per class; return whether it did not before.
+
+    Nothing is changed if it is anything but a plain convolution.
+    """
+    embedding = getattr(module, "conv1", None)
+    if type(embedding) is not nn.Conv2d or embedding.groups != 1 or embedding._forward_pre_hooks:
+        return False
+    weight, prompts = embedding.weight, embedding.in_channels
+    if prompts <= LEAST_PROMPTS or weight.shape[1] != prompts:
+        return False
+    few = weight[:, :LEAST_PROMPTS] * (prompts / LEAST_PROMPTS) ** 0.5
+    embedding.in_channels, embedding.weight = LEAST_PROMPTS, nn.Parameter(few, requires_grad=False)
+    return True
 
 
 def lower_pad_len(module: nn.Module) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,9 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
         "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override",
     ),
 }  # fmt: skip
+
+# Classes of tensors without behaviour of their own.
+PLAIN = (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor))
 
 # Hooks that compute a weight before each call, and no more.
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
@@ -97,7 +101,7 @@ def _put(twin: nn.Module, name: str, tensor: Any, path: str) -> None:
         raise Mismatch(f"{name_in_full} is missing, expected {tuple(expected.shape)}")
     if nn.parameter.is_lazy(tensor):
         raise Mismatch(f"{name_in_full} is not initialised yet; run the model once")
-    if type(tensor) not in (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor)):
+    if type(tensor) not in PLAIN:
         raise Mismatch(f"{name_in_full} is a {type(tensor).__name__}, expected a plain tensor")
     if tensor.shape != expected.shape:
         raise Mismatch(f"{name_in_full} is {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
@@ -217,7 +221,25 @@ class _Unfilled(TorchFunctionMode):
 def on_meta(kind: Any, *arguments: Any, **options: Any) -> Any:
     """Return a module on the meta device, whose parameters are not filled."""
     try:
-        with torch.device("meta"), _Unfilled():
-            return kind(*arguments, **options)
+        return _restructured(_prototype(kind, arguments, tuple(options.items())))
     except (ValueError, ZeroDivisionError, RuntimeError, TypeError) as error:
         raise Mismatch(f"no {kind.__name__} has these sizes: {error}") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _prototype(kind: Any, arguments: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> nn.Module:
+    with torch.device("meta"), _Unfilled():
+        module: nn.Module = kind(*arguments, **dict(options))
+        return module
+
+
+def _restructured(prototype: nn.Module) -> nn.Module:
+    """Return a copy whose modules are its own, and whose tensors are shared; `deepcopy` takes far longer."""
+    twin: nn.Module = object.__new__(type(prototype))
+    tables = {
+        key: value.copy() if isinstance(value, dict) else value for key, value in vars(prototype).items()
+    }
+    vars(twin).update(tables)
+    for name, child in twin._modules.items():
+        twin._modules[name] = None if child is None else _restructured(child)
+    return twin

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as all_modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from catseg_fast.acceleration.guards import Guard
 from catseg_fast.acceleration.layers import Mismatch
@@ -149,7 +152,7 @@ class Part(ABC):
         inputs = self.bind(args, kwargs)
         if inputs is None or not self._may_run(inputs):
             return getattr(base_of(self.module), self.method)(self.module, *args, **kwargs)
-        if torch.compiler.is_compiling() or not self.verify:
+        if not self.verify:
             with torch.no_grad():
                 return self.run(inputs)
         kind = (_kind(inputs), _ambient(self.device), self.settings())
@@ -166,16 +169,10 @@ class Part(ABC):
         if self.module.training:
             return False
         if torch.is_grad_enabled() and self._wants_gradients(inputs):
-            if not torch.compiler.is_compiling() and self.refusal is None:
+            if self.refusal is None:
                 self.warn("gradients are wanted", "the model's own code runs; call under torch.no_grad()")
             return False
-        if torch.compiler.is_compiling():
-            return self.refusal is None
-        if (
-            torch.jit.is_tracing()  # type: ignore[attr-defined]
-            or all_modules._global_forward_hooks
-            or all_modules._global_forward_pre_hooks
-        ):
+        if _is_observed():
             return False
         if not all(_is_plain(x) for x in inputs):
             return False
@@ -272,4 +269,19 @@ def _is_plain(item: Any) -> bool:
 def _ambient(device: torch.device) -> object:
     """Return everything that an answer depends on besides the arguments."""
     kind = device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    return (autocast, torch.get_default_dtype(), *modes)
+
+
+def _is_observed() -> bool:
+    """Check whether something sees, or changes, each operation or each module of a call."""
+    return bool(
+        torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+    )

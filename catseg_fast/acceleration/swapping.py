@@ -56,11 +56,23 @@ def install(module: nn.Module, method: str, part: Callable[..., Any]) -> None:
     vars(module).setdefault(PART, {})[method] = part
 
 
-def uninstall(module: nn.Module) -> None:
-    """Give a module its class back; nothing happens if that was done, or it has another class by now."""
-    vars(module).pop(PART, None)
-    if _BASE in vars(type(module)):
+def uninstall(module: nn.Module, method: str, part: Callable[..., Any]) -> None:
+    """Give a module its method back; nothing happens if another part is installed, or none."""
+    parts = vars(module).get(PART, {})
+    if parts.get(method) is not part:
+        return
+    del parts[method]
+    if parts:
+        return
+    del vars(module)[PART]
+    if _BASE in vars(type(module)):  # else it has another class by now
         module.__class__ = base_of(module)
+
+
+def installed(module: nn.Module, method: str) -> Callable[..., Any] | None:
+    """Return what is called in place of a module's method."""
+    part: Callable[..., Any] | None = vars(module).get(PART, {}).get(method)
+    return part
 
 
 def is_accelerated(module: nn.Module) -> bool:
@@ -93,14 +105,24 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _dispatcher(base: type[nn.Module], method: str) -> Callable[..., Any]:
+    def run(self: nn.Module, part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if _state.own_code:
+            return getattr(base, method)(self, *args, **kwargs)
+        return part(*args, **kwargs)
+
+    # What a part looks at before each call cannot be compiled, nor left out.
+    run_uncompiled = torch.compiler.disable(run, reason="accelerate() compares and watches the model")
+
     @functools.wraps(getattr(base, method))
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         part = self.__dict__.get(PART, {}).get(method)
         if part is None or part.module is not self:
             return getattr(base, method)(self, *args, **kwargs)
-        if not torch.compiler.is_compiling() and _state.own_code:
+        if not torch.compiler.is_compiling():
+            return run(self, part, *args, **kwargs)
+        if self.training:
             return getattr(base, method)(self, *args, **kwargs)
-        return part(*args, **kwargs)
+        return run_uncompiled(self, part, *args, **kwargs)
 
     return call
 

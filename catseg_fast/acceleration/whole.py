@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -17,7 +18,7 @@ from catseg_fast.acceleration import trial
 from catseg_fast.acceleration.comparing import differs, differs_in_16_bits, differs_roughly
 from catseg_fast.acceleration.part import Inputs, Part
 from catseg_fast.acceleration.reading import read_aggregator
-from catseg_fast.acceleration.trial import CROPS, Random, Resolution
+from catseg_fast.acceleration.trial import CROPS, Factors, Random, Resolution, by_crop
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.schedule import free_bytes
@@ -27,12 +28,15 @@ from catseg_fast.reference.shapes import check_shapes
 # or around the scores of a window attention.
 OWN_NUMBERS = 16
 
+# Of random features of a crop, how much is in the half of the channels that the classes have.
+FAINT = 0.05
+
 
 class GuardedEngine(Engine):
     """An engine whose weights its owner watches."""
 
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
-        kept = None if torch.compiler.is_compiling() else self._plans.get(dtype or self._compute_dtype())
+        kept = self._plans.get(dtype or self._compute_dtype())
         return super().plan(dtype) if kept is None else kept[1]
 
     def computes_in(self) -> torch.dtype:
@@ -172,25 +176,32 @@ def make_inputs(
     size: Resolution | None,
     random: Random,
     classes: int,
-    scale: float,
+    factors: Factors,
     prompts: int | None = None,
 ) -> tuple[Any, ...]:
-    """Return random features of classes, which resemble those of some positions, and guidance."""
+    """Return random features and guidance.
+
+    Classes of the first crop are very like a position, like none, and the contrary of one, in turn; those of
+    the second are all but orthogonal to its positions: what treats classes apart by their scores shows.
+    """
     height, width = size or aggregator.layers[0].swin_block.block_1.input_resolution
     prompts = prompts or aggregator.conv1.in_channels
     features = _width(aggregator.text_guidance_projection, 2) or 64
     image = random.normal(CROPS, features, height, width)
-    places = random.index(height * width, CROPS, classes)
-    alike = image.flatten(2).gather(2, places[:, None].expand(-1, features, -1)).transpose(1, 2)
-    text = alike[:, :, None] + random.normal(CROPS, classes, prompts, features)
+    text = random.normal(CROPS, classes, prompts, features)
+    places = random.index(height * width, classes)
+    for index, likeness in zip(range(classes), itertools.cycle((10.0, 0.0, -1.0)), strict=False):
+        text[0, index] += likeness * image[0].flatten(1)[:, places[index]]
+    image[1, features // 2 :] *= FAINT
+    text[1, ..., : features // 2] *= FAINT
     channels = [_width(aggregator.guidance_projection, 4)]
     decoder = aggregator.decoder_guidance_projection
     channels += [0, 0] if decoder is None else [_width(projection, 4) for projection in decoder]
     guidance = [
-        random.normal(CROPS, count, k * height, k * width) * scale if count else None
+        by_crop(random.normal(CROPS, count, k * height, k * width), factors) if count else None
         for count, k in zip(channels, (1, 2, 4), strict=False)
     ]
-    return image * scale, text * scale, guidance
+    return by_crop(image, factors), by_crop(text, factors), guidance
 
 
 def prepare(aggregator: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -283,7 +283,7 @@ def unsupported_classes(layer: ClassLayer) -> str | None:
     """Return why the kernels cannot run a class-attention layer; None if they can."""
     if not layer.linear:
         return "softmax attention over classes has no kernel"
-    return class_attention.unsupported(len(layer.q))
+    return class_attention.unsupported(len(layer.q), layer.heads)
 
 
 def _linear(layer: ClassLayer, memory: ClassMemory) -> LinearMemory:

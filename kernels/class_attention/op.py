@@ -27,16 +27,19 @@ import torch
 from torch import Tensor
 
 from catseg_fast.kernels.class_attention import apply, collect, plain
-from catseg_fast.kernels.launch.checks import check_destination, check_like, check_runnable
+from catseg_fast.kernels.launch.checks import check_destination, check_like, check_runnable, fits_32_bits
 from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 
 MAX_CHANNELS = 256
+MAX_HEAD = 64  # channels; the sums of a head with 128 do not fit in registers, and take minutes to compile
 
 
-def unsupported(channels: int) -> str | None:
+def unsupported(channels: int, heads: int) -> str | None:
     """Return why the kernels cannot run a layer of these sizes; None if they can."""
     if channels % 16 or channels > MAX_CHANNELS:
         return f"{channels} channels; expected a multiple of 16 up to {MAX_CHANNELS}"
+    if channels > MAX_HEAD * heads:
+        return f"{channels} channels in {heads} heads; expected at most {MAX_HEAD} per head"
     return None
 
 
@@ -57,7 +60,8 @@ def class_collect(
     """Add a chunk's keys and values to sums over classes.
 
     Args:
-        x: `[B, t, HW, C]`, fp16, bf16 or fp32, with any strides; it is copied if channels are not contiguous.
+        x: `[B, t, HW, C]`, fp16, bf16 or fp32, with any strides; it is copied if channels are not contiguous
+            or positions are 2^31 numbers apart.
         weight, bias: `[2C, C]` and `[2C]`, of keys, then of values.
         text_key: the part of the keys that comes from the text guidance, `[B or 1, t, C]`, or None.
         key_value, key_sum: old sums in fp32, `[B, hw, heads, d, d]` and `[B, hw, heads, d]`, or without the
@@ -82,7 +86,7 @@ def class_collect(
     C = x.shape[3]
     _check_weights(x, weight=(weight, (2 * C, C)), bias=(bias, (2 * C,)))
     _check_sums(x, key_value, key_sum, heads, resolution, pooling, may_be_shared=True)
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = x if x.stride(-1) == 1 and fits_32_bits(x, 2, 3) else x.contiguous()
     return COLLECT.call(
         _class_collect, x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling,
         means, input_precision,
@@ -137,7 +141,7 @@ def class_apply(
     d, positions = C // heads, _tokens(resolution, pooling)
     _check_weights(x, means=(means, (len(x), positions, heads, d, d)))
     _check_sums(x, None, key_sum, heads, resolution, pooling, may_be_shared=False)
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = x if x.stride(-1) == 1 and fits_32_bits(x, 2, 3) else x.contiguous()
     arguments = (
         x, text_query, means, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
         heads, length, eps, resolution, pooling, input_precision,
@@ -270,8 +274,8 @@ def _check(
         expected = f"[B, t, {height * width}, C] for resolution {height}x{width}, with B, t and C above 0"
         raise ValueError(f"x: has shape {list(x.shape)}; expected {expected}")
     C = x.shape[3]
-    if reason := unsupported(C):
-        raise ValueError(f"x: has {reason}")
+    if reason := unsupported(C, heads):
+        raise ValueError(f"x, heads: {reason}")
     if C % heads:
         raise ValueError(f"heads: {heads} do not divide {C} channels")
     if text is not None:

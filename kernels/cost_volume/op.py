@@ -23,7 +23,7 @@ from torch import Tensor
 
 from catseg_fast.kernels.cost_volume import convolution, cost, plain, single_prompt
 from catseg_fast.kernels.cost_volume.convolution import Size
-from catseg_fast.kernels.launch.checks import check_like, check_runnable
+from catseg_fast.kernels.launch.checks import check_like, check_runnable, fits_32_bits
 from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 
 
@@ -64,7 +64,8 @@ def embed_cost_volume(
     check_like("weight", weight, (len(weight), 7, 7, weight.shape[-1]), image)
     check_like("bias", bias, (len(weight),), image)
     check_like("text", text, ((1, len(image)), text.shape[1], weight.shape[-1], image.shape[2]), image)
-    text = text if text.stride(3) == 1 else text.contiguous()
+    image = image if fits_32_bits(image, 1, 2) else image.contiguous()
+    text = text if text.stride(3) == 1 and fits_32_bits(text, 2, 3) else text.contiguous()
     return OP.call(_embed_cost_volume, image, text, weight.contiguous(), bias, resolution, input_precision)
 
 

@@ -127,12 +127,14 @@ class BoxesConfig(LaunchConfig):
     maxnreg: int | None = None
 
 
-def unsupported(layer: Layer, x: Tensor, capability: int) -> str | None:
+def unsupported(layer: Layer, x: Tensor, weight: Tensor, capability: int) -> str | None:
     """Return why the kernel does not compute a layer of `x` on a compute capability, or None."""
     if capability < 90:
         return f"compute capability {capability / 10} has no tensor memory accelerator"
     if x.data_ptr() % 16 or any(not stride or stride * x.itemsize % 16 for stride in x.stride()[:-1]):
         return "pixels are not at separate multiples of 16 bytes"
+    if weight.data_ptr() % 16:
+        return "the weight does not start at a multiple of 16 bytes"
     if x.dtype == torch.float32:
         return "it is for 16-bit types"
     if layer.group != (1, 1):

@@ -77,6 +77,6 @@ def convolve(
         return row_phases.KERNEL(x, weight, guidance, norm, group_norm, layer)
     if norm is not None and guidance is None and rows.unsupported(layer, x.dtype) is None:
         return rows.KERNEL(x, weight, norm, group_norm, layer)
-    if boxes.unsupported(layer, x, capability) is None:
+    if boxes.unsupported(layer, x, weight, capability) is None:
         return boxes.KERNEL(x, weight, guidance, norm, group_norm, layer)
     return patches.KERNEL(x, weight, guidance, norm, group_norm, layer, input_precision=input_precision)

@@ -60,6 +60,14 @@ def update_label_map(
             f"scores: is {list(scores.shape)} on {scores.device}; expected {list(labels.shape)}, as labels, "
             f"on {logits.device}, as logits"
         )
+    coarse = window[:2] if window else logits.shape[2:]
+    if scores.numel() >= 2**31 or any(
+        2 * size * few >= 2**31 for size, few in zip(scores.shape, coarse, strict=True)
+    ):  # positions are computed in 32 bits
+        raise ValueError(
+            f"scores: has {list(scores.shape)} pixels; expected less than 2**31, and in each dimension less "
+            f"than 2**30 divided by {list(coarse)}, rows and columns of the maps"
+        )
     if logits.stride()[2:] != (logits.shape[3], 1):
         logits = logits.contiguous()
     visible = [min(size, seen) for size, seen in zip(logits.shape[2:], visible, strict=True)]
@@ -75,7 +83,7 @@ def _update_label_map(
     window: Sequence[int],
     visible: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    best: tuple[Tensor, Tensor] = _launch(logits, scores, labels, first, window, visible)
+    best: tuple[Tensor, Tensor] = OP.launch(logits, scores, labels, first, window, visible)
     return best
 
 

@@ -65,6 +65,11 @@ def check_like(name: str, tensor: Tensor, shape: Sequence[int | tuple[int, ...]]
         raise ValueError(f"{name}: is on {tensor.device}; expected {x.device}, like the others")
 
 
+def fits_32_bits(x: Tensor, *dimensions: int) -> bool:
+    """Check whether offsets along some dimensions can be computed in 32 bits, as the kernels do."""
+    return sum((x.shape[i] - 1) * x.stride(i) for i in dimensions) < 2**31
+
+
 def check_destination(name: str, out: Tensor, x: Tensor) -> None:
     """Check that the state `[B, t, HW, C]` of `x` can be written to `out`.
 

@@ -8,6 +8,7 @@ the benchmark of kernels, the tests of ops, and the gate that compiles kernels a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,11 +169,13 @@ class Op:
         Raises:
             ValueError: if no form supports the call; the message has the last form's reason.
         """
-        capability, reason = capability_of(arguments[0].device), None
+        device: torch.device = arguments[0].device
+        capability, reason = capability_of(device), None
         for form in self.forms:
             reason = form.unsupported(capability, *arguments)
             if reason is None:
-                return form.launch(*arguments, **options)
+                with _current(device):  # where Triton launches
+                    return form.launch(*arguments, **options)
         raise ValueError(f"{self.name}: {reason}")
 
     def dry_run(
@@ -183,3 +186,10 @@ class Op:
         with assume(capability), record_calls() as calls, record(execute=False) as launches:
             self.launch(*inputs.values(), input_precision)
         return calls, launches
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a GPU is the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -104,6 +104,9 @@ def _store(
         tl.store(out + sample.to(tl.int64) * (HW * WIDTH) + row * WIDTH + channel, x, m)
 
 
+GROUPS = 65535  # of classes; CUDA launches no more programs along the third axis
+
+
 @dataclass(frozen=True)
 class QKVConfig(LaunchConfig):
     """Launch config: tokens, classes, and channels of each of q, k and v per program, and the memory access.
@@ -188,12 +191,13 @@ def launch(
     source, target = x, qkv
     if tma:
         source, target = describe(x, block_x), describe(qkv.view(B * t, HW, 3 * C), block_qkv)
+    classes = max(config.classes, triton.cdiv(t, max(1, GROUPS // B)))
     launcher.run(
         qkv_kernel,
-        (triton.cdiv(C, config.channels), triton.cdiv(HW, config.rows), B * triton.cdiv(t, config.classes)),
+        (triton.cdiv(C, config.channels), triton.cdiv(HW, config.rows), B * triton.cdiv(t, classes)),
         source, weight, guidance, target, t,
         *((0, 0) if tma else x.stride()[:2]), guidance.stride(0), guidance.stride(1),
-        HW=HW, C=C, BLOCK_C=block_c, ROWS=config.rows, CHANNELS=config.channels, CLASSES=config.classes,
+        HW=HW, C=C, BLOCK_C=block_c, ROWS=config.rows, CHANNELS=config.channels, CLASSES=classes,
         TMA=tma, PRECISION=input_precision, config=config,
     )  # fmt: skip
     return qkv

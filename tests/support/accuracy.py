@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from catseg_fast.kernels.launch.op import Op  # triton exists for Linux only
 
 
 def upcast(item: Any) -> Any:
@@ -36,6 +39,21 @@ def assert_no_worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor, facto
     assert ours_rms <= factor * eager_rms, (
         f"root-mean-square error {ours_rms:.3g}; plain torch {eager_rms:.3g}"
     )
+
+
+def assert_matches_its_plain_form(op: Op, inputs: dict[str, Any]) -> None:
+    """Hold all results of an op to the rule; labels may differ where two scores are nearly equal."""
+    truth = op.plain(**{name: upcast(value) for name, value in inputs.items()})
+    for ours, eager, exact in zip(*map(parts, (op.triton(**inputs), op.plain(**inputs), truth)), strict=True):
+        if ours.is_floating_point():
+            assert_no_worse_than_eager(ours, eager, exact.double())
+        else:
+            assert (ours == exact).float().mean() >= 0.999
+
+
+def parts(result: Any) -> tuple[Tensor, ...]:
+    """The results of an op, one or several."""
+    return result if isinstance(result, tuple) else (result,)
 
 
 def assert_classes_are_apart(op: Callable[[Tensor], Tensor], x: Tensor) -> None:

@@ -124,6 +124,12 @@ def warmed(layer: Any) -> None:
     layer.eval()
 
 
+def counted(self: Any, own: Any, *arguments: Any) -> Tensor:
+    self.calls = getattr(self, "calls", 0) + 1
+    answer: Tensor = own(self, *arguments)
+    return answer
+
+
 def extra_skip(self: Any, own: Any, x: Tensor, *guidance: Tensor) -> Tensor:
     return own(self, x, *guidance) + 0.1 * x
 
@@ -281,69 +287,4 @@ OTHER: dict[str, Alteration] = {
         lambda self, x, g: x + self.attention(self.norm1(x * (x.shape[1] > 2)), g)
     ),
     "counts its calls": lambda a: override(a, aggregate=counted),
-}
-
-
-def counted(self: Any, own: Any, *arguments: Any) -> Tensor:
-    self.calls = getattr(self, "calls", 0) + 1
-    answer: Tensor = own(self, *arguments)
-    return answer
-
-
-def patch_class(a: Any) -> None:
-    """Replace a method of an aggregator's class, which no other aggregator has."""
-    *_, kind = (kind for kind in type(a).__mro__ if kind.__name__ == "Patched")  # not the engine's, before it
-    kind.conv_decoder = lambda self, x, g, own=kind.conv_decoder: -own(self, x, g)  # type: ignore[attr-defined]
-
-
-def replace_weights(a: Any) -> None:
-    state = {name: 1.1 * x if x.is_floating_point() else x for name, x in a.state_dict().items()}
-    state = {name: a.state_dict()[name] if name.endswith("attn_mask") else x for name, x in state.items()}
-    a.load_state_dict(state, assign=True)
-
-
-def average(a: Any) -> None:
-    for parameter in a.parameters():
-        parameter.data.mul_(0.9)
-
-
-# What happens after `accelerate` and some calls.
-LATER: dict[str, Alteration] = {
-    "hook": lambda a: first_block(a).mlp.register_forward_hook(lambda m, i, out: 1.1 * out),
-    "pre-hook": lambda a: classes_of(a).register_forward_pre_hook(lambda m, i: (1.1 * i[0], *i[1:])),
-    "LoRA": lambda a: setattr(classes_of(a).attention, "v", Lora(classes_of(a).attention.v)),
-    "activation": lambda a: setattr(first_block(a).mlp, "act", nn.SiLU()),
-    "mask": lambda a: second_block(a).attn_mask.mul_(0.05),
-    "mask replaced": lambda a: setattr(second_block(a), "attn_mask", second_block(a).attn_mask * 0.05),
-    "pool": lambda a: setattr(classes_of(a), "pool", nn.AvgPool2d(2)),
-    "kernel size": lambda a: classes_of(a).pool.__dict__.update(kernel_size=(2, 2), stride=(2, 2)),
-    "pad_len": lambda a: [setattr(x, "pad_len", 6) for x in (a, classes_of(a))],
-    "heads": lambda a: setattr(first_block(a).attn, "num_heads", 4),
-    "shift": lambda a: setattr(second_block(a), "shift_size", 1),
-    "group norm's eps": lambda a: set_eps(a, lambda a: a.decoder2.conv.double_conv[1], 1e-1),
-    "block norm's eps": lambda a: set_eps(a, lambda a: first_block(a).norm2, 1e-1),
-    "linear attention's eps": lambda a: set_eps(a, lambda a: classes_of(a).attention.attention, 1.0),
-    "feature map": feature_map(torch.sigmoid),
-    "weights written": lambda a: [parameter.mul_(0.9) for parameter in a.parameters()],
-    "weights written through .data": average,
-    "one weight written through .data": lambda a: a.head.weight.data.mul_(-1),
-    "weights put in through .data": lambda a: setattr(a.conv1.weight, "data", a.conv1.weight.data * 2),
-    "weights replaced": replace_weights,
-    "a weight replaced": lambda a: setattr(a.head, "weight", nn.Parameter(-a.head.weight)),
-    "a module replaced": lambda a: setattr(a, "head", nn.Conv2d(16, 1, 3, padding=1)),
-    "a bias removed": lambda a: setattr(a.head, "bias", None),
-    "another class": lambda a: override(first_block(a), finish=lambda self, own, x: own(self, x) + x),
-    "a method of the class": lambda a: patch_class(a),
-    "forward": lambda a: setattr(classes_of(a).attention, "forward", lambda x, g: 0.5 * x),
-    "layers": lambda a: a.layers.append(a.layers[0]),
-    "pruned": lambda a: prune.l1_unstructured(first_block(a).mlp.fc1, "weight", 0.5),
-    "weight norm": lambda a: [weight_norm(a.head), a.head.weight_g.mul_(2)],
-    "double": lambda a: a.double(),
-    "a filled buffer": lambda a: a.gain.fill_(1.5),
-    "an opened gate": lambda a: first_block(a).gate.fill_(0.5),
-}
-BEFORE: dict[str, Alteration] = {
-    "a method of the class": lambda a: setattr(a, "__class__", type("Patched", (type(a),), {})),
-    "a filled buffer": lambda a: buffer(a, 1.0),
-    "an opened gate": lambda a: gate(a, 0.0),
 }

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catseg_fast.acceleration import Adapter
-from support.upstream_like import ARGUMENTS, Aggregator, AggregatorLayer
+from support.upstream_layers import AggregatorLayer
+from support.upstream_like import ARGUMENTS, Aggregator
 
 
 class ParallelBlocks(Aggregator):

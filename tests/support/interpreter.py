@@ -7,6 +7,9 @@
 - It calls Python for each number of an error function.
 - It computes each sum and product of 32-bit integers once more in 64 bits, to check for overflow; but it
   fails only in debug mode, which is for the tests of large offsets.
+
+On a GPU, `tl.maximum` and `tl.minimum` drop NaN unless they are told to propagate it. The interpreter of
+Triton 3.6 always propagates it, so that a kernel that loses NaN would pass its tests.
 """
 
 from __future__ import annotations
@@ -38,6 +41,19 @@ def overflow_checks(enabled: bool) -> Iterator[None]:
         yield
     finally:
         builder.options = before
+
+
+@contextmanager
+def nan_as_on_gpu() -> Iterator[None]:
+    """Let maxima and minima drop NaN unless they are told to propagate it."""
+    builder = interpreter.InterpreterBuilder
+    before = builder.create_maxnumf, builder.create_minnumf
+    builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
+    builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+    try:
+        yield
+    finally:
+        builder.create_maxnumf, builder.create_minnumf = before
 
 
 @contextmanager
