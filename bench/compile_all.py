@@ -43,7 +43,9 @@ def op_launches(dtype: torch.dtype, device: torch.device) -> Iterator[Launch]:
     classes, capability = usual_chunk(max(CLASSES), CROPS, device), capability_of(device)
     for op in map(load, OPS):
         for sizes in (*op.sizes.values(), *op.special.values()):
-            yield from op.dry_run(replace(sizes, crops=CROPS, classes=classes), dtype, "ieee", capability)[1]
+            sizes = replace(sizes, crops=CROPS, classes=classes)
+            for with_options in {False, dtype == torch.float16}:
+                yield from op.dry_run(sizes, dtype, "ieee", capability, with_options)[1]
 
 
 def candidate_launches(dtype: torch.dtype, device: torch.device) -> Iterator[Launch]:

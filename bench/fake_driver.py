@@ -113,7 +113,7 @@ def fake_launches(capability: int = 90) -> Iterator[ctypes.CDLL]:
     from triton.runtime.jit import JITFunction
 
     from catseg_fast import backend, kernels
-    from catseg_fast.kernels.launch import checks, prepared
+    from catseg_fast.kernels.launch import checks, prepared_calls
 
     for name in kernels.OPS:
         kernels.load(name)
@@ -139,7 +139,7 @@ def fake_launches(capability: int = 90) -> Iterator[ctypes.CDLL]:
         for owner, name, value in (
             (backend, "why_no_triton", lambda _: None),
             (JITFunction, "_do_compile", compile_nothing),
-            (prepared, "_same_bits", lambda *_: True),
+            (prepared_calls, "_same_bits", lambda *_: True),
             *((module, "check_runnable", lambda *_: None) for module in modules),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))

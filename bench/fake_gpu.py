@@ -107,7 +107,7 @@ def fake_gpu(compiles: bool = False) -> Iterator[Orders]:
     from catseg_fast import backend
     from catseg_fast.engine import schedule
     from catseg_fast.engine.engine import Engine
-    from catseg_fast.kernels.launch import checks, prepared
+    from catseg_fast.kernels.launch import checks, prepared_calls
 
     orders = Orders()
     check = checks.check_runnable
@@ -125,7 +125,7 @@ def fake_gpu(compiles: bool = False) -> Iterator[Orders]:
         (torch, "is_autocast_enabled", lambda *_: False),  # which knows no "meta"
         (Engine, "_without_autocast", lambda _: nullcontext()),
         *([] if compiles else [(JITFunction, "_do_compile", stand_in)]),
-        (prepared, "_same_bits", lambda *_: True),
+        (prepared_calls, "_same_bits", lambda *_: True),
         *((module, "check_runnable", lambda *_: None) for module in modules),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in patched]

@@ -14,6 +14,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.runner import ROOT
+from catseg_fast.files import temporary_folder
 
 SKELETON = ROOT / "hub"  # the parts of the project that are not in kernels/
 _IMPORT = re.compile(r"^( *)from catseg_fast\.kernels(\.[\w.]+)? import ", re.MULTILINE)
@@ -53,6 +55,15 @@ def pack(folder: Path, *, build: bool = False) -> Path:
     """
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(folder) as scratch:
+        _make(scratch, build)
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == "build.toml"):  # which is needed
+            os.replace(path, folder / path.name)
+    return folder / "build" if build else folder
+
+
+def _make(folder: Path, build: bool) -> None:
     ignored = shutil.ignore_patterns("__pycache__", ".*_cache")
     shutil.copytree(SKELETON, folder, ignore=ignored, dirs_exist_ok=True)
     package = folder / "torch-ext" / _setting(folder, "name").replace("-", "_")
@@ -64,7 +75,8 @@ def pack(folder: Path, *, build: bool = False) -> Path:
         (package / relative).write_text(rewritten(path.read_text(), len(relative.parts) - 1))
     shutil.copytree(ROOT / "catseg_fast" / "configs", package / "configs")
     shutil.copy(ROOT / "LICENSE", folder / "LICENSE")
-    return _build(folder, package) if build else folder
+    if build:
+        _build(folder, package)
 
 
 def rewritten(source: str, depth: int) -> str:
@@ -96,7 +108,7 @@ def _setting(folder: Path, name: str) -> Any:
     return json.loads(found[1])
 
 
-def _build(folder: Path, package: Path) -> Path:
+def _build(folder: Path, package: Path) -> None:
     """Make the build for CUDA, as kernel-builder's `setup.py build_kernel` of a pure Python kernel."""
     variant = folder / "build" / "torch-cuda"
     shutil.copytree(package, variant)
@@ -120,7 +132,6 @@ def _build(folder: Path, package: Path) -> Path:
         },
     }
     (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-    return folder / "build"
 
 
 def _files(folder: Path) -> list[Path]:

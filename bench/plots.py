@@ -11,6 +11,7 @@ from bench.ablation import STEPS
 from bench.records import Record
 from bench.stage_calls import STAGES
 from bench.tables import seconds, three_digits, what_ran
+from catseg_fast.files import replacing
 
 DTYPES = ("fp32", "bf16", "fp16")
 OTHERS = ("PyTorch's kernels", "no kernel runs")  # in a profile
@@ -73,7 +74,8 @@ def _save(path: Path, title: str, records: Sequence[Record], draw: Draw) -> None
         heading = figure.suptitle(f"{title}\n{_case(records)}\n", x=0.01, ha="left", fontsize=12)
         last_line = heading.get_window_extent().y0 / figure.bbox.height + 0.02
         figure.text(0.01, last_line, what_ran(records), va="bottom", fontsize=7, color="gray")
-        figure.savefig(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary)
         plt.close(figure)
 
 

@@ -159,7 +159,8 @@ def shorten_logs(folder: Path, most: int = MOST_BYTES - REPORT_BYTES) -> None:
         with log.open("rb") as file:
             file.seek(-kept, os.SEEK_END)
             tail = file.read()
-        log.write_bytes(tail)
+        with replacing(log) as temporary:
+            temporary.write_bytes(tail)
         excess -= logs[log] - kept
         logs[log] = kept
 

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from bench import ship
 from bench.report import write as write_report
 from bench.runner import MOST_BYTES
+from catseg_fast.files import replacing
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -33,7 +34,8 @@ def unpack(archive: Path, folder: Path) -> None:
                 assert content is not None
                 target = folder.joinpath(*PurePosixPath(member.name).parts[1:])
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content.read())
+                with replacing(target) as temporary:
+                    temporary.write_bytes(content.read())
     except tarfile.TarError as error:
         raise ValueError(f"{archive}: is not an archive of results: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,13 +36,14 @@ USER_ERRORS = (CATSegError, OSError)
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 _ENDS = (typer.Exit, typer.Abort, USAGE_ERROR)
 
-_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# Of the characters that change the direction of a line, those that last beyond it are among them.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNLIMITED = 2**20  # columns
 _KEPT_NAME = 50  # characters of a name that no table breaks
 
 
 def printable(text: str) -> str:
-    """Return a text with escapes in place of control characters and of bytes that are not UTF-8.
+    """Return a text with escapes in place of control characters, and of bytes that are not UTF-8.
 
     Python represents such bytes of file names and arguments by lone surrogates, which cannot be printed.
     """
@@ -109,7 +111,8 @@ def choice(flag: str, choices: Sequence[str], text: str) -> Any:
 
 def check_folder(path: Path | None) -> Path | None:
     """Check, as an option's callback, that the path is a folder if it exists."""
-    if path is not None and path.exists() and not path.is_dir():
+    # `Path.exists` fails for names that are too long.
+    if path is not None and os.path.exists(path) and not os.path.isdir(path):
         raise typer.BadParameter(f"{path} is not a folder")
     return path
 

@@ -5,6 +5,8 @@ Each also derives from the built-in exception that Python programs expect, so `e
 
 from __future__ import annotations
 
+import reprlib
+
 
 class CATSegError(Exception):
     """Base of the errors that a caller can cause and fix; the message says how."""
@@ -29,3 +31,11 @@ class MissingPackageError(CATSegError, ImportError):
 def quoted(text: str, most: int = 500) -> str:
     """Return a text in quotes for a message, cut if it has more characters than `most`."""
     return repr(text) if len(text) <= most else f"{text[: most // 2]!r}… ({len(text)} characters)"
+
+
+def shortened(value: object) -> str:
+    """Return the `repr` of any value for a message, cut if it is long."""
+    try:
+        return reprlib.repr(value)
+    except Exception:  # of a class's own, or an integer of thousands of digits
+        return f"<{type(value).__name__}>"

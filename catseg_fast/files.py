@@ -11,11 +11,16 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from catseg_fast.errors import InputError, RunError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import filelock
@@ -157,16 +162,26 @@ def _is_stale(folder: Path, host: str, process: int, started: int) -> bool:
 
 
 def _host() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    """The digest of the machine's name and, in a container, of the numbering of its processes."""
+    place = platform.node()
+    with suppress(OSError):  # on other systems than Linux
+        place += os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(place.encode()).hexdigest()[:8]
 
 
 def _started(process: int) -> int | None:
-    """Return the start time of a process in whole seconds; None if there is no such process."""
+    """Return when a process started; None if there is no such process.
+
+    On Linux, this is in ticks since the machine's start: a time of day changes when the clock is set, and a
+    living process would seem to be another one.
+    """
     import psutil
 
     try:
+        if psutil.LINUX:
+            return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[19])
         return int(psutil.Process(process).create_time())
-    except psutil.NoSuchProcess:
+    except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
         return None
 
 
@@ -230,6 +245,38 @@ def acquire_lock(path: Path, *, seconds: float = 60) -> filelock.BaseFileLock:
     except filelock.Timeout:
         raise RunError(f"{path} is in use by another process, which holds {lock.lock_file}") from None
     return lock
+
+
+@contextmanager
+def exclusive(folder: Path, *, seconds: float = 60) -> Iterator[None]:
+    """Hold an existing folder, so that others that ask for it wait; nothing is written to it.
+
+    On systems and network folders that cannot lock a folder, nobody waits.
+
+    Raises:
+        RunError: if it is held by another process or thread for longer than `seconds`.
+    """
+    if fcntl is None:
+        yield
+        return
+    end = time.monotonic() + seconds
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise RunError(f"{folder} is in use by another run, which writes to it") from None
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for processes that were forked meanwhile
+        os.close(descriptor)
 
 
 def user_cache() -> Path:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from catseg_fast.files import file_digest, open_regular
+from catseg_fast.pillow import open_image
 
 _ALGORITHM = "blake2b"
 SCENE_COMMENT = b"generated scene, catseg-fast"  # in the JPEG files
@@ -59,7 +59,7 @@ def place_digest(path: str | os.PathLike[str]) -> str:
 def is_scene(path: str | os.PathLike[str]) -> bool:
     """Check whether a file is a generated scene, which this package has written, by its comment."""
     try:
-        with open_regular(path) as file, Image.open(file, formats=["JPEG"]) as image:
+        with open_regular(path) as file, open_image(file, ("JPEG",)) as image:
             return bool(image.info.get("comment") == SCENE_COMMENT)
     except Exception:  # damaged files raise errors of many types
         return False
@@ -75,7 +75,7 @@ def png_mark(value: str) -> PngInfo:
 def read_png_mark(path: str | os.PathLike[str]) -> str | None:
     """The value of a PNG's mark, which precedes its pixels; None for any other file."""
     try:
-        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as image:
+        with open_regular(path) as file, open_image(file, ("PNG",)) as image:
             return image.info.get(_MARK)
     except Exception:  # damaged files raise errors of many types
         return None
@@ -91,7 +91,8 @@ def read_mark(path: Path) -> str | None:
     if path.suffix in (".mp4", ".tif"):
         return _read_file_mark(path)
     if path.is_dir():
-        marks = {read_png_mark(entry) for entry in path.iterdir()}
+        # After a power failure, files are empty.
+        marks = {read_png_mark(entry) for entry in path.iterdir() if entry.is_dir() or entry.stat().st_size}
         return marks.pop() if len(marks) == 1 else None
     if path.suffix == ".png":
         return read_png_mark(path)

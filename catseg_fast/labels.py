@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from catseg_fast.errors import InputError, InputTypeError
+from catseg_fast.numeric import real
 
 # Of pixels whose best probability is below `min_score`. A stored label map has its type's largest value there
 # (65535 in 16 bits, 255 in 8 bits), as annotations have where no class is right.
@@ -54,8 +55,7 @@ def check_min_score(value: float, name: str = "min_score") -> float:
         InputTypeError: if it is not a number.
         InputError: if it is not in 0..1.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputTypeError(f"{name}: expected a number in 0..1, got {value!r}")
-    if not 0 <= value <= 1:
-        raise InputError(f"{name}: expected a probability in 0..1, got {value}; 0 labels every pixel")
-    return float(value)
+    number = real(value, name)
+    if not 0 <= number <= 1:
+        raise InputError(f"{name}: expected a probability in 0..1, got {number}; 0 labels every pixel")
+    return number

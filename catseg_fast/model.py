@@ -43,6 +43,7 @@ from catseg_fast.inference.segment import label, label_pixels, read_out
 from catseg_fast.inference.segmentation import Segmentation, kept_image
 from catseg_fast.inference.tiles import segment_tiles
 from catseg_fast.labels import check_min_score
+from catseg_fast.numeric import flag, whole
 from catseg_fast.reference import model as reference_model
 from catseg_fast.reference.requests import check_requests
 from catseg_fast.text.features import Progress, TextEncoder
@@ -121,7 +122,7 @@ class CATSeg(reference_model.CATSeg):
 
     @max_classes.setter
     def max_classes(self, count: int | None) -> None:
-        self.aggregator.max_classes = count
+        self.aggregator.max_classes = None if count is None else whole(count, "max_classes")
 
     @classmethod
     def from_pretrained(
@@ -293,7 +294,7 @@ class CATSeg(reference_model.CATSeg):
         _check_min_score(min_score)
         requests = self._requests(batched_inputs)
         answers = (self._label(image, readout, top_k) for image, readout in requests)
-        return [answer.with_min_score(min_score) for answer in answers]
+        return [answer.drop_below(min_score) for answer in answers]
 
     def encode(self, image: ImageLike, *, sliding_window: bool | None = None) -> EncodedImage:
         """Run all that does not depend on the classes; `segment` takes the answer in place of the picture.
@@ -387,16 +388,16 @@ class CATSeg(reference_model.CATSeg):
             return replace(tiled, image=kept_image(image, pixels))
         if isinstance(image, EncodedImage) or keep_logits:
             answer = label(self, self._encode_all([image], sliding_window), top_k, keep_logits)[0]
-            return answer.with_min_score(min_score)
-        sliding = self.sliding_window if sliding_window is None else sliding_window
+            return answer.drop_below(min_score)
+        sliding = self._slides(sliding_window)
         pixels = self._load(image)
         readout = Readout((pixels.shape[1], pixels.shape[2]), self.window if sliding else None)
         if pixels.dtype != torch.uint8:
             answer = replace(self._label(pixels, readout, top_k), image=kept_image(image, pixels))
-            return answer.with_min_score(min_score)
+            return answer.drop_below(min_score)
         encoded = replace(self._encode([pixels], [readout])[0], image=kept_image(image, pixels))
         del pixels  # a large picture's, before the labels take as much memory
-        return label(self, [encoded], top_k)[0].with_min_score(min_score)
+        return label(self, [encoded], top_k)[0].drop_below(min_score)
 
     def segment_batch(
         self,
@@ -412,7 +413,7 @@ class CATSeg(reference_model.CATSeg):
         """
         _check_min_score(min_score)
         answers = label(self, self._encode_all(images, sliding_window), top_k) if images else []
-        return [answer.with_min_score(min_score) for answer in answers]
+        return [answer.drop_below(min_score) for answer in answers]
 
     def warmup(self, sizes: Sequence[tuple[int, int]], *, sliding_window: bool | None = None) -> None:
         """Do now what the first calls would wait for, with the present classes, weights and settings.
@@ -431,8 +432,8 @@ class CATSeg(reference_model.CATSeg):
         if not sizes:
             raise InputError("sizes: there are none; give the (height, width) of a picture")
         for height, width in sizes:
-            if height <= 0 or width <= 0:
-                raise InputError(f"sizes: {height}x{width} is not positive")
+            whole(height, "sizes")
+            whole(width, "sizes")
         for height, width in sizes:
             picture = torch.zeros(3, height, width, dtype=torch.uint8)
             for _ in range(1 if self.device.type == "cpu" else AFTER + 1):
@@ -466,7 +467,7 @@ class CATSeg(reference_model.CATSeg):
         Raises:
             InputError: if no classes are set, or the memory budget is too small.
         """
-        return explain(self, crops)
+        return explain(self, None if crops is None else whole(crops, "crops"))
 
     def _label(self, pixels: Tensor, readout: Readout, top_k: int | None) -> Segmentation:
         if top_k is None and self.engine.share is None:
@@ -485,6 +486,10 @@ class CATSeg(reference_model.CATSeg):
             else:
                 yield image, Readout(size, None, (height, width))
 
+    def _slides(self, sliding_window: bool | None) -> bool:
+        """The setting of the sliding window: a call's own, or the model's."""
+        return flag(self.sliding_window if sliding_window is None else sliding_window, "sliding_window")
+
     def _load(self, image: ImageLike) -> Tensor:
         """A picture's pixels `[3, H, W]` on the device: floats, or bytes of a large one."""
         pixels = load_pixels(image, max_pixels=self.max_pixels)
@@ -496,7 +501,7 @@ class CATSeg(reference_model.CATSeg):
         self, images: Sequence[ImageLike | EncodedImage], sliding_window: bool | None
     ) -> list[EncodedImage]:
         """The encoded pictures among `images`, and the others encoded in one call."""
-        sliding = self.sliding_window if sliding_window is None else sliding_window
+        sliding = self._slides(sliding_window)
         pixels, readouts, sources = [], [], []
         for image in images:
             if isinstance(image, EncodedImage):

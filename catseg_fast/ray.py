@@ -11,6 +11,7 @@ from catseg_fast.errors import InputError, InputTypeError, MissingPackageError
 from catseg_fast.inference.images import load_pixels
 from catseg_fast.labels import check_min_score
 from catseg_fast.model import CATSeg
+from catseg_fast.numeric import whole
 from catseg_fast.output.overlay import label_png
 from catseg_fast.output.results import summarise
 from catseg_fast.text.fold import ClassNames
@@ -73,8 +74,7 @@ def segment_dataset(
     for name, value, allowed in (("labels", labels, LABELS), ("on_error", on_error, ON_ERROR)):
         if value not in allowed:
             raise InputError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
-    if actors <= 0:
-        raise InputError(f"actors: {actors} is not positive")
+    whole(actors, "actors")
     if min_score is not None:
         check_min_score(min_score)
     if callable(source) and options:

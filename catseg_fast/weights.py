@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import operator
+import weakref
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+_VERSION, _DTYPE = operator.attrgetter("_version"), operator.attrgetter("dtype")
+
 
 def module_tensors(module: nn.Module, buffers: bool = False) -> list[Tensor]:
-    """Return a module's parameters, and its buffers if asked for, inside of children, too.
+    """Return a module's parameters, and its buffers if asked for, including those of submodules.
 
-    `nn.Module.parameters` makes each one's name on the way, which takes longer than all else that a call does
-    before it launches its first kernel. What several modules share is listed for each.
+    `nn.Module.parameters` builds the name of each, which takes longer than all else that a call does before
+    it launches its first kernel. What several modules share is listed for each.
     """
     found: list[Tensor | None] = []
-    _collect(module, buffers, found)
+    modules: list[nn.Module | None] = [module]
+    while modules:
+        each = modules.pop()
+        if each is not None:
+            found += each._parameters.values()
+            if buffers:
+                found += each._buffers.values()
+            modules += reversed(each._modules.values())
     return [tensor for tensor in found if tensor is not None]
 
 
-def _collect(module: nn.Module, buffers: bool, found: list[Tensor | None]) -> None:
-    found += module._parameters.values()
-    if buffers:
-        found += module._buffers.values()
-    for child in module._modules.values():
-        if child is not None:
-            _collect(child, buffers, found)
+class WeightsState:
+    """A value that is no longer equal after a tensor is replaced, moved, cast, or written in place.
 
-
-def weights_state(tensors: Iterable[Tensor]) -> tuple[object, ...]:
-    """A value that changes when a tensor is replaced, moved, cast, or written in place.
-
-    Writes through `.data` leave no trace and go unnoticed.
+    Writes through `.data` leave no trace and go unnoticed. An address is not enough to tell tensors apart:
+    once a tensor is freed, another one may have it.
     """
-    return tuple(
-        (tensor.data_ptr(), tensor.dtype, tensor.device, 0 if tensor.is_inference() else tensor._version)
-        for tensor in tensors
-    )
+
+    __slots__ = ("_references", "_values")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._references = list(map(weakref.ref, tensors))  # of a living tensor, always the same object
+        try:
+            versions = list(map(_VERSION, tensors))
+        except RuntimeError:  # inference tensors have none
+            versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        self._values = (versions, list(map(Tensor.data_ptr, tensors)), list(map(_DTYPE, tensors)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WeightsState):
+            return NotImplemented
+        same = self._values == other._values
+        return same and all(map(operator.is_, self._references, other._references))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return WeightsState, ((),)  # the tensors of a pickle are new ones
 
 
 def weights_hash(state_dict: Mapping[str, Tensor]) -> str:

@@ -30,7 +30,7 @@ from catseg_fast.text.features import Progress, encode_classes
 from catseg_fast.text.prompts import check_classes, get_templates
 from catseg_fast.text.same_prompts import warn_of_same_prompts
 from catseg_fast.text.tokens import tokenize_classes
-from catseg_fast.weights import weights_state
+from catseg_fast.weights import WeightsState
 
 if TYPE_CHECKING:
     from catseg_fast.reference.clip import DenseCLIP
@@ -190,7 +190,7 @@ class CATSeg(nn.Module):
 
     def _text_state(self) -> object:
         """A value that changes when kept text features are no longer valid."""
-        return weights_state(self.clip_model.text_parameters())
+        return WeightsState(self.clip_model.text_parameters())
 
     def _encode_text(self, tokens: Sequence[Tensor], progress: Progress | None) -> Tensor:
         return encode_classes(self.clip_model, tokens, len(self.templates), progress=progress)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from catseg_fast.cli.options import class_names
 from catseg_fast.config import Version
 from catseg_fast.errors import InputError, InputTypeError
 from catseg_fast.text.class_lists import READY_LISTS, read_classes, ready_list, separator_notes
+from catseg_fast.text.fold import Fold
 from catseg_fast.text.prompts import check_classes, class_prompts, get_templates
 from catseg_fast.text.same_prompts import same_prompts, warn_of_same_prompts
 from catseg_fast.text.tokens import tokenize_classes
@@ -90,6 +92,51 @@ def test_bad_objects(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message) as caught:
         read_classes(path)
     assert str(path) in str(caught.value)
+
+
+MANY = 40_000
+NUMBERS = range(MANY)
+
+
+def with_a_second(key: str, content: dict[str, str]) -> str:
+    """The JSON of an object that has another entry of a key at its end."""
+    return f'{json.dumps(content)[:-1]}, "{key}": "y"}}'
+
+
+LONG: dict[str, tuple[Callable[[], str], str]] = {
+    "second key": (lambda: with_a_second(f"n{MANY - 1}", {f"n{i}": "x" for i in NUMBERS}), "listed twice"),
+    "odd key": (lambda: with_a_second("99999", {str(i): "x" for i in NUMBERS}), "found the key '99999'"),
+    "of two": (
+        lambda: json.dumps({f"n{i}": [f"m{i}"] for i in NUMBERS} | {"n": ["m1"]}),
+        "'m1' is a name of",
+    ),
+    "not names": (lambda: json.dumps({"a" * 10**6: list(NUMBERS)}), "expected its name"),
+    "nested": (lambda: "[" * 10**5 + "]" * 10**5, "is not JSON"),
+    "nested objects": (lambda: '{"a":' * 10**5 + "1" + "}" * 10**5, "is not JSON"),
+    "a long number": (lambda: f"[{'9' * 10**5}]", "is not JSON"),
+    "an infinite number": (lambda: '{"a": 1e400}', "has inf; expected"),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_long_files_are_refused_soon(case: str, tmp_path: Path) -> None:
+    """In a time that does not grow with the square of their length, and in few words."""
+    make, message = LONG[case]
+    path = tmp_path / "classes.json"
+    path.write_text(make())
+    start = time.process_time()
+    with pytest.raises(InputError, match=message) as caught:
+        read_classes(path)
+    assert time.process_time() - start < 5
+    assert len(str(caught.value)) < 2000
+
+
+def test_folds_of_many_names() -> None:
+    start = time.process_time()
+    fold = Fold.of({f"class {index}": [f"a{index}", f"b{index}"] for index in range(MANY)})
+    assert fold.by_class["class 7"] == ["a7", "b7"]
+    assert len(fold.by_class) == MANY
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("suffix", ["txt", "json"])

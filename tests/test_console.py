@@ -50,6 +50,9 @@ def test_text_is_printed_as_it_is(text: str) -> None:
         ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
         ("\ud800\x9b1m", r"\ud800\x9b1m"),
         ("line\nnext\ttab", "line\nnext\ttab"),
+        ("sea\u202eeert.png \u2066", r"sea\u202eeert.png \u2066"),
+        ("two\u2028lines", r"two\u2028lines"),
+        ("ע\u200fב", "ע\u200fב"),
         ("天空 ẅ 👩\u200d🚀 \u3000", "天空 ẅ 👩\u200d🚀 \u3000"),
     ],
 )

@@ -168,6 +168,20 @@ def test_annotations_with_colours(tmp_path: Path) -> None:
             FolderDataset(root)[0]
 
 
+@pytest.mark.parametrize("orientation", [2, 3, 6])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_turned_annotations_are_refused(suffix: str, orientation: int, tmp_path: Path) -> None:
+    """Their pictures are turned, and half of all tools would not turn a label map."""
+    path, exif = tmp_path / f"a.{suffix}", Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(LABELS).save(path, exif=exif)
+    with pytest.raises(ValueError, match=rf"got an image that EXIF orientation {orientation} turns; store"):
+        read_index_map(path)
+    exif[0x0112] = 1
+    Image.fromarray(LABELS).save(path, exif=exif)
+    assert np.array_equal(read_index_map(path), LABELS)
+
+
 def test_grey_of_few_bits_is_refused_as_pillow_stretches_it(tmp_path: Path) -> None:
     import struct
     import zlib

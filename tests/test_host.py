@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("host")  # one process counts
 
 def run(*options: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     command = [sys.executable, *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -52,6 +53,14 @@ def test_triton_launches_as_often_through_its_own_launchers(found: dict[str, Any
     )
     expected = [sum(found[case]["kernels"].values()) for case in ("150:0", "1203:0")]
     assert run("-c", program).splitlines()[-1] == str(expected)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="needs a C compiler")
+def test_the_driver_gets_what_triton_would_hand_it() -> None:
+    """Prepared launches call Triton's launcher in C, with descriptors that are made once per address."""
+    launches, descriptors = map(int, re.findall(r"\d+", run("-m", "support.launch_arguments")))
+    assert launches >= 4 * 20
+    assert descriptors >= 4
 
 
 def test_launches_are_repeated(found: dict[str, Any]) -> None:

@@ -201,6 +201,9 @@ def test_a_tensor_keeps_its_gradient():
         (Image.new("RGB", (0, 3)), ValueError, r"photo: the image is empty \(0x3\)"),
         (Image.fromarray(np.full((2, 2), 70000, np.int32)), ValueError, r"photo: .*16-bit.* 70000"),
         (Image.fromarray(np.full((2, 2), np.nan, np.float32)), ValueError, r"photo: 4 of 4 values are NaN"),
+        (CHW.to_sparse(), TypeError, r"photo: expected a dense tensor .*, got a torch\.sparse_coo one"),
+        (CHW.to("meta"), TypeError, r"photo: expected a dense tensor with values, got a meta one"),
+        (torch.nested.nested_tensor([CHW, CHW[:, 1:]]), TypeError, r"got a nested one"),
         ([[1, 2], [3, 4]], TypeError, r"photo: expected a path, .* got list"),
         (None, TypeError, r"got NoneType"),
     ],
@@ -236,7 +239,7 @@ def test_truncated_files(suffix, share, tmp_path):
 def test_files_that_are_no_images(tmp_path):
     path = tmp_path / "notes.jpg"
     path.write_text("not a photo")
-    with pytest.raises(ValueError, match=r"cannot read .*notes\.jpg.*cannot identify"):
+    with pytest.raises(ValueError, match=r"cannot read .*notes\.jpg': not a picture in a known format$"):
         load_image(path)
 
 

@@ -23,7 +23,7 @@ from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.kernel import Call, record_calls
 from catseg_fast.kernels.launch.op import Random, Sizes
-from catseg_fast.kernels.launch.prepared import PreparedCalls
+from catseg_fast.kernels.launch.prepared_calls import PreparedCalls
 from support import races
 from support.engines import make_engine, make_inputs_of
 from support.races import Hazard, watch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,47 @@ def test_labels_and_scores_are_the_maximums(step: int) -> None:
     scores, labels = maps.sort(dim=0, descending=True, stable=True)
     assert torch.equal(top.scores, scores[:4])
     assert torch.equal(top.labels, labels[:4].int())
+
+
+@pytest.mark.parametrize("owners", [None, [0, 0, 0, 1, 2, 2, 3, 4, 4, 4, 5]])
+def test_rows_that_come_again_are_not_taken_in_twice(
+    owners: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out between two strips of an update, which comes again in other chunks."""
+    maps, take = probabilities(), TopClasses._take
+    expected = TopClasses(3, SIZE, CPU, owners)
+    expected.update(0, maps)
+    monkeypatch.setattr("catseg_fast.inference.readout.READOUT_BYTES", 1)
+    for failing in range(1, 2 * SIZE[0], 3):
+        calls = iter(range(10**6))
+
+        def failing_take(self: TopClasses, *arguments: Any, calls: Any = calls, turn: int = failing) -> int:
+            if next(calls) == turn:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return take(self, *arguments)
+
+        monkeypatch.setattr(TopClasses, "_take", failing_take)
+        target = TopClasses(3, SIZE, CPU, owners)
+        start = 0 if failing < SIZE[0] else 6
+        if start:
+            target.update(0, maps[:6])
+        with pytest.raises(torch.OutOfMemoryError):
+            target.update(start, maps[start : start + 6])
+        for first in range(start, len(maps), 2):
+            target.update(first, maps[first : first + 2])
+        assert torch.equal(target.scores, expected.scores)
+        assert torch.equal(target.labels, expected.labels)
+
+
+@pytest.mark.parametrize("size", [(1000, 1500), (4000, 6000)])
+def test_the_best_classes_take_a_bounded_working_memory(size: tuple[int, int]) -> None:
+    readout = Readout(size)
+    logits = torch.randn(1, 4, 6, 6)
+    target = TopClasses(3, size, CPU)
+    consume = reader(readout, target)
+    with LiveBytes() as live:
+        consume(slice(0, 4), logits)
+    assert live.peak <= readout.class_bytes + 2 * READOUT_BYTES
 
 
 def test_ties_go_to_the_first_class_and_nan_beats_all() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from catseg_fast.cli.inputs import Picture, find_pictures
 from catseg_fast.cli.resume import finished
+from catseg_fast.console import check_folder
 from catseg_fast.data.pairs import find_pairs
 from catseg_fast.errors import InputError
 from catseg_fast.identity import content_digest, read_png_mark
@@ -342,3 +345,41 @@ def test_folders_that_cannot_be_read_are_counted(monkeypatch: pytest.MonkeyPatch
     (pair,) = find_pairs(Path("photos"), Path("photos"), notices.append)
     assert pair.name == "a"
     assert notices == ["photos: left out 1 folders that cannot be read"] * 2
+
+
+def test_of_two_runs_at_once_each_puts_its_files_in_place_together(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes while the first has put one of its files in place."""
+    pytest.importorskip("fcntl", reason="needs a system that can lock a folder")
+    (picture,) = find_pictures([draw("a.png")], Path("out"))
+    replace, others = os.replace, list[threading.Thread]()
+
+    def replacing(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target) == picture.result("labels.png") and not others:
+            others.append(threading.Thread(target=save, args=(picture, 1, "second")))
+            others[0].start()
+            others[0].join(0.5)
+            assert others[0].is_alive()
+
+    monkeypatch.setattr(os, "replace", replacing)
+    save(picture, 0, "first")
+    others[0].join()
+    assert finished(picture, "second") is not None
+    assert np.array(Image.open(picture.result("labels.png"))).all()
+
+
+def test_folders_that_cannot_be(here: Path) -> None:
+    """Links that lead to themselves, and names that are too long, are no bugs of this package."""
+    draw("photos/a.png")
+    for name in ("loop", "photos/loop", "photos/loop.png"):
+        Path(name).symlink_to(Path(name).name)
+    pictures = find_pictures([Path("photos")], Path("loop"))
+    assert Path("photos/a.png") in [picture.path for picture in pictures]
+    for output in (Path("loop"), Path("n" * 300), Path("photos/a.png/below")):
+        assert check_folder(output) == output
+        with pytest.raises(OSError, match=r"loop|nnn|below"):
+            save(find_pictures([Path("photos/a.png")], output)[0])
+    with pytest.raises(typer.BadParameter, match="is not a folder"):
+        check_folder(Path("photos/a.png"))

@@ -20,37 +20,10 @@ from catseg_fast import CATSeg
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.recording import MOST, GraphCache
 from support.aggregators import features, make_aggregator
+from support.recorders import ReplayAgain, recorded
 from support.tiny import CLASSES, picture, tiny_model
 
 SIZE = (24, 36)
-
-
-class ReplayAgain:
-    """Runs the call again, into the memory of the first result, as a CUDA graph does."""
-
-    bytes, limit = 0, 2**30
-
-    def __init__(self, device: torch.device) -> None:
-        self.recorded = 0
-
-    def __call__(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        self.recorded += 1
-        answer = run()
-
-        def replay() -> Any:
-            again = run()
-            if isinstance(answer, Tensor):
-                return answer.copy_(again)
-            answer.scores.copy_(again.scores)
-            answer.labels.copy_(again.labels)
-            return answer
-
-        return replay
-
-
-def recorded(engine: Engine, make_recorder: Any = ReplayAgain) -> GraphCache:
-    engine.recordings = GraphCache(make_recorder, device_type="cpu")
-    return engine.recordings
 
 
 @pytest.fixture

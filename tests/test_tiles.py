@@ -24,6 +24,7 @@ from catseg_fast.inference.tiles import MemoryStore, TileGrid, default_overlap, 
 from catseg_fast.output.ownership import Owner, is_result, owner_of
 from catseg_fast.output.results import summarise
 from catseg_fast.reference.inference import SlidingWindow
+from support.disk import small_disk
 from support.tiny import picture, tiny_model
 
 rasterio = pytest.importorskip("rasterio")
@@ -289,6 +290,42 @@ def test_a_truncated_raster_says_so_and_keeps_its_tiles(model: CATSeg, image: Te
     outcome = tiles(model).run(0, Picture(path, tmp_path / "out", "a"), lambda *_: None)
     assert isinstance(outcome.error, ValueError)
     assert "a.tif: cannot read" in str(outcome.error)
+
+
+def test_a_killed_removal_does_not_block_the_next_run(model: CATSeg, image: Tensor, tmp_path: Path) -> None:
+    """The state of an unfinished picture appears and goes at one stroke; what is not ours stays."""
+    path, out = save(tmp_path / "a.tif", image), tmp_path / "out"
+    tiles, clip = Tiles(model, Labelling(model), {"fingerprint": "f"}, 64, 16), Picture(path, out, "a")
+    assert tiles.run(0, clip, lambda *_: None).error is None
+    work = out / ".a.tiles"
+    work.mkdir()
+    (work / "state.json").write_text("{}")
+    assert tiles.run(0, clip, lambda *_: None).seconds is None  # killed after the results were in place
+    assert not work.exists()
+    work.mkdir()
+    (work / "notes.txt").write_text("mine")
+    assert tiles.run(0, clip, lambda *_: None).seconds is None
+    assert (work / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk(model: CATSeg, image: Tensor, tmp_path: Path) -> None:
+    """It is said, at any byte, and the next run continues."""
+    path, labels = save(tmp_path / "a.tif", image), np.arange(130 * 100, dtype=np.uint16).reshape(SIZE)
+    with open_raster(path) as raster:
+        raster.write_labels(tmp_path / "whole.tif", labels, "x")
+        size = (tmp_path / "whole.tif").stat().st_size
+        for most in (0, 1000, size // 2, size - 1000, size - 100, size - 1):
+            with small_disk(most), pytest.raises(OSError, match=r"part\.tif: cannot write the label map"):
+                raster.write_labels(tmp_path / "part.tif", labels, "x")
+            (tmp_path / "part.tif").unlink()
+        with small_disk(size):
+            raster.write_labels(tmp_path / "part.tif", labels, "x")
+    tiles, out = Tiles(model, Labelling(model), {"fingerprint": "f"}, 64, 16), tmp_path / "out"
+    with small_disk(100_000):
+        outcome = tiles.run(0, Picture(path, out, "a"), lambda *_: None)
+    assert isinstance(outcome.error, OSError)
+    assert not [entry.name for entry in out.iterdir() if entry.name[0] != "."]
+    assert tiles.run(0, Picture(path, out, "a"), lambda *_: None).error is None
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

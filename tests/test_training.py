@@ -248,6 +248,15 @@ def test_another_run_is_not_gone_on_with(uninterrupted: tuple[Path, dict[str, Te
         other.resume()
 
 
+def test_other_pictures_of_the_same_number_are_another_run(
+    uninterrupted: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = uninterrupted
+    monkeypatch.setattr(Blocks, "fingerprint", lambda self: "others")
+    with pytest.raises(ValueError, match=r"run:\n  data: five pictures of blocks there, others here$"):
+        make_trainer(folder).resume()
+
+
 def test_starting_over(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, steps=2, batch_size=1)
     trainer.run()

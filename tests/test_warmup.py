@@ -33,7 +33,11 @@ def test_text_features_and_calls_are_ready(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [([], "there are none"), ([(0, 5)], "0x5 is not positive"), ([(5, -1)], "5x-1 is not")],
+    [
+        ([], "there are none"),
+        ([(0, 5)], "0 is not positive"),
+        ([(5, -1)], "-1 is not positive"),
+    ],
 )
 def test_bad_sizes(sizes: list[tuple[int, int]], message: str) -> None:
     with pytest.raises(ValueError, match=f"sizes: {message}"):

@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from catseg_fast.errors import RunError
 from catseg_fast.files import acquire_lock, locked, replacing, temporary_folder
 from catseg_fast.output.statistics import write_statistics
 from catseg_fast.training.checkpoints import Checkpoints, export
+from support.disk import small_disk
 from support.tiny import tiny_model
 
 resource = pytest.importorskip("resource")
@@ -68,17 +69,6 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {".source.json"}
-
-
-@contextmanager
-def small_disk(size: int) -> Iterator[None]:
-    """Let no file grow beyond some bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -277,6 +267,30 @@ def test_what_is_stale(tmp_path: Path, unswept: None) -> None:
     text(tmp_path / "a.txt")
     assert not any(path.exists() for path in stale)
     assert all(path.exists() for path in (*fresh, *others))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere, only the time of day is known")
+def test_the_clock_is_set_while_a_process_writes(
+    tmp_path: Path, unswept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time at which the machine seems to have started changes with it."""
+    child = start(tmp_path / "a.txt", "lives")
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) - 3600)
+    text(tmp_path / "b.txt")
+    child.communicate("go on")
+    assert child.returncode == 0
+    assert names(tmp_path) == {"a.txt", "b.txt"}
+
+
+def test_processes_of_another_container_are_not_known(
+    tmp_path: Path, unswept: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have numbers of their own, and may have the machine's name."""
+    left = leave(tmp_path, files._host(), 2**22 + 1, 1)
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]")
+    text(tmp_path / "a.txt")
+    assert left.exists()
 
 
 def test_a_folder_is_swept_once(tmp_path: Path, unswept: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from catseg_fast.engine import torch_stages
 from catseg_fast.engine.folding import Plan, build_plan
 from catseg_fast.engine.precision import compute_dtype
 from catseg_fast.engine.schedule import usual_chunk
-from catseg_fast.engine.streaming import Stages
+from catseg_fast.engine.stages import Stages
 
 
 class Piece(Part):

@@ -15,7 +15,7 @@ from catseg_fast.acceleration.reading import check_hooks, read_class_layer, read
 from catseg_fast.acceleration.trial import CROPS, Factors, Random, Resolution, by_crop
 from catseg_fast.engine.class_memory import new_memory
 from catseg_fast.engine.folding import Plan, wide
-from catseg_fast.engine.streaming import Stages
+from catseg_fast.engine.stages import Stages
 from catseg_fast.engine.terms import block_guidance, decoder_guidance_maps
 from catseg_fast.errors import InputError
 

@@ -21,7 +21,7 @@ from catseg_fast.acceleration.reading import read_aggregator
 from catseg_fast.acceleration.trial import CROPS, Factors, Random, Resolution, by_crop
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
-from catseg_fast.engine.schedule import free_bytes
+from catseg_fast.engine.free_memory import free_bytes
 from catseg_fast.reference.shapes import check_shapes
 
 # Memory of the module's own code per class and position, in units of the hidden channels: around an MLP,

@@ -56,8 +56,8 @@ class _Search:
 
     def _is_in_output(self, path: Path, base: Path) -> bool:
         """Check whether a file is in an output folder that lies below the folder that is searched."""
-        parents = path.resolve().parents
-        return self.output in parents and base.resolve() in self.output.parents
+        parents = _real(path).parents
+        return self.output in parents and _real(base) in self.output.parents
 
     def summary(self) -> str:
         """Describe the skipped files; empty if there are none."""
@@ -102,7 +102,7 @@ def find_pictures(
         InputError: if a folder holds no pictures, or there are only results; or for a URL.
     """
     found: list[tuple[Path, Path]] = []
-    resolved = output.resolve()
+    resolved = _real(output)
     explicit_results = 0
     for argument in arguments:
         search = _Search(resolved)
@@ -205,6 +205,11 @@ def _expand(argument: Path, search: _Search) -> list[Path]:
     matches = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
     found = [path for path in matches if path.is_file() and search.takes(path, base)]
     return found if found or search.results else [argument]  # which is then reported as missing
+
+
+def _real(path: Path) -> Path:
+    """A path with links resolved; `Path.resolve` fails for links that lead to themselves."""
+    return Path(os.path.realpath(path))
 
 
 def _number(count: int, one: str, many: str | None = None) -> str:

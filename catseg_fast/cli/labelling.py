@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from catseg_fast.cli.options import no_nan
 from catseg_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 MinScore = Annotated[
     float | None,
     typer.Option(
-        metavar="P", min=0, max=1,
+        metavar="P", min=0, max=1, callback=no_nan,
         help="Label pixels as 'none of these' if their best class has a probability below P. By default "
         "every pixel has a class.",
     ),
@@ -52,7 +53,7 @@ Explain = Annotated[
 Present = Annotated[
     float | None,
     typer.Option(
-        metavar="SHARE", min=0, max=1,
+        metavar="SHARE", min=0, max=1, callback=no_nan,
         help="List only classes that cover at least this share of a picture, in legend, JSON and statistics.",
     ),
 ]
@@ -116,12 +117,12 @@ class Labelling:
 
     def segment(self, image: Tensor | Path) -> Segmentation:
         """Label a picture `[3, H, W]`, or a file."""
-        return self.model.segment(image, **self._asked).with_min_score(self.min_score)
+        return self.model.segment(image, **self._asked).drop_below(self.min_score)
 
     def segment_batch(self, images: Sequence[Tensor]) -> list[Segmentation]:
         """Label pictures in one call of the model."""
         answers = self.model.segment_batch(images, **self._asked)
-        return [answer.with_min_score(self.min_score) for answer in answers]
+        return [answer.drop_below(self.min_score) for answer in answers]
 
     @property
     def settings(self) -> dict[str, Any]:

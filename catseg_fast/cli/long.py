@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from catseg_fast.cli.options import no_nan
 from catseg_fast.errors import InputError
 from catseg_fast.extras import require_pyav, require_rasterio
 
@@ -41,7 +42,10 @@ Video = Annotated[
 ]
 Every = Annotated[int, typer.Option(metavar="N", min=1, help="Only each Nth frame of a video.")]
 FPS = Annotated[
-    float, typer.Option(metavar="F", min=0.01, max=1000, help="Frames per second of --video's folders.")
+    float,
+    typer.Option(
+        metavar="F", min=0.01, max=1000, callback=no_nan, help="Frames per second of --video's folders."
+    ),
 ]
 # fmt: on
 

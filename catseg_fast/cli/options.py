@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,18 @@ BUNDLED_NOTE = (
     "the weights in this package know generated scenes only; for other pictures use --weights v2-vitl, which "
     "fetches upstream's"
 )
+
+
+def no_nan(value: float | None) -> float | None:
+    """Callback of an option with a range, in which click takes NaN to be.
+
+    Raises:
+        typer.BadParameter: if the value is NaN.
+    """
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not in the range")
+    return value
+
 
 # fmt: off
 Classes = Annotated[
@@ -95,7 +108,7 @@ MaxPixels = Annotated[
         help="Most pixels of a picture, looked up before it is decoded: memory grows with them.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of untrained weights.")]
+Seed = Annotated[int, typer.Option(max=2**63 - 1, help="Seed of untrained weights.")]
 # fmt: on
 
 

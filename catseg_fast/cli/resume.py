@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from catseg_fast.cli.inputs import Picture
-from catseg_fast.files import replacing
+from catseg_fast.files import replacing, sweep
 from catseg_fast.identity import content_digest, place_of, result_digest, settings_digest
 from catseg_fast.output.ownership import PNG_SUFFIXES, is_result_of, read_result
 from catseg_fast.output.results import write_result
@@ -44,21 +44,25 @@ def fingerprint(
 
 
 def finished(
-    picture: Picture, expected: str, suffixes: Sequence[str] = PNG_SUFFIXES
+    picture: Picture,
+    expected: str,
+    suffixes: Sequence[str] = PNG_SUFFIXES,
+    digest_of: Callable[[Path], str] = content_digest,
 ) -> dict[str, Any] | None:
     """Return the content of a picture's JSON file if the results are up to date, or None.
 
-    They are if the JSON file has the digests of the picture's present content and of the result files, which
-    include those with `suffixes`, and the fingerprint `expected`. If the picture has moved, the JSON file
-    gets its new path.
+    They are if the JSON file has the digests of the picture's present content, by `digest_of`, and of the
+    result files, which include those with `suffixes`, and the fingerprint `expected`. If the picture has
+    moved, the JSON file gets its new path.
     """
     path = picture.result("json")
+    sweep(picture.folder)
     content = read_result(path)
     if content is None or "identity" not in content or content.get("fingerprint") != expected:
         return None
     identity = content["identity"]
     try:
-        if not is_result_of(content, picture.path) or identity["content"] != result_digest(picture.path):
+        if not is_result_of(content, picture.path) or identity["content"] != digest_of(picture.path):
             return None
         for name in identity["files"].keys() | {picture.stem + suffix for suffix in suffixes}:
             if identity["files"].get(name) != result_digest(picture.folder / name):

@@ -43,6 +43,7 @@ from catseg_fast.cli.options import (
     Weights,
     build_model,
     class_names,
+    no_nan,
     note_on_bundled,
     weights_or_bundled,
 )
@@ -134,7 +135,9 @@ def segment(
     video: Video = False,
     every: Every = 1,
     fps: FPS = 25,
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="Share of the colours in the overlay.")] = 0.55,
+    alpha: Annotated[
+        float, typer.Option(min=0, max=1, callback=no_nan, help="Share of the colours in the overlay.")
+    ] = 0.55,
     text_cache: TextCache = True,
     max_pixels: MaxPixels = MAX_PIXELS,
     seed: Seed = 0,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
 
 PREVIEW_SIDE = 2048  # of the overlay
+STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ class Tiles:
             check_tiles(self.model, self.tile)
             content = None if self.overwrite else finished(picture, fingerprint, TILED_SUFFIXES)
             if content:
+                if (_folder(picture) / STATE).exists():  # of a run that was killed when it was done
+                    with locked(_folder(picture), seconds=1):
+                        _remove(_folder(picture))
                 return Outcome(index, picture, occurring(content["classes"]))
             check_upright(picture.path)
             digest = content_digest(picture.path)  # first: if the file changes meanwhile, it is another one
@@ -100,7 +103,7 @@ class Tiles:
         require_ours(picture.folder, picture.stem, picture.path)
         grid = TileGrid(raster.size, self.tile, self.overlap)
         totals = Totals(self.model.label_classes, self.asked.min_score is not None)
-        folder = picture.folder / f".{picture.stem}.tiles"
+        folder = _folder(picture)
         with locked(folder, seconds=1):
             work = _Work(folder, settings_digest({**about, "content": digest}), grid, totals)
             bands = label_bands(
@@ -110,7 +113,7 @@ class Tiles:
             for band in bands:
                 work.append(band.labels, band.scores)
             self._write(raster, picture, about, digest, work)
-            shutil.rmtree(folder)
+            _remove(folder)
         return work.totals.summary(self.asked.present or 0)
 
     def _write(
@@ -136,7 +139,7 @@ class Tiles:
                 **about, "identity": identity, "width": width, "height": height,
                 **self.asked.described, "classes": work.totals.summary(self.asked.present or 0),
             }  # fmt: skip
-            put_in_place(scratch, picture.folder, picture.stem, names, content)
+            put_in_place(scratch, picture.folder, picture.stem, names, content, picture.path)
 
 
 class _Work:
@@ -149,14 +152,12 @@ class _Work:
 
     def __init__(self, folder: Path, key: str, grid: TileGrid, totals: Totals) -> None:
         self.folder, self.key, self.grid, self.totals, self.bands = folder, key, grid, totals, 0
-        self._rows, self._state = folder / "labels.raw", folder / "state.json"
+        self._rows, self._state = folder / "labels.raw", folder / STATE
         if not self._restore():
             if folder.exists() and any(folder.iterdir()) and not self._state.exists():
                 raise InputError(f"{folder} is there, and is not of catseg-fast; move it away")
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            self._save()
-            self._rows.touch()
+            _remove(folder)
+            self._begin()
         with self._rows.open("rb+") as file:  # what a killed run has begun to write
             file.truncate(2 * self._height * grid.size[1])
 
@@ -177,10 +178,22 @@ class _Work:
         except (OSError, ValueError, KeyError):
             return False
 
+    def _begin(self) -> None:
+        """Make the folder, with its files in it."""
+        with temporary_folder(self.folder.parent) as scratch:
+            new = scratch / self.folder.name
+            new.mkdir()
+            (new / self._rows.name).touch()
+            self._write_state(new / self._state.name)
+            os.replace(new, self.folder)
+
     def _save(self) -> None:
-        state = {"key": self.key, "bands": self.bands, "totals": self.totals.state()}
         with replacing(self._state) as temporary:
-            temporary.write_text(json.dumps(state), encoding="utf-8")
+            self._write_state(temporary)
+
+    def _write_state(self, path: Path) -> None:
+        state = {"key": self.key, "bands": self.bands, "totals": self.totals.state()}
+        path.write_text(json.dumps(state), encoding="utf-8")
 
     def append(self, labels: Tensor, scores: Tensor) -> None:
         """Add the next band's labels and scores `[h, W]`."""
@@ -218,3 +231,15 @@ class _Work:
 
     def _file(self, row: int, column: int) -> Path:
         return self.folder / f"logits-{row}-{column}.npy"
+
+
+def _folder(picture: Picture) -> Path:
+    """The folder of what is under way."""
+    return picture.folder / f".{picture.stem}.tiles"
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder of what is under way, if there is one: at one stroke, or not at all."""
+    if folder.exists():
+        with temporary_folder(folder.parent) as scratch:
+            os.replace(folder, scratch / folder.name)

@@ -175,6 +175,7 @@ def train(
         import torch
 
         from catseg_fast.data.folder import FolderDataset
+        from catseg_fast.identity import content_digest
         from catseg_fast.training import Recipe, Trainer
         from catseg_fast.training.output import check_output
 
@@ -196,8 +197,9 @@ def train(
             if processes.first and variant is None and init is not None:
                 say_note(f"training {model.variant.name}, which {init} is for")
             trainer = Trainer(
-                model, pictures, recipe, output, processes=processes, workers=workers, save_every=save_every
-            )
+                model, pictures, recipe, output, processes=processes, workers=workers, save_every=save_every,
+                start=None if start is None else content_digest(start),
+            )  # fmt: skip
             if not resume:
                 trainer.start_over()
             elif trainer.resume():

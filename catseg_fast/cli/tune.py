@@ -10,6 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from catseg_fast.cli.options import no_nan
 from catseg_fast.console import Debug, check_folder, choice, plain_errors, say_error, say_note, stderr, stdout
 from catseg_fast.errors import RunError
 from catseg_fast.kernels import TUNABLE_OPS
@@ -53,7 +54,10 @@ def tune(
         ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(metavar="M", min=0, help="Stop after this time; keep finished kernels.")
+        float | None,
+        typer.Option(
+            metavar="M", min=0, callback=no_nan, help="Stop after this time; keep finished kernels."
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip

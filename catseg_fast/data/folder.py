@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.ImageFile import ImageFile
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -23,7 +23,9 @@ from catseg_fast.data.class_list import read_class_list
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
 from catseg_fast.identity import content_digest
+from catseg_fast.inference.decoding import check_header, names, orientation_of
 from catseg_fast.inference.images import check_max_pixels, image_size, load_bytes
+from catseg_fast.pillow import open_image
 
 READERS = 4  # threads that read files for the fingerprint
 # Tags of TIFF and their values.
@@ -110,7 +112,7 @@ class FolderDataset:
         """
         name, image_path, path = self.names[index], self._images[index], self._annotations[index]
         image = load_bytes(image_path, max_pixels=self.max_pixels)
-        labels = read_annotation(Path(path), len(self.classes))
+        labels = read_annotation(Path(path), len(self.classes), self.max_pixels)
         if labels.shape != image.shape[1:]:
             sizes = [f"{size[1]}x{size[0]}" for size in (labels.shape, image.shape[1:])]
             raise InputError(f"{path}: the annotation is {sizes[0]}, its image {image_path} is {sizes[1]}")
@@ -139,14 +141,14 @@ def ignore_label_of(classes: int) -> int:
     return 255 if classes <= 255 else 65535
 
 
-def read_annotation(path: Path, classes: int) -> Tensor:
+def read_annotation(path: Path, classes: int, max_pixels: int | None = MAX_PIXELS) -> Tensor:
     """The class indices int64 `[H, W]` of an 8- or 16-bit PNG, as `FolderDataset` tells.
 
     Raises:
-        InputError: if the file cannot be read, is not an index map, or holds an index beyond `classes`
-            classes.
+        InputError: if the file cannot be read, has more than `max_pixels`, is not an index map, or holds an
+            index beyond `classes` classes.
     """
-    array = read_index_map(path)
+    array = read_index_map(path, max_pixels)
     largest = np.iinfo(array.dtype).max
     ignore_label = ignore_label_of(classes)
     labels = array.astype(np.int64)
@@ -161,19 +163,22 @@ def read_annotation(path: Path, classes: int) -> Tensor:
     return torch.from_numpy(labels)
 
 
-def read_index_map(path: Path) -> np.ndarray:
+def read_index_map(path: Path, max_pixels: int | None = MAX_PIXELS) -> np.ndarray:
     """The values of a grey image, or the indices of one with a palette: uint8 or uint16 `[H, W]`.
 
     Raises:
-        InputError: if the file cannot be read, or is not a PNG or TIFF whose pixels are class indices of 8 or
-            16 bits: it is in a lossy format, has colours or several pages, or its values are stretched or
-            inverted when it is read.
+        InputError: if the file cannot be read, has more than `max_pixels`, or is not a PNG or TIFF whose
+            pixels are class indices of 8 or 16 bits: it is in a lossy format, has colours or several pages,
+            or its values are stretched or inverted when it is read.
     """
     try:
-        with open_regular(path) as file, Image.open(file) as image:
+        with open_regular(path) as file, open_image(file) as image:
+            check_header(image, max_pixels, f"{path}: the annotation")
             problem = _why_no_index_map(image)
             array = None if problem else np.array(image)
     except Exception as error:  # damaged files raise errors of many types
+        if names(error, str(path)):
+            raise
         raise InputError(f"{path}: cannot read the annotation: {error}") from error
     if array is None:
         raise InputError(f"{path}: expected class indices of 8 or 16 bits, got {problem}")
@@ -184,18 +189,20 @@ def read_index_map(path: Path) -> np.ndarray:
     return array.astype(np.uint16)
 
 
-def _why_no_index_map(image: ImageFile) -> str | None:
+def _why_no_index_map(image: Image) -> str | None:
     """Return why the pixels of an opened image are not class indices; None if they are."""
     if image.format not in ("PNG", "TIFF"):
         return f"a {image.format} file; label maps are PNG or TIFF, as other formats can change values"
     if getattr(image, "n_frames", 1) > 1:
         return f"a file of {getattr(image, 'n_frames', 1)} images"
     # Pillow stretches grey values of 1, 2 and 4 bits over 0..255.
-    stretched = image.format == "PNG" and image.mode == "L" and image.tile[0].args != "L"
+    stretched = isinstance(image, PngImageFile) and image.mode == "L" and image.tile[0].args != "L"
     if stretched or image.mode == "1":
         return "an image grey of fewer than 8 bits"
     if image.mode not in ("L", "P", "I;16", "I;16B", "I"):
         return f"an image of mode {image.mode}"
+    if (orientation := orientation_of(image)) != 1:
+        return f"an image that EXIF orientation {orientation} turns; store it upright"
     return _why_no_index_tiff(image) if isinstance(image, TiffImageFile) else None
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from catseg_fast.errors import InputError
 from catseg_fast.extras import require_pyav
 from catseg_fast.files import open_regular
+from catseg_fast.identity import content_digest, settings_digest
 from catseg_fast.inference.images import load_image
 from catseg_fast.inference.suffixes import picture_suffixes
+from catseg_fast.numeric import whole
 from catseg_fast.output.ownership import is_result
 
 
@@ -63,8 +65,7 @@ def open_frames(path: Path, every: int = 1, rate: Fraction = Fraction(25)) -> Fr
     Raises:
         InputError: if it cannot be read, has no video stream or, of a folder, holds no pictures.
     """
-    if every < 1:
-        raise InputError(f"every: {every} is not positive")
+    whole(every, "every")
     return _FolderFrames(path, every, rate) if path.is_dir() else _VideoFrames(path, every)
 
 
@@ -79,6 +80,13 @@ def frame_files(folder: Path) -> list[Path]:
     found = (path for path in folder.iterdir() if path.suffix.lower() in picture_suffixes())
     files = (path for path in found if path.is_file() and path.name[0] != "." and not is_result(path))
     return sorted(files, key=natural_order)
+
+
+def frames_digest(path: Path) -> str:
+    """The digest of a video's content; of a folder, of the names and contents of its frames."""
+    if not path.is_dir():
+        return content_digest(path)
+    return settings_digest({file.name: content_digest(file) for file in frame_files(path)})
 
 
 class _FolderFrames:

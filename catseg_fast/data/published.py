@@ -16,7 +16,7 @@ from catseg_fast.data.class_list import CLASSES, MOST_CLASSES, UNFINISHED
 from catseg_fast.data.folder import ignore_label_of, read_index_map
 from catseg_fast.data.pairs import Pair, find_pairs
 from catseg_fast.errors import InputError
-from catseg_fast.files import open_regular, read_text, replacing, sweep
+from catseg_fast.files import exclusive, open_regular, read_text, replacing, sweep
 from catseg_fast.identity import content_digest, png_mark, read_png_mark
 from catseg_fast.inference.images import image_size
 from catseg_fast.text.fold import ClassNames
@@ -60,13 +60,24 @@ def import_dataset(
         FileNotFoundError: if a folder is missing.
         InputError: if there are no annotations, one has no image or another size than its image, cannot be
             read or holds a value of no class, there are too many classes, or `target` has other classes.
+        RunError: if another call works on `target`.
         OSError: if writing fails; FileExistsError if a file is in the way that no call has made.
     """
     if len(classes) > MOST_CLASSES:
         raise InputError(f"classes: {len(classes)}; indices of 16 bits count {MOST_CLASSES}")
     pairs = find_pairs(images, annotations, notice)
+    target.mkdir(parents=True, exist_ok=True)
+    with exclusive(target, seconds=1):
+        return _import(pairs, classes, target, images, first, copy, advance, notice)
+
+
+def _import(
+    pairs: Sequence[Pair], classes: ClassNames, target: Path, images: Path, first: int, copy: bool,
+    advance: Callable[[int, int], None], notice: Callable[[str], object],
+) -> int:  # fmt: skip
+    """Do as `import_dataset` with the pairs of files that were found."""
     for folder in ("images", "annotations"):
-        (target / folder).mkdir(parents=True, exist_ok=True)
+        (target / folder).mkdir(exist_ok=True)
         sweep(target / folder)  # nothing may be written to it any more
     work = _Work(target, classes)
     there: dict[str, list[Path]] = defaultdict(list)
@@ -174,7 +185,7 @@ def _same_content(one: Path, other: Path) -> bool:
 def _holds(path: Path, indices: np.ndarray) -> bool:
     """Check whether a file is an index map of these values."""
     try:
-        found = read_index_map(path)
+        found = read_index_map(path, indices.size)
     except (OSError, ValueError):
         return False
     return found.dtype == indices.dtype and np.array_equal(found, indices)

@@ -128,7 +128,32 @@ class Raster:
             path: where to.
             labels: `[H, W]`; may be mapped from a file, of which a part at a time is read.
             mark: the value of the mark that tells whose result it is.
+
+        Raises:
+            OSError: if it cannot be written.
         """
+        import rasterio
+
+        try:
+            self._write_labels(path, labels, mark)
+            with rasterio.open(path) as written:  # GDAL does not tell of all that fails when a file is closed
+                for window, part in self._parts(labels):
+                    if not np.array_equal(written.read(1, window=window), part):
+                        raise OSError("it reads as something else")
+        except Exception as error:  # GDAL's are of many types
+            reason = error.__cause__ or error
+            raise OSError(f"{path.name}: cannot write the label map ({reason}); is the disk full?") from error
+
+    def _parts(self, labels: NDArray[np.uint16]) -> Iterator[tuple[Any, NDArray[np.uint16]]]:
+        """Yield some rows at a time of a label map, and their window."""
+        import rasterio
+
+        height, width = self.size
+        for top in range(0, height, 2 * _BLOCK):
+            part = np.array(labels[top : top + 2 * _BLOCK])
+            yield rasterio.windows.Window(0, top, width, len(part)), part
+
+    def _write_labels(self, path: Path, labels: NDArray[np.uint16], mark: str) -> None:
         import rasterio
 
         source, (height, width) = self._dataset, self.size
@@ -141,6 +166,5 @@ class Raster:
             blockxsize=_BLOCK, blockysize=_BLOCK, compress="deflate", BIGTIFF="IF_SAFER", **place,
         ) as target:  # fmt: skip
             target.update_tags(CATSEG_FAST=file_mark(mark))
-            for top in range(0, height, 2 * _BLOCK):
-                part = np.array(labels[top : top + 2 * _BLOCK])
-                target.write(part, 1, window=rasterio.windows.Window(0, top, width, len(part)))
+            for window, part in self._parts(labels):
+                target.write(part, 1, window=window)

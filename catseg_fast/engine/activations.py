@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import Plan
-from catseg_fast.engine.streaming import Stages
+from catseg_fast.engine.stages import Stages
 
 STAGES = ("embed_cost_volume", "window_block", "class_collect", "class_apply", "decode")
 

@@ -30,17 +30,19 @@ from catseg_fast.engine.schedule import (
     plan_schedule,
 )
 from catseg_fast.engine.selection import best_classes, class_scores
-from catseg_fast.engine.streaming import Consumer, Stages, Stream, run_streams
+from catseg_fast.engine.stages import Stages
+from catseg_fast.engine.streaming import Consumer, Stream, run_streams
 from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
+from catseg_fast.engine.whole_call import Answer, run_call
 from catseg_fast.errors import RunError
-from catseg_fast.weights import module_tensors, weights_state
+from catseg_fast.weights import WeightsState, module_tensors
 
 if TYPE_CHECKING:
     from catseg_fast.engine.triton_stages import TritonStages
 
 # Asking a GPU for its free memory takes longer than a kernel. A call that needs less than 1/AMPLE of the
-# memory that was free is scheduled without asking again; if memory does run out, the stream continues in
-# smaller steps.
+# memory that was free is scheduled without asking again, as is one within a given budget; if memory does run
+# out, the stream continues in smaller steps.
 AMPLE = 4
 SCHEDULES = 64
 
@@ -167,7 +169,7 @@ class Engine:
         if self._differentiable() or torch.compiler.is_compiling():
             with self._without_autocast():
                 return build_plan(self.aggregator, dtype)
-        state = weights_state(module_tensors(self.aggregator))
+        state = WeightsState(module_tensors(self.aggregator))
         if dtype not in self._plans or self._plans[dtype][0] != state:
             # The cached plan must be usable by later calls in any mode.
             with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
@@ -188,7 +190,8 @@ class Engine:
         if self._differentiable(text_feats) or torch.compiler.is_compiling() or text_feats.is_inference():
             return self.vocabulary(text_feats, max_classes, plan)
         # The terms hold the text's storage, so that its address is not reused by another tensor.
-        key = (weights_state([text_feats]), text_feats.shape, text_feats.stride(), max_classes)
+        place = (text_feats.data_ptr(), text_feats.device, text_feats.dtype, text_feats._version)
+        key = (place, text_feats.shape, text_feats.stride(), max_classes)
         kept = self._vocabulary
         if kept is None or kept[0] != key or kept[1] is not plan:
             kept = self._vocabulary = (key, plan, self.vocabulary(text_feats, max_classes, plan))
@@ -224,33 +227,44 @@ class Engine:
         asked = self.precision is not None or torch.is_autocast_enabled(img_feats.device.type)
         dtype = self._compute_dtype() if asked else self.aggregator.conv1.weight.dtype
         output_bytes = B * T * 16 * H * W * dtype.itemsize
-        schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
+        schedule: Schedule | None = None
 
         def run(img_feats: Tensor, *maps: Tensor) -> Tensor:
-            answer = _Answer(img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype))
+            answer = Answer(img_feats.new_empty((B, T, 4 * H, 4 * W), dtype=dtype))
             given = iter(maps)
             guidance = [None if x is None else next(given) for x in appearance_guidance]
             self.stream(img_feats, vocabulary, guidance, max_classes, lambda: answer, plan, schedule)
             return answer.logits
 
         inputs = [img_feats, *(x for x in appearance_guidance if x is not None)]
-        if not self.records(img_feats.device, schedule):
-            return run(*inputs)
-        guided = tuple(x is not None for x in appearance_guidance)
-        key = ("logits", guided, max_classes, dtype, self.recording_key(plan, vocabulary, schedule))
-        logits = self.recordings(key, inputs, run, Tensor.clone)
+        logits, key = None, None
+        if self.may_record(img_feats.device):
+            guided = tuple(x is not None for x in appearance_guidance)
+            key = ("logits", guided, max_classes, dtype, self.recording_key(plan, vocabulary))
+            logits = self.recordings.replay(key, inputs, Tensor.clone)
+        if logits is None:
+            schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
+            if key is None or schedule.policy == "offload":
+                return run(*inputs)
+            logits = self.recordings(key, inputs, run, Tensor.clone)
+        if bool(logits.isfinite().all()):
+            return logits
         # A call that overflows fp16 is computed again, which a recording cannot do.
-        return logits if bool(logits.isfinite().all()) else run(*inputs)
+        schedule = self.schedule_of(plan, img_feats, vocabulary, max_classes, output_bytes)
+        return run(*inputs)
 
-    def records(self, device: torch.device, schedule: Schedule) -> bool:
-        """Check whether a call may be answered by a recording."""
-        if self.graphs == "off" or self.share is not None or schedule.policy == "offload":
+    def may_record(self, device: torch.device) -> bool:
+        """Check whether a call may be answered by a recording, unless its state is offloaded."""
+        if self.graphs == "off" or self.share is not None:
             return False
         return self.recordings.serves(device) and not self._differentiable()
 
-    def recording_key(self, plan: Plan, vocabulary: VocabularyTerms, schedule: Schedule) -> object:
-        """Return everything that a recorded run of the stages depends on besides its inputs."""
-        settings = (self.backend, self.input_precision, schedule.policy, schedule.chunk)
+    def recording_key(self, plan: Plan, vocabulary: VocabularyTerms) -> object:
+        """Return everything that a recorded run of the stages depends on besides its inputs.
+
+        The schedule is not part of it: a recording holds its memory, and what is free no longer matters.
+        """
+        settings = (self.backend, self.input_precision, self.policy, self.chunk, self.memory_budget)
         ambient = ambient_settings(self.aggregator.conv1.weight.device)
         return (weakref.ref(plan), weakref.ref(vocabulary), settings, ambient)
 
@@ -338,7 +352,7 @@ class Engine:
                 count,
                 lambda: run_streams(streams(None if flag is None else flag.clone()), begin()),
             )
-            run_streams(streams(flag), begin())
+            run_call(streams(flag), begin())
             return flag is None or self._all_ranks(not bool(flag))
 
     def schedule_of(
@@ -390,7 +404,8 @@ class Engine:
         schedule = plan_schedule(
             sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes
         )
-        if sizes.device.type == "cuda" and schedule.total_bytes * AMPLE < schedule.budget:
+        ample = sizes.device.type == "cuda" and schedule.total_bytes * AMPLE < schedule.budget
+        if ample or (budget is not None and schedule.policy == "resident"):
             if len(self._schedules) >= SCHEDULES:
                 self._schedules.clear()
             self._schedules[key] = schedule
@@ -472,22 +487,6 @@ class Engine:
             return False
         tensors = itertools.chain(inputs, self.aggregator.parameters())
         return any(x is not None and x.requires_grad for x in tensors)
-
-
-class _Answer:
-    """Collects the logits of all classes; stages may write to it directly."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-    def slot(self, classes: slice) -> Tensor:
-        """Return the memory for the logits of some classes."""
-        return self.logits[:, classes]
-
-    def __call__(self, classes: slice, part: Tensor) -> None:
-        place = self.slot(classes)
-        if torch.compiler.is_compiling() or part.data_ptr() != place.data_ptr():
-            place[:] = part
 
 
 # `torch.compile` treats this as a constant, since it cannot trace the queries of the machine. All that

@@ -19,18 +19,44 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INPUT_PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
+def tf32_settings() -> tuple[object, ...]:
+    """Return PyTorch's settings of TF32 in products and convolutions on a GPU."""
+    return tuple([getattr(owner, name) for owner, name in _precisions()] or _allowances())
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Set whether PyTorch may round the inputs of fp32 products and convolutions on a GPU to TF32."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
+    try:
+        before = _allowances()
+    except RuntimeError:  # the program has set precisions, after which these cannot be read
+        switches = _precisions()
+        values: list[Any] = ["tf32" if allowed else "ieee"] * len(switches)
+        before = [getattr(owner, name) for owner, name in switches]
+    else:
+        switches = [(backend, "allow_tf32") for backend in _backends()]
+        values = [allowed] * len(switches)
+    for (owner, name), value in zip(switches, values, strict=True):
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+        for (owner, name), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _backends() -> tuple[Any, ...]:
+    return torch.backends.cuda.matmul, torch.backends.cudnn
+
+
+def _allowances() -> list[Any]:
+    return [backend.allow_tf32 for backend in _backends()]
+
+
+def _precisions() -> list[tuple[Any, str]]:
+    """Return the owners and names of the settings that replace `allow_tf32` since PyTorch 2.9."""
+    owners = (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", None))
+    return [(owner, "fp32_precision") for owner in owners if hasattr(owner, "fp32_precision")]
 
 
 def check_precision(dtype: torch.dtype | None) -> torch.dtype | None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from catseg_fast.engine.precision import tf32_settings
 from catseg_fast.engine.schedule import format_bytes
 from catseg_fast.errors import InputError, RunError
 
@@ -50,19 +52,24 @@ class Recorder:
                 f"{torch.__version__} {build}"
             )
         self.device, self.warm_up, self.pool = device, warm_up, torch.cuda.graph_pool_handle()
+        self._done: Any = None  # event of the last use
 
     def __call__(self, run: Callable[[], Answer]) -> Callable[[], Answer]:
         """Record `run`, after a few calls of it, and return its replay."""
         with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(self.warm_up):
                     run()
-            torch.cuda.current_stream().wait_stream(side)
+            current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                answer = run()
+            try:
+                # Other threads may allocate memory meanwhile.
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    answer = run()
+            finally:
+                torch.cuda.set_stream(current)  # a recording that fails may leave its own
 
         def replay() -> Answer:
             with torch.cuda.device(self.device):
@@ -70,6 +77,22 @@ class Recorder:
             return answer
 
         return replay
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Order the use of recordings, which share memory, among streams.
+
+        Inside, inputs are copied, a recording is replayed, and its answer is copied.
+        """
+        stream = torch.cuda.current_stream(self.device)
+        if self._done is None:
+            self._done = torch.cuda.Event()
+        else:
+            stream.wait_event(self._done)
+        try:
+            yield
+        finally:
+            self._done.record(stream)
 
     @property
     def bytes(self) -> int:
@@ -82,6 +105,21 @@ class Recorder:
         return int(SHARE * torch.cuda.get_device_properties(self.device).total_memory)
 
 
+@contextmanager
+def recordable() -> Iterator[None]:
+    """Set PyTorch's modes for a recording, which serves calls in every mode.
+
+    Autocast must not cache what it casts: a recording would read it after autocast has ended.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    with torch.inference_mode(False), torch.no_grad():
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+
 @dataclass
 class _Recording:
     buffers: list[Tensor]
@@ -91,11 +129,15 @@ class _Recording:
 
 def ambient_settings(device: torch.device) -> tuple[object, ...]:
     """Return PyTorch's settings that change what a recorded call computes."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     return (
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
+        tf32_settings(),
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        cudnn.enabled,
+        cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),
     )
 
@@ -129,6 +171,7 @@ class GraphCache:
         self._make_recorder = make_recorder or (lambda device: Recorder(device, warm_up=1))
         self.device_type = device_type
         self._recorder: Any = None
+        self._device: torch.device | None = None  # of the recorder
         self._counts: OrderedDict[object, int] = OrderedDict()
         self._recordings: OrderedDict[object, _Recording] = OrderedDict()
         self._lock = threading.Lock()
@@ -152,18 +195,33 @@ class GraphCache:
             run: computes the answer; must not wait for the device.
             finish: copies the answer, which the next replay overwrites.
         """
-        key = (key, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
+        full = _with_layouts(key, inputs)
         with self._lock:
-            recording = self._recordings.get(key) or self._count(key, inputs, run)
+            recording = self._recordings.get(full) or self._count(full, inputs, run)
             if recording is not None:
-                self._recordings.move_to_end(key)
-                for buffer, x in zip(recording.buffers, inputs, strict=True):
-                    buffer.copy_(x)
-                self.replays += 1
-                self.replayed = True
-                return finish(recording.replay())
+                return self._replay(full, recording, inputs, finish)
             self.replayed = False
         return finish(run(*inputs))
+
+    def replay(
+        self, key: object, inputs: Sequence[Tensor], finish: Callable[[Answer], Result]
+    ) -> Result | None:
+        """Return the answer of a recording, or None if there is none; arguments as in a call."""
+        full = _with_layouts(key, inputs)
+        with self._lock:
+            recording = self._recordings.get(full)
+            return None if recording is None else self._replay(full, recording, inputs, finish)
+
+    def _replay(
+        self, full: object, recording: _Recording, inputs: Sequence[Tensor], finish: Callable[..., Result]
+    ) -> Result:
+        self._recordings.move_to_end(full)
+        with self._recorder.turn():
+            for buffer, x in zip(recording.buffers, inputs, strict=True):
+                buffer.copy_(x)
+            self.replays += 1
+            self.replayed = True
+            return finish(recording.replay())
 
     def serves(self, device: torch.device) -> bool:
         """Check whether a call on a device can be recorded now."""
@@ -199,12 +257,17 @@ class GraphCache:
     def clear(self) -> None:
         """Drop all recordings, and forget the calls."""
         with self._lock:
-            self._recordings.clear()
-            self._counts.clear()
-            self._recorder = None
+            self._clear()
+
+    def _clear(self) -> None:
+        self._recordings.clear()
+        self._counts.clear()
+        self._recorder = self._device = None
 
     def _count(self, key: object, inputs: Sequence[Tensor], run: Callable[..., Any]) -> _Recording | None:
         """Count a call, and record it if it was made often enough."""
+        if inputs[0].device != self._device and self._recorder is not None:  # the model was moved
+            self._clear()
         count = self._counts.pop(key, 0)
         self._counts[key] = count + 1
         while len(self._counts) > MOST_KEYS:
@@ -216,6 +279,8 @@ class GraphCache:
         except Exception as error:  # many types, depending on the operation that cannot be recorded
             warnings.warn(f"graphs: not recorded, calls run as before: {error}", RuntimeWarning, stacklevel=5)
             return None
+        if recording.bytes > self._recorder.limit:
+            return None
         self._recordings[key] = recording
         while len(self._recordings) > MOST or sum(self.kept) > self._recorder.limit:
             self._recordings.popitem(last=False)
@@ -223,11 +288,16 @@ class GraphCache:
 
     def _record(self, inputs: Sequence[Tensor], run: Callable[..., Any]) -> _Recording:
         if self._recorder is None:
+            self._device = inputs[0].device
             self._recorder = self._make_recorder(inputs[0].device)
         before = self._recorder.bytes
-        with torch.inference_mode(False), torch.no_grad():
+        with recordable():
             buffers = [torch.empty_like(x) for x in inputs]
             for buffer, x in zip(buffers, inputs, strict=True):
                 buffer.copy_(x)
             replay = self._recorder(lambda: run(*buffers))
         return _Recording(buffers, replay, max(0, self._recorder.bytes - before))
+
+
+def _with_layouts(key: object, inputs: Sequence[Tensor]) -> tuple[object, ...]:
+    return (key, *((x.shape, x.stride(), x.dtype, x.device) for x in inputs))

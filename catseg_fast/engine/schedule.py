@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 
-import psutil
 import torch
 
 from catseg_fast.engine.folding import Plan
-from catseg_fast.errors import InputError
+from catseg_fast.engine.free_memory import free_bytes
+from catseg_fast.errors import InputError, shortened
+from catseg_fast.numeric import whole
 
 POLICIES = ("resident", "offload", "recompute")
 
@@ -57,21 +60,21 @@ class Schedule:
         return self.fixed_bytes + self.chunk * self.class_bytes
 
 
-def parse_bytes(amount: int | str) -> int:
+def parse_bytes(amount: float | str) -> int:
     """Return a number of bytes from a number or a text such as "2GiB", "500 MB", "1.5G".
 
     Raises:
-        InputError: if the text is not an amount, or the amount is not positive.
+        InputError, InputTypeError: if it is not an amount, or not positive.
     """
     if isinstance(amount, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", amount.lower())
         units = _UNITS | _BINARY_UNITS
         if match is None or match[2] not in units:
-            raise InputError(f"memory_budget: {amount!r} is not an amount such as '2GiB' or '500MB'")
-        amount = int(float(match[1]) * units[match[2]])
-    if amount <= 0:
-        raise InputError(f"memory_budget: {amount} is not positive")
-    return amount
+            raise InputError(f"memory_budget: {shortened(amount)} is not an amount such as '2GiB' or '500MB'")
+        amount = int(Fraction(match[1]) * units[match[2]])
+    elif isinstance(amount, float) and math.isfinite(amount):  # 2e9
+        amount = int(amount)
+    return whole(amount, "memory_budget")
 
 
 def format_bytes(amount: int) -> str:
@@ -99,11 +102,9 @@ def check_chunk(chunk: int | None) -> int | None:
     """Return a positive number of classes per step, or None for the engine's choice.
 
     Raises:
-        InputError: if it is not positive.
+        InputError, InputTypeError: if it is not a positive number.
     """
-    if chunk is not None and chunk <= 0:
-        raise InputError(f"chunk: {chunk} is not positive")
-    return chunk
+    return None if chunk is None else whole(chunk, "chunk")
 
 
 @dataclass(frozen=True)
@@ -298,11 +299,3 @@ def _whole_tiles(classes: int, device: torch.device) -> int:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that are available on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available

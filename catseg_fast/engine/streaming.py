@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,65 +19,13 @@ from catseg_fast.engine import fourier
 from catseg_fast.engine.chunk_store import ResidentState, State, new_state
 from catseg_fast.engine.class_memory import ClassMemory, LinearMemory, new_memory
 from catseg_fast.engine.class_parallel import ClassShare
-from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
+from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.schedule import Schedule
-from catseg_fast.engine.terms import BlockGuidance, ImageTerms, VocabularyTerms, chunk_text
+from catseg_fast.engine.stages import Stages
+from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, chunk_text
 from catseg_fast.reference.aggregator import DROPPED_LOGIT
 
 Consumer = Callable[[slice, Tensor], None]
-Resolution = tuple[int, int]
-
-
-class Stages(Protocol):
-    """Implementation of the stages: the module `torch_stages`, or an object with the same functions."""
-
-    def embed_cost_volume(
-        self, plan: Plan, image: Tensor, text: Tensor, resolution: Resolution, /
-    ) -> Tensor: ...
-
-    @property
-    def collects_at_once(self) -> bool: ...
-
-    @property
-    def repeats(self) -> bool: ...
-
-    def as_one(self, key: object, run: Callable[..., Tensor], /, *inputs: Tensor | None) -> Tensor: ...
-
-    def window_block(
-        self, block: WindowBlock, guidance: BlockGuidance, x: Tensor, out: Tensor | None, /
-    ) -> Tensor: ...
-
-    def class_collect(
-        self,
-        layer: ClassLayer,
-        memory: ClassMemory,
-        x: Tensor,
-        key: Tensor | None,
-        resolution: Resolution,
-        last: bool,
-        /,
-    ) -> None: ...
-
-    def class_apply(
-        self,
-        layer: ClassLayer,
-        x: Tensor,
-        query: Tensor | None,
-        memory: ClassMemory,
-        resolution: Resolution,
-        /,
-    ) -> Tensor: ...
-
-    def decode(
-        self,
-        plan: Plan,
-        guidance: tuple[Tensor, Tensor],
-        x: Tensor,
-        resolution: Resolution,
-        out: Tensor | None,
-        flag: Tensor | None,
-        /,
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -94,7 +42,12 @@ class Stream:
 
     If the vocabulary is a `share`, each crop aggregates `length` classes on all ranks, else the vocabulary's
     own. The `flag`, `[1]` int32, is set to 1 if a logit is infinite or NaN.
+
+    Attributes:
+        shrinks: whether to continue in smaller steps if memory runs out; else that is an error.
     """
+
+    shrinks = True
 
     def __init__(
         self,
@@ -193,7 +146,7 @@ class Stream:
             try:
                 step(slice(start, stop))
             except RuntimeError as error:
-                if not _out_of_memory(error) or stop - start == 1:
+                if not self.shrinks or stop - start == 1 or not may_continue(error, self.image.features):
                     raise
                 if self.chunk == self.schedule.chunk:
                     warnings.warn(
@@ -358,5 +311,11 @@ def run_streams(streams: Sequence[Stream], consume: Consumer) -> None:
     streams[0].for_each_chunk(streams[0].vocabulary.classes, decode)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def may_continue(error: RuntimeError, x: Tensor) -> bool:
+    """Check whether a call on the device of `x` can continue in smaller steps after an error.
+
+    It can if memory ran out, but not while a graph is recorded, which would have all steps in it.
+    """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

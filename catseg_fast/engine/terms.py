@@ -147,9 +147,9 @@ def vocabulary_terms(
         assert projected is not None
         for index, layer in enumerate(plan.layers):
             if layer.classes.text is not None:
-                queries[index], keys[index] = F.linear(
-                    projected.to(plan.embed.dtype), layer.classes.text
-                ).chunk(2, dim=-1)
+                both = F.linear(projected.to(plan.embed.dtype), layer.classes.text)
+                # In memory of their own, as inputs of launches that are prepared together.
+                queries[index], keys[index] = (x.contiguous() for x in both.chunk(2, dim=-1))
     unit = None
     small = text_feats.numel() * plan.embed.itemsize <= UNIT_BYTES
     if small and not text_feats.requires_grad and not torch.compiler.is_compiling():

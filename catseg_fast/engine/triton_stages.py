@@ -24,7 +24,7 @@ from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
 from catseg_fast.kernels.launch.checks import DTYPES, INTERPRETED
 from catseg_fast.kernels.launch.launcher import listing, recording
-from catseg_fast.kernels.launch.prepared import PreparedCalls
+from catseg_fast.kernels.launch.prepared_calls import PreparedCalls
 from catseg_fast.kernels.window_attention import op as window_attention
 
 Resolution = tuple[int, int]

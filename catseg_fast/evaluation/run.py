@@ -256,7 +256,7 @@ def _sparse(counts: ClassCounts) -> list[list[int]]:
 
 
 def _agreeing(labels: Tensor, path: Path) -> int:
-    other = read_index_map(path)
+    other = read_index_map(path, None)
     if other.shape != labels.shape:
         raise InputError(
             f"{path}: a label map {list(other.shape)} to compare with one of {list(labels.shape)}"

@@ -30,7 +30,8 @@ from catseg_fast.engine.streaming import Stream
 from catseg_fast.engine.terms import image_terms, vocabulary_terms
 from catseg_fast.errors import InputError
 from catseg_fast.export.target import FORMAT, check_target
-from catseg_fast.files import temporary_folder
+from catseg_fast.files import exclusive, temporary_folder
+from catseg_fast.numeric import whole
 from catseg_fast.reference.model import CATSegHead, CATSegPredictor, as_map, normalise
 
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ def export_program(
     if model.training:
         raise InputError("model: is in training mode; call model.eval() first")
     for name, value in (("crops", crops), ("size", size), ("most_classes", most_classes)):
-        if value < 1:
-            raise InputError(f"{name}: {value} is not positive")
+        whole(value, name)
     width, prompts = model.variant.clip.embed_dim, len(model.templates)
     images = torch.zeros(crops, 3, size, size, device=model.device)
     text = torch.ones(3, prompts, width, device=model.device, dtype=model.dtype)
@@ -161,9 +161,10 @@ def export_onnx(
         # The card tells whose files these are. The model vouches for them: it is removed first, written last.
         order = {f"{path.stem}.json": 0, path.name: 2}
         names = sorted((file.name for file in folder.iterdir()), key=lambda name: order.get(name, 1))
-        path.unlink(missing_ok=True)
-        for name in names:
-            os.replace(folder / name, path.with_name(name))
+        with exclusive(path.parent):
+            path.unlink(missing_ok=True)
+            for name in names:
+                os.replace(folder / name, path.with_name(name))
     return [path.with_name(name) for name in reversed(names)]
 
 

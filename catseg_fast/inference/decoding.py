@@ -6,22 +6,29 @@ that no second whole copy exists beside it.
 
 from __future__ import annotations
 
+import math
+import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from catseg_fast.errors import InputError
 from catseg_fast.files import open_regular
+from catseg_fast.pillow import open_image
 
 STRIP_PIXELS = 2**21  # that are converted at a time
 
-_PILLOW = Lock()  # its limit is the whole process's, and pictures may be opened in threads
+_PLAIN = 7  # bytes per pixel: Pillow's, and the answer's
+_DECODER_BYTES = {"WEBP": 15, "JPEG2000": 15, "AVIF": 10}  # measured with Pillow 12.3
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,6 +41,7 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 _FROM_THE_END = (3, 4, 7, 8)  # upright rows run against the stored rows or columns
 _TIFF_WIDTH, _TIFF_LENGTH = 256, 257
+_HALF, _QUARTER = 1, 2  # colours per pixel, as `get_sampling` tells
 
 
 @contextmanager
@@ -51,8 +59,8 @@ def opened(path: Path, name: str, max_pixels: int | None) -> Iterator[Image.Imag
             `with` block.
     """
     try:
-        with open_regular(path) as file, _open(file) as image:
-            check_pixels(image.size, max_pixels, f"{name}: {str(path)!r}")
+        with open_regular(path) as file, open_image(file) as image:
+            check_header(image, max_pixels, f"{name}: {str(path)!r}")
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file: {str(path)!r}") from None
@@ -61,31 +69,24 @@ def opened(path: Path, name: str, max_pixels: int | None) -> Iterator[Image.Imag
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
         if names(error, name):
             raise
-        raise InputError(f"{name}: cannot read {str(path)!r}: {error}") from error
+        raise InputError(f"{name}: cannot read {str(path)!r}: {_reason(error)}") from error
 
 
 @contextmanager
 def opened_content(file: BinaryIO, source: str, name: str, max_pixels: int | None) -> Iterator[Image.Image]:
     """Do as `opened` with an open file; `source` is what errors call it."""
     try:
-        with _open(file) as image:
-            check_pixels(image.size, max_pixels, f"{name}: {source}")
+        with open_image(file) as image:
+            check_header(image, max_pixels, f"{name}: {source}")
             yield image
     except Exception as error:  # damaged files raise whatever the format's decoder stumbles over
         if names(error, name):
             raise
-        reason = "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
-        raise InputError(f"{name}: cannot read {source}: {reason}") from error
+        raise InputError(f"{name}: cannot read {source}: {_reason(error)}") from error
 
 
-def _open(file: BinaryIO) -> Image.Image:
-    """Open an image without Pillow's own limit, which is the whole process's."""
-    with _PILLOW:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(file)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+def _reason(error: Exception) -> object:
+    return "not a picture in a known format" if isinstance(error, UnidentifiedImageError) else error
 
 
 def names(error: Exception, name: str) -> bool:
@@ -93,18 +94,47 @@ def names(error: Exception, name: str) -> bool:
     return isinstance(error, InputError) and str(error).startswith(f"{name}: ")
 
 
-def check_pixels(size: tuple[int, int], max_pixels: int | None, name: str) -> None:
+def check_header(image: Image.Image, max_pixels: int | None, name: str) -> None:
+    """Check an image that is opened and not decoded; errors as of `check_pixels`."""
+    check_pixels(image.size, max_pixels, name, *_weight(image))
+
+
+def check_pixels(
+    size: tuple[int, int], max_pixels: int | None, name: str, weight: float = 1, kind: str = ""
+) -> None:
     """Check an image's (width, height) against a limit.
 
+    Args:
+        size: of the image.
+        max_pixels: the limit; None for none.
+        name: what errors call the image.
+        weight: memory that decoding a pixel takes, in that of most formats.
+        kind: name of the format, if that is not 1.
+
     Raises:
-        InputError: if it has more than `max_pixels` pixels.
+        InputError: if it has more than `max_pixels` pixels, or takes the memory of more.
     """
     width, height = size
-    if max_pixels is not None and width * height > max_pixels:
-        raise InputError(
-            f"{name} has {width}x{height} = {width * height:,} pixels; the limit is {max_pixels:,} "
-            "(max_pixels), which protects the memory"
-        )
+    count = math.ceil(width * height * weight)
+    if max_pixels is None or count <= max_pixels:
+        return
+    text = f"{name} has {width}x{height} = {width * height:,} pixels"
+    if weight != 1:
+        text += f" in {kind}, which takes the memory of {count:,} to decode"
+    raise InputError(f"{text}; the limit is {max_pixels:,} (max_pixels), which protects the memory")
+
+
+def _weight(image: Image.Image) -> tuple[float, str]:
+    """The memory of decoding a pixel, in the `_PLAIN` bytes of most formats, and the format's name."""
+    if image.mode == "F":
+        return 20 / _PLAIN, "floats"
+    if isinstance(image, JpegImageFile) and image.info.get("progressive"):
+        # All coefficients, 2 bytes each, are held beside the pixels until the end of the file.
+        bands = len(image.getbands())
+        coefficients = {_HALF: 4, _QUARTER: 3}.get(get_sampling(image), 2 * bands)
+        pixels = 1 if bands == 1 else 4
+        return max(1, (coefficients + pixels) / _PLAIN), "progressive JPEG"
+    return _DECODER_BYTES.get(image.format or "", _PLAIN) / _PLAIN, str(image.format)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -122,10 +152,33 @@ def orientation_of(image: Image.Image) -> int:
     write, such as the rational -1/0.
     """
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if isinstance(image, PngImageFile) and image.tile and not _has_late_text(image):
+            exif = Image.Image.getexif(image)  # the class's own method decodes the image first
+        else:
+            exif = image.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in _TURNS else 1
     except Exception:  # damaged tags raise whatever the reader stumbles over
         return 1
+
+
+def _has_late_text(image: PngImageFile) -> bool:
+    """Check whether a PNG that is not decoded has EXIF or text behind its pixels."""
+    file = image.fp
+    assert file is not None
+    position = file.tell()
+    try:
+        file.seek(8)  # behind the signature
+        pixels = False
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            pixels |= kind == b"IDAT"
+            file.seek(length + 4, os.SEEK_CUR)  # with the checksum
+        return False
+    finally:
+        file.seek(position)
 
 
 class Upright:

@@ -23,6 +23,7 @@ from catseg_fast.reference.model import channels
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
+    from catseg_fast.reference.clip import DenseCLIP
 
 
 # Above so many pixels, memory counts for more than the time of a few more calls.
@@ -97,14 +98,21 @@ def image_type(model: CATSeg) -> torch.dtype:
     return precision.image_dtype(model.engine.precision, weight)
 
 
-def _encode_crops(
-    model: CATSeg, clip_images: Tensor, pixels: Tensor, checked: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def image_tower(model: CATSeg) -> DenseCLIP:
+    """Return CLIP as the next call encodes pictures with it: the model's own, or in 16 bits."""
     clip, dtype = model.clip_model, image_type(model)
     if dtype == clip.visual.proj.dtype:
         forget(clip)
+        return clip
+    return reduced_clip(clip, dtype)
+
+
+def _encode_crops(
+    model: CATSeg, clip_images: Tensor, pixels: Tensor, checked: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    clip, reduced = model.clip_model, image_tower(model)
+    if reduced is clip:
         return model.encode_images(clip_images, pixels)
-    reduced = reduced_clip(clip, dtype)
     features, guidance = model.encode_images(clip_images, pixels, reduced)
     if not checked or reduced.visual.proj.dtype != torch.float16:
         return features, guidance

@@ -5,20 +5,24 @@ Equal calls are recorded without a request, too: see `catseg_fast.engine.recordi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from catseg_fast.engine.recording import ambient_settings, recordable
 from catseg_fast.engine.schedule import Schedule
 from catseg_fast.errors import InputError, RunError
-from catseg_fast.inference.encoding import encode
+from catseg_fast.inference.encoding import encode, image_tower
 from catseg_fast.inference.images import ImageLike, load_image
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Probabilities, Readout
 from catseg_fast.inference.segment import read_out
 from catseg_fast.inference.segmentation import Segmentation
-from catseg_fast.weights import module_tensors, weights_state
+from catseg_fast.numeric import flag
+from catseg_fast.weights import WeightsState, module_tensors
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -58,10 +62,15 @@ class ModelGraphs:
         if model.training:
             raise InputError("model: is in training mode; call model.eval() first")
         self.model, self.probabilities = model, probabilities
-        self.sliding_window = model.sliding_window if sliding_window is None else sliding_window
-        with torch.inference_mode(False), torch.no_grad():
+        sliding = model.sliding_window if sliding_window is None else sliding_window
+        self.sliding_window = flag(sliding, "sliding_window")
+        self._lock, self._turn = threading.Lock(), getattr(record, "turn", nullcontext)
+        with recordable():
             self._settings = _settings(model)
             self._recordings = {tuple(size): self._record((size[0], size[1]), record) for size in sizes}
+            # Recordings read these tensors, which the model may replace, though it may be set back later.
+            plan = model.engine.plan()
+            self._held = (plan, model.vocabulary_terms(plan), image_tower(model))
 
     @property
     def sizes(self) -> list[Size]:
@@ -88,16 +97,16 @@ class ModelGraphs:
             raise RunError(
                 f"cuda_graph: {' and '.join(changed)} changed since the recording; call cuda_graph again"
             )
-        buffer, replay = self._recordings[size]
-        buffer.copy_(pixels)
-        answer = replay()
+        model, (buffer, replay) = self.model, self._recordings[size]
+        with self._lock, self._turn():
+            buffer.copy_(pixels)
+            answer = replay()
+            if self.probabilities:
+                maps: Tensor = answer.maps.clone()
+            else:
+                segmentation = Segmentation.of(answer, model.classes, self._readout(size), fold=model.fold)
         if self.probabilities:
-            maps: Tensor = answer.maps.clone()
-            if not maps[0].isnan().any():
-                return maps
-            return self._read_out(pixels.to(self.model.device)).maps
-        model = self.model
-        segmentation = Segmentation.of(answer, model.classes, self._readout(size), fold=model.fold)
+            return self._read_out(pixels.to(model.device)).maps if maps[0].isnan().any() else maps
         if segmentation.scores.isnan().any():
             return model.segment(image, sliding_window=self.sliding_window)
         return segmentation
@@ -138,11 +147,12 @@ def _settings(model: CATSeg) -> dict[str, Any]:
     engine = model.engine
     return {
         "classes": (model.classes, model.fold),
-        "weights": weights_state(module_tensors(model, buffers=True)),
+        "weights": WeightsState(module_tensors(model, buffers=True)),
         "device": model.device,
         "precision": (engine.precision, engine.input_precision, engine.plan().embed.dtype),
         "backend": model.backend,
         "max_classes": model.max_classes,
         "window": model.window,
         "training mode": model.training,
+        "PyTorch's settings of precision and autocast": ambient_settings(model.device),
     }

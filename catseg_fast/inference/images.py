@@ -17,6 +17,7 @@ from catseg_fast.config import MAX_PIXELS
 from catseg_fast.errors import InputError, InputTypeError
 from catseg_fast.inference.decoding import (
     Upright,
+    check_header,
     check_pixels,
     names,
     opened,
@@ -26,6 +27,8 @@ from catseg_fast.inference.decoding import (
 )
 from catseg_fast.inference.sources import describe_source, fetch, is_url, local_path
 from catseg_fast.inference.transfer import to_device
+from catseg_fast.numeric import whole
+from catseg_fast.output.strips import row_strips
 
 ImageLike: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
@@ -100,7 +103,10 @@ def load_pixels(image: ImageLike, name: str = "image", max_pixels: int | None = 
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise InputError(f"{name}: the image is empty ({image.width}x{image.height})")
-        check_pixels(image.size, max_pixels, f"{name}: the image")
+        if getattr(image, "tile", None):  # it has not been decoded
+            check_header(image, max_pixels, f"{name}: the image")
+        else:
+            check_pixels(image.size, max_pixels, f"{name}: the image")
         try:
             return _from_picture(image, name)
         except Exception as error:  # an opened file is decoded only now
@@ -119,7 +125,12 @@ def load_pixels(image: ImageLike, name: str = "image", max_pixels: int | None = 
 def load_bytes(image: ImageLike, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> Tensor:
     """Do as `load_image`, rounded to uint8."""
     pixels = load_pixels(image, name, max_pixels)
-    return pixels if pixels.dtype == torch.uint8 else pixels.round().byte()
+    if pixels.dtype == torch.uint8:
+        return pixels
+    rounded = torch.empty(pixels.shape, dtype=torch.uint8, device=pixels.device)
+    for rows in row_strips(*pixels.shape[1:]):
+        rounded[:, rows] = pixels[:, rows].round()
+    return rounded
 
 
 def image_size(path: Path, name: str = "image", max_pixels: int | None = MAX_PIXELS) -> tuple[int, int]:
@@ -144,27 +155,25 @@ def check_upright(path: Path) -> None:
 
 
 def check_max_pixels(max_pixels: int | None) -> int | None:
-    """Return a limit of pixels.
+    """Return a limit of pixels, or None for no limit.
 
     Raises:
-        InputError: if it is not positive.
+        InputError, InputTypeError: if it is not a positive number.
     """
-    if max_pixels is not None and max_pixels <= 0:
-        raise InputError(f"max_pixels: {max_pixels} is not positive; None is no limit")
-    return max_pixels
+    return None if max_pixels is None else whole(max_pixels, "max_pixels")
 
 
 def _from_picture(image: Image.Image, name: str) -> Tensor:
     """Decode an opened image."""
     picture = Upright(image)
-    dtype = torch.float32 if picture.floating else torch.uint8
-    pixels = torch.empty(3, picture.height, picture.width, dtype=dtype)
+    channels, dtype = (1, torch.float32) if picture.floating else (3, torch.uint8)
+    pixels = torch.empty(channels, picture.height, picture.width, dtype=dtype)
     for rows, strip in picture.strips():
         values = torch.from_numpy(strip)
         pixels[:, rows] = values.permute(2, 0, 1) if values.ndim == 3 else values
     if not picture.floating:
         return pixels
-    return _validated(pixels[:1], [picture.height, picture.width], name)
+    return _validated(pixels, [picture.height, picture.width], name)
 
 
 def _from_content(file: BinaryIO, source: str, name: str, max_pixels: int | None) -> Tensor:
@@ -211,6 +220,9 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
 
 
 def _from_tensor(tensor: Tensor, name: str) -> Tensor:
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
+        kind = "nested" if tensor.is_nested else "meta" if tensor.is_meta else str(tensor.layout)
+        raise InputTypeError(f"{name}: expected a dense tensor with values, got a {kind} one")
     shape = list(tensor.shape)
     if tensor.ndim == 4 and shape[0] == 1:
         tensor = tensor[0]

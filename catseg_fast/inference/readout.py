@@ -128,15 +128,13 @@ def reader(readout: Readout, target: Target, backend: str = "torch") -> Callable
     if backend == "triton" and isinstance(target, LabelMap):
         return partial(_update_by_kernel, readout, target)
     step = max(1, READOUT_BYTES // readout.class_bytes)
-    whole = isinstance(target, TopClasses)  # it takes all rows at once
-    taken = [0] * (1 if whole else len(readout.rows))  # classes, by strip
+    taken = [0] * len(readout.rows)  # classes, by strip
 
     def consume(classes: slice, logits: Tensor) -> None:
         for start in range(max(min(taken), classes.start), classes.stop, step):
             stop = min(start + step, classes.stop)
             part = slice(start - classes.start, stop - classes.start)
-            strips = [(ALL, readout(logits[:, part]))] if whole else readout.strips(logits[:, part])
-            for index, (rows, probabilities) in enumerate(strips):
+            for index, (rows, probabilities) in enumerate(readout.strips(logits[:, part])):
                 first = max(start, taken[index])
                 if first < stop:
                     target.update(first, probabilities[first - start :], rows)
@@ -237,37 +235,52 @@ class TopClasses:
             all are taken in; by default each name is a class.
 
     Attributes:
-        scores: float32 `[k, H, W]`.
-        labels: int32 `[k, H, W]`.
+        scores: float32 `[k, H, W]`; -1 where fewer than k classes were taken in.
+        labels: int32 `[k, H, W]`; -1 there.
     """
 
     def __init__(
         self, count: int, size: Size, device: torch.device, owners: Sequence[int] | None = None
     ) -> None:
         self.count, self.owners = count, owners
-        self.scores = torch.empty(0, *size, device=device)
-        self.labels = torch.empty(0, *size, dtype=torch.int32, device=device)
+        self.scores = torch.empty(count, *size, device=device)
+        self.labels = torch.empty(count, *size, dtype=torch.int32, device=device)
         self.reset()
 
     def reset(self) -> None:
-        self.scores, self.labels = self.scores[:0], self.labels[:0]
-        self._seen, self._last = 0, -1  # number of classes so far, and the last of them
+        self.scores.fill_(-1)
+        self.labels.fill_(-1)
+        self._taken: dict[int, tuple[int, int]] = {}  # of a strip: the next name, and the last class
 
     def update(self, first: int, probabilities: Tensor, rows: slice = ALL) -> None:
+        """Do as `Target.update`, strip by strip: what comes again is not taken in twice."""
+        _, height, width = self.scores.shape
+        start, stop, _ = rows.indices(height)
+        step = max(1, READOUT_BYTES // (_PIXEL_BYTES * (self.count + 1) * width))
+        for top in range(start, stop, step):
+            strip = slice(top, min(top + step, stop))
+            following, last = self._taken.get(top, (0, -1))
+            new = probabilities[max(0, following - first) :, top - start : strip.stop - start]
+            if len(new):
+                last = self._take(max(first, following), new, strip, last)
+                self._taken[top] = (first + len(probabilities), last)
+
+    def _take(self, first: int, probabilities: Tensor, rows: slice, last: int) -> int:
+        """Take some rows in, of which the class `last` was the last one; return the one that is now."""
         names = range(first, first + len(probabilities))
         owners = list(names) if self.owners is None else [self.owners[name] for name in names]
         classes = list(dict.fromkeys(owners))
         if len(classes) < len(owners):
             parts = probabilities.split([owners.count(label) for label in classes])
             probabilities = torch.stack([part.amax(dim=0) for part in parts])
-        scores, seen = self.scores, self._seen + len(classes)
-        if classes[0] == self._last:  # further names of a class that is among the best, or was
-            entry, seen = self.labels == self._last, seen - 1
+        scores, labels = self.scores[:, rows], self.labels[:, rows]
+        if classes[0] == last:  # further names of a class that is among the best, or was
+            entry = labels == last
             before = scores.masked_fill(~entry, -torch.inf).amax(dim=0)
             probabilities = torch.cat([probabilities[:1].maximum(before), probabilities[1:]])
             scores = scores.masked_fill(entry, -torch.inf)  # comes last, and is cut off
-        indices = self.labels.new_tensor(classes)[:, None, None].expand_as(probabilities)
+        indices = labels.new_tensor(classes)[:, None, None].expand_as(probabilities)
         scores, order = torch.cat([scores, probabilities]).sort(dim=0, descending=True, stable=True)
-        count = min(self.count, seen)
-        labels = torch.cat([self.labels, indices]).gather(0, order[:count])
-        self.scores, self.labels, self._seen, self._last = scores[:count].clone(), labels, seen, classes[-1]
+        labels = torch.cat([labels, indices]).gather(0, order[: self.count])
+        self.scores[:, rows], self.labels[:, rows] = scores[: self.count], labels
+        return classes[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from catseg_fast.backend import choose_backend
 from catseg_fast.engine.schedule import Schedule
-from catseg_fast.errors import InputError, RunError
-from catseg_fast.inference.encoding import EncodedImage, encode, image_type, join
+from catseg_fast.errors import RunError
+from catseg_fast.inference.encoding import EncodedImage, encode, image_tower, join
 from catseg_fast.inference.readout import (
     READOUT_BYTES,
     LabelMap,
@@ -22,8 +23,9 @@ from catseg_fast.inference.readout import (
     read_all,
 )
 from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.numeric import whole
 from catseg_fast.reference.model import as_map
-from catseg_fast.weights import module_tensors, weights_state
+from catseg_fast.weights import WeightsState, module_tensors
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -35,11 +37,10 @@ def label(
     """Label encoded pictures together; arguments as in `CATSeg.segment`.
 
     Raises:
-        InputError: if `top_k` is not positive.
+        InputError, InputTypeError: if `top_k` is not a positive number.
         RunError: if logits are requested of classes that are split over processes.
     """
-    if top_k is not None and top_k <= 0:
-        raise InputError(f"top_k: {top_k} is not positive")
+    top_k = None if top_k is None else whole(top_k, "top_k")
     fold = model.fold
     if keep_logits and model.engine.share is not None:
         raise RunError("class parallel: no rank has all logits; segment with keep_logits=False")
@@ -51,6 +52,7 @@ def label(
             owners = (owners or range(len(model.classes)))[model.engine.share.own]
         count = min(top_k, len(model.label_classes))
         targets = [TopClasses(count, size, model.device, owners) for size in sizes]
+        top_k = count
     target_bytes = sum(8 * (top_k or 1) * height * width for height, width in sizes)
     share, store = model.engine.share, LogitStore(len(model.classes)) if keep_logits else None
     if share is None:
@@ -77,13 +79,8 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
     if choose_backend(model.backend, device) == "reference" or not engine.recordings.serves(device):
         return label(model, encode(model, [pixels], [readout]), None)[0]
     plan = engine.plan()
-    vocabulary = model.vocabulary_terms(plan)
-    (H, W), (height, width) = model.variant.feature_resolution, readout.size
-    crops = 1 if readout.window is None else readout.window.count
-    held = 8 * height * width + max(READOUT_BYTES, readout.class_bytes)
-    total, limit = len(model.classes), model.max_classes
-    kept = total if limit is None else min(total, limit)
-    schedule = engine.schedule(crops, (H, W), kept, held, kept < total)
+    vocabulary, tower = model.vocabulary_terms(plan), image_tower(model)
+    schedule: Schedule | None = None
 
     def run(pixels: Tensor, checked: bool = False) -> LabelMap:
         target = LabelMap(readout.size, model.device)
@@ -93,14 +90,32 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
     def finish(target: LabelMap) -> Segmentation:
         return Segmentation.of(target, model.classes, readout, fold=model.fold)
 
-    if not engine.records(device, schedule):
-        answer, certain = finish(run(pixels)), image_type(model) == model.dtype
-        return answer if certain or not answer.scores.isnan().any() else finish(run(pixels, checked=True))
-    weights = engine.recordings.number(weights_state(module_tensors(model, buffers=True)))
-    key = ("label", readout, weights, limit, engine.recording_key(plan, vocabulary, schedule))
-    answer = engine.recordings(key, [pixels], run, finish)
+    answer, key = None, None
+    if engine.may_record(device):
+        weights = engine.recordings.number(WeightsState(module_tensors(model, buffers=True)))
+        settings = (readout, weights, weakref.ref(tower), model.max_classes, model.size_divisibility)
+        key = ("label", settings, model.training, engine.recording_key(plan, vocabulary))
+        answer = engine.recordings.replay(key, [pixels], finish)
+    if answer is None:
+        schedule = _schedule(model, readout)
+        if key is None or schedule.policy == "offload":
+            answer, certain = finish(run(pixels)), tower is model.clip_model
+            return answer if certain or not answer.scores.isnan().any() else finish(run(pixels, checked=True))
+        answer = engine.recordings(key, [pixels], run, finish)
+    if not answer.scores.isnan().any():
+        return answer
     # A call that overflows fp16 is computed again, which a recording cannot do.
-    return finish(run(pixels, checked=True)) if answer.scores.isnan().any() else answer
+    schedule = _schedule(model, readout)
+    return finish(run(pixels, checked=True))
+
+
+def _schedule(model: CATSeg, readout: Readout) -> Schedule:
+    """Return the schedule of a call that labels one picture."""
+    (height, width), total, limit = readout.size, len(model.classes), model.max_classes
+    crops = 1 if readout.window is None else readout.window.count
+    held = 8 * height * width + max(READOUT_BYTES, readout.class_bytes)
+    kept = total if limit is None else min(total, limit)
+    return model.engine.schedule(crops, model.variant.feature_resolution, kept, held, kept < total)
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from catseg_fast.inference.readout import LabelMap, Readout, TopClasses
 from catseg_fast.inference.sources import is_url
 from catseg_fast.inference.transfer import to_host
 from catseg_fast.labels import NONE, check_min_score
+from catseg_fast.numeric import whole
+from catseg_fast.output.strips import row_strips
 from catseg_fast.text.fold import Fold
 
 if TYPE_CHECKING:
@@ -90,16 +92,28 @@ class Segmentation:
         """
         if min_score is None:
             return self
-        if check_min_score(min_score) < (self.min_score or 0):
+        top = self.top_labels
+        if top is None:
+            return replace(self, labels=self.labels.clone()).drop_below(min_score)
+        return replace(self, labels=self.labels.clone(), top_labels=top.clone()).drop_below(min_score)
+
+    def drop_below(self, min_score: float | None) -> Segmentation:
+        """Do as `with_min_score` in the labels themselves, of an answer that is not used any more."""
+        if min_score is None:
+            return self
+        min_score = check_min_score(min_score)
+        if min_score < (self.min_score or 0):
             raise InputError(
                 f"min_score: {min_score} is below {self.min_score}, by which labels were dropped before; "
                 "segment with the lowest one first"
             )
-        labels = self.labels.masked_fill(self.scores < min_score, NONE)
-        top = self.top_labels
-        if top is not None and self.top_scores is not None:
-            top = top.masked_fill(self.top_scores < min_score, NONE)
-        return replace(self, labels=labels, top_labels=top, min_score=min_score)
+        maps = [(self.labels, self.scores)]
+        if self.top_labels is not None and self.top_scores is not None:
+            maps += zip(self.top_labels, self.top_scores, strict=True)
+        for labels, scores in maps:
+            for rows in row_strips(*labels.shape):
+                labels[rows].masked_fill_(scores[rows] < min_score, NONE)
+        return replace(self, min_score=min_score)
 
     def score_map(self, label: int | str) -> Tensor:
         """The probability of one class, by index or name, at each pixel: float32 `[H, W]`.
@@ -211,8 +225,12 @@ class Segmentation:
             if label not in self.classes:
                 raise InputError(f"label: {label!r} is not one of the {len(self.classes)} classes")
             return self.classes.index(label)
-        if not isinstance(label, int):
-            raise InputTypeError(f"label: expected a class's index or name, got {type(label).__name__}")
+        try:
+            label = whole(label, "label", None)
+        except InputTypeError:
+            raise InputTypeError(
+                f"label: expected a class's index or name, got {type(label).__name__}"
+            ) from None
         if not 0 <= label < len(self.classes):
             raise InputError(f"label: {label} is not in 0..{len(self.classes) - 1}")
         return label

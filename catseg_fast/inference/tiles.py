@@ -14,6 +14,7 @@ from catseg_fast.inference.encoding import encode
 from catseg_fast.inference.readout import READOUT_BYTES, LabelMap, Readout
 from catseg_fast.inference.segment import label
 from catseg_fast.inference.segmentation import Segmentation
+from catseg_fast.numeric import flag, whole
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
@@ -37,9 +38,8 @@ class TileGrid:
     overlap: int
 
     def __post_init__(self) -> None:
-        if self.tile < 1:
-            raise InputError(f"tiles: {self.tile} is not positive")
-        if not 0 <= self.overlap <= self.tile // 2:
+        whole(self.tile, "tiles")
+        if not 0 <= whole(self.overlap, "overlap", None) <= self.tile // 2:
             raise InputError(
                 f"overlap: {self.overlap} is not in 0..{self.tile // 2}, half of a tile of {self.tile}"
             )
@@ -158,7 +158,7 @@ def label_bands(
         InputError, RunError: as of `check_tiles`.
     """
     check_tiles(model, grid.tile)
-    sliding = model.sliding_window if sliding_window is None else sliding_window
+    sliding = flag(model.sliding_window if sliding_window is None else sliding_window, "sliding_window")
     tops, lefts = grid.tops, grid.lefts
     readout = Readout(grid.shape, model.window if sliding else None)
 
@@ -179,7 +179,7 @@ def label_bands(
             cell = (tops[row], bottom, lefts[column], right)
             target = _label_cell(model, grid, readout, logits, cell)
             part = Segmentation.of(target, model.classes, readout, fold=model.fold)
-            parts.append(part.with_min_score(min_score))
+            parts.append(part.drop_below(min_score))
             progress(row * len(lefts) + column + 1, grid.count)
         labels, scores = ([getattr(part, name) for part in parts] for name in ("labels", "scores"))
         yield Band(torch.cat(labels, dim=1), torch.cat(scores, dim=1))
@@ -238,7 +238,7 @@ def segment_tiles(
     Raises:
         InputError, RunError: as of `TileGrid` and `check_tiles`.
     """
-    size = (pixels.shape[1], pixels.shape[2])
+    size, tile = (pixels.shape[1], pixels.shape[2]), whole(tile, "tiles")
     grid = TileGrid(size, tile, default_overlap(tile) if overlap is None else overlap)
 
     def read(top: int, left: int, height: int, width: int) -> Tensor:

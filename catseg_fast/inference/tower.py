@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.weights import module_tensors, weights_state
+from catseg_fast.weights import WeightsState, module_tensors
 
 if TYPE_CHECKING:
     from catseg_fast.reference.clip import DenseCLIP
@@ -34,7 +34,7 @@ def reduced_clip(clip: DenseCLIP, dtype: torch.dtype) -> DenseCLIP:
     One is kept per model until a weight changes or another type is asked for.
     """
     weights = module_tensors(clip.visual, buffers=True)
-    state, kept = weights_state(weights), _towers.get(clip)
+    state, kept = WeightsState(weights), _towers.get(clip)
     if kept is not None and kept.state == state and dtype in (kept.clip.visual.proj.dtype, kept.instead):
         return kept.clip
     return _keep(clip, dtype, None)
@@ -56,7 +56,7 @@ def _keep(clip: DenseCLIP, dtype: torch.dtype, instead: torch.dtype | None) -> D
     memo: dict[int, Any] = {id(x): x for x in module_tensors(clip, buffers=True)}
     with torch.inference_mode(False), torch.no_grad():
         memo |= {id(x): _cast(x, dtype) for x in weights}
-        _towers[clip] = _Tower(weights_state(weights), copy.deepcopy(clip, memo), instead)
+        _towers[clip] = _Tower(WeightsState(weights), copy.deepcopy(clip, memo), instead)
     return _towers[clip].clip
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from catseg_fast.errors import InputError
 from catseg_fast.labels import NONE, NONE_NAME
+from catseg_fast.numeric import share
 from catseg_fast.output.colours import Colours, colours_for
 from catseg_fast.output.lettering import draw_text, shorten, text_width
 from catseg_fast.output.strips import row_strips
@@ -77,10 +78,7 @@ def overlay(
             f"labels: expected [H, W] of an image [3, H, W], got labels {list(labels.shape)} "
             f"and image {list(image.shape)}"
         )
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha: expected a number in 0..1, got {alpha}")
-    if not 0 <= present <= 1:
-        raise InputError(f"present: expected a share of the pixels in 0..1, got {present}")
+    alpha, present = share(alpha, "alpha"), share(present, "present")
     if colours is not None and colours.shape != (len(classes), 3):
         raise InputError(
             f"colours: expected [T, 3] for {len(classes)} classes, got shape {list(colours.shape)}"

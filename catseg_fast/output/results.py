@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from catseg_fast.files import temporary_folder
+from catseg_fast.files import exclusive, temporary_folder
 from catseg_fast.identity import place_digest, place_of, png_mark, result_digest
 from catseg_fast.labels import NONE, NONE_NAME
 from catseg_fast.output.formats import FORMATS, Labelled, check_formats
@@ -127,8 +127,7 @@ def save_segmentation(
         if present is not None:
             content["present"] = present
         content["classes"] = classes
-        require_ours(folder, stem, picture)
-        put_in_place(scratch, folder, stem, names, content)
+        put_in_place(scratch, folder, stem, names, content, picture)
     return classes
 
 
@@ -138,24 +137,35 @@ def vouched(folder: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def put_in_place(
-    scratch: Path, folder: Path, stem: str, names: Sequence[str], content: Mapping[str, Any]
+    scratch: Path,
+    folder: Path,
+    stem: str,
+    names: Sequence[str],
+    content: Mapping[str, Any],
+    picture: Path | None,
 ) -> None:
     """Move a result's files from `scratch` to `folder`; the JSON file is removed first and written last.
 
-    What else is there of the stem shows an earlier answer, and is removed.
+    What else is there of the stem shows an earlier answer, and is removed. Of two runs at once, each puts
+    all of its files in place before the other one does.
+
+    Raises:
+        FileExistsError: as of `require_ours`.
     """
     result = folder / f"{stem}.json"
     write_result(scratch / result.name, content)
-    result.unlink(missing_ok=True)
     (scratch / "replaced").mkdir()
-    for name in (stem + suffix for suffix in (*PNG_SUFFIXES, *OTHER_SUFFIXES)):
-        place = folder / name
-        if name in names and not place.is_dir():
-            continue
-        if os.path.lexists(place):  # a folder cannot be replaced, only moved away
-            os.replace(place, scratch / "replaced" / name)
-    for name in (*names, result.name):
-        os.replace(scratch / name, folder / name)
+    with exclusive(folder):
+        require_ours(folder, stem, picture)
+        result.unlink(missing_ok=True)
+        for name in (stem + suffix for suffix in (*PNG_SUFFIXES, *OTHER_SUFFIXES)):
+            place = folder / name
+            if name in names and not place.is_dir():
+                continue
+            if os.path.lexists(place):  # a folder cannot be replaced, only moved away
+                os.replace(place, scratch / "replaced" / name)
+        for name in (*names, result.name):
+            os.replace(scratch / name, folder / name)
 
 
 def result_paths(

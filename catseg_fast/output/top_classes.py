@@ -32,7 +32,7 @@ def write_top_classes(path: Path, segmentation: Segmentation, mark: str) -> None
         raise InputError(f"classes: 16 bits hold {UNLABELLED_VALUE}, got {len(segmentation.classes)}")
     np.savez_compressed(
         path,
-        labels=labels.numpy().astype(np.int64).astype(np.uint16),  # -1 becomes 65535
+        labels=labels.numpy().astype(np.uint16),  # -1 becomes 65535
         scores=scores.numpy(),
         classes=np.array(segmentation.classes),
         catseg_fast_mark=np.array(mark),  # `NPZ_MARK`

@@ -30,14 +30,24 @@ class Totals:
         self.pixels += torch.bincount(places, minlength=count)
         self.scores += torch.bincount(places, scores.flatten().double(), minlength=count)
 
+    def include(self, other: Totals) -> None:
+        """Add the sums of other parts, of the same classes."""
+        self.pixels += other.pixels
+        self.scores += other.scores
+
     def state(self) -> dict[str, Any]:
-        """The sums, as JSON can hold them."""
-        return {"pixels": self.pixels.tolist(), "scores": self.scores.tolist()}
+        """The sums, as JSON can hold them: of the classes that occur."""
+        places = self.pixels.nonzero().flatten()
+        columns = {"places": places, "pixels": self.pixels[places], "scores": self.scores[places]}
+        return {name: column.tolist() for name, column in columns.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take the sums over from a `state` of the same classes."""
-        self.pixels = torch.tensor(state["pixels"], dtype=torch.int64)
-        self.scores = torch.tensor(state["scores"], dtype=torch.float64)
+        self.pixels.zero_()
+        self.scores.zero_()
+        places = torch.tensor(state["places"], dtype=torch.int64)
+        self.pixels[places] = torch.tensor(state["pixels"], dtype=torch.int64)
+        self.scores[places] = torch.tensor(state["scores"], dtype=torch.float64)
 
     def summary(self, present: float = 0.0) -> list[dict[str, Any]]:
         """Each class's index, name, share of the pixels and mean score there (None without pixels).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,9 +196,9 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a dict of a JSON object, and refuse repeated keys, of which Python would keep the last."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise InputError(f"the key {twice!r} is listed twice")
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
+        raise InputError(f"the key {quoted(twice)} is listed twice")
     return content
 
 
@@ -207,12 +208,12 @@ def _from_object(content: dict[str, Any], path: Path) -> Names:
     if not isinstance(labels, dict):
         labels = content
     if labels and all(key.isdecimal() and isinstance(name, str) for key, name in labels.items()):
-        expected = [str(index) for index in range(len(labels))]
-        if labels.keys() != set(expected):
-            odd = next(iter(key for key in labels if key not in expected))
+        expected = dict.fromkeys(str(index) for index in range(len(labels)))
+        if labels.keys() != expected.keys():
+            odd = next(key for key in labels if key not in expected)
             raise InputError(
                 f"{path}: expected the keys 0..{len(labels) - 1} for {len(labels)} names, as Hugging Face's "
-                f"id2label has them; found the key {odd!r}"
+                f"id2label has them; found the key {quoted(odd)}"
             )
         return [labels[key] for key in expected]
     try:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catseg_fast.weights import weights_hash, weights_state
+from catseg_fast.weights import WeightsState, weights_hash
 
 if TYPE_CHECKING:
     from catseg_fast.reference.clip import DenseCLIP
@@ -131,14 +131,14 @@ class TextEncoder:
         device = clip.text_projection.device.type
         if device == "meta":
             return False
-        if self._hashed is not None and self._hashed[0] == weights_state(clip.text_parameters()):
+        if self._hashed is not None and self._hashed[0] == WeightsState(clip.text_parameters()):
             return True
         return sum(map(len, tokens)) >= WORTH_CACHING.get(device, WORTH_CACHING["cuda"])
 
     def _key(self, clip: DenseCLIP, prompts: int, dtype: torch.dtype) -> str:
         """Return a hash of everything that determines a class's features, except its tokens."""
         parameters = clip.text_parameters()
-        state = weights_state(parameters)
+        state = WeightsState(parameters)
         if self._hashed is None or self._hashed[0] != state:
             named = {f"{index:04}": parameter for index, parameter in enumerate(parameters)}
             self._hashed = (state, weights_hash(named))

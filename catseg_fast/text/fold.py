@@ -6,11 +6,12 @@ class of a pixel's best name, of equal ones the first, is its best class, of equ
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from catseg_fast.errors import InputError, InputTypeError
+from catseg_fast.errors import InputError, InputTypeError, quoted, shortened
 from catseg_fast.text.prompts import check_classes
 
 # One name per class; or the names of each class, by its own name.
@@ -46,15 +47,20 @@ class Fold:
             names = [names] if isinstance(names, str) else names
             if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
                 raise InputTypeError(
-                    f"{argument}: {label!r} has {names!r}; expected its name or a list of its names"
+                    f"{argument}: {quoted(label)} has {shortened(names)}; "
+                    "expected its name or a list of its names"
                 )
             if not names:
-                raise InputError(f"{argument}: {label!r} has no names; list at least one, as [{label!r}]")
-            check_classes(names, f"{argument}: {label!r}")
+                raise InputError(
+                    f"{argument}: {quoted(label)} has no names; list at least one, as [{quoted(label)}]"
+                )
+            check_classes(names, f"{argument}: {quoted(label)}")
             for name in names:
                 if name in owners:
-                    other = tuple(classes)[owners[name]]
-                    raise InputError(f"{argument}: {name!r} is a name of {other!r} and of {label!r}")
+                    other = quoted(tuple(classes)[owners[name]])
+                    raise InputError(
+                        f"{argument}: {quoted(name)} is a name of {other} and of {quoted(label)}"
+                    )
                 owners[name] = index
         return cls(tuple(classes), tuple(owners), tuple(owners.values()))
 
@@ -65,8 +71,7 @@ class Fold:
 
     def names_of(self, index: int) -> slice:
         """Return the indices of a class's names."""
-        first = self.owners.index(index)
-        return slice(first, first + self.owners.count(index))
+        return slice(bisect_left(self.owners, index), bisect_right(self.owners, index))
 
 
 def split_fold(classes: ClassNames) -> tuple[Sequence[str], Fold | None]:

@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from catseg_fast.config import Version
-from catseg_fast.errors import InputError, InputTypeError, quoted
+from catseg_fast.errors import InputError, InputTypeError, quoted, shortened
 
 SYNONYM_SEPARATOR = ", "
 SCENE_TEMPLATE = "A photo of a {} in the scene"
@@ -92,7 +92,7 @@ def _ordered(items: Iterable[Any], name: str, kind: str) -> tuple[Any, ...]:
             f"{name}: expected a list of {kind}, got a {found}; pass the list of its keys or values"
         )
     if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-        raise InputTypeError(f"{name}: expected a list of {kind}, got {items!r}")
+        raise InputTypeError(f"{name}: expected a list of {kind}, got {shortened(items)}")
     return tuple(items)
 
 
@@ -118,7 +118,7 @@ def check_classes(classes: Sequence[str], name: str = "classes") -> tuple[str, .
     seen: dict[str, int] = {}
     for index, label in enumerate(classes):
         if not isinstance(label, str):
-            raise InputTypeError(f"{name}: entry {index} is {label!r}, not a string")
+            raise InputTypeError(f"{name}: entry {index} is {shortened(label)}, not a string")
         if not label.strip():
             raise InputError(f"{name}: entry {index} is blank")
         if not all(synonym.strip() for synonym in label.split(SYNONYM_SEPARATOR.strip())):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from catseg_fast.config import CROP_SIZE
 from catseg_fast.errors import InputError
+from catseg_fast.numeric import real, whole
 from catseg_fast.reference.finetune import CLIP_FINETUNE
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -67,26 +69,39 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "lr", "pooling", "crop_size", "category_max_ratio"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}: {getattr(self, name)} is not positive")
-        for name in ("warmup", "clip_multiplier", "backbone_multiplier", "weight_decay", "clip_grad", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name}: {getattr(self, name)} is negative or not finite")
+        given = vars(self).copy()
+        checked: dict[str, Any] = {}  # as Python's own types, which checkpoints hold
+        for name in ("steps", "batch_size", "accumulate", "pooling", "crop_size"):
+            checked[name] = whole(given[name], name)
+        for name in ("warmup", "seed"):
+            checked[name] = whole(given[name], name, 0)
+        if checked["seed"] >= 2**63:
+            raise InputError(f"seed: {checked['seed']} is not below 2^63")
+        for name in ("lr", "category_max_ratio"):
+            checked[name] = real(given[name], name)
+            if not 0 < checked[name] < math.inf:
+                raise InputError(f"{name}: {checked[name]} is not positive")
+        for name in ("clip_multiplier", "backbone_multiplier", "weight_decay", "clip_grad"):
+            checked[name] = real(given[name], name)
+            if not 0 <= checked[name] < math.inf:
+                raise InputError(f"{name}: {checked[name]} is negative or not finite")
+        checked["min_sizes"] = tuple(whole(size, "min_sizes") for size in self.min_sizes)
+        if self.classes_per_step is not None:
+            checked["classes_per_step"] = whole(self.classes_per_step, "classes_per_step")
+        if self.fewest_classes is not None:
+            checked["fewest_classes"] = whole(self.fewest_classes, "fewest_classes", None)
+            if not 0 < self.fewest_classes <= (self.classes_per_step or 0):
+                raise InputError(
+                    f"fewest_classes: {self.fewest_classes} is not between 1 and classes_per_step, "
+                    f"{self.classes_per_step}"
+                )
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.warmup >= self.steps:
             raise InputError(f"warmup: {self.warmup} is not below the number of steps, {self.steps}")
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"accumulate: {self.accumulate} does not divide the batch size, {self.batch_size}"
-            )
-        if any(size <= 0 for size in self.min_sizes):
-            raise InputError(f"min_sizes: {self.min_sizes} are not all positive")
-        if self.classes_per_step is not None and self.classes_per_step <= 0:
-            raise InputError(f"classes_per_step: {self.classes_per_step} is not positive")
-        if self.fewest_classes is not None and not 0 < self.fewest_classes <= (self.classes_per_step or 0):
-            raise InputError(
-                f"fewest_classes: {self.fewest_classes} is not between 1 and classes_per_step, "
-                f"{self.classes_per_step}"
             )
         for name, known in (("precision", PRECISIONS), ("clip_finetune", CLIP_FINETUNE)):
             if getattr(self, name) not in known:

@@ -33,6 +33,9 @@ class Pictures(Protocol):
 
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
+    def fingerprint(self) -> str:
+        """A digest of the content of everything in it."""
+
 
 def generator(recipe: Recipe, purpose: int, *position: int) -> np.random.Generator:
     """Return the generator of a purpose at a position of the run."""

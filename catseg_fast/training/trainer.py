@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from catseg_fast.distributed.torchrun import Processes
 from catseg_fast.errors import InputError, RunError
+from catseg_fast.files import exclusive
 from catseg_fast.model import CATSeg
 from catseg_fast.text.prompts import synonyms
 from catseg_fast.training.checkpoints import Checkpoints, export
@@ -35,6 +37,7 @@ from catseg_fast.training.samples import (
 
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHTS = "model.safetensors"
+HOLDING = 10  # seconds in which the loader's processes notice that theirs was killed
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Trainer:
         processes: this process among those of the run; by default the only one.
         workers: processes that load pictures, for each process of the run; 0 for none.
         save_every: steps from one checkpoint to the next.
+        start: the digest of the file of the weights to start from, if there is one.
 
     Attributes:
         step: the next step.
@@ -86,11 +90,12 @@ class Trainer:
         processes: Processes | None = None,
         workers: int = 0,
         save_every: int = 500,
+        start: str | None = None,
     ) -> None:
         self.processes = processes or Processes()
         _check(model, pictures, recipe, self.processes)
         self.model, self.pictures, self.recipe, self.output = model, pictures, recipe, output
-        self.workers, self.save_every = workers, save_every
+        self.workers, self.save_every, self.start = workers, save_every, start
         self.checkpoints = Checkpoints(output / "checkpoints")
         model.ignore_label = pictures.ignore_label
         model.set_classes(pictures.classes, training=True)
@@ -145,12 +150,24 @@ class Trainer:
 
         Raises:
             RunError: if the loss or the gradient is not finite; the message names step and pictures. The
-                last checkpoint is from before.
+                last checkpoint is from before. Or if another run writes to the output folder.
             OSError: if a checkpoint cannot be written; the one before it is untouched.
         """
+        with self._alone():
+            self._run_all(report)
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Hold the output folder, in the process that writes to it."""
+        if not self.processes.first:
+            return nullcontext()
+        self.output.mkdir(parents=True, exist_ok=True)
+        return exclusive(self.output, seconds=HOLDING)
+
+    def _run_all(self, report: Callable[[Step], None]) -> None:
         if self.model.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # as upstream
         self.model.train()
+        _ = self._content  # while the pictures are those that are trained on
         batches = step_batches(
             Crops(self.pictures, self.recipe), self.step,
             rank=self.processes.rank, processes=self.processes.count,
@@ -283,7 +300,14 @@ class Trainer:
             "variant": self.model.variant.name,
             "classes": list(self.pictures.classes),
             "pictures": len(self.pictures),
+            "data": self._content,
+            "start": self.start,
         }
+
+    @cached_property
+    def _content(self) -> str:
+        """The digest of the pictures and labels, all of which are read."""
+        return self.pictures.fingerprint()
 
 
 def draw_synonyms(labels: Sequence[str], rng: Any) -> list[str]:

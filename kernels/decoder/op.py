@@ -251,6 +251,7 @@ OP = Op(
     triton=decode,
     forms=(Form(_launch),),
     make_inputs=_make_inputs,
+    make_options=lambda arguments: {"flag": arguments["x"].new_zeros(1, dtype=torch.int32)},
     sizes={"": Sizes()},
     odd=(
         Sizes(1, 2, 1, 2, channels=16, decoder=(16, 16), guided=False),

@@ -7,17 +7,27 @@ the one in C is called at once; else the one in Python is. Hooks are left out.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
+from triton.backends.nvidia import driver as nvidia
 
 from catseg_fast.kernels.launch.checks import TRITON
 
 # Versions by how the launcher in C takes the kernel's arguments: one by one, or in a list.
 SPREADING = ((3, 6),)
 PACKING = ((3, 7), (3, 8))
+
+MOST_PLACES = 32  # sets of addresses for which the arguments of a launch are kept
+
+Start = Callable[..., Any]
+Bound = tuple[Start, tuple[Any, ...]]
+Expand = Callable[..., tuple[Any, ...]]
 
 
 class DirectLaunch:
@@ -44,20 +54,40 @@ class DirectLaunch:
         self._pointers, self._descriptors = pointers, descriptors
         x, y, z = (*grid, *(1,) * (3 - len(grid)))
         self._grid = (x, y, z)
-        launcher = _Launcher.of(compiled)
-        self._start, self._settings, self._packed = launcher.start, launcher.settings, launcher.packed
+        self._launcher = _Launcher.of(compiled)
+        used = [buffer for _, buffer, _ in pointers] + [buffer for _, _, buffer, _ in descriptors]
+        self._own = itemgetter(0, 0, *[1 + buffer for buffer in dict.fromkeys(used)])
+        self._bound: dict[tuple[int, ...], Bound] = {}
 
-    def __call__(self, addresses: Sequence[int], stream: int) -> None:
-        """Launch the kernel on buffers at `addresses`."""
+    def bind(self, place: tuple[int, ...]) -> Bound:
+        """Return a function and its arguments that launch the kernel.
+
+        They can be used any number of times, by several threads at once.
+
+        Args:
+            place: the stream, and the address of each buffer.
+        """
+        own = self._own(place)
+        return self._bound.get(own) or self._make(own, place)
+
+    def _make(self, own: tuple[int, ...], place: tuple[int, ...]) -> Bound:
+        stream, *addresses = place
         values = self._values.copy()
         for index, buffer, offset in self._pointers:
             values[index] = addresses[buffer] + offset
         for index, descriptor, buffer, offset in self._descriptors:
             values[index] = with_base(descriptor, _Address(addresses[buffer] + offset))
-        if self._packed:
-            self._start(*self._grid, stream, *self._settings, values)
+        launcher = self._launcher
+        if launcher.packed:
+            arguments = (*self._grid, stream, *launcher.settings, values)
         else:
-            self._start(*self._grid, stream, *self._settings, *values)
+            arguments = (*self._grid, stream, *launcher.settings, *values)
+        if launcher.expand is not None:
+            arguments = launcher.expand(*arguments)
+        if len(self._bound) >= MOST_PLACES:
+            self._bound.clear()
+        bound = self._bound[own] = (launcher.start, arguments)
+        return bound
 
 
 @dataclass(frozen=True)
@@ -67,24 +97,42 @@ class _Launcher:
     Attributes:
         start: takes the grid, the stream, `settings`, and the kernel's arguments.
         packed: whether these are one list.
+        expand: replaces tensor descriptors in arguments for `start` by what the kernel takes for them, which
+            takes longer than a launch; None if `start` does it.
     """
 
-    start: Callable[..., Any]
+    start: Start
     settings: tuple[Any, ...]
     packed: bool
+    expand: Expand | None = None
 
     @classmethod
     def of(cls, compiled: Any) -> _Launcher:
-        """The shortest known way to launch a compiled kernel."""
+        """Return the shortest known way to launch a compiled kernel."""
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
         scratch = (getattr(run, name, 1) for name in ("global_scratch_size", "profile_scratch_size"))
         if TRITON not in SPREADING + PACKING or any(scratch) or getattr(run, "gsan_enabled", False):
             return cls(run, (function, metadata, None, None, None), packed=False)
+        start, expand = _without_descriptors(compiled)
         kind = (function, run.launch_cooperative_grid, run.launch_pdl)
         if TRITON in SPREADING:
-            return cls(run.launch, (*kind, None, None, metadata, None, None, None), packed=False)
+            return cls(start, (*kind, None, None, metadata, None, None, None), False, expand)
         annotated = (run.arg_annotations, run.kernel_signature)
-        return cls(run.launch, (*kind, metadata, *(None,) * 5, *annotated), packed=True)
+        return cls(start, (*kind, metadata, *(None,) * 5, *annotated), True, expand)
+
+
+def _without_descriptors(compiled: Any) -> tuple[Start, Expand | None]:
+    """Return the launcher in C, and the function that replaces tensor descriptors in its arguments.
+
+    Triton calls both in one function, in which the launcher in C is a variable.
+    """
+    launch = compiled.run.launch
+    if not isinstance(launch, FunctionType) or "launcher" not in launch.__code__.co_freevars:
+        return launch, None
+    start = inspect.getclosurevars(launch).nonlocals["launcher"]
+    maps = getattr(compiled.metadata, "tensordesc_meta", None)
+    expand = nvidia.wrap_handle_tensordesc(lambda *arguments: arguments, dict(compiled.src.signature), maps)
+    return start, expand
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ class Op:
         forms: ways to compute the op in Triton; the first one that supports a call is used.
         make_inputs: returns arguments with the shapes and scale of a real call, in the order of the
             signature, without `input_precision`, the last one.
+        make_options: returns tensors that the engine passes to `launch` besides, in fp16, from the arguments.
         sizes: sizes of the published variants, by their special property ("" for none).
         special: other sizes that compile to other kernels, by the same key.
         odd: small sizes that fit no tile, for tests.
@@ -147,6 +148,7 @@ class Op:
     make_inputs: Callable[[Sizes, Random], dict[str, Any]]
     sizes: Mapping[str, Sizes]
     odd: Sequence[Sizes]
+    make_options: Callable[[Mapping[str, Any]], dict[str, Tensor]] = lambda arguments: {}
     special: Mapping[str, Sizes] = field(default_factory=dict)
     mma: Mapping[str, str] = field(default_factory=dict)
     max_stack: Mapping[str, int] = field(default_factory=dict)
@@ -179,12 +181,21 @@ class Op:
         raise ValueError(f"{self.name}: {reason}")
 
     def dry_run(
-        self, sizes: Sizes, dtype: torch.dtype, input_precision: str, capability: int
+        self,
+        sizes: Sizes,
+        dtype: torch.dtype,
+        input_precision: str,
+        capability: int,
+        with_options: bool = False,
     ) -> tuple[list[Call], list[Launch]]:
-        """Return the calls and launches of kernels on GPUs of a capability, without running them."""
+        """Return the calls and launches of kernels on GPUs of a capability, without running them.
+
+        They are those of the engine's call in fp16 if `with_options` is true.
+        """
         inputs = self.make_inputs(sizes, Random(dtype, torch.device("meta")))
         with assume(capability), record_calls() as calls, record(execute=False) as launches:
-            self.launch(*inputs.values(), input_precision)
+            options = self.make_options(inputs) if with_options else {}
+            self.launch(*inputs.values(), input_precision, **options)
         return calls, launches
 
 

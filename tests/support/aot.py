@@ -41,10 +41,11 @@ ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "bench" / "results" / "resources.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = (
-    ("fp16", torch.float16, "ieee"),
-    ("bf16", torch.bfloat16, "ieee"),
-    ("fp32 ieee", torch.float32, "ieee"),
-    ("fp32 tf32x3", torch.float32, "tf32x3"),
+    ("fp16", torch.float16, "ieee", False),
+    ("bf16", torch.bfloat16, "ieee", False),
+    ("fp32 ieee", torch.float32, "ieee", False),
+    ("fp32 tf32x3", torch.float32, "tf32x3", False),
+    ("fp16 with options", torch.float16, "ieee", True),
 )
 
 
@@ -117,8 +118,8 @@ def targets(op: str, capability: int) -> tuple[Target, ...]:
     known: set[str] = set()
     for variant, sizes in {**declared.sizes, **declared.special}.items():
         before = frozenset(known)
-        for kind, dtype, precision in TYPES:
-            _, launches = declared.dry_run(sizes, dtype, precision, capability)
+        for kind, dtype, precision, with_options in TYPES:
+            _, launches = declared.dry_run(sizes, dtype, precision, capability, with_options)
             of_kernel: dict[str, int] = {}
             for launch in launches:
                 name = launch.kernel.__name__

@@ -274,12 +274,12 @@ def compare(setting: Setting) -> int:
 
 def make_fault(name: str) -> None:
     """Let prepared launches do something wrong, to check that it is found."""
-    from catseg_fast.kernels.launch import direct, prepared
+    from catseg_fast.kernels.launch import direct, prepared, prepared_calls
 
-    prepared._same_bits = lambda *_: True  # type: ignore[assignment]  # which would find some at once
+    prepared_calls._same_bits = lambda *_: True  # type: ignore[assignment]  # which would find some at once
     if name == "buffers overlap":
-        share = prepared._share
-        prepared._share = lambda *arguments: (share(*arguments)[0], dict.fromkeys(share(*arguments)[1], 0))
+        share = prepared.share
+        prepared.share = lambda *arguments: (share(*arguments)[0], dict.fromkeys(share(*arguments)[1], 0))
     else:
         init = direct.DirectLaunch.__init__
 

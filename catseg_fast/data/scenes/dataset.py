@@ -22,8 +22,9 @@ from catseg_fast.data.scenes.words import (
     choose_held_out,
 )
 from catseg_fast.errors import InputError
-from catseg_fast.files import replacing
+from catseg_fast.files import exclusive, replacing
 from catseg_fast.identity import SCENE_COMMENT
+from catseg_fast.numeric import whole
 
 Thing = str | Composition
 NAMED_HELD_OUT, NAMED_GROUNDS = 16, 4  # in the class list of held-out scenes
@@ -103,12 +104,21 @@ def write_dataset(
 
     Raises:
         InputError: if there is no such split, a number is out of range, or the folder has other scenes.
+        RunError: if another call writes to the folder.
         OSError: if writing fails; FileExistsError if the folder has files of something else.
     """
     if split not in SPLITS:
         raise InputError(f"split: {split!r} is not one of {', '.join(SPLITS)}")
-    if count < 1:
-        raise InputError(f"count: {count} is not positive")
+    whole(count, "count")
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder, seconds=1):
+        _write_dataset(folder, split, count, seed, size, processes, advance)
+
+
+def _write_dataset(
+    folder: Path, split: str, count: int, seed: int, size: tuple[int, int], processes: int | None,
+    advance: Callable[[], object],
+) -> None:  # fmt: skip
     for name in ("images", "annotations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     if not (folder / "scenes.json").exists():
