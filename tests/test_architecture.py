@@ -116,13 +116,12 @@ def test_no_test_module_is_imported() -> None:
 
 
 MOST_LINES = 400
-STILL_LONG = ("test_kills",)  # to be split by subject
 
 
 def test_files_are_short() -> None:
     for path in TESTS.rglob("*.py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines <= MOST_LINES or path.stem in STILL_LONG, f"{path.relative_to(ROOT)}: {lines} lines"
+        assert lines <= MOST_LINES, f"{path.relative_to(ROOT)}: {lines} lines"
 
 
 # Calls that raise where a test fails.

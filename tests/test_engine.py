@@ -20,7 +20,7 @@ from catseg_fast.engine.class_memory import new_memory
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.precision import pays_off_on_cpu
 from catseg_fast.engine.schedule import Sizes, parse_bytes
-from support.aggregators import chunk, features, make_aggregator, terms
+from support.aggregators import H, W, chunk, features, make_aggregator, terms
 
 POLICIES = ("resident", "offload", "recompute")
 T = 7
@@ -187,7 +187,7 @@ def test_gradients_are_the_references(limit: int | None) -> None:
     aggregator.max_classes = limit
     image, text, guidance = features(aggregator)
     leaves = [image.requires_grad_(), *(x.requires_grad_() for x in guidance)]
-    weight = torch.randn(2, 5, 96, 96, dtype=torch.float64)
+    weight = torch.randn(2, 5, 4 * H, 4 * W, dtype=torch.float64)
 
     def gradients(output: Tensor) -> list[Tensor | None]:
         parameters = list(aggregator.parameters())
@@ -209,18 +209,18 @@ def test_a_chunk_step_compiles_without_graph_breaks() -> None:
     engine = Engine(aggregator)
     plan = engine.plan()
     _, image, _ = terms(aggregator)
-    x = chunk(2, 3, 576, 32)
+    x = chunk(2, 3, H * W, 32)
     layer = plan.layers[0].classes
 
     def class_attention(x: Tensor) -> Tensor:
         memory = new_memory(layer, 3)
-        stages.class_collect(layer, memory, x, None, (24, 24), last=True)
-        return stages.class_apply(layer, x, None, memory, (24, 24))
+        stages.class_collect(layer, memory, x, None, (H, W), last=True)
+        return stages.class_apply(layer, x, None, memory, (H, W))
 
     for stage in (
         class_attention,
         lambda x: stages.window_block(plan.layers[0].blocks[1], image.blocks[0][1], x),
-        lambda x: stages.decode(plan, image.decoder, x, (24, 24)),
+        lambda x: stages.decode(plan, image.decoder, x, (H, W)),
     ):
         compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), stage(x), rtol=1e-11, atol=1e-11)

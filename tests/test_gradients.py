@@ -14,7 +14,7 @@ from catseg_fast import backend, reference
 from catseg_fast.engine import engine
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.gradients import ChunkState, GradientStream
-from support.aggregators import features, make_aggregator
+from support.aggregators import PUBLISHED, H, W, features, make_aggregator
 from support.live_bytes import LiveBytes
 
 
@@ -60,7 +60,7 @@ def test_are_the_references(checkpoint: bool, limit: Any, pooling: Any, attentio
     aggregator = make_aggregator(pooling_size=pooling, attention_type=attention, pad_len=12)
     aggregator.max_classes = limit
     inputs = features(aggregator)
-    weight = torch.randn(2, 5, 96, 96, dtype=torch.float64)
+    weight = torch.randn(2, 5, 4 * H, 4 * W, dtype=torch.float64)
     expected = gradients(aggregator, inputs, weight)
     compare(gradients(make_engine(aggregator, checkpoint), inputs, weight), expected, 1e-9)
 
@@ -70,9 +70,7 @@ def test_are_those_of_finite_differences(limit: int | None) -> None:
     aggregator = make_aggregator(feature_resolution=(8, 8), window_size=4, pooling_size=(2, 2), pad_len=5)
     aggregator.max_classes = limit
     made = make_engine(aggregator, checkpoint=True)
-    image, text, guidance = features(aggregator, 3, 1)
-    image = image[..., :8, :8].contiguous()
-    guidance = [x[..., : 8 * k, : 8 * k].contiguous() for x, k in zip(guidance, (1, 2, 4), strict=True)]
+    image, text, guidance = features(aggregator, 3, 1, (8, 8))
 
     def call(*leaves: Tensor) -> Tensor:
         return made.logits(leaves[0], leaves[1], leaves[2:], limit)
@@ -85,7 +83,7 @@ def test_are_those_of_finite_differences(limit: int | None) -> None:
 def test_computed_again_they_are_the_same_to_the_bit() -> None:
     aggregator = make_aggregator(pooling_size=(2, 2))
     inputs = features(aggregator)
-    weight = torch.randn(2, 5, 96, 96, dtype=torch.float64)
+    weight = torch.randn(2, 5, 4 * H, 4 * W, dtype=torch.float64)
     kept = gradients(make_engine(aggregator, checkpoint=False), inputs, weight)
     again = gradients(make_engine(aggregator, checkpoint=True), inputs, weight)
     for a, b in zip(kept, again, strict=True):
@@ -95,13 +93,13 @@ def test_computed_again_they_are_the_same_to_the_bit() -> None:
 def test_at_the_real_size_in_fp32() -> None:
     """ReLU's inputs are far from 0, as a changed sign moves a gradient of 1e6 terms by 1e-3."""
     aggregator = make_aggregator(
-        hidden_dim=128, nheads=4, decoder_dims=(64, 32), pooling_size=(2, 2), pad_len=4
+        hidden_dim=128, nheads=4, decoder_dims=(64, 32), pooling_size=(2, 2), pad_len=4, **PUBLISHED
     )
     with torch.no_grad():
         for norm in (module for module in aggregator.modules() if isinstance(module, nn.GroupNorm)):
             norm.weight.mul_(0.1)
             norm.bias.copy_(torch.tensor([1.0, -1.0]).repeat(len(norm.bias) // 2))
-    inputs = features(aggregator, 3, 1)
+    inputs = features(aggregator, 3, 1, (24, 24))
     weight = torch.randn(1, 3, 96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     truth = gradients(aggregator, inputs, weight)
     aggregator.float()
@@ -115,14 +113,14 @@ def test_at_the_real_size_in_fp32() -> None:
 def peak(model: Any, classes: int) -> int:
     """Return the most bytes held in one step, forward and backward, above weights and inputs."""
     aggregator = getattr(model, "aggregator", model)
-    inputs = features(aggregator, classes, 1)
+    inputs = features(aggregator, classes, 1, (24, 24))
     with LiveBytes() as counter:
         gradients(model, inputs, torch.ones(1, 1, 1, 1, dtype=torch.float64))
     return counter.peak
 
 
 def test_memory_hardly_grows_with_the_classes() -> None:
-    aggregator = make_aggregator(pooling_size=(2, 2), pad_len=0)
+    aggregator = make_aggregator(pooling_size=(2, 2), pad_len=0, **PUBLISHED)
     made = make_engine(aggregator, checkpoint=True)
     few, many = peak(made, 4), peak(made, 14)
     assert many <= peak(aggregator, 14) / 2

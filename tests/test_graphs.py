@@ -24,7 +24,7 @@ SIZE = (64, 96)
 
 
 class Tape(TorchDispatchMode):
-    """Record each operation with the tensors that it read and wrote, as a CUDA graph does."""
+    """A mode that records each operation with its tensors, as a CUDA graph does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def test_without_a_gpu_the_reason_is_said(shared: CATSeg) -> None:
 
 
 class NoCopies(TorchDispatchMode):
-    """Fail if a value goes from the host to the device or back, with "meta" as the device."""
+    """A mode that fails if a value goes between host and device, with "meta" as the device."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""kill -9 before every change of files that a writer makes: what is there is whole, the next call goes on.
+"""kill -9 before every change of files of other writers: files are whole, the next call continues.
 
 Each test compares with what the same calls leave without a kill.
 """
@@ -7,284 +7,32 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from catseg_fast.checkpoints.checkpoint import read_checkpoint
-from catseg_fast.cli.inputs import Picture
-from catseg_fast.cli.labelling import Labelling
-from catseg_fast.cli.tiles import Tiles
-from catseg_fast.cli.video import Clips
 from catseg_fast.data.folder import FolderDataset
 from catseg_fast.data.published import import_dataset
 from catseg_fast.data.scenes import write_dataset
 from catseg_fast.export import graph as export
-from catseg_fast.identity import result_digest
-from catseg_fast.inference.segmentation import Segmentation
-from catseg_fast.labels import NONE_NAME
-from catseg_fast.reference.inference import SlidingWindow
 from catseg_fast.text import features_cache
 from catseg_fast.text.features_cache import FeaturesCache
 from catseg_fast.training.trainer import Trainer
-from support.command_line import run as command
 from support.command_line import save_tiny_checkpoint
 from support.data_sets import add, make_dataset
+from support.kill_calls import CALLS, call, content_of, nothing, slow
 from support.kill_points import Content, kill_everywhere
 from support.tiny import V2, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
-slow = pytest.mark.slow
-# What was done before a call B that is killed, and what is done afterwards.
-CALLS = [
-    ("nothing", "B"),
-    ("A", "A"),
-    *(pytest.param(*x, marks=slow) for x in (("nothing", "A"), ("A", "B"))),
-]
 COPIES = ((True, True), (False, True))
-TIMES = ("seconds", "seconds_median", "crc32", "environment", "date")  # what differs from run to run
-
-
-def call(*arguments: object) -> None:
-    """Run a command, which must succeed."""
-    result = command(*arguments)
-    assert result.exit_code == 0, result.output
-
-
-def nothing() -> None:
-    """No work."""
-
-
-def content_of(folder: Path) -> Content:
-    """The files in a folder, apart from times and locks."""
-    return {
-        path.relative_to(folder).as_posix(): _content(path)
-        for path in sorted(folder.rglob("*"))
-        if not path.is_dir() and not path.name.endswith(".lock") and "tensorboard" not in path.parts
-    }
-
-
-def _content(path: Path) -> Any:
-    if path.suffix == ".json":
-        return _timeless(json.loads(path.read_text()))
-    if path.suffix == ".safetensors":  # whose metadata are in another order each time
-        return {name: tensor.tolist() for name, tensor in read_checkpoint(path).items()}
-    if path.suffix == ".pt":
-        return _plain(torch.load(path, weights_only=True))
-    if path.suffix == ".jsonl":
-        return [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
-    return path.read_bytes()
-
-
-def _plain(value: Any) -> Any:
-    """The same with bytes in the place of tensors."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value.numpy().tobytes() if isinstance(value, Tensor) else value
-
-
-def _timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _timeless(item) for key, item in value.items() if key not in TIMES}
-    return [_timeless(item) for item in value] if isinstance(value, list) else value
-
-
-@pytest.fixture(params=[8, pytest.param(1, marks=slow)], ids=["some", "all"])
-def every(request: pytest.FixtureRequest) -> int:
-    """Of the writers that take long, some kills: before each so many changes."""
-    return int(request.param)
-
-
-# ---- segment and eval -------------------------------------------------------------------------------------
-
-
-class Model:
-    """In the place of a model; each pixel's class follows from its colour."""
-
-    sliding_window = False
-    max_classes = None
-    dtype = torch.float32
-    fold = None
-    variant = SimpleNamespace(name="fake")
-
-    def __init__(self, classes: tuple[str, ...]) -> None:
-        self.classes = self.label_classes = classes
-
-    def segment(self, image: Tensor, **_: object) -> Segmentation:
-        labels = (image.sum(0) % len(self.classes)).to(torch.int32)
-        return Segmentation(labels, torch.ones(labels.shape), self.classes)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"weights": torch.ones(3)}
-
-
-@pytest.fixture
-def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set of two pictures in a working directory, and a model that costs nothing."""
-    monkeypatch.chdir(tmp_path)
-    root = make_dataset(tmp_path / "data")
-    add(root, "bb", np.array([[0, 1, 2], [1, 1, 0]], dtype=np.uint8))
-    for name in ("segment", "eval"):
-        monkeypatch.setattr(f"catseg_fast.cli.{name}.build_model", lambda *args, **_: Model(tuple(args[2])))
-    return root
-
-
-VOCABULARIES = {"old": ("old", "tree", "sea"), "new": ("new", "rock", "mud", "sun")}
-
-
-def vouched(folder: Path) -> str:
-    """Check that each result vouches for the files beside it."""
-    kinds = []
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        if isinstance(result, dict) and "identity" in result:
-            files = result["identity"]["files"]
-            assert files == {name: result_digest(folder / name) for name in files}, path
-            names = {entry["name"] for entry in result["classes"]} - {NONE_NAME}
-            (kind,) = (kind for kind, known in VOCABULARIES.items() if names <= set(known))
-            kinds.append(kind)
-    return " ".join(kinds)
-
-
-A, B = (("--classes", "; ".join(names)) for names in VOCABULARIES.values())
-
-
-@pytest.mark.parametrize(("before", "last"), CALLS)
-def test_segment(every: int, last: str, before: str, pictures: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    common = ("segment", "data/images", "-o", out, "--device", "cpu", "--format", "palette")
-
-    def first() -> None:
-        call(*common, *A, "--format", "masks", "--stats", out / "stats.json")
-
-    def second() -> None:
-        call(*common, *B, "--stats", out / "stats.json")
-
-    table = kill_everywhere(
-        nothing if before == "nothing" else first, second, second if last == "B" else first, out,
-        content_of, vouched, every,
-    )  # fmt: skip
-    print("segment", before, last, table)
-    expected = {"", "new", "new new"} if before == "nothing" else {"old old", "new new"}
-    assert table.states.keys() >= expected or every > 1
-    assert table.points * every > 30
-
-
-def evaluated(folder: Path) -> str:
-    """Check that there are no label maps of another evaluation beside the results."""
-    if not (folder / "results.json").exists():
-        return "no results"
-    results = json.loads((folder / "results.json").read_text())
-    maps = {path: np.array(Image.open(path)) for path in (folder / "torch-float32.labels").iterdir()}
-    assert max(array.max() for array in maps.values()) == len(results["classes"]) - 1
-    return f"{len(results['classes'])} classes"
-
-
-@pytest.mark.parametrize(("before", "last"), CALLS)
-def test_eval(every: int, last: str, before: str, pictures: Path, tmp_path: Path) -> None:
-    out, names = tmp_path / "out", tmp_path / "names.txt"
-    names.write_text("sky\ntree\nhouse\nsea\n")
-    common = ("eval", "--data", "data", "-o", out, "--device", "cpu", "--whole", "--restart")
-    common += ("--backend", "torch", "--backend", "reference")
-
-    def first() -> None:
-        call(*common)
-
-    def second() -> None:
-        call(*common, "--classes-file", names)
-
-    def resumed() -> None:
-        call(*common[:8], *common[9:], "--classes-file", names)
-
-    again = first if last == "A" else resumed if before == "nothing" else second
-    table = kill_everywhere(
-        nothing if before == "nothing" else first, second, again, out, content_of, evaluated, every
-    )  # fmt: skip
-    print("eval", before, last, table)
-    assert table.points * every > 30
-    assert table.states.keys() <= {"no results", "4 classes", "3 classes"}
-
-
-def _decided(image: Tensor, classes: Sequence[str]) -> Tensor:
-    """Logits `[1, T, H, W]` of pixels, which cost nothing."""
-    shift = sum(map(ord, classes[0]))
-    return torch.stack([(image.sum(0) * (index + 1) + shift) % 17 - 8.0 for index in range(len(classes))])[
-        None
-    ].float()
-
-
-@pytest.mark.parametrize(("before", "last"), CALLS)
-def test_video(last: str, before: str, tmp_path: Path) -> None:
-    """Frames that are done are not segmented again, whatever is killed."""
-    av = pytest.importorskip("av", reason="needs the extra: video")
-    out, path = tmp_path / "out", tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
-        for grey in (0, 60, 200):
-            frame = np.full((16, 32, 3), grey, np.uint8)
-            frame[:8, :16] = 255 - grey
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-
-    def segment(*names: str) -> Callable[[], None]:
-        def work() -> None:
-            model = Labelling(Model(names), min_score=0.5)  # type: ignore[arg-type]
-            clips = Clips(model, names, {"fingerprint": names[0]}, threads=1)
-            outcome = clips.run(0, Picture(path, out, "clip"), lambda *_: None)
-            assert outcome.error is None, outcome.error
-
-        return work
-
-    first, second = (segment(*names) for names in VOCABULARIES.values())
-    table = kill_everywhere(
-        nothing if before == "nothing" else first, second, second if last == "B" else first, out,
-        content_of, vouched,
-    )  # fmt: skip
-    print("video", before, last, table)
-    assert table.points > 10
-    assert table.states.keys() <= {"", "new", *(["old"] if before == "A" else [])}
-
-
-@pytest.mark.parametrize(("before", "last"), CALLS)
-def test_tiles(every: int, last: str, before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("rasterio", reason="needs the extra: tiles")
-    out, path = tmp_path / "out", tmp_path / "large.png"
-    pixels = np.arange(84 * 50 * 3, dtype=np.uint32).reshape(84, 50, 3) // 7
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
-    window = SlidingWindow(48, 0.25, (80, 80))
-    monkeypatch.setattr(
-        "catseg_fast.inference.tiles._tile_logits",
-        lambda model, pixels, readout: _decided(pixels.long(), model.classes),
-    )
-
-    def segment(*names: str) -> Callable[[], None]:
-        model = tiny_model("v2", names, sliding_window=False, window=window)
-
-        def work() -> None:
-            tiles = Tiles(model, Labelling(model), {"fingerprint": names[0]}, 48, 12)
-            outcome = tiles.run(0, Picture(path, out, "large"), lambda *_: None)
-            assert outcome.error is None, outcome.error
-
-        return work
-
-    first, second = (segment(*names) for names in VOCABULARIES.values())
-    table = kill_everywhere(
-        nothing if before == "nothing" else first, second, second if last == "B" else first, out,
-        content_of, vouched, every,
-    )  # fmt: skip
-    print("tiles", before, last, table)
-    assert table.points * every > 20
-    assert table.states.keys() <= {"", "new", *(["old"] if before == "A" else [])}
 
 
 # ---- data sets --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.class_memory import new_memory
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.folding import build_plan, compose_phases
-from support.aggregators import B, H, T, W, chunk, features, make_aggregator, terms
+from support.aggregators import PUBLISHED, B, H, T, W, chunk, features, make_aggregator, terms
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
@@ -113,7 +113,7 @@ def test_decoder_with_guidance_once_an_image(guided: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("resolution", [(24, 24), (12, 24), (12, 12), (36, 24), (8, 8)], ids=str)
 def test_other_resolutions(resolution: tuple[int, int]) -> None:
-    aggregator = make_aggregator()
+    aggregator = make_aggregator(**PUBLISHED)
     h, w = resolution
     img_feats, text = chunk(1, 24, h, w), chunk(1, T, 3, 24)
     guidance = [chunk(1, c, k * h, k * w) for c, k in ((20, 1), (12, 2), (10, 4))]
@@ -122,7 +122,7 @@ def test_other_resolutions(resolution: tuple[int, int]) -> None:
 
 
 def test_a_window_that_does_not_divide_is_refused() -> None:
-    aggregator = make_aggregator()
+    aggregator = make_aggregator(**PUBLISHED)
     guidance = [chunk(1, c, k * 20, k * 24) for c, k in ((20, 1), (12, 2), (10, 4))]
     with torch.no_grad(), pytest.raises(ValueError, match="20x24 is not divisible by the window 12"):
         Engine(aggregator).logits(chunk(1, 24, 20, 24), chunk(1, T, 3, 24), guidance, None)

@@ -174,7 +174,7 @@ def test_the_kernels_pass_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """More classes take too long in the interpreter."""
     monkeypatch.setattr(self_check, "CHUNK", 2)
     monkeypatch.setattr(self_check, "CLASSES", 3)
-    plan, image = make_terms(1, prompt_channel=1, pooling_size=(6, 6))
+    plan, image = make_terms(1, prompt_channel=1, pooling_size=(4, 8))
     decode = decoder.decode
     monkeypatch.setattr(decoder, "decode", lambda *arguments: decode(*arguments) + 1e-2)
     candidate = TritonStages(random_plan(plan))

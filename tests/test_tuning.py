@@ -24,7 +24,7 @@ from catseg_fast.kernels.launch.capability import CAPABILITIES, of_gpu
 from catseg_fast.kernels.launch.checks import INTERPRETED
 from catseg_fast.kernels.launch.configs import Problem
 from catseg_fast.kernels.launch.op import Sizes
-from support.aggregators import features, make_aggregator
+from support.aggregators import PUBLISHED, features, make_aggregator
 from support.measured_configs import CPU, CUDA, GPU, use_empty_folders
 
 TINY = Sizes(
@@ -104,13 +104,10 @@ def test_what_the_tuner_measures_is_what_the_engine_asks_for(monkeypatch):
 
     monkeypatch.setattr(configs, "choose", spy)
     for prompts in (3, 1):
-        engine = Engine(make_aggregator(prompt_channel=prompts, num_layers=1).float())
+        engine = Engine(make_aggregator(prompt_channel=prompts, num_layers=1, **PUBLISHED).float())
         engine.backend, engine.precision = "triton", torch.float32
-        image, text, guidance = features(engine.aggregator, classes=2, crops=1)
-        maps = [
-            x[..., : 12 * scale, : 12 * scale].float() for x, scale in zip(guidance, (1, 2, 4), strict=True)
-        ]
-        engine.logits(image[..., :12, :12].float(), text.float(), maps, None)
+        image, text, guidance = features(engine.aggregator, 2, 1, (12, 12))
+        engine.logits(image.float(), text.float(), [x.float() for x in guidance], None)
     monkeypatch.undo()
     sizes = replace(TINY, crops=1, height=12, width=12, window=12, shift=0, hidden=128)
     expected = {

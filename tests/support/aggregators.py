@@ -11,7 +11,8 @@ from catseg_fast import reference
 from catseg_fast.engine.folding import Plan, build_plan
 from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
 
-B, T, H, W = 2, 5, 24, 24
+B, T, H, W, WINDOW = 2, 5, 8, 12, 4  # six windows
+PUBLISHED = {"feature_resolution": (24, 24), "window_size": 12}
 
 
 def make_aggregator(**changes: Any) -> reference.Aggregator:
@@ -20,7 +21,8 @@ def make_aggregator(**changes: Any) -> reference.Aggregator:
         "text_guidance_dim": 24, "text_guidance_proj_dim": 16, "appearance_guidance_dim": 20,
         "appearance_guidance_proj_dim": 16, "decoder_dims": (32, 16), "decoder_guidance_dims": (12, 10),
         "decoder_guidance_proj_dims": (16, 16), "num_layers": 2, "nheads": 2, "hidden_dim": 32,
-        "pooling_size": (1, 1), "prompt_channel": 3, "pad_len": 9,
+        "pooling_size": (1, 1), "prompt_channel": 3, "pad_len": 9, "feature_resolution": (H, W),
+        "window_size": WINDOW,
     }  # fmt: skip
     torch.manual_seed(0)
     aggregator = reference.Aggregator(**arguments | changes).double().eval()
@@ -33,8 +35,11 @@ def make_aggregator(**changes: Any) -> reference.Aggregator:
     return aggregator
 
 
-def features(aggregator: Any, classes: int = T, crops: int = B) -> tuple[Tensor, Tensor, list[Tensor]]:
+def features(
+    aggregator: Any, classes: int = T, crops: int = B, resolution: tuple[int, int] = (H, W)
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return random image features, text features and guidance maps of some crops."""
+    h, w = resolution
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -42,9 +47,9 @@ def features(aggregator: Any, classes: int = T, crops: int = B) -> tuple[Tensor,
 
     text = random(1, classes, aggregator.conv1.in_channels, 24).expand(crops, -1, -1, -1)
     return (
-        random(crops, 24, H, W),
+        random(crops, 24, h, w),
         text,
-        [random(crops, c, k * H, k * W) for c, k in ((20, 1), (12, 2), (10, 4))],
+        [random(crops, c, k * h, k * w) for c, k in ((20, 1), (12, 2), (10, 4))],
     )
 
 

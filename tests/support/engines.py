@@ -29,7 +29,7 @@ def make_engine(**changes: Any) -> Engine:
 
     It pools, because the class attention takes long per position in the interpreter.
     """
-    arguments = {"prompt_channel": 1, "pooling_size": (6, 6), **changes}
+    arguments = {"prompt_channel": 1, "pooling_size": (2, 3), **changes}
     engine = Engine(make_aggregator(**arguments).float().to(DEVICE))
     engine.backend, engine.precision = "triton", torch.float32
     return engine
@@ -37,9 +37,8 @@ def make_engine(**changes: Any) -> Engine:
 
 @torch.no_grad()
 def make_terms(crops: int = 2, **changes: Any) -> tuple[Plan, ImageTerms]:
-    """Return folded weights and the terms of random crops of 6 by 6 positions."""
+    """Return folded weights and the terms of random crops of 4 by 8 positions."""
     aggregator = make_aggregator(**changes).float()
-    image, _, guidance = features(aggregator, 3, crops)
-    few = [x[..., : x.shape[-2] // 4, : x.shape[-1] // 4].float() for x in (image, *guidance)]
+    image, _, guidance = features(aggregator, 3, crops, (4, 8))
     plan = build_plan(aggregator, torch.float32)
-    return plan, image_terms(aggregator, plan, few[0], few[1:])
+    return plan, image_terms(aggregator, plan, image.float(), [x.float() for x in guidance])

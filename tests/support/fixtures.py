@@ -24,3 +24,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "200")
     draw_photo(tmp_path / "photo.png")
     return tmp_path
+
+
+@pytest.fixture(params=[8, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+def every(request: pytest.FixtureRequest) -> int:
+    """A number n: slow writers are killed before every n-th of their changes."""
+    return int(request.param)

@@ -36,7 +36,7 @@ from catseg_fast import backend, kernels
 from catseg_fast.engine.engine import Engine
 from catseg_fast.inference.readout import LabelMap, Readout, TopClasses, reader
 from catseg_fast.kernels.launch import checks
-from support.aggregators import make_aggregator
+from support.aggregators import PUBLISHED, make_aggregator
 
 CALLS = 5  # ordinary, prepared, compared, and two repeated
 
@@ -210,7 +210,7 @@ class Setting:
 
     def engine(self) -> Engine:
         aggregator = make_aggregator(
-            prompt_channel=self.prompts, pooling_size=self.pooling, num_layers=self.layers
+            prompt_channel=self.prompts, pooling_size=self.pooling, num_layers=self.layers, **PUBLISHED
         ).float()
         engine = Engine(aggregator)
         engine.backend, engine.precision, engine.graphs = "triton", self.dtype, "off"
