@@ -38,12 +38,12 @@ from bench.measure import device_name, versions
 from bench.meter import commit
 from catseg_fast import VARIANTS, CATSeg, SlidingWindow
 from catseg_fast.engine.engine import Engine
+from catseg_fast.engine.launches.prepared_calls import PreparedCalls
 from catseg_fast.engine.recording import GraphCache
 from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.engine.triton_stages import TritonStages
 from catseg_fast.files import replacing
 from catseg_fast.kernels.label_map import op as label_map
-from catseg_fast.kernels.launch.prepared_calls import PreparedCalls
 
 VARIANT, CROPS = "v2-vitl", 5
 CLASSES = (150, 1203)

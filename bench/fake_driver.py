@@ -113,7 +113,8 @@ def fake_launches(capability: int = 90) -> Iterator[ctypes.CDLL]:
     from triton.runtime.jit import JITFunction
 
     from catseg_fast import backend, kernels
-    from catseg_fast.kernels.launch import checks, prepared_calls
+    from catseg_fast.engine.launches import prepared_calls
+    from catseg_fast.kernels.launch import checks
 
     for name in kernels.OPS:
         kernels.load(name)

@@ -107,7 +107,8 @@ def fake_gpu(compiles: bool = False) -> Iterator[Orders]:
     from catseg_fast import backend
     from catseg_fast.engine import schedule
     from catseg_fast.engine.engine import Engine
-    from catseg_fast.kernels.launch import checks, prepared_calls
+    from catseg_fast.engine.launches import prepared_calls
+    from catseg_fast.kernels.launch import checks
 
     orders = Orders()
     check = checks.check_runnable

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from catseg_fast.engine.launches.prepared_calls import PreparedCalls
 from catseg_fast.inference.readout import LabelMap, Readout, reader
 from catseg_fast.kernels import OPS, load
 from catseg_fast.kernels.label_map import merge, update
@@ -23,7 +24,6 @@ from catseg_fast.kernels.launch.capability import CAPABILITIES, assume
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.kernel import Call, record_calls
 from catseg_fast.kernels.launch.op import Random, Sizes
-from catseg_fast.kernels.launch.prepared_calls import PreparedCalls
 from support import races
 from support.engines import make_engine, make_inputs_of
 from support.races import Hazard, watch

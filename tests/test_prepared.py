@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from catseg_fast.engine.launches.notes import NotPreparable
+from catseg_fast.engine.launches.prepared import prepare
+from catseg_fast.engine.launches.prepared_calls import PreparedCalls
 from catseg_fast.kernels import OPS, load
 from catseg_fast.kernels.launch.config import LaunchConfig
 from catseg_fast.kernels.launch.launcher import run
-from catseg_fast.kernels.launch.notes import NotPreparable
 from catseg_fast.kernels.launch.op import Random
-from catseg_fast.kernels.launch.prepared import prepare
-from catseg_fast.kernels.launch.prepared_calls import PreparedCalls
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def test_a_comparison_for_which_there_is_no_memory_is_put_off(monkeypatch: pytes
 
     call(1.0)
     with monkeypatch.context() as patch:
-        patch.setattr("catseg_fast.kernels.launch.prepared_calls._same_bits", run_out)
+        patch.setattr("catseg_fast.engine.launches.prepared_calls._same_bits", run_out)
         assert call(2.0).tolist() == [3.0] * 16
     assert call(3.0).tolist() == [6.0] * 16
     assert calls.repeated == 0

@@ -17,6 +17,7 @@ from catseg_fast.engine import torch_stages as stages
 from catseg_fast.engine.arguments import Decoding
 from catseg_fast.engine.class_memory import ClassMemory, LinearMemory
 from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
+from catseg_fast.engine.launches.prepared_calls import PreparedCalls
 from catseg_fast.engine.terms import BlockGuidance
 from catseg_fast.errors import InputError, RunError
 from catseg_fast.kernels.class_attention import op as class_attention
@@ -24,7 +25,6 @@ from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
 from catseg_fast.kernels.launch.checks import DTYPES, INTERPRETED
 from catseg_fast.kernels.launch.launcher import listing, recording
-from catseg_fast.kernels.launch.prepared_calls import PreparedCalls
 from catseg_fast.kernels.window_attention import op as window_attention
 
 Resolution = tuple[int, int]

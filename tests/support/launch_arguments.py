@@ -14,8 +14,8 @@ import torch
 
 from bench.bench_host import aggregator_call, cheap_operations
 from bench.fake_driver import fake_launches
-from catseg_fast.kernels.launch.direct import _Address, with_base
-from catseg_fast.kernels.launch.prepared import Prepared
+from catseg_fast.engine.launches.direct import _Address, with_base
+from catseg_fast.engine.launches.prepared import Prepared
 
 BYTES = 2**20
 

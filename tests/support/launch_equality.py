@@ -274,7 +274,7 @@ def compare(setting: Setting) -> int:
 
 def make_fault(name: str) -> None:
     """Let prepared launches do something wrong, to check that it is found."""
-    from catseg_fast.kernels.launch import direct, prepared, prepared_calls
+    from catseg_fast.engine.launches import direct, prepared, prepared_calls
 
     prepared_calls._same_bits = lambda *_: True  # type: ignore[assignment]  # which would find some at once
     if name == "buffers overlap":

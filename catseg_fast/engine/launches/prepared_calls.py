@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from catseg_fast.kernels.launch.notes import NotPreparable
-from catseg_fast.kernels.launch.prepared import Prepared, prepare, tensors_of
+from catseg_fast.engine.launches.notes import NotPreparable
+from catseg_fast.engine.launches.prepared import Prepared, prepare, tensors_of
 
 
 def signature(inputs: Sequence[Tensor | None]) -> tuple[object, ...]:

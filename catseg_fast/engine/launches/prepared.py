@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from catseg_fast.engine.launches.direct import MOST_PLACES, Bound, DirectLaunch, with_base
+from catseg_fast.engine.launches.notes import Notes, NotPreparable
+from catseg_fast.engine.launches.places import Step
+from catseg_fast.engine.launches.sharing import share
 from catseg_fast.kernels.launch.checks import INTERPRETED
-from catseg_fast.kernels.launch.direct import MOST_PLACES, Bound, DirectLaunch, with_base
 from catseg_fast.kernels.launch.launcher import record
-from catseg_fast.kernels.launch.notes import Notes, NotPreparable
-from catseg_fast.kernels.launch.places import Step
-from catseg_fast.kernels.launch.sharing import share
 
 
 class Prepared:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from catseg_fast.kernels.launch.direct import with_base
+from catseg_fast.engine.launches.direct import with_base
+from catseg_fast.engine.launches.places import Place, Step
 from catseg_fast.kernels.launch.launcher import Launch
-from catseg_fast.kernels.launch.places import Place, Step
 
 # Operations of PyTorch that compute nothing.
 _ALLOCATIONS = {"empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from catseg_fast.kernels.launch.places import Step
+from catseg_fast.engine.launches.places import Step
 
 ALIGNMENT = 256  # bytes, of buffers in the shared allocation
 
