@@ -200,7 +200,7 @@ def test_thresholds_out_of_range(min_score: float) -> None:
     for call in (model.segment, model.segment_batch, model.label_map):
         with pytest.raises(InputError, match=message):
             call([], min_score=min_score)  # before the picture is looked at
-    with pytest.raises(InputTypeError, match=r"min_score: expected a number in 0\.\.1, got '0.3'"):
+    with pytest.raises(InputTypeError, match=r"min_score: expected a number, got '0.3'"):
         model.segment("no picture", min_score="0.3")  # type: ignore[arg-type]
 
 

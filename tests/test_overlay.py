@@ -180,5 +180,5 @@ def test_only_large_classes_are_in_the_legend():
     large = overlay(torch.zeros(3, 100, 100), labels, ["sky", "oak", "ant"], present=0.05)
     few = overlay(torch.zeros(3, 100, 100), labels, ["sky", "oak", "ant"], max_legend=2)
     assert few.tobytes() == large.tobytes()  # "… and 1 more"
-    with pytest.raises(ValueError, match=r"present: expected a share of the pixels in 0\.\.1, got 2"):
+    with pytest.raises(ValueError, match=r"present: expected a number in 0\.\.1, got 2"):
         overlay(torch.zeros(3, 100, 100), labels, ["sky", "oak", "ant"], present=2)
