@@ -53,6 +53,12 @@ CUresult CUDAAPI cuCtxGetCurrent(CUcontext *context) {
   return CUDA_SUCCESS;
 }
 
+CUresult CUDAAPI cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  (void)stream;
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
+
 CUresult CUDAAPI cuDriverGetVersion(int *version) {
   *version = CUDA_VERSION;
   return CUDA_SUCCESS;
