@@ -6,8 +6,8 @@ room whose name says what it is for. Imports run downward only: see `[tool.impor
 
 from typing import TYPE_CHECKING
 
-from catseg_fast._lazy import lazy_attributes
 from catseg_fast._version import __version__
+from catseg_fast.imports import lazy_attributes
 
 if TYPE_CHECKING:
     from catseg_fast.acceleration import Acceleration, accelerate

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, BinaryIO
 
 from catseg_fast.errors import InputError, RunError
@@ -24,9 +25,11 @@ except ImportError:  # on Windows
 
 if TYPE_CHECKING:
     import filelock
+    from PIL.Image import Image
 
 _OURS = ".catseg-fast-"  # how the names of temporary folders start
 _DAY = 24 * 3600
+_PILLOW = Lock()  # its limit is the whole process's, and pictures may be opened in threads
 _swept: set[tuple[int, str]] = set()
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -34,6 +37,21 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+
+
+def open_image(file: BinaryIO, formats: tuple[str, ...] | None = None) -> Image:
+    """Open an image as `PIL.Image.open`, which does not decode it, whatever its number of pixels.
+
+    Pillow has a limit of its own; `max_pixels` is ours, and the only one.
+    """
+    from PIL import Image
+
+    with _PILLOW:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file, formats=formats)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

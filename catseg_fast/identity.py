@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from PIL.PngImagePlugin import PngInfo
 
-from catseg_fast.files import file_digest, open_regular
-from catseg_fast.pillow import open_image
+from catseg_fast.files import file_digest, open_image, open_regular
 
 _ALGORITHM = "blake2b"
 SCENE_COMMENT = b"generated scene, catseg-fast"  # in the JPEG files

@@ -17,8 +17,8 @@ from catseg_fast import CATSeg, Segmentation
 from catseg_fast.cli.inputs import find_pictures
 from catseg_fast.cli.main import app
 from catseg_fast.errors import MissingPackageError
-from catseg_fast.extras import require_pycocotools
 from catseg_fast.identity import read_png_mark
+from catseg_fast.imports import require_pycocotools
 from catseg_fast.inference.images import load_image
 from catseg_fast.output.colours import palette
 from catseg_fast.output.formats import FORMATS, Labelled, mask_name

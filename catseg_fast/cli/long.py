@@ -10,7 +10,7 @@ import typer
 
 from catseg_fast.cli.options import no_nan
 from catseg_fast.errors import InputError
-from catseg_fast.extras import require_pyav, require_rasterio
+from catseg_fast.imports import require_pyav, require_rasterio
 
 if TYPE_CHECKING:
     from catseg_fast.cli.batch import Outcome

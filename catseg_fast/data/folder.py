@@ -21,11 +21,10 @@ from torch import Tensor
 from catseg_fast.config import MAX_PIXELS
 from catseg_fast.data.class_list import read_class_list
 from catseg_fast.errors import InputError
-from catseg_fast.files import open_regular
+from catseg_fast.files import open_image, open_regular
 from catseg_fast.identity import content_digest
 from catseg_fast.inference.decoding import check_header, names, orientation_of
 from catseg_fast.inference.images import check_max_pixels, image_size, load_bytes
-from catseg_fast.pillow import open_image
 
 READERS = 4  # threads that read files for the fingerprint
 # Tags of TIFF and their values.

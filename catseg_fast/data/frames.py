@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from catseg_fast.errors import InputError
-from catseg_fast.extras import require_pyav
 from catseg_fast.files import open_regular
 from catseg_fast.identity import content_digest, settings_digest
+from catseg_fast.imports import require_pyav
 from catseg_fast.inference.images import load_image
 from catseg_fast.inference.suffixes import picture_suffixes
 from catseg_fast.numeric import whole

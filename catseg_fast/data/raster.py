@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from catseg_fast.errors import InputError
-from catseg_fast.extras import require_rasterio
 from catseg_fast.files import open_regular
 from catseg_fast.identity import file_mark
+from catseg_fast.imports import require_rasterio
 
 # GDAL's drivers by how a file starts; it has others that lead to other files, or to a network.
 _DRIVERS = {

@@ -5,7 +5,7 @@ It may import kernels, reference and the ground modules, but not the model or an
 
 from typing import TYPE_CHECKING
 
-from catseg_fast._lazy import lazy_attributes
+from catseg_fast.imports import lazy_attributes
 
 if TYPE_CHECKING:
     from catseg_fast.engine.engine import Engine

@@ -5,7 +5,7 @@ It may import the model, data and everything that these may import.
 
 from typing import TYPE_CHECKING
 
-from catseg_fast._lazy import lazy_attributes
+from catseg_fast.imports import lazy_attributes
 
 if TYPE_CHECKING:
     from catseg_fast.evaluation.run import Evaluation, evaluate, summarise

@@ -5,7 +5,7 @@ It may import the engine, reference and the ground modules.
 
 from typing import TYPE_CHECKING
 
-from catseg_fast._lazy import lazy_attributes
+from catseg_fast.imports import lazy_attributes
 
 if TYPE_CHECKING:
     from catseg_fast.export.graph import export_onnx, export_program

@@ -21,8 +21,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from catseg_fast.errors import InputError
-from catseg_fast.files import open_regular
-from catseg_fast.pillow import open_image
+from catseg_fast.files import open_image, open_regular
 
 STRIP_PIXELS = 2**21  # that are converted at a time
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from catseg_fast.errors import InputError
-from catseg_fast.extras import require_outlines, require_pycocotools
 from catseg_fast.identity import png_mark
+from catseg_fast.imports import require_outlines, require_pycocotools
 from catseg_fast.output.coco import write_polygons, write_rle
 from catseg_fast.output.colours import palette
 

@@ -1,10 +1,28 @@
-"""Packages that only some features need, and the extra of this package that installs each."""
+"""Imports at first use, and packages that only some features need, with the extra that installs each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from typing import Any
 
 from catseg_fast.errors import MissingPackageError
+
+
+def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a package's `__getattr__` (PEP 562).
+
+    Args:
+        package: the package's `__name__`.
+        modules: by public name, the module below the package that defines it.
+    """
+
+    def get(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{modules[name]}"), name)
+
+    return get
 
 
 def require_pyav() -> None:
