@@ -37,13 +37,6 @@ def model() -> CATSeg:
     return tiny_model("v2", sliding_window=False)
 
 
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    path = tmp_path / "photo.png"
-    Image.fromarray(picture(20, 30).byte().permute(1, 2, 0).numpy()).save(path)
-    return path
-
-
 def test_room_is_for_one_large_or_several_small() -> None:
     room = Room(10)
     assert room.take(25)

@@ -20,7 +20,7 @@ from catseg_fast.identity import SCENE_COMMENT, is_scene, png_mark, read_png_mar
 from catseg_fast.inference import decoding
 from catseg_fast.inference.images import image_size, load_bytes, load_image, load_pixels
 from catseg_fast.output.ownership import is_result
-from support.tiny import CLASSES, picture, tiny_model
+from support.tiny import CLASSES, tiny_model
 
 LIMIT = r"has 30x20 = 600 pixels; the limit is 599 \(max_pixels\)"
 
@@ -28,13 +28,6 @@ LIMIT = r"has 30x20 = 600 pixels; the limit is 599 \(max_pixels\)"
 @pytest.fixture(scope="module")
 def model() -> CATSeg:
     return tiny_model("v2", sliding_window=False)
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    path = tmp_path / "photo.png"
-    Image.fromarray(picture(20, 30).byte().permute(1, 2, 0).numpy()).save(path)
-    return path
 
 
 @pytest.fixture

@@ -26,6 +26,18 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A picture of 30x20 pixels."""
+    from PIL import Image
+
+    from support.tiny import picture
+
+    path = tmp_path / "photo.png"
+    Image.fromarray(picture(20, 30).byte().permute(1, 2, 0).numpy()).save(path)
+    return path
+
+
 @pytest.fixture(params=[8, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 def every(request: pytest.FixtureRequest) -> int:
     """A number n: slow writers are killed before every n-th of their changes."""
