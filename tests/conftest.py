@@ -92,10 +92,12 @@ def _poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     names = (getattr(value, "__module__", None) or value.__name__ for value in imported(request.module))
     if not any(name.startswith("catseg_fast.kernels") for name in names):
         return
-    import torch._dynamo.trace_rules  # lists torch's functions when it is imported: not ours in their place
+    from torch._dynamo.trace_rules import get_torch_obj_rule_map
     from torch.utils._device import _device_constructors
 
-    _device_constructors()  # is a list, too, which `with torch.device` makes when it is first used
+    # Lists of torch's functions, made when they are first used, and again after a process group has ended.
+    get_torch_obj_rule_map()
+    _device_constructors()
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
