@@ -25,7 +25,7 @@ from bench.measure import device_name, versions
 from bench.meter import commit
 from catseg_fast import VARIANTS, accelerate, reference
 from catseg_fast.acceleration.guards import Guard
-from catseg_fast.files import replacing
+from catseg_fast.files import write_text
 from catseg_fast.text.prompts import PROMPT_ENSEMBLES
 from support import derived, upstream_like
 
@@ -138,9 +138,8 @@ def main() -> None:
         print(name, json.dumps(figures))
     if options.record is not None:
         known = json.loads(options.record.read_text(encoding="utf-8")) if options.record.exists() else {}
-        with replacing(options.record) as path:
-            content = {**known, **{name: {**figures, **ran} for name, figures in found.items()}}
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        content = {**known, **{name: {**figures, **ran} for name, figures in found.items()}}
+        write_text(options.record, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

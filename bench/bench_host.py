@@ -42,7 +42,7 @@ from catseg_fast.engine.launches.prepared_calls import PreparedCalls
 from catseg_fast.engine.recording import GraphCache
 from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.engine.triton_stages import TritonStages
-from catseg_fast.files import replacing
+from catseg_fast.files import write_text
 from catseg_fast.kernels.label_map import op as label_map
 
 VARIANT, CROPS = "v2-vitl", 5
@@ -264,8 +264,7 @@ def main() -> None:
     text = json.dumps(found, indent=1)
     print(text)
     if options.record is not None:
-        with replacing(options.record) as path:
-            path.write_text(text + "\n", encoding="utf-8")
+        write_text(options.record, text + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from bench.measure import device_name
 from bench.report import write as write_report
 from bench.runner import MOST_BYTES, Outcome, left, run, size, unfinished
 from bench.steps import WORKERS, all_steps
-from catseg_fast.files import replacing
+from catseg_fast.files import write_text
 
 REPORT_SHARE = 0.1  # of the time is kept for the report,
 REPORT_SECONDS = 30.0  # but no more than this
@@ -48,8 +48,7 @@ def report(outcomes: Sequence[Outcome], folder: Path) -> str:
     measured = sorted(path for path in folder.glob("*.jsonl") if path.stat().st_size)
     if measured:
         text += "\n" + write_report(measured, folder)
-    with replacing(folder / "campaign.md") as path:
-        path.write_text(text, encoding="utf-8")
+    write_text(folder / "campaign.md", text)
     return text
 
 
@@ -65,8 +64,7 @@ def check_device(folder: Path, device: str) -> None:
     if before != name:
         raise ValueError(f"--output: {folder} has results of {before!r}; this machine has {name!r}")
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(f"{name}\n", encoding="utf-8")
+    write_text(path, f"{name}\n")
 
 
 def main(arguments: Sequence[str] | None = None, begun: float | None = None) -> int:

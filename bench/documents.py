@@ -21,7 +21,7 @@ from bench.plots import profile_parts
 from bench.raw_runs import DEFAULT_CONFIGS, ENGINE, GRAPH, MODEL, REFERENCE, WAYS
 from bench.records import Record
 from bench.tables import markdown, seconds, three_digits
-from catseg_fast.files import replacing
+from catseg_fast.files import write_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -259,8 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if filled != text:
             outdated.append(name)
             if not options.check:
-                with replacing(path) as temporary:
-                    temporary.write_text(filled, encoding="utf-8")
+                write_text(path, filled)
     for name in outdated:
         print(f"{name}: {'has other figures than bench/results' if options.check else 'filled in'}")
     return 1 if options.check and outdated else 0

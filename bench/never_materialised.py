@@ -24,7 +24,7 @@ from bench.cases import Case, make_call
 from catseg_fast import reference
 from catseg_fast.engine.schedule import format_bytes, usual_chunk
 from catseg_fast.engine.triton_stages import TritonStages
-from catseg_fast.files import replacing
+from catseg_fast.files import write_text
 from catseg_fast.kernels.launch.launcher import record
 
 RECORD = Path(__file__).parent / "results" / "never_materialised.md"
@@ -156,8 +156,7 @@ def main() -> None:
     ]
     for variant in ("v1-vitl-swinb", "v2-vitl"):
         lines += ["", f"## {variant}", "", *table(variant)]
-    with replacing(RECORD) as path:
-        path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    write_text(RECORD, "\n".join(lines).rstrip() + "\n")
     print(f"written: {RECORD}")
 
 

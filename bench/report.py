@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import plots, raw_runs, records, tables
-from catseg_fast.files import replacing
+from catseg_fast.files import write_text
 
 OUTPUT = Path(__file__).parent / "results" / "report"
 
@@ -31,8 +31,7 @@ def write(paths: Sequence[Path], folder: Path) -> str:
         raise ValueError(f"no results in {', '.join(map(str, paths))}")
     text = tables.summary(found)
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "table.md") as path:
-        path.write_text(text, encoding="utf-8")
+    write_text(folder / "table.md", text)
     try:
         plots.draw_all(found, folder)
     except ModuleNotFoundError as error:

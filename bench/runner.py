@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from catseg_fast.files import replacing
+from catseg_fast.files import replacing, write_text
 
 ROOT = Path(__file__).parent.parent
 MOST_BYTES = 10_000_000  # of a folder of results
@@ -124,8 +124,7 @@ def _run_step(step: Step, folder: Path, deadline: float) -> Outcome:
     if code:
         return Outcome(step.name, "failed", time.monotonic() - start, f"exit code {code}, see {log.name}")
     outcome = Outcome(step.name, "done", time.monotonic() - start)
-    with replacing(done) as temporary:
-        temporary.write_text(json.dumps({**asdict(outcome), "machine": _machine()}), encoding="utf-8")
+    write_text(done, json.dumps({**asdict(outcome), "machine": _machine()}))
     return outcome
 
 

@@ -25,7 +25,7 @@ from bench.cases import Case
 from bench.fake_gpu import fake_gpu, make_call
 from bench.flops import flop_table
 from bench.tables import markdown, three_digits
-from catseg_fast.files import replacing
+from catseg_fast.files import write_text
 from catseg_fast.kernels.launch.launcher import Launch, record
 
 RECORD = Path(__file__).parent / "results" / "traffic.json"
@@ -129,8 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "mflop_per_class_crop": {op: round(table[row], 2) for op, row in OPS.items()},
         "kernels": {str(classes): count_bytes(VARIANT, classes, CROPS) for classes in CLASSES},
     }
-    with replacing(RECORD) as path:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(RECORD, json.dumps(content, indent=1) + "\n")
     print(roofline(RECORD.parent, 748e12, 4.28e12))
 
 

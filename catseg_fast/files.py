@@ -132,6 +132,12 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, in place of what is there; errors as of `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """Yields a new, hidden folder in `parent`, and removes it at the end.

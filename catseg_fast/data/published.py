@@ -16,7 +16,7 @@ from catseg_fast.data.class_list import CLASSES, MOST_CLASSES, UNFINISHED
 from catseg_fast.data.folder import ignore_label_of, read_index_map
 from catseg_fast.data.pairs import Pair, find_pairs
 from catseg_fast.errors import InputError
-from catseg_fast.files import exclusive, open_regular, read_text, replacing, sweep
+from catseg_fast.files import exclusive, open_regular, read_text, replacing, sweep, write_text
 from catseg_fast.identity import content_digest, png_mark, read_png_mark
 from catseg_fast.inference.images import image_size
 from catseg_fast.text.fold import ClassNames
@@ -123,8 +123,7 @@ class _Work:
         if self._complete.exists():
             os.replace(self._complete, self._unfinished)
         else:
-            with replacing(self._unfinished) as temporary:
-                temporary.write_text(self._text, encoding="utf-8")
+            write_text(self._unfinished, self._text)
         self._begun = True
 
     def end(self) -> None:

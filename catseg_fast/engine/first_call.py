@@ -22,7 +22,7 @@ from catseg_fast.engine.self_check import random_plan, run_stream, wrong_stages
 from catseg_fast.engine.terms import ImageTerms
 from catseg_fast.engine.triton_stages import TritonStages
 from catseg_fast.environment import describe_compiler
-from catseg_fast.files import replacing, user_cache
+from catseg_fast.files import user_cache, write_text
 from catseg_fast.kernels.launch.launcher import record
 
 
@@ -95,8 +95,7 @@ def _remember(file: Path, device: torch.device) -> None:
     content = {"passed": datetime.now(timezone.utc).isoformat(), **_versions(device)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+        write_text(file, json.dumps(content))
     except OSError as error:
         warnings.warn(
             f"{file.parent}: cannot record that the kernels passed their check: {error}", stacklevel=2

@@ -20,7 +20,7 @@ from catseg_fast._version import __version__
 from catseg_fast.engine import fourier
 from catseg_fast.engine.schedule import usual_chunk
 from catseg_fast.errors import InputError
-from catseg_fast.files import locked, replacing
+from catseg_fast.files import locked, write_text
 from catseg_fast.kernels import load
 from catseg_fast.kernels.launch import config_files, configs
 from catseg_fast.kernels.launch.capability import capability_of
@@ -267,8 +267,7 @@ def save(path: Path, gpu: str, entry: dict[str, Any]) -> None:
             old for old in config_files.read(path, gpu) if any(old[name] != entry[name] for name in launch)
         ]
         text = ",\n".join(json.dumps(item) for item in [*others, entry])
-        with replacing(path) as temporary:
-            temporary.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+        write_text(path, f"[\n{text}\n]\n")
     configs.clear()
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from catseg_fast.files import open_regular, replacing
+from catseg_fast.files import open_regular, write_text
 
 LOG = "log.jsonl"
 
@@ -69,5 +69,4 @@ def _cut(path: Path, first_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    with replacing(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))

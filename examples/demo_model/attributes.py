@@ -18,7 +18,7 @@ from catseg_fast.console import stdout
 from catseg_fast.data.folder import read_index_map
 from catseg_fast.data.scenes import SPLITS
 from catseg_fast.data.scenes.attributes import AttributeCounts
-from catseg_fast.files import replacing
+from catseg_fast.files import write_text
 
 
 def main() -> None:
@@ -49,8 +49,7 @@ def main() -> None:
             "all": counts.names,
             **{name: asdict(x) for name, x in found.items()},
         }
-        with replacing(options.output) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(options.output, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

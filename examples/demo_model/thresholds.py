@@ -18,7 +18,7 @@ from catseg_fast import CATSeg, Segmentation
 from catseg_fast.console import stdout
 from catseg_fast.data import FolderDataset
 from catseg_fast.evaluation.thresholds import count_scores
-from catseg_fast.files import replacing
+from catseg_fast.files import write_text
 
 
 def main() -> None:
@@ -52,8 +52,7 @@ def main() -> None:
     if options.output is not None:
         about = {"weights": options.weights, "pictures": len(entries), "parts": options.parts}
         content = {**about, "best": asdict(best), "effects": [asdict(effect) for effect in effects]}
-        with replacing(options.output) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(options.output, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

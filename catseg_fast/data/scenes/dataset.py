@@ -22,7 +22,7 @@ from catseg_fast.data.scenes.words import (
     choose_held_out,
 )
 from catseg_fast.errors import InputError
-from catseg_fast.files import exclusive, replacing
+from catseg_fast.files import exclusive, replacing, write_text
 from catseg_fast.identity import SCENE_COMMENT
 from catseg_fast.numeric import whole
 
@@ -166,5 +166,4 @@ def _write_once(path: Path, content: object) -> None:
         if found != content:
             raise InputError(f"folder: {path} is of other scenes: {found!s:.60}, not {content!s:.60}")
         return
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=0, ensure_ascii=False) + "\n")
