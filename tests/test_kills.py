@@ -27,7 +27,7 @@ from catseg_fast.text.features_cache import FeaturesCache
 from catseg_fast.training.trainer import Trainer
 from support.command_line import save_tiny_checkpoint
 from support.data_sets import add, make_dataset
-from support.kill_calls import CALLS, call, content_of, nothing, slow
+from support.kill_calls import CALLS, call, content_of, in_turn, nothing, slow
 from support.kill_points import Content, kill_everywhere
 from support.tiny import V2, tiny_model
 
@@ -69,9 +69,7 @@ def test_import(copies: tuple[bool, bool], last: str, before: str, tmp_path: Pat
             tmp_path / "im", tmp_path / "gt", names, out, first=first, copy=copies[first]
         )
 
-    table = kill_everywhere(
-        nothing if before == "nothing" else load(0), load(1), load(last == "B"), out, content_of, imported
-    )  # fmt: skip
+    table = kill_everywhere(*in_turn(before, last, load(0), load(1)), out, content_of, imported)
     print("import", copies, before, last, table)
     assert table.points > 10
     assert table.states.keys() == {"refused: FileNotFoundError", *(["from 0"] if before == "A" else [])}
@@ -162,10 +160,8 @@ def test_export(last: str, before: str, tmp_path: Path, monkeypatch: pytest.Monk
         assert card["inputs"]["images"]["shape"][0] == (1 if name == "old" else 2)
         return name
 
-    old, new = write("old"), write("new")
-    table = kill_everywhere(
-        nothing if before == "nothing" else old, new, new if last == "B" else old, out, _without_npz, check
-    )  # fmt: skip
+    works = in_turn(before, last, write("old"), write("new"))
+    table = kill_everywhere(*works, out, _without_npz, check)
     print("export", before, last, table)
     assert table.states.keys() == {"no model", "new", *(["old"] if before == "A" else [])}
 
@@ -206,10 +202,8 @@ def test_train(every: int, last: str, before: str, tmp_path: Path, monkeypatch: 
     def resumed() -> None:
         call(*common, "--lr", 0.2)
 
-    again = first if last == "A" else resumed if before == "nothing" else second
-    table = kill_everywhere(
-        nothing if before == "nothing" else first, second, again, out, content_of, every=every
-    )
+    works = in_turn(before, last, first, second, resumed)
+    table = kill_everywhere(*works, out, content_of, every=every)
     print("train", before, last, table)
     assert table.points * every > 20
 

@@ -25,7 +25,7 @@ from catseg_fast.inference.segmentation import Segmentation
 from catseg_fast.labels import NONE_NAME
 from catseg_fast.reference.inference import SlidingWindow
 from support.data_sets import add, make_dataset
-from support.kill_calls import CALLS, call, content_of, nothing
+from support.kill_calls import CALLS, call, content_of, in_turn
 from support.kill_points import kill_everywhere
 from support.tiny import tiny_model
 
@@ -94,10 +94,7 @@ def test_segment(every: int, last: str, before: str, pictures: Path, tmp_path: P
     def second() -> None:
         call(*common, *B, "--stats", out / "stats.json")
 
-    table = kill_everywhere(
-        nothing if before == "nothing" else first, second, second if last == "B" else first, out,
-        content_of, vouched, every,
-    )  # fmt: skip
+    table = kill_everywhere(*in_turn(before, last, first, second), out, content_of, vouched, every)
     print("segment", before, last, table)
     expected = {"", "new", "new new"} if before == "nothing" else {"old old", "new new"}
     assert table.states.keys() >= expected or every > 1
@@ -130,10 +127,8 @@ def test_eval(every: int, last: str, before: str, pictures: Path, tmp_path: Path
     def resumed() -> None:
         call(*common[:8], *common[9:], "--classes-file", names)
 
-    again = first if last == "A" else resumed if before == "nothing" else second
-    table = kill_everywhere(
-        nothing if before == "nothing" else first, second, again, out, content_of, evaluated, every
-    )  # fmt: skip
+    works = in_turn(before, last, first, second, resumed)
+    table = kill_everywhere(*works, out, content_of, evaluated, every)
     print("eval", before, last, table)
     assert table.points * every > 25
     assert table.states.keys() <= {"no results", "4 classes", "3 classes"}
@@ -170,11 +165,8 @@ def test_video(last: str, before: str, tmp_path: Path) -> None:
 
         return work
 
-    first, second = (segment(*names) for names in VOCABULARIES.values())
-    table = kill_everywhere(
-        nothing if before == "nothing" else first, second, second if last == "B" else first, out,
-        content_of, vouched,
-    )  # fmt: skip
+    works = in_turn(before, last, *(segment(*names) for names in VOCABULARIES.values()))
+    table = kill_everywhere(*works, out, content_of, vouched)
     print("video", before, last, table)
     assert table.points > 10
     assert table.states.keys() <= {"", "new", *(["old"] if before == "A" else [])}
@@ -202,11 +194,8 @@ def test_tiles(every: int, last: str, before: str, tmp_path: Path, monkeypatch: 
 
         return work
 
-    first, second = (segment(*names) for names in VOCABULARIES.values())
-    table = kill_everywhere(
-        nothing if before == "nothing" else first, second, second if last == "B" else first, out,
-        content_of, vouched, every,
-    )  # fmt: skip
+    works = in_turn(before, last, *(segment(*names) for names in VOCABULARIES.values()))
+    table = kill_everywhere(*works, out, content_of, vouched, every)
     print("tiles", before, last, table)
     assert table.points * every > 20
     assert table.states.keys() <= {"", "new", *(["old"] if before == "A" else [])}

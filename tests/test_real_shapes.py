@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from catseg_fast.kernels import load
 from catseg_fast.kernels.launch.op import Random
-from support.accuracy import assert_no_worse_than_eager, upcast
+from support.accuracy import assert_near_the_plain_form
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -71,13 +69,4 @@ def test_matches_its_plain_form(
         assert ours.isfinite().all()
         ours = ours[:, kept]
         inputs |= {key: inputs[key][:, kept] for key in OF_CLASSES[name]}
-    eager, truth = op.plain(**inputs), op.plain(**{key: upcast(value) for key, value in inputs.items()})
-    for found, expected, exact in zip(*map(parts, (ours, eager, truth)), strict=True):
-        if found.is_floating_point():
-            assert_no_worse_than_eager(found, expected, exact.double())
-        else:
-            assert (found == exact).float().mean() >= 0.9999
-
-
-def parts(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+    assert_near_the_plain_form(ours, op, inputs, equal_labels=0.9999)

@@ -207,12 +207,8 @@ def recorded() -> dict[str, dict[str, Any]] | None:
 
 def compile_target(target: Target) -> Resources:
     """Compile as a launch would, and read the cubin."""
-    launch = target.launch
-    compiled = compile_launch(
-        launch.kernel, launch.arguments, launch.constants, launch.options,
-        gpu(target.capability),
-    )  # fmt: skip
-    return _read(compiled, launch.options.get("num_warps", 4), CHIPS[target.capability])
+    compiled = compile_launch(target.launch, gpu(target.capability))
+    return _read(compiled, target.launch.options.get("num_warps", 4), CHIPS[target.capability])
 
 
 def gpu(capability: int) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from catseg_fast.checkpoints.checkpoint import read_checkpoint
 from support.command_line import run as command
-from support.kill_points import Content
+from support.kill_points import Content, Work
 
 slow = pytest.mark.slow
 # What was done before a call B that is killed, and what is done afterwards.
@@ -32,6 +32,21 @@ def call(*arguments: object) -> None:
 
 def nothing() -> None:
     """Do nothing."""
+
+
+def in_turn(
+    before: str, last: str, first: Work, second: Work, resumed: Work | None = None
+) -> tuple[Work, Work, Work]:
+    """Return what is done before, what is killed, and what is done afterwards, for an entry of `CALLS`.
+
+    Args:
+        before, last: the entry.
+        first: does A.
+        second: does B.
+        resumed: does B where nothing was done before, if that is another call.
+    """
+    start, again = (nothing, resumed or second) if before == "nothing" else (first, second)
+    return start, second, first if last == "A" else again
 
 
 def content_of(folder: Path) -> Content:

@@ -35,7 +35,7 @@ def main() -> None:
         descriptor = TensorDescriptor.from_tensor(x, [64, 64])
         run(probe_kernel, (1,), descriptor, x, x, 1, 48, 7, 16, None, SIZE=64, config=LaunchConfig())
     (launch,) = launches
-    compiled = compile_launch(launch.kernel, launch.arguments, launch.constants, launch.options, aot.gpu(90))
+    compiled = compile_launch(launch, aot.gpu(90))
     print(next(line for line in compiled.asm["ttir"].splitlines() if "tt.func public" in line))
     print("cp.async.bulk.tensor" in compiled.asm["ptx"])
 

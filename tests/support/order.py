@@ -58,8 +58,8 @@ def _ttir(target: aot.Target) -> str:
     from triton._C.libtriton import ir
     from triton.compiler import make_backend
 
-    launch, gpu = target.launch, aot.gpu(target.capability)
-    source, parsed = source_of(launch.kernel, launch.arguments, launch.constants, launch.options, gpu)
+    gpu = aot.gpu(target.capability)
+    source, parsed = source_of(target.launch, gpu)
     backend = make_backend(gpu)
     options = backend.parse_options({**parsed, **source.parse_options()})
     context = ir.context()
