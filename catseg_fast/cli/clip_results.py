@@ -71,6 +71,7 @@ class ClipResults:
         self.complete, self.mark = False, place_digest(clip.path)
         self.labels, self.size, self.count = clip.folder / f"{clip.stem}.labels", (0, 0), 0
         self.writer: VideoWriter | None = None
+        self._earlier: dict[str, dict[str, Any]] = {}  # states of label maps of an earlier run, by file name
         self._held = ExitStack()
 
     def __enter__(self) -> ClipResults:
@@ -83,8 +84,11 @@ class ClipResults:
             self.scratch = held.enter_context(temporary_folder(clip.folder))
             clip.result("json").unlink(missing_ok=True)
             for path in self.labels.iterdir():
-                if self.fresh or self._state(path) is None:
+                state = None if self.fresh else self._state(path)
+                if state is None:
                     path.unlink()
+                else:
+                    self._earlier[path.name] = state
             self._held = held.pop_all()
         return self
 
@@ -103,7 +107,8 @@ class ClipResults:
     def kept(self, frame: Frame) -> tuple[Tensor, Totals] | None:
         """A frame's labels and sums, if an earlier run has written them."""
         path = self._path(frame)
-        if not path.exists() or (state := self._state(path)) is None:
+        state = self._earlier.pop(path.name, None)
+        if state is None:
             return None
         try:
             with opened(path, "labels", self.size[0] * self.size[1]) as image:
