@@ -1,4 +1,4 @@
-"""Add the launch configs that a campaign tuned to the package, where kernels find them without configs.
+"""Add the launch configs that a campaign tuned to the package, where kernels find them without tuning.
 
     python -m bench.ship results/h200
 

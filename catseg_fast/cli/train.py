@@ -186,9 +186,8 @@ def train(
             clip_multiplier=clip_multiplier, backbone_multiplier=backbone_multiplier,
             weight_decay=weight_decay, clip_grad=clip_grad, clip_finetune=clip_finetune, pooling=pooling,
             crop_size=crop_size, min_sizes=tuple(min_size or ()), category_max_ratio=category_max_ratio,
-            colour=colour, classes_per_step=classes_per_step,
-            fewest_classes=fewest_classes, random_synonyms=random_synonyms,
-            precision=precision, seed=seed,
+            colour=colour, classes_per_step=classes_per_step, fewest_classes=fewest_classes,
+            random_synonyms=random_synonyms, precision=precision, seed=seed,
         )  # fmt: skip
         pictures = FolderDataset(data, max_pixels)
         device = own_device(device or str(default_device()))

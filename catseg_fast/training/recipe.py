@@ -89,12 +89,10 @@ class Recipe:
         if self.classes_per_step is not None:
             checked["classes_per_step"] = whole(self.classes_per_step, "classes_per_step")
         if self.fewest_classes is not None:
-            checked["fewest_classes"] = whole(self.fewest_classes, "fewest_classes", None)
-            if not 0 < self.fewest_classes <= (self.classes_per_step or 0):
-                raise InputError(
-                    f"fewest_classes: {self.fewest_classes} is not between 1 and classes_per_step, "
-                    f"{self.classes_per_step}"
-                )
+            fewest, most = whole(self.fewest_classes, "fewest_classes", None), checked.get("classes_per_step")
+            if most is None or not 1 <= fewest <= most:
+                raise InputError(f"fewest_classes: {fewest} is not between 1 and classes_per_step, {most}")
+            checked["fewest_classes"] = fewest
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.warmup >= self.steps:
