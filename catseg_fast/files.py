@@ -133,7 +133,7 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, in place of what is there; errors as of `replacing`."""
+    """Write a text file in UTF-8, replacing an existing one atomically; errors as of `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""What a recording depends on: memory that it reads, PyTorch's modes, threads and free memory."""
+"""Everything that a recording depends on: memory that it reads, PyTorch's modes, threads, free memory."""
 
 from __future__ import annotations
 

@@ -293,7 +293,7 @@ def test_a_truncated_raster_says_so_and_keeps_its_tiles(model: CATSeg, image: Te
 
 
 def test_a_killed_removal_does_not_block_the_next_run(model: CATSeg, image: Tensor, tmp_path: Path) -> None:
-    """The state of an unfinished picture appears and goes at one stroke; what is not ours stays."""
+    """The state of an unfinished picture appears and disappears atomically; files of others stay."""
     path, out = save(tmp_path / "a.tif", image), tmp_path / "out"
     tiles, clip = Tiles(model, Labelling(model), {"fingerprint": "f"}, 64, 16), Picture(path, out, "a")
     assert tiles.run(0, clip, lambda *_: None).error is None

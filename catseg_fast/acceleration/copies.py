@@ -24,7 +24,7 @@ LEAST_PROMPTS = 3
 # the answer or the state shows.
 LARGE, LARGE_CHANNELS = 30.0, slice(None, None, 16)
 
-# So many random numbers are drawn, and repeated in place of more: a prime number, so that no two rows of a
+# Number of random numbers that are drawn; they repeat after that. It is prime, so that no two rows of a
 # weight are alike.
 DRAWN = 65_521
 

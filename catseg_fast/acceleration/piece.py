@@ -1,4 +1,4 @@
-"""The base of an aggregator's parts that run in the engine each by itself."""
+"""The base class of an aggregator's parts that run in the engine separately."""
 
 from __future__ import annotations
 

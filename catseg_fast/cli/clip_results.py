@@ -173,7 +173,7 @@ class ClipResults:
         os.replace(self.scratch / "overlay.mp4", target)
         identity = {
             "path": place_of(self.clip.path),
-            "content": self.digest if self.complete else None,  # the next run goes on with it
+            "content": self.digest if self.complete else None,  # the next run continues it
             "files": {path.name: result_digest(path) for path in (target, self.labels)},
         }
         height, width = self.size

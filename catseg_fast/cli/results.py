@@ -12,7 +12,7 @@ from catseg_fast.console import stdout
 if TYPE_CHECKING:
     from catseg_fast.cli.batch import Outcome
 
-LISTED = 20  # up to so many pictures there is a line for each; beyond, for each of the largest classes
+LISTED = 20  # most pictures with a line for each; with more, the largest classes are listed instead
 
 
 def print_results(outcomes: Sequence[Outcome], total: int, seconds: float) -> None:

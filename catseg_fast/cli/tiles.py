@@ -234,12 +234,12 @@ class _Work:
 
 
 def _folder(picture: Picture) -> Path:
-    """The folder of what is under way."""
+    """The folder of unfinished work."""
     return picture.folder / f".{picture.stem}.tiles"
 
 
 def _remove(folder: Path) -> None:
-    """Remove the folder of what is under way, if there is one: at one stroke, or not at all."""
+    """Remove the folder of unfinished work, if there is one, atomically."""
     if folder.exists():
         with temporary_folder(folder.parent) as scratch:
             os.replace(folder, scratch / folder.name)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes."""
+    """Let no file grow beyond a number of bytes."""
     import resource  # not on Windows
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""What happens to an aggregator after `accelerate` and some calls: each takes it and changes it in place."""
+"""Changes of an aggregator after `accelerate` and some calls; each function makes one, in place."""
 
 from __future__ import annotations
 

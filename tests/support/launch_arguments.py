@@ -1,4 +1,4 @@
-"""What prepared launches hand to the CUDA driver, against Triton's own launcher in Python.
+"""Comparison of what prepared launches pass to the CUDA driver with Triton's own launcher in Python.
 
     python -m support.launch_arguments
 
