@@ -1,4 +1,4 @@
-"""Numbers that users pass: Python's and numpy's are taken, and all else is refused by the argument's name."""
+"""Checks of numbers and flags that users pass, of Python and numpy; errors name the argument."""
 
 from __future__ import annotations
 
