@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,24 @@ from torch import Tensor, nn
 _VERSION, _DTYPE = operator.attrgetter("_version"), operator.attrgetter("dtype")
 
 
-def module_tensors(module: nn.Module, buffers: bool = False) -> list[Tensor]:
+def module_tensors(
+    module: nn.Module, buffers: bool = False, without: Collection[nn.Module] = ()
+) -> list[Tensor]:
     """Return a module's parameters, and its buffers if asked for, including those of submodules.
 
     `nn.Module.parameters` builds the name of each, which takes longer than all else that a call does before
     it launches its first kernel. What several modules share is listed for each.
+
+    Args:
+        module: the module.
+        buffers: whether to include buffers.
+        without: submodules to leave out.
     """
     found: list[Tensor | None] = []
     modules: list[nn.Module | None] = [module]
     while modules:
         each = modules.pop()
-        if each is not None:
+        if each is not None and each not in without:
             found += each._parameters.values()
             if buffers:
                 found += each._buffers.values()

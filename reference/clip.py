@@ -125,10 +125,14 @@ class DenseCLIP(CLIP):
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end_of_text]) @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
 
+    @property
+    def text_modules(self) -> tuple[nn.Module, ...]:
+        """The modules that only `encode_text` uses."""
+        return self.token_embedding, self.transformer, self.ln_final
+
     def text_parameters(self) -> list[Tensor]:
         """Return the parameters on which `encode_text` depends."""
-        modules = (self.token_embedding, self.transformer, self.ln_final)
-        inside = [parameter for module in modules for parameter in module_tensors(module)]
+        inside = [parameter for module in self.text_modules for parameter in module_tensors(module)]
         return [*inside, self.positional_embedding, self.text_projection]
 
     def position_embedding(self, height: int, width: int) -> Tensor:

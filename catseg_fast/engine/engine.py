@@ -1,9 +1,8 @@
-"""The engine: an aggregator's folded weights, its memory settings, and calls that stream over classes."""
+"""The engine: an aggregator's folded weights, and calls that stream over classes."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,23 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from catseg_fast.backend import check_backend, choose_backend, warn_once
+from catseg_fast.backend import choose_backend, warn_once
 from catseg_fast.engine import fourier, torch_stages
-from catseg_fast.engine.class_parallel import ClassShare
 from catseg_fast.engine.folding import Plan, build_plan
 from catseg_fast.engine.gradients import GradientStream
-from catseg_fast.engine.precision import check_input_precision, check_precision, compute_dtype
-from catseg_fast.engine.recording import GraphCache, ambient_settings, check_graphs
-from catseg_fast.engine.schedule import (
-    Schedule,
-    Sizes,
-    check_chunk,
-    check_policy,
-    parse_bytes,
-    plan_gradients,
-    plan_schedule,
-)
+from catseg_fast.engine.precision import compute_dtype
+from catseg_fast.engine.recording import GraphCache, ambient_settings
+from catseg_fast.engine.schedule import Schedule, Sizes, plan_gradients
+from catseg_fast.engine.schedule_cache import ScheduleCache
 from catseg_fast.engine.selection import best_classes, class_scores
+from catseg_fast.engine.settings import EngineSettings
 from catseg_fast.engine.stages import Stages
 from catseg_fast.engine.streaming import Consumer, Stream, run_streams
 from catseg_fast.engine.terms import ImageTerms, VocabularyTerms, image_terms, vocabulary_terms
@@ -40,43 +32,18 @@ from catseg_fast.weights import WeightsState, module_tensors
 if TYPE_CHECKING:
     from catseg_fast.engine.triton_stages import TritonStages
 
-# Asking a GPU for its free memory takes longer than a kernel. A call that needs less than 1/AMPLE of the
-# memory that was free is scheduled without asking again, as is one within a given budget; if memory does run
-# out, the stream continues in smaller steps.
-AMPLE = 4
-SCHEDULES = 64
 
-
-class Engine:
+class Engine(EngineSettings):
     """Runs an aggregator, streaming over classes.
 
     Args:
         aggregator: a `catseg_fast.reference.Aggregator`, or an object built like upstream's. Its weights are
             read at every call, so that changes take effect.
-
-    Attributes:
-        backend: "auto", "triton" or "torch"; calls that need gradients run in torch always.
-        checkpoint: whether such calls compute activations again when their gradient is taken, a chunk of
-            classes at a time, to keep little of them; None: where they would not fit.
-        precision: type in which the stages compute. None: autocast's (on a CPU, where that type is the faster
-            one, see `catseg_fast.engine.precision`); without autocast the weights' own, but fp16 in place of
-            fp32 on a GPU where no gradients are recorded. On a GPU CLIP's image tower follows, if its weights
-            are in fp32 and this type has 16 bits.
-        input_precision: of products of fp32 numbers in Triton: "ieee", or "tf32x3" on tensor cores.
-        share: where other processes hold the rest of the classes, this one's share; all must call together.
     """
 
     def __init__(self, aggregator: nn.Module) -> None:
+        super().__init__()
         self.aggregator: Any = aggregator
-        self._backend = "auto"
-        self._precision: torch.dtype | None = None
-        self._input_precision = "ieee"
-        self.share: ClassShare | None = None
-        self.checkpoint: bool | None = None
-        self._chunk: int | None = None
-        self._policy: str | None = None
-        self._memory_budget: int | None = None
-        self._graphs = "auto"
         self.forget()
 
     def forget(self) -> None:
@@ -84,7 +51,7 @@ class Engine:
         self._plans: dict[torch.dtype, tuple[object, Plan]] = {}
         self._triton: dict[torch.dtype, TritonStages] = {}
         self._vocabulary: tuple[object, Plan, VocabularyTerms] | None = None
-        self._schedules: dict[object, Schedule] = {}
+        self._schedules = ScheduleCache()
         self.recordings = GraphCache()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,80 +63,16 @@ class Engine:
         vars(self).update(state)
         self.forget()
 
-    @property
-    def backend(self) -> str:
-        """ "auto", "triton", "torch" or "reference"."""
-        return self._backend
-
-    @backend.setter
-    def backend(self, backend: str) -> None:
-        self._backend = check_backend(backend)
-
-    @property
-    def precision(self) -> torch.dtype | None:
-        """Type in which the stages compute; None follows autocast and the weights."""
-        return self._precision
-
-    @precision.setter
-    def precision(self, dtype: torch.dtype | None) -> None:
-        self._precision = check_precision(dtype)
-
-    @property
-    def input_precision(self) -> str:
-        """Precision of products of fp32 numbers in Triton: "ieee", "tf32x3" or "tf32"."""
-        return self._input_precision
-
-    @input_precision.setter
-    def input_precision(self, precision: str) -> None:
-        self._input_precision = check_input_precision(precision)
-
-    @property
-    def graphs(self) -> str:
-        """ "auto", which records equal calls on a GPU as a CUDA graph at the third one, or "off"."""
-        return self._graphs
-
-    @graphs.setter
-    def graphs(self, setting: str) -> None:
-        self._graphs = check_graphs(setting)
-        self.recordings.clear()
-
-    @property
-    def chunk(self) -> int | None:
-        """Classes per step; None lets the engine choose."""
-        return self._chunk
-
-    @chunk.setter
-    def chunk(self, chunk: int | None) -> None:
-        self._chunk = check_chunk(chunk)
-
-    @property
-    def policy(self) -> str | None:
-        """ "resident", "offload" or "recompute"; None lets the engine choose."""
-        return self._policy
-
-    @policy.setter
-    def policy(self, policy: str | None) -> None:
-        self._policy = check_policy(policy)
-
-    @property
-    def memory_budget(self) -> int | None:
-        """Bytes that a call may take besides weights and inputs; may be set as "2GiB". None: free memory."""
-        return self._memory_budget
-
-    @memory_budget.setter
-    def memory_budget(self, budget: int | str | None) -> None:
-        self._memory_budget = None if budget is None else parse_bytes(budget)
-
     def plan(self, dtype: torch.dtype | None = None) -> Plan:
         """Return the folded weights, in the given type or that of the next call.
 
-        They are cached until a weight changes, except when gradients are recorded.
+        They are cached until a weight or buffer changes, except when gradients are recorded.
         """
         dtype = dtype or self._compute_dtype()
         if self._differentiable() or torch.compiler.is_compiling():
             with self._without_autocast():
                 return build_plan(self.aggregator, dtype)
-        state = WeightsState(module_tensors(self.aggregator))
+        state = WeightsState(module_tensors(self.aggregator, buffers=True))
         if dtype not in self._plans or self._plans[dtype][0] != state:
             # The cached plan must be usable by later calls in any mode.
             with torch.inference_mode(False), torch.no_grad(), self._without_autocast():
@@ -383,33 +286,26 @@ class Engine:
         classes: int,
         output_bytes: int = 0,
         selects: bool = False,
+        plan: Plan | None = None,
     ) -> Schedule:
         """Return the schedule of a call that aggregates `classes` classes, selected from more if `selects`.
+
+        `plan` is the folded weights, if the caller has them.
 
         Raises:
             InputError: if the memory budget is too small for one class.
         """
         device: torch.device = self.aggregator.conv1.weight.device
-        sizes = Sizes(self.plan(), crops, resolution, classes, device, selects)
+        sizes = Sizes(plan or self.plan(), crops, resolution, classes, device, selects)
         return self._schedule(sizes, output_bytes, self._differentiable())
 
     def _schedule(self, sizes: Sizes, output_bytes: int, differentiable: bool) -> Schedule:
         chunk, budget = self.chunk, self.memory_budget
         if differentiable:
             return plan_gradients(sizes, checkpoint=self.checkpoint, chunk=chunk, budget=budget)
-        needs = (sizes.state_bytes, sizes.fixed_bytes, sizes.class_bytes, output_bytes)
-        key = (sizes.crops, sizes.classes, sizes.device, needs, self.policy, chunk, budget)
-        if not torch.compiler.is_compiling() and key in self._schedules:
-            return self._schedules[key]
-        schedule = plan_schedule(
+        return self._schedules(
             sizes, policy=self.policy, chunk=chunk, budget=budget, output_bytes=output_bytes
         )
-        ample = sizes.device.type == "cuda" and schedule.total_bytes * AMPLE < schedule.budget
-        if ample or (budget is not None and schedule.policy == "resident"):
-            if len(self._schedules) >= SCHEDULES:
-                self._schedules.clear()
-            self._schedules[key] = schedule
-        return schedule
 
     def stages(self, plan: Plan) -> Stages:
         """Return the stages of calls without gradients."""
@@ -493,11 +389,6 @@ class Engine:
 # torch.compiler.assume_constant_result does is to set this, but it imports the whole compiler first.
 constant_backend = choose_backend
 constant_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _nbytes(x: Tensor) -> int:
-    """Return `x.nbytes`, even if a size is a symbol of `torch.compile`."""
-    return math.prod(x.shape) * x.itemsize
 
 
 def _recording(device: torch.device) -> bool:

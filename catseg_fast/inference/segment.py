@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from catseg_fast.backend import choose_backend
+from catseg_fast.engine.folding import Plan
 from catseg_fast.engine.schedule import Schedule
+from catseg_fast.engine.terms import VocabularyTerms
 from catseg_fast.errors import RunError
 from catseg_fast.inference.encoding import EncodedImage, encode, image_tower, join
 from catseg_fast.inference.readout import (
@@ -29,6 +31,7 @@ from catseg_fast.weights import WeightsState, module_tensors
 
 if TYPE_CHECKING:
     from catseg_fast.model import CATSeg
+    from catseg_fast.reference.clip import DenseCLIP
 
 
 def label(
@@ -84,7 +87,8 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
 
     def run(pixels: Tensor, checked: bool = False) -> LabelMap:
         target = LabelMap(readout.size, model.device)
-        read_out(model, encode(model, [pixels], [readout], checked), [target], schedule=schedule)
+        encoded = encode(model, [pixels], [readout], checked)
+        read_out(model, encoded, [target], plan=plan, vocabulary=vocabulary, schedule=schedule)
         return target
 
     def finish(target: LabelMap) -> Segmentation:
@@ -92,12 +96,12 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
 
     answer, key = None, None
     if engine.may_record(device):
-        weights = engine.recordings.number(WeightsState(module_tensors(model, buffers=True)))
+        weights = engine.recordings.number(_other_weights(model, tower))
         settings = (readout, weights, weakref.ref(tower), model.max_classes, model.size_divisibility)
         key = ("label", settings, model.training, engine.recording_key(plan, vocabulary))
         answer = engine.recordings.replay(key, [pixels], finish)
     if answer is None:
-        schedule = _schedule(model, readout)
+        schedule = _schedule(model, readout, plan)
         if key is None or schedule.policy == "offload":
             answer, certain = finish(run(pixels)), tower is model.clip_model
             return answer if certain or not answer.scores.isnan().any() else finish(run(pixels, checked=True))
@@ -105,17 +109,32 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
     if not answer.scores.isnan().any():
         return answer
     # A call that overflows fp16 is computed again, which a recording cannot do.
-    schedule = _schedule(model, readout)
+    schedule = _schedule(model, readout, plan)
     return finish(run(pixels, checked=True))
 
 
-def _schedule(model: CATSeg, readout: Readout) -> Schedule:
+def _other_weights(model: CATSeg, tower: DenseCLIP) -> WeightsState:
+    """Return the state of the weights for which no other part of a recording's key stands.
+
+    The plan stands for the aggregator, the vocabulary for the text tower, and an image tower of another type
+    for the model's own: each is a new object after a change. To look weights up twice takes longer than all
+    else that precedes a replay.
+    """
+    clip = model.clip_model
+    known = {model.aggregator, *clip.text_modules}
+    if tower is not clip:
+        known.add(clip.visual)
+    return WeightsState(module_tensors(model, buffers=True, without=known))
+
+
+def _schedule(model: CATSeg, readout: Readout, plan: Plan) -> Schedule:
     """Return the schedule of a call that labels one picture."""
     (height, width), total, limit = readout.size, len(model.classes), model.max_classes
     crops = 1 if readout.window is None else readout.window.count
     held = 8 * height * width + max(READOUT_BYTES, readout.class_bytes)
     kept = total if limit is None else min(total, limit)
-    return model.engine.schedule(crops, model.variant.feature_resolution, kept, held, kept < total)
+    resolution = model.variant.feature_resolution
+    return model.engine.schedule(crops, resolution, kept, held, kept < total, plan)
 
 
 @torch.no_grad()
@@ -125,6 +144,8 @@ def read_out(
     targets: Sequence[Target],
     target_bytes: int = 0,
     store: LogitStore | None = None,
+    plan: Plan | None = None,
+    vocabulary: VocabularyTerms | None = None,
     schedule: Schedule | None = None,
 ) -> None:
     """Run the aggregator on pictures' crops together, and read each one's logits out into its target.
@@ -132,6 +153,8 @@ def read_out(
     Args:
         target_bytes: size of the targets.
         store: store to which the logits are added.
+        plan: the folded weights, if the caller has them.
+        vocabulary: the terms of the classes, if the caller has them.
         schedule: schedule of the aggregator; by default by the available memory.
     """
     crops = [len(image.features) for image in encoded]
@@ -146,8 +169,8 @@ def read_out(
         consume = read_all(readouts, targets, crops, backend, store)
         consume(slice(0, len(model.classes)), model.aggregator(as_map(features), text, guidance))
         return
-    plan = model.engine.plan()
-    vocabulary, img_feats = model.vocabulary_terms(plan), as_map(features)
+    plan = plan or model.engine.plan()
+    vocabulary, img_feats = vocabulary or model.vocabulary_terms(plan), as_map(features)
     if schedule is None:
         held = target_bytes + max(READOUT_BYTES, *(readout.class_bytes for readout in readouts))
         schedule = model.engine.schedule_of(plan, img_feats, vocabulary, model.max_classes, held)
