@@ -141,7 +141,6 @@ def test_autocast_and_shapes_are_told_apart(model: CATSeg) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.segment(image)
     model.segment(picture(SIZE[0] + 1, SIZE[1]))
-    model.segment(image.double())
     model.segment(image, sliding_window=not model.sliding_window)
     assert model.engine.recordings.replays == 1
 
