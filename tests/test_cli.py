@@ -159,7 +159,11 @@ def test_dtype_reaches_the_model(workplace, weights, dtype, monkeypatch):
     ("arguments", "message"),
     [
         (["--classes", " ; "], "no class names"),
-        (["--classes", ""], "no class names"),
+        (["--classes", ""], "--classes: the value is empty"),
+        (["--output", ""], "--output: the value is empty; is a shell variable unset?"),
+        (["--output="], "--output: the value is empty"),
+        ([""], "argument 2: the value is empty"),
+        (["--", ""], "argument 3: the value is empty"),
         (["--classes", "a", "--classes-file", "names.txt"], "not both"),
         (["--classes", "a", "--classes-list", "ade-150"], "not both"),
         (["--classes-list", "ade-151"], "lvis-1203"),

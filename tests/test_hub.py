@@ -110,6 +110,8 @@ def test_files_and_folders_come_first(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no checkpoint"):
         resolve("empty")
+    with pytest.raises(ValueError, match="weights: the path is empty"):
+        resolve("")
     assert not hub.asked
 
 

@@ -95,6 +95,8 @@ def _split_pins(source: str, revision: str | None, sha256: str | None) -> tuple[
 
 def _local(source: str | os.PathLike[str]) -> Path | None:
     """Return the file on this machine, if `source` is a file, a folder, or the name of bundled weights."""
+    if source == "":  # as a path, the current folder
+        raise InputError("weights: the path is empty")
     path = Path(source).expanduser()
     if path.is_dir():
         return path / _pick((entry.name for entry in path.iterdir() if entry.is_file()), str(path))

@@ -7,6 +7,7 @@ import sys
 import warnings
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,18 @@ class Commands(TyperGroup):
         for command in self.commands.values():
             paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
             command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command, and refuse empty arguments: as a path, one would be the current folder."""
+        for number, (previous, argument) in enumerate(pairwise(args), 1):
+            empty = ""
+            if argument == "":
+                empty = previous if previous.startswith("-") and previous != "--" else f"argument {number}"
+            elif argument.startswith("--") and argument.endswith("="):
+                empty = argument.rstrip("=")
+            if empty:
+                ctx.fail(f"{empty}: the value is empty; is a shell variable unset?")
+        return super().resolve_command(ctx, args)
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         run = partial(super().main, *arguments, **{**options, "standalone_mode": False})
