@@ -19,6 +19,7 @@ from torch import Tensor
 from catseg_fast import CATSeg
 from catseg_fast.engine.engine import Engine
 from catseg_fast.engine.recording import MOST, GraphCache
+from catseg_fast.inference.readout import LabelMap
 from support.aggregators import features, make_aggregator
 from support.recorders import ReplayAgain, recorded
 from support.tiny import CLASSES, picture, tiny_model
@@ -143,6 +144,39 @@ def test_autocast_and_shapes_are_told_apart(model: CATSeg) -> None:
     model.segment(picture(SIZE[0] + 1, SIZE[1]))
     model.segment(image, sliding_window=not model.sliding_window)
     assert model.engine.recordings.replays == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reduced", [False, True], ids=["own image tower", "image tower in 16 bits"])
+def test_every_weight_and_buffer_is_in_the_key(
+    model: CATSeg, reduced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reduced:
+        monkeypatch.setattr("catseg_fast.engine.precision.image_dtype", lambda *_: torch.bfloat16)
+    keys: list[object] = []
+
+    def note(_: GraphCache, key: object, __: object, finish: Callable[[LabelMap], Any]) -> Any:
+        keys.append(key)
+        return finish(LabelMap(SIZE, model.device))
+
+    monkeypatch.setattr(GraphCache, "replay", note)
+    image = picture(*SIZE)
+
+    def key() -> object:
+        keys.clear()
+        model.segment(image)
+        return keys[0]
+
+    before = key()
+    assert key() == before
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    assert len(tensors) > 100
+    for name, tensor in tensors.items():
+        tensor.copy_(tensor.clone())
+        after = key()
+        assert after != before, name
+        assert key() == after, name
+        before = after
 
 
 def test_recordings_are_bounded_and_the_oldest_goes() -> None:

@@ -12,7 +12,7 @@ from catseg_fast.engine.schedule import check_chunk, check_policy, parse_bytes
 
 
 class EngineSettings:
-    """How an engine runs its calls; changes take effect at the next call.
+    """Settings by which an engine runs its next calls.
 
     Attributes:
         checkpoint: whether calls that need gradients compute activations again when their gradient is taken,

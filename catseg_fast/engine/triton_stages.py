@@ -20,6 +20,7 @@ from catseg_fast.engine.folding import ClassLayer, Plan, WindowBlock
 from catseg_fast.engine.launches.prepared_calls import PreparedCalls
 from catseg_fast.engine.terms import BlockGuidance
 from catseg_fast.errors import InputError, RunError
+from catseg_fast.kernels.class_attention import checks as class_checks
 from catseg_fast.kernels.class_attention import op as class_attention
 from catseg_fast.kernels.cost_volume import op as cost_volume
 from catseg_fast.kernels.decoder import op as decoder
@@ -283,7 +284,7 @@ def unsupported_classes(layer: ClassLayer) -> str | None:
     """Return why the kernels cannot run a class-attention layer; None if they can."""
     if not layer.linear:
         return "softmax attention over classes has no kernel"
-    return class_attention.unsupported(len(layer.q), layer.heads)
+    return class_checks.unsupported(len(layer.q), layer.heads)
 
 
 def _linear(layer: ClassLayer, memory: ClassMemory) -> LinearMemory:

@@ -27,20 +27,14 @@ import torch
 from torch import Tensor
 
 from catseg_fast.kernels.class_attention import apply, collect, plain
-from catseg_fast.kernels.launch.checks import check_destination, check_like, check_runnable, fits_32_bits
+from catseg_fast.kernels.class_attention.checks import (
+    check_input,
+    check_sums,
+    check_weights,
+    pooled_positions,
+)
+from catseg_fast.kernels.launch.checks import check_destination, fits_32_bits
 from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
-
-MAX_CHANNELS = 256
-MAX_HEAD = 64  # channels; the sums of a head with 128 do not fit in registers, and take minutes to compile
-
-
-def unsupported(channels: int, heads: int) -> str | None:
-    """Return why the kernels cannot run a layer of these sizes; None if they can."""
-    if channels % 16 or channels > MAX_CHANNELS:
-        return f"{channels} channels; expected a multiple of 16 up to {MAX_CHANNELS}"
-    if channels > MAX_HEAD * heads:
-        return f"{channels} channels in {heads} heads; expected at most {MAX_HEAD} per head"
-    return None
 
 
 def class_collect(
@@ -82,10 +76,10 @@ def class_collect(
         ValueError: if the kernels do not support the sizes, or shapes, types or devices do not fit.
         RuntimeError: if the GPU is too old.
     """
-    _check(x, "text_key", text_key, heads, resolution, pooling, input_precision)
+    check_input(x, "text_key", text_key, heads, resolution, pooling, input_precision)
     C = x.shape[3]
-    _check_weights(x, weight=(weight, (2 * C, C)), bias=(bias, (2 * C,)))
-    _check_sums(x, key_value, key_sum, heads, resolution, pooling, may_be_shared=True)
+    check_weights(x, weight=(weight, (2 * C, C)), bias=(bias, (2 * C,)))
+    check_sums(x, key_value, key_sum, heads, resolution, pooling, may_be_shared=True)
     x = x if x.stride(-1) == 1 and fits_32_bits(x, 2, 3) else x.contiguous()
     return COLLECT.call(
         _class_collect, x, weight, bias, text_key, key_value, key_sum, heads, length, resolution, pooling,
@@ -132,15 +126,15 @@ def class_apply(
         ValueError: as in `class_collect`.
         RuntimeError: if the GPU is too old.
     """
-    _check(x, "text_query", text_query, heads, resolution, pooling, input_precision)
+    check_input(x, "text_query", text_query, heads, resolution, pooling, input_precision)
     C, M = x.shape[3], len(fc1)
-    _check_weights(
+    check_weights(
         x, q=(q, (C, C)), q_bias=(q_bias, (C,)), fc1=(fc1, (M, C)), fc1_bias=(fc1_bias, (M,)),
         fc2=(fc2, (C, M)), fc2_bias=(fc2_bias, (C,)),
     )  # fmt: skip
-    d, positions = C // heads, _tokens(resolution, pooling)
-    _check_weights(x, means=(means, (len(x), positions, heads, d, d)))
-    _check_sums(x, None, key_sum, heads, resolution, pooling, may_be_shared=False)
+    d, positions = C // heads, pooled_positions(resolution, pooling)
+    check_weights(x, means=(means, (len(x), positions, heads, d, d)))
+    check_sums(x, None, key_sum, heads, resolution, pooling, may_be_shared=False)
     x = x if x.stride(-1) == 1 and fits_32_bits(x, 2, 3) else x.contiguous()
     arguments = (
         x, text_query, means, key_sum, q, q_bias, fc1, fc1_bias, fc2, fc2_bias,
@@ -178,7 +172,7 @@ def _class_collect(
 @_class_collect.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, heads, _, resolution, pooling, means, _ = rest
-    shape, d = (len(x), _tokens(resolution, pooling), heads), x.shape[-1] // heads
+    shape, d = (len(x), pooled_positions(resolution, pooling), heads), x.shape[-1] // heads
     return (
         x.new_empty((*shape, d, d), dtype=x.dtype if means else torch.float32),
         x.new_empty((*shape, d), dtype=torch.float32),
@@ -259,71 +253,9 @@ def _launch_apply(*arguments: Any, out: Tensor | None = None) -> Tensor:
     return result
 
 
-def _check(
-    x: Tensor,
-    text_name: str,
-    text: Tensor | None,
-    heads: int,
-    resolution: Sequence[int],
-    pooling: Sequence[int],
-    input_precision: str,
-) -> None:
-    check_runnable("x", x, input_precision)
-    height, width = resolution
-    if x.ndim != 4 or 0 in x.shape or x.shape[2] != height * width:
-        expected = f"[B, t, {height * width}, C] for resolution {height}x{width}, with B, t and C above 0"
-        raise ValueError(f"x: has shape {list(x.shape)}; expected {expected}")
-    C = x.shape[3]
-    if reason := unsupported(C, heads):
-        raise ValueError(f"x, heads: {reason}")
-    if C % heads:
-        raise ValueError(f"heads: {heads} do not divide {C} channels")
-    if text is not None:
-        check_like(text_name, text, ((1, x.shape[0]), x.shape[1], C), x)
-        if text.stride(-1) != 1:
-            raise ValueError(f"{text_name}: has strides {text.stride()}; expected contiguous channels")
-    if pooling[0] > height or pooling[1] > width:
-        raise ValueError(f"pooling: {pooling[0]}x{pooling[1]} is larger than the resolution {height}x{width}")
-
-
-def _check_weights(x: Tensor, **weights: tuple[Tensor, tuple[int, ...]]) -> None:
-    for name, (weight, shape) in weights.items():
-        check_like(name, weight, shape, x)
-        if not weight.is_contiguous():
-            raise ValueError(f"{name}: has strides {weight.stride()}; expected a contiguous tensor")
-
-
-def _check_sums(
-    x: Tensor,
-    key_value: Tensor | None,
-    key_sum: Tensor | None,
-    heads: int,
-    resolution: Sequence[int],
-    pooling: Sequence[int],
-    may_be_shared: bool,
-) -> None:
-    d, positions = x.shape[3] // heads, (x.shape[0], _tokens(resolution, pooling))
-    named = {"key_value": (key_value, (heads, d, d)), "key_sum": (key_sum, (heads, d))}
-    for name, (sums, shape) in named.items():
-        if sums is None:
-            continue
-        if sums.shape != (*positions, *shape) and not (may_be_shared and sums.shape == shape):
-            raise ValueError(f"{name}: has shape {list(sums.shape)}; expected {[*positions, *shape]}")
-        if (sums.dtype, sums.device) != (torch.float32, x.device) or not sums.is_contiguous():
-            raise ValueError(
-                f"{name}: is {sums.dtype} on {sums.device} with strides {sums.stride()}; "
-                f"expected a contiguous torch.float32 on {x.device}"
-            )
-
-
-def _tokens(resolution: Sequence[int], pooling: Sequence[int]) -> int:
-    """Return the number of pooled positions, hw."""
-    return (resolution[0] // pooling[0]) * (resolution[1] // pooling[1])
-
-
 def _collect_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
     (B, t, _, C), heads, d = sizes.state, sizes.heads, sizes.channels // sizes.heads
-    shape = (B, _tokens(sizes.resolution, sizes.pooling), heads)
+    shape = (B, pooled_positions(sizes.resolution, sizes.pooling), heads)
     return {
         "x": random.normal(*sizes.state),
         "weight": random.weight(2 * C, C),
@@ -342,7 +274,7 @@ def _collect_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
 
 def _apply_inputs(sizes: Sizes, random: Random) -> dict[str, Any]:
     (B, t, _, C), M, heads, d = sizes.state, sizes.hidden, sizes.heads, sizes.channels // sizes.heads
-    shape = (B, _tokens(sizes.resolution, sizes.pooling), heads)
+    shape = (B, pooled_positions(sizes.resolution, sizes.pooling), heads)
     return {
         "x": random.normal(*sizes.state),
         "text_query": random.normal(B if sizes.guided else 1, t, C),
