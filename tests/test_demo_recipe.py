@@ -85,30 +85,20 @@ def test_an_interrupted_run_goes_on(
     output = tmp_path / "clip.safetensors"
 
     def run(steps: int) -> None:
-        arguments = [
-            "--data",
-            scenes,
-            "--init",
-            BUNDLED,
-            "--output",
-            output,
-            "--steps",
-            steps,
-            "--batch-size",
-            2,
-        ]
-        monkeypatch.setattr(sys, "argv", ["pretrain_clip.py", *map(str, arguments)])
+        options = {"data": scenes, "init": BUNDLED, "output": output, "steps": steps, "batch-size": 2}
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["pretrain_clip.py", *arguments])
         recipe.main()
 
-    run(10)
+    run(2)
     first = load_file(output)
-    run(20)
+    run(4)
     second = load_file(output)
     rows = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [10, 20]
+    assert [row["step"] for row in rows] == [2, 4]
     assert all(np.isfinite(row["loss"]).all() for row in rows)
     state = torch.load(output.with_suffix(".state.pt"), weights_only=True)
-    assert state["step"] == 20
+    assert state["step"] == 4
     before = load_file(BUNDLED)
     visual = "sem_seg_head.predictor.clip_model.visual.transformer.resblocks.0.attn.q_proj_weight"
     assert not torch.equal(first[visual], before[visual].float())

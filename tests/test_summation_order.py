@@ -42,7 +42,10 @@ def test_a_sum_that_starts_at_the_bias_is_found() -> None:
 
 
 def test_why_it_matters() -> None:
-    """A model of the GPU's sum, one fused multiply-add after another, at the failed check's sizes."""
+    """A model of the GPU's sum, one fused multiply-add after another, at the failed check's sizes.
+
+    PyTorch's own convolution is not the measure here: on CPUs without AVX-512 it starts at the bias, too.
+    """
     torch.manual_seed(0)
     maps = torch.randn(25, 1, 24, 24) / 768**0.5  # a cost volume's scale
     weight, bias = (((torch.rand(*shape) * 2 - 1) / 7) for shape in ((32, 1, 7, 7), (32,)))
@@ -57,9 +60,7 @@ def test_why_it_matters() -> None:
         return float(np.abs(x + last - truth).max())
 
     nothing = np.zeros_like(biases)
-    eager = F.conv2d(maps, weight, bias, padding=3).flatten(2).numpy()
-    allowed = 2 * float(np.abs(eager - truth).max())
-    assert largest_error(nothing, biases) <= allowed < largest_error(biases, nothing)
+    assert 2 * largest_error(nothing, biases) < largest_error(biases, nothing)
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -395,7 +395,7 @@ def train(options: argparse.Namespace) -> None:
         with torch.no_grad():
             clip.logit_scale.clamp_(max=np.log(100))
         step += 1
-        if rank == 0 and step % 10 == 0:
+        if rank == 0 and (step % 10 == 0 or step == options.steps):
             row = {
                 "step": step,
                 "cpu_minutes": round(spent(), 2),
