@@ -20,7 +20,7 @@ def compare(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "settings", [pytest.param(5, id="few"), pytest.param(500, id="many", marks=pytest.mark.slow)]
+    "settings", [pytest.param(3, id="few"), pytest.param(500, id="many", marks=pytest.mark.slow)]
 )
 def test_random_settings(settings: int) -> None:
     done = compare("--settings", str(settings))

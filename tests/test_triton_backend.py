@@ -30,7 +30,7 @@ def in_torch(engine: Engine, *arguments: Any) -> Tensor:
 @pytest.mark.parametrize(
     "name",
     [
-        "agg_v2_T1_C512",
+        pytest.param("agg_v2_T1_C512", marks=pytest.mark.slow),
         "agg_v1_T7_noguidance",
         pytest.param("agg_v1_T1_p11", marks=pytest.mark.slow),
         pytest.param("agg_v2_T5_poolNone", marks=pytest.mark.slow),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -23,9 +23,9 @@ CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 LONG = ("agg_v1_T150_p11", "agg_v2_T150_p11", "agg_v2_T300_p11")
 
 
-def parameters(names: Iterable[str]) -> list[ParameterSet]:
+def parameters(names: Iterable[str], long: Collection[str] = LONG) -> list[ParameterSet]:
     """Return cases as parameters of a test, the long ones marked as slow."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in names]
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in long else []) for name in names]
 
 
 def cases(kind: str) -> list[str]:
