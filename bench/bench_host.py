@@ -231,8 +231,7 @@ def count_operations() -> dict[str, int]:
 
 
 def measure() -> dict[str, Any]:
-    """Return all figures."""
-    torch.set_num_threads(1)
+    """Return all figures, of one thread."""
     counted = count_operations()
     with fake_launches() as library, cheap_operations(), torch.no_grad():
         return {
@@ -259,6 +258,7 @@ def main() -> None:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not launched")
+    torch.set_num_threads(1)
     ran = {"device": device_name(torch.device("cpu")), "versions": versions(), "commit": commit()}
     found = {**measure(), **ran}
     text = json.dumps(found, indent=1)
