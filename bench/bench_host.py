@@ -53,6 +53,7 @@ SIDE = 12  # of the small maps
 RATIO = 8  # by which pictures are smaller for CLIP, which does not see them
 PICTURE = (480, 640)
 ROUNDS = 30
+BUDGET = "64GiB"  # a GPU with that much to spare is not asked for its free memory at each call
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
@@ -113,7 +114,7 @@ def aggregator_call(classes: int) -> Callable[[], Tensor]:
     call = make_call(Case(VARIANT, classes, 1, torch.float16))
     call.aggregator.backend = "triton"
     call.aggregator.engine.chunk = usual_chunk(classes, CROPS, torch.device("cuda"))
-    call.aggregator.engine.memory_budget = "64GiB"  # a GPU with that much to spare is not asked at each call
+    call.aggregator.engine.memory_budget = BUDGET
     image = torch.randn(1, call.img_feats.shape[1], SIDE, SIDE)
     maps = [
         torch.randn(1, x.shape[1], k * SIDE, k * SIDE) for x, k in zip(call.guidance, (1, 2, 4), strict=True)
@@ -189,6 +190,7 @@ def measure_segment(recorded: bool) -> float:
     model = small_model()
     model.backend = "triton"
     model.engine.precision = torch.float16
+    model.engine.memory_budget = BUDGET
     if recorded:
         model.engine.recordings = GraphCache(Replays, device_type="cpu")
     clip, total = model.variant.clip, len(model.classes)

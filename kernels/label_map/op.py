@@ -21,8 +21,8 @@ from catseg_fast.kernels.label_map import merge, plain, update
 from catseg_fast.kernels.launch.checks import check_runnable
 from catseg_fast.kernels.launch.op import Form, Op, Random, Sizes
 
-# Size of the merged maps that exist at a time.
-SCRATCH_BYTES = 2**25
+# Size of the merged maps that exist at a time: of 40 classes at 640 x 640 pixels.
+SCRATCH_BYTES = 2**26
 
 
 def update_label_map(
