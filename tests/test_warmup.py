@@ -52,7 +52,7 @@ def test_the_command_line_names_the_folders_to_copy() -> None:
 
 
 def test_no_text_features_are_kept_on_request() -> None:
-    arguments = ["warmup", "--size", "32x40", "--whole", "--device", "cpu", "--classes", "sea; lawn"]
+    arguments = ["warmup", "--size", "32x40", "--whole", "--device", "cpu", "--classes-list", "ade-150"]
     result = CliRunner().invoke(app, [*arguments, "--no-text-cache"])
     assert result.exit_code == 0, result.output
     assert not list((user_cache() / "text-features").rglob("*.safetensors"))
