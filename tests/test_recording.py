@@ -136,14 +136,14 @@ def test_what_changed_is_not_answered_by_a_recording(model: CATSeg, change: Call
 @torch.no_grad()
 def test_autocast_and_shapes_are_told_apart(model: CATSeg) -> None:
     image = picture(*SIZE)
-    for _ in range(3):
-        model.segment(image)
+    first, *_ = [model.segment(image) for _ in range(3)]
     assert model.engine.recordings.replays == 1
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.segment(image)
     model.segment(picture(SIZE[0] + 1, SIZE[1]))
     model.segment(image, sliding_window=not model.sliding_window)
     assert model.engine.recordings.replays == 1
+    assert torch.equal(model.segment(image.double()).labels, first.labels)  # which is converted to fp32
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from catseg_fast.engine.schedule import check_chunk, check_policy, parse_bytes
 
 
 class EngineSettings:
-    """Settings by which an engine runs its next calls.
+    """The settings of an engine's calls.
 
     Attributes:
         checkpoint: whether calls that need gradients compute activations again when their gradient is taken,

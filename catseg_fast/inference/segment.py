@@ -114,17 +114,17 @@ def label_pixels(model: CATSeg, pixels: Tensor, readout: Readout) -> Segmentatio
 
 
 def _other_weights(model: CATSeg, tower: DenseCLIP) -> WeightsState:
-    """Return the state of the weights for which no other part of a recording's key stands.
+    """Return the state of the weights that no other part of a recording's key covers.
 
-    The plan stands for the aggregator, the vocabulary for the text tower, and an image tower of another type
-    for the model's own: each is a new object after a change. To look weights up twice takes longer than all
-    else that precedes a replay.
+    The plan covers the aggregator, the vocabulary covers the text tower, and an image tower in another type
+    covers the model's own: each is a new object after a change. Looking weights up twice would take longer
+    than everything else before a replay.
     """
     clip = model.clip_model
-    known = {model.aggregator, *clip.text_modules}
+    covered = {model.aggregator, *clip.text_modules}
     if tower is not clip:
-        known.add(clip.visual)
-    return WeightsState(module_tensors(model, buffers=True, without=known))
+        covered.add(clip.visual)
+    return WeightsState(module_tensors(model, buffers=True, without=covered))
 
 
 def _schedule(model: CATSeg, readout: Readout, plan: Plan) -> Schedule:
